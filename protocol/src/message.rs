@@ -323,7 +323,9 @@ pub struct JoinRequestV1 {
 
 impl std::fmt::Debug for JoinRequestV1 {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("JoinRequestV1").field("token_id", &self.token_id).finish_non_exhaustive()
+        f.debug_struct("JoinRequestV1")
+            .field("token_id", &self.token_id)
+            .finish_non_exhaustive()
     }
 }
 

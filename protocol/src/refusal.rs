@@ -1,11 +1,12 @@
 //! Why a peer, or something it sent, is turned away: a short code for the peer; the log holds the rest.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::units::{ModelVersion, Round};
 
-/// A refusal's code. The numbers are part of the protocol and never change meaning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// A refusal's code. The numbers are part of the protocol and never change meaning: a code travels as its number,
+/// and is written as its [`word`](RefusalCode::word) where people read it (JSON, records).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
 pub enum RefusalCode {
     // The peer is incompatible.
@@ -117,15 +118,49 @@ impl RefusalCode {
         }
     }
 
+    /// The code's number on the wire.
+    pub fn number(self) -> u16 {
+        self as u16
+    }
+
     /// Whether the same thing may succeed later without anyone changing anything.
     pub fn retryable(self) -> bool {
-        matches!(self, Self::Busy | Self::StorageFull | Self::RoundClosed | Self::RoundUnknown)
+        matches!(
+            self,
+            Self::Busy | Self::StorageFull | Self::RoundClosed | Self::RoundUnknown
+        )
     }
 }
 
 impl std::fmt::Display for RefusalCode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.word())
+    }
+}
+
+impl Serialize for RefusalCode {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            self.word().serialize(serializer)
+        } else {
+            self.number().serialize(serializer)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for RefusalCode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error;
+        let found = |wanted: &dyn Fn(Self) -> bool| Self::ALL.into_iter().find(|code| wanted(*code));
+        if deserializer.is_human_readable() {
+            let word = String::deserialize(deserializer)?;
+            found(&|code| code.word() == word)
+                .ok_or_else(|| D::Error::custom(format!("no refusal code `{word}`")))
+        } else {
+            let number = u16::deserialize(deserializer)?;
+            found(&|code| code.number() == number)
+                .ok_or_else(|| D::Error::custom(format!("no refusal code {number}")))
+        }
     }
 }
 
@@ -158,4 +193,19 @@ pub enum AbortReason {
     AggregationFailed,
     /// An operator ended it.
     Operator,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_code_has_its_own_number_and_word() {
+        let numbers: BTreeSet<u16> = RefusalCode::ALL.into_iter().map(RefusalCode::number).collect();
+        let words: BTreeSet<&str> = RefusalCode::ALL.into_iter().map(RefusalCode::word).collect();
+        assert_eq!((numbers.len(), words.len()), (RefusalCode::ALL.len(), RefusalCode::ALL.len()));
+        assert_eq!(RefusalCode::Duplicate.number(), 37);
+    }
 }

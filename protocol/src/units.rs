@@ -49,7 +49,11 @@ impl NodeId {
             && name.bytes().all(inner)
             && !name.starts_with('-')
             && !name.ends_with('-');
-        if ok { Ok(Self(name)) } else { Err(UnitError::NodeId(name)) }
+        if ok {
+            Ok(Self(name))
+        } else {
+            Err(UnitError::NodeId(name))
+        }
     }
 
     /// The name as text.
@@ -260,7 +264,9 @@ mod tests {
     #[test]
     fn refuses_values_outside_their_range() {
         for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            assert!(Epsilon::new(bad).is_err() && L2Norm::new(bad).is_err() && NoiseMultiplier::new(bad).is_err());
+            assert!(
+                Epsilon::new(bad).is_err() && L2Norm::new(bad).is_err() && NoiseMultiplier::new(bad).is_err()
+            );
         }
         for bad in [0.0, 1.0, f64::NAN] {
             assert!(Delta::new(bad).is_err());

@@ -1,0 +1,5 @@
+//! Copies of a service's state that are known to be good.
+
+mod manifest;
+pub mod state_check;
+pub mod store;

@@ -1,0 +1,95 @@
+//! Processes of one group, found in `/proc` and signalled through file descriptors.
+
+use procfs::process::Process;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// A process group of ours. The session tells it from a later group that got the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Group {
+    pub(super) id: i32,
+    pub(super) session: i32,
+}
+
+/// One process as `/proc/PID/stat` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Member {
+    pub(super) pid: u32,
+    pub(super) state: char,
+    pub(super) group: i32,
+    pub(super) session: i32,
+    /// Clock ticks since boot.
+    pub(super) start_ticks: u64,
+}
+
+impl Group {
+    /// Its processes that are not yet dead. A zombie is: only its parent can do something about it.
+    pub(super) fn members(self) -> Vec<Member> {
+        Member::all()
+            .filter(|member| self.has(member) && !member.is_dead())
+            .collect()
+    }
+
+    /// Signals every process of the group. One that ends meanwhile is no error, and one that may not be signalled stays a member.
+    pub(super) fn signal(self, signal: Signal) {
+        for member in self.members() {
+            let Some(pid) = Pid::from_raw(member.pid.cast_signed()) else {
+                continue;
+            };
+            let Ok(fd) = pidfd_open(pid, PidfdFlags::empty()) else {
+                continue;
+            };
+            // With the descriptor open the number cannot be reused: now see that it still means the same process.
+            let same = Member::read(member.pid)
+                .is_some_and(|again| again.start_ticks == member.start_ticks && self.has(&again));
+            if same && let Err(error) = pidfd_send_signal(&fd, signal) {
+                tracing::debug!(pid = member.pid, %error, "signal not sent");
+            }
+        }
+    }
+
+    fn has(self, member: &Member) -> bool {
+        member.group == self.id && member.session == self.session
+    }
+}
+
+impl Member {
+    pub(super) fn read(pid: u32) -> Option<Self> {
+        Self::of(&Process::new(pid.cast_signed()).ok()?)
+    }
+
+    /// Processes whose environment holds `mark` (`NAME=value`). Those of other users cannot be read and are left out.
+    pub(super) fn marked(mark: &[u8]) -> Vec<Self> {
+        Self::all()
+            .filter(|member| {
+                std::fs::read(format!("/proc/{}/environ", member.pid))
+                    .is_ok_and(|environment| environment.split(|byte| *byte == 0).any(|entry| entry == mark))
+            })
+            .collect()
+    }
+
+    pub(super) fn is_leader(&self) -> bool {
+        self.group == self.pid.cast_signed()
+    }
+
+    pub(super) fn is_dead(&self) -> bool {
+        matches!(self.state, 'Z' | 'X' | 'x')
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        procfs::process::all_processes()
+            .into_iter()
+            .flatten()
+            .filter_map(|process| Self::of(&process.ok()?))
+    }
+
+    fn of(process: &Process) -> Option<Self> {
+        let stat = process.stat().ok()?;
+        Some(Self {
+            pid: u32::try_from(stat.pid).ok()?,
+            state: stat.state,
+            group: stat.pgrp,
+            session: stat.session,
+            start_ticks: stat.starttime,
+        })
+    }
+}

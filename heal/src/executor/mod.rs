@@ -1,0 +1,7 @@
+//! The hands: bounded, recorded, without a shell.
+
+pub mod clock;
+mod group;
+mod output;
+pub mod process;
+pub mod service;

@@ -1,0 +1,583 @@
+//! A supervised child in its own process group: started once, ended wholly, never lost sight of.
+//!
+//! The child outlives us on purpose: a service must not go down because its healer did. A record file and a variable in the
+//! child's environment let a later run of ours find it again ([`Supervisor::take_over`]). Signals go through process file
+//! descriptors after the identity was checked, so a reused process id is never hit. A process that leaves the group by
+//! `setsid` or `setpgid` is out of reach.
+
+use std::collections::BTreeMap;
+use std::future::pending;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use serde::{Deserialize, Serialize};
+use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+
+use super::group::{Group, Member};
+use super::output;
+use crate::incident::ProcessState;
+
+/// What to run and how to stop it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceSpec {
+    /// Its name, for records.
+    pub name: String,
+    /// Program and arguments; no shell takes part. The program should be an absolute path.
+    pub argv: Vec<String>,
+    /// Variables added to the inherited environment.
+    pub env: BTreeMap<String, String>,
+    /// Working directory; `None` inherits.
+    pub cwd: Option<PathBuf>,
+    /// Where its standard output and error go.
+    pub output: OutputTo,
+    /// Time from TERM to KILL.
+    pub stop_grace: Duration,
+    /// Time from KILL until every process of the group must be gone.
+    pub kill_wait: Duration,
+    /// Least time between two starts.
+    pub start_spacing: Duration,
+}
+
+impl ServiceSpec {
+    /// A specification with the defaults: output discarded, 5 s grace, 10 s to be gone, starts 200 ms apart.
+    pub fn new(name: impl Into<String>, argv: Vec<String>) -> Self {
+        Self {
+            name: name.into(),
+            argv,
+            env: BTreeMap::new(),
+            cwd: None,
+            output: OutputTo::Null,
+            stop_grace: Duration::from_secs(5),
+            kill_wait: Duration::from_secs(10),
+            start_spacing: Duration::from_millis(200),
+        }
+    }
+}
+
+/// Where a child's standard output and error go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OutputTo {
+    /// Nowhere.
+    Null,
+    /// Where ours goes.
+    Inherit,
+    /// Appended to a file; past `bytes_max` the content moves to `PATH.old` and the file begins anew.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Its bound in bytes.
+        bytes_max: u64,
+    },
+}
+
+/// How a service ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceExit {
+    /// It returned.
+    Code(i32),
+    /// A signal ended it.
+    Signal(i32),
+    /// It was adopted from an earlier run of ours, so its status went elsewhere.
+    Unknown,
+}
+
+/// What was found of an earlier run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leftover {
+    /// Nothing.
+    None,
+    /// The earlier child still runs and is supervised again.
+    Adopted {
+        /// Its process.
+        pid: u32,
+    },
+    /// The earlier child was gone; so many processes of its group were ended.
+    Cleared {
+        /// How many.
+        processes: usize,
+    },
+}
+
+/// How a stop went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stopped {
+    /// How the main process ended; `None` when it was not running.
+    pub exit: Option<ServiceExit>,
+    /// Whether KILL was needed.
+    pub killed: bool,
+    /// How long it took until the group was gone.
+    pub took: Duration,
+}
+
+/// Why a process could not be started or stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProcessError {
+    /// The argument vector is empty.
+    #[error("service {service}: argv is empty; name a program")]
+    NoProgram {
+        /// The service.
+        service: String,
+    },
+    /// It runs already.
+    #[error("service {service} already runs as process {pid}; stop it first")]
+    Running {
+        /// The service.
+        service: String,
+        /// Its process.
+        pid: u32,
+    },
+    /// Processes of the group did not go away.
+    #[error(
+        "service {service}: processes {pids:?} are still there {waited:?} after KILL; look at them (state D waits for the disk)"
+    )]
+    NotGone {
+        /// The service.
+        service: String,
+        /// The processes.
+        pids: Vec<u32>,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The program could not be run.
+    #[error("service {service}: cannot run {program}: {source}")]
+    Spawn {
+        /// The service.
+        service: String,
+        /// The program.
+        program: String,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// A file of the supervisor could not be read or written.
+    #[error("service {service}: {path}: {source}")]
+    Io {
+        /// The service.
+        service: String,
+        /// The file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+}
+
+/// Runs one service. One task owns it; everything in it is bounded.
+#[derive(Debug)]
+pub struct Supervisor {
+    spec: ServiceSpec,
+    record: PathBuf,
+    running: Option<Running>,
+    /// The group of the last child, until it is known to be gone.
+    group: Option<Group>,
+    started_for: Option<u64>,
+    starts: u64,
+    last_start: Option<Instant>,
+}
+
+/// The child that runs now.
+#[derive(Debug)]
+struct Running {
+    pid: u32,
+    end: End,
+}
+
+/// How we learn of its end.
+#[derive(Debug)]
+enum End {
+    /// It is our child.
+    Child(Child),
+    /// An earlier run of ours started it; a thread waits on its process file descriptor.
+    Watched(oneshot::Receiver<()>),
+}
+
+/// The record file: what a later run of ours has to know.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    pid: u32,
+    /// Start of the process, clock ticks since boot.
+    start_ticks: u64,
+    session: i32,
+    boot: String,
+    /// The intent that it was started for.
+    intent: Option<u64>,
+}
+
+impl Supervisor {
+    /// A supervisor of a service that does not run. `record` is the file that names the running child to a later run of ours; its
+    /// folder must exist and no other service may use it.
+    pub fn new(spec: ServiceSpec, record: PathBuf) -> Self {
+        // Relative to a working directory that may change it would not serve as the child's mark.
+        let record = std::path::absolute(&record).unwrap_or(record);
+        Self {
+            spec,
+            record,
+            running: None,
+            group: None,
+            started_for: None,
+            starts: 0,
+            last_start: None,
+        }
+    }
+
+    /// Looks for a child of an earlier run: adopts it when it still runs, else ends what is left of its group.
+    ///
+    /// # Errors
+    /// [`ProcessError::NotGone`] and [`ProcessError::Io`].
+    pub async fn take_over(&mut self) -> Result<Leftover, ProcessError> {
+        if let Some(running) = &self.running {
+            return Ok(Leftover::Adopted { pid: running.pid });
+        }
+        let record = self.read_record();
+        let marked = Member::marked(&self.mark());
+        let recorded = record
+            .as_ref()
+            .filter(|record| record.boot == super::clock::clock_id());
+        let leader = recorded
+            .and_then(|record| {
+                Member::read(record.pid).filter(|member| member.start_ticks == record.start_ticks)
+            })
+            .or_else(|| marked.iter().find(|member| member.is_leader()).copied())
+            .filter(|member| !member.is_dead());
+        if let Some(leader) = leader {
+            let end = watch(leader.pid).map_err(|source| self.io(format!("/proc/{}", leader.pid), source))?;
+            // With the descriptor open the process id cannot come to mean another process.
+            if Member::read(leader.pid)
+                .is_some_and(|again| again.start_ticks == leader.start_ticks && !again.is_dead())
+            {
+                self.group = Some(Group {
+                    id: leader.group,
+                    session: leader.session,
+                });
+                self.started_for = recorded.and_then(|record| record.intent);
+                self.running = Some(Running {
+                    pid: leader.pid,
+                    end: End::Watched(end),
+                });
+                return Ok(Leftover::Adopted { pid: leader.pid });
+            }
+        }
+        let mut groups: Vec<Group> = marked
+            .iter()
+            .filter(|member| !member.is_dead())
+            .map(|member| Group {
+                id: member.group,
+                session: member.session,
+            })
+            .collect();
+        groups.extend(recorded.map(|record| Group {
+            id: record.pid.cast_signed(),
+            session: record.session,
+        }));
+        groups.sort_unstable();
+        groups.dedup();
+        let mut processes = 0;
+        for group in groups {
+            processes += group.members().len();
+            self.group = Some(group);
+            self.clear_group().await?;
+        }
+        Ok(if processes == 0 {
+            Leftover::None
+        } else {
+            Leftover::Cleared { processes }
+        })
+    }
+
+    /// Starts the service; ends what is left of the former group first and waits for the spacing between starts. Its process id.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub async fn start(&mut self) -> Result<u32, ProcessError> {
+        self.start_for(None).await
+    }
+
+    /// The same, and remembers the intent that it was done for beyond our own end: see [`Self::started_for`].
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub async fn start_for(&mut self, intent: Option<u64>) -> Result<u32, ProcessError> {
+        if let Some(running) = &self.running {
+            return Err(ProcessError::Running {
+                service: self.spec.name.clone(),
+                pid: running.pid,
+            });
+        }
+        let Some((program, arguments)) = self.spec.argv.split_first() else {
+            return Err(ProcessError::NoProgram {
+                service: self.spec.name.clone(),
+            });
+        };
+        let (program, arguments) = (program.clone(), arguments.to_vec());
+        self.clear_group().await?;
+        if let Some(last) = self.last_start {
+            sleep_until(last + self.spec.start_spacing).await;
+        }
+        let (stdout, stderr) = self.outputs()?;
+        let mut command = Command::new(&program);
+        command
+            .args(&arguments)
+            .envs(&self.spec.env)
+            .env(MARK, self.record.as_os_str())
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(stderr)
+            .process_group(0)
+            .kill_on_drop(false);
+        if let Some(cwd) = &self.spec.cwd {
+            command.current_dir(cwd);
+        }
+        self.last_start = Some(Instant::now());
+        let child = command.spawn().map_err(|source| ProcessError::Spawn {
+            service: self.spec.name.clone(),
+            program: program.clone(),
+            source,
+        })?;
+        let pid = child.id().unwrap_or_default();
+        // The child is not reaped before we wait for it, so its id still means it.
+        let member = Member::read(pid);
+        let session = member.map_or(0, |member| member.session);
+        self.running = Some(Running {
+            pid,
+            end: End::Child(child),
+        });
+        self.group = Some(Group {
+            id: pid.cast_signed(),
+            session,
+        });
+        self.started_for = intent;
+        self.starts += 1;
+        let record = Record {
+            pid,
+            start_ticks: member.map_or(0, |member| member.start_ticks),
+            session,
+            boot: super::clock::clock_id(),
+            intent,
+        };
+        if let Err(error) = self.write_record(&record) {
+            // The mark in the environment still finds the child; only the intent would be forgotten.
+            tracing::warn!(service = %self.spec.name, %error, "record of the running process not written");
+        }
+        Ok(pid)
+    }
+
+    /// Waits until the service ends; for ever when it does not run. Safe to cancel. Meanwhile keeps the output file within its bound.
+    pub async fn exited(&mut self) -> ServiceExit {
+        loop {
+            let Some(running) = &mut self.running else {
+                pending().await
+            };
+            let ended = async {
+                match &mut running.end {
+                    End::Child(child) => child.wait().await.map_or(ServiceExit::Unknown, ServiceExit::from),
+                    End::Watched(end) => {
+                        // An error means that the watching thread is gone, which it is only after the end.
+                        drop(end.await);
+                        ServiceExit::Unknown
+                    }
+                }
+            };
+            tokio::select! {
+                exit = ended => {
+                    self.running = None;
+                    return exit;
+                }
+                () = sleep(OUTPUT_CHECK_EVERY) => {}
+            }
+            if let OutputTo::File { path, bytes_max } = &self.spec.output
+                && let Err(error) = output::keep_bound(path, *bytes_max)
+            {
+                tracing::warn!(service = %self.spec.name, path = %path.display(), %error, "output file not bounded");
+            }
+        }
+    }
+
+    /// TERM to the group, after the grace KILL, then waits until the child is reaped and its group is gone. A stopped process
+    /// (state `T`) gets KILL at once, because TERM would wait for it to continue. Also ends what a dead child left behind.
+    ///
+    /// # Errors
+    /// [`ProcessError::NotGone`].
+    pub async fn stop(&mut self) -> Result<Stopped, ProcessError> {
+        let begun = Instant::now();
+        let mut exit = None;
+        let mut killed = false;
+        if let (Some(running), Some(group)) = (&self.running, self.group) {
+            if process_state(running.pid) != Some(ProcessState::Stopped) {
+                group.signal(Signal::TERM);
+                let deadline = begun + self.spec.stop_grace;
+                exit = timeout_at(deadline, self.exited()).await.ok();
+                // The rest of the group was asked as well and has the rest of the grace.
+                while exit.is_some() && !group.members().is_empty() && Instant::now() < deadline {
+                    sleep(POLL_EVERY).await;
+                }
+            }
+            killed = self.running.is_some() || !group.members().is_empty();
+        }
+        let survivors = self.clear_group().await?;
+        if self.running.is_some() {
+            let deadline = Instant::now() + self.spec.kill_wait;
+            exit = timeout_at(deadline, self.exited()).await.ok();
+            if let Some(running) = &self.running {
+                return Err(self.not_gone(vec![running.pid]));
+            }
+        }
+        Ok(Stopped {
+            exit,
+            killed: killed || survivors > 0,
+            took: begun.elapsed(),
+        })
+    }
+
+    /// The running process.
+    pub fn pid(&self) -> Option<u32> {
+        self.running.as_ref().map(|running| running.pid)
+    }
+
+    /// The intent that the running (or last) process was started for.
+    pub fn started_for(&self) -> Option<u64> {
+        self.started_for
+    }
+
+    /// How often it was started by this supervisor.
+    pub fn starts(&self) -> u64 {
+        self.starts
+    }
+
+    /// The specification.
+    pub fn spec(&self) -> &ServiceSpec {
+        &self.spec
+    }
+
+    /// KILLs the group until nobody is left. How many processes were there.
+    async fn clear_group(&mut self) -> Result<usize, ProcessError> {
+        let Some(group) = self.group else { return Ok(0) };
+        let found = group.members().len();
+        let deadline = Instant::now() + self.spec.kill_wait;
+        loop {
+            // Again each time: a process may have been forked since.
+            group.signal(Signal::KILL);
+            let left = group.members();
+            if left.is_empty() {
+                break;
+            }
+            if Instant::now() >= deadline {
+                return Err(self.not_gone(left.iter().map(|member| member.pid).collect()));
+            }
+            sleep(POLL_EVERY).await;
+        }
+        if self.running.is_none() {
+            self.group = None;
+        }
+        Ok(found)
+    }
+
+    fn not_gone(&self, pids: Vec<u32>) -> ProcessError {
+        ProcessError::NotGone {
+            service: self.spec.name.clone(),
+            pids,
+            waited: self.spec.kill_wait,
+        }
+    }
+
+    fn outputs(&self) -> Result<(Stdio, Stdio), ProcessError> {
+        Ok(match &self.spec.output {
+            OutputTo::Null => (Stdio::null(), Stdio::null()),
+            OutputTo::Inherit => (Stdio::inherit(), Stdio::inherit()),
+            OutputTo::File { path, bytes_max } => {
+                let open = || {
+                    output::keep_bound(path, *bytes_max)?;
+                    let file = output::open(path)?;
+                    Ok((Stdio::from(file.try_clone()?), Stdio::from(file)))
+                };
+                open().map_err(|source| self.io(path.clone(), source))?
+            }
+        })
+    }
+
+    fn mark(&self) -> Vec<u8> {
+        let mut mark = format!("{MARK}=").into_bytes();
+        mark.extend_from_slice(self.record.as_os_str().as_encoded_bytes());
+        mark
+    }
+
+    /// A record that is absent or unreadable is no error: the mark in the environment finds the child as well.
+    fn read_record(&self) -> Option<Record> {
+        serde_json::from_slice(&std::fs::read(&self.record).ok()?).ok()
+    }
+
+    fn write_record(&self, record: &Record) -> Result<(), ProcessError> {
+        let write = || {
+            let beside = self.record.with_extension("new");
+            std::fs::write(&beside, serde_json::to_vec(record)?)?;
+            std::fs::rename(&beside, &self.record)
+        };
+        write().map_err(|source: io::Error| self.io(self.record.clone(), source))
+    }
+
+    fn io(&self, path: impl AsRef<Path>, source: io::Error) -> ProcessError {
+        ProcessError::Io {
+            service: self.spec.name.clone(),
+            path: path.as_ref().to_owned(),
+            source,
+        }
+    }
+}
+
+/// A thread that says when a process that is not our child has ended. It lives as long as that process, or as we do.
+fn watch(pid: u32) -> io::Result<oneshot::Receiver<()>> {
+    let raw = Pid::from_raw(pid.cast_signed()).ok_or(io::ErrorKind::NotFound)?;
+    let fd = pidfd_open(raw, PidfdFlags::empty())?;
+    let (send, receive) = oneshot::channel();
+    std::thread::Builder::new()
+        .name(format!("watch-{pid}"))
+        .spawn(move || {
+            // Readable once the process has ended.
+            while poll(&mut [PollFd::new(&fd, PollFlags::IN)], None) == Err(Errno::INTR) {}
+            if send.send(()).is_err() {
+                tracing::trace!(pid, "nobody waits for this process any more");
+            }
+        })?;
+    Ok(receive)
+}
+
+impl From<std::process::ExitStatus> for ServiceExit {
+    fn from(status: std::process::ExitStatus) -> Self {
+        use std::os::unix::process::ExitStatusExt as _;
+        match (status.code(), status.signal()) {
+            (Some(code), _) => Self::Code(code),
+            (None, Some(signal)) => Self::Signal(signal),
+            (None, None) => Self::Unknown,
+        }
+    }
+}
+
+impl std::fmt::Display for ServiceExit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "it ended with exit code {code}"),
+            Self::Signal(signal) => write!(f, "it was killed by signal {signal}"),
+            Self::Unknown => f.write_str("it ended; how is not known, because an earlier run had started it"),
+        }
+    }
+}
+
+/// The state of a process, for [`crate::incident::Input::Process`]; `None` when it is gone.
+pub fn process_state(pid: u32) -> Option<ProcessState> {
+    let member = Member::read(pid)?;
+    match member.state {
+        'T' | 't' => Some(ProcessState::Stopped),
+        _ if member.is_dead() => None,
+        _ => Some(ProcessState::Alive),
+    }
+}
+
+/// Variable in the child's environment that names its record file.
+const MARK: &str = "THERIAC_SUPERVISED_BY";
+const POLL_EVERY: Duration = Duration::from_millis(5);
+const OUTPUT_CHECK_EVERY: Duration = Duration::from_secs(10);

@@ -1,0 +1,245 @@
+//! Carries intents out on one supervised service: state check, restore, start, in the right order.
+
+use std::path::{Path, PathBuf};
+
+use super::process::{Leftover, ProcessError, Supervisor, process_state};
+use crate::checkpoint::state_check::{StateCheck, StateVerdict};
+use crate::checkpoint::store::{Checkpoint, CheckpointError, CheckpointStore, Restored};
+use crate::incident::{Input, ProcessState};
+use crate::types::{ActionKind, Intent, Outcome};
+
+/// The durable state of a service.
+#[derive(Debug, Clone)]
+pub struct ServiceState {
+    /// The state directory.
+    pub dir: PathBuf,
+    /// Says whether a state directory is good; `None` takes every state for good.
+    pub check: Option<StateCheck>,
+    /// Where checkpoints of it are kept; not inside the state directory.
+    pub checkpoints: CheckpointStore,
+}
+
+/// The hands on one service. One task owns them, so no two actions on a service can overlap.
+#[derive(Debug)]
+pub struct ServiceHands {
+    /// The process.
+    pub supervisor: Supervisor,
+    /// Its state; `None` for a service without durable state.
+    pub state: Option<ServiceState>,
+}
+
+/// What a service was found to be when the node started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Boot {
+    /// The child of an earlier run still runs; it is supervised again.
+    Adopted {
+        /// Its process.
+        pid: u32,
+    },
+    /// It was started.
+    Started {
+        /// Its process.
+        pid: u32,
+    },
+    /// It was not started: an open incident decides about it.
+    Left,
+    /// It was not started: its state is corrupt.
+    StateCorrupt(String),
+    /// It could not be started.
+    Failed(String),
+}
+
+impl ServiceHands {
+    /// At the node's start: takes over what an earlier run left. When nothing runs and no incident is open for the service, starts it.
+    pub async fn boot(&mut self, incident_open: bool) -> Boot {
+        match self.supervisor.take_over().await {
+            Ok(Leftover::Adopted { pid }) => return Boot::Adopted { pid },
+            Ok(Leftover::None | Leftover::Cleared { .. }) if incident_open => return Boot::Left,
+            Ok(Leftover::None | Leftover::Cleared { .. }) => {}
+            Err(error) => return Boot::Failed(error.to_string()),
+        }
+        match self.start(None).await {
+            Ok(pid) => Boot::Started { pid },
+            Err(Refused::Corrupt(detail)) => Boot::StateCorrupt(detail),
+            Err(Refused::Failed(detail)) => Boot::Failed(detail),
+        }
+    }
+
+    /// Carries one durable intent out. Bounded by the timeouts of the specification and of the state check, and by the time that
+    /// copying the state takes.
+    pub async fn execute(&mut self, intent: &Intent) -> Outcome {
+        let done = match intent.action {
+            ActionKind::Start if self.supervisor.pid().is_some() => Ok(()),
+            ActionKind::Start => self.start(Some(intent)).await.map(drop),
+            ActionKind::Restart => self.restart(intent).await,
+            ActionKind::RestoreAndStart => self.restore(intent).await,
+        };
+        let running = self.supervisor.pid().is_some();
+        match done {
+            Ok(()) => Outcome::Done,
+            Err(Refused::Corrupt(detail)) => Outcome::StateCorrupt { detail, running },
+            Err(Refused::Failed(detail)) => Outcome::Failed { detail, running },
+        }
+    }
+
+    /// The answer to [`crate::incident::Output::Reconcile`], after [`Self::boot`].
+    pub fn reconcile(&self, intent: &Intent) -> Input {
+        let running = self.supervisor.pid().is_some();
+        let took_effect = running && self.supervisor.started_for() == Some(intent.id.0);
+        Input::Reconciled {
+            id: intent.id,
+            running,
+            took_effect,
+        }
+    }
+
+    /// Copies the state, checks the copy, keeps it when it is good. `None` for a service without durable state. A copy that is not good
+    /// may have been taken while the service wrote, so it is tried up to three times.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; [`CheckpointError::NotGood`] when no copy passed the state check.
+    pub async fn checkpoint(&self, unix_ms: u64) -> Result<Option<Checkpoint>, CheckpointError> {
+        match &self.state {
+            Some(state) => state.checkpoint(unix_ms).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether the state passes its check; `None` for a service without state or check.
+    pub async fn check_state(&self) -> Option<StateVerdict> {
+        let state = self.state.as_ref()?;
+        Some(state.check.as_ref()?.run(&state.dir).await)
+    }
+
+    async fn start(&mut self, intent: Option<&Intent>) -> Result<u32, Refused> {
+        if let Some(state) = &self.state {
+            let (store, dir) = (state.checkpoints.clone(), state.dir.clone());
+            blocking(move || store.finish_interrupted(&dir)).await?;
+        }
+        self.refuse_corrupt().await?;
+        Ok(self
+            .supervisor
+            .start_for(intent.map(|intent| intent.id.0))
+            .await?)
+    }
+
+    async fn restart(&mut self, intent: &Intent) -> Result<(), Refused> {
+        // A service that may still be serving is not stopped when it could not be started again.
+        if self.supervisor.pid().and_then(process_state) == Some(ProcessState::Alive) {
+            self.refuse_corrupt().await?;
+        }
+        self.supervisor.stop().await?;
+        self.start(Some(intent)).await.map(drop)
+    }
+
+    async fn restore(&mut self, intent: &Intent) -> Result<(), Refused> {
+        let Some(state) = &self.state else {
+            return Err(Refused::Failed(
+                "the service has no state directory to restore".to_owned(),
+            ));
+        };
+        let (store, dir) = (state.checkpoints.clone(), state.dir.clone());
+        if store.list()?.is_empty() {
+            return Err(Refused::Failed(format!(
+                "{} holds no checkpoint",
+                store.dir().display()
+            )));
+        }
+        self.supervisor.stop().await?;
+        let restored: Restored = blocking(move || store.restore(&dir)).await?;
+        tracing::info!(
+            service = %intent.service,
+            checkpoint = restored.checkpoint.sequence,
+            replaced = restored.replaced.as_deref().map(|path| path.display().to_string()),
+            "state restored"
+        );
+        self.start(Some(intent)).await.map(drop)
+    }
+
+    async fn refuse_corrupt(&self) -> Result<(), Refused> {
+        let Some(state) = &self.state else { return Ok(()) };
+        match self.check_state().await {
+            // A service that has no state yet makes it.
+            Some(StateVerdict::Corrupt(detail)) if exists(&state.dir) => Err(Refused::Corrupt(detail)),
+            Some(StateVerdict::Unknown(detail)) => {
+                // It says nothing about the state; the service itself refuses what it cannot read.
+                tracing::warn!(service = %self.supervisor.spec().name, detail, "state check failed");
+                Ok(())
+            }
+            Some(StateVerdict::Good | StateVerdict::Corrupt(_)) | None => Ok(()),
+        }
+    }
+}
+
+impl ServiceState {
+    /// See [`ServiceHands::checkpoint`]. Needs no hold on the process, so it can run beside the supervisor.
+    ///
+    /// # Errors
+    /// [`CheckpointError`].
+    pub async fn checkpoint(&self, unix_ms: u64) -> Result<Checkpoint, CheckpointError> {
+        let mut attempt = 1;
+        loop {
+            let (store, dir) = (self.checkpoints.clone(), self.dir.clone());
+            let staged = unblock(move || store.stage(&dir, unix_ms)).await?;
+            let verdict = match &self.check {
+                Some(check) => check.run(staged.tree()).await,
+                None => StateVerdict::Good,
+            };
+            let store = self.checkpoints.clone();
+            let detail = match verdict {
+                StateVerdict::Good => return unblock(move || store.commit(staged)).await,
+                StateVerdict::Corrupt(detail) | StateVerdict::Unknown(detail) => detail,
+            };
+            unblock(move || store.discard(staged)).await?;
+            if attempt == CHECKPOINT_ATTEMPTS {
+                return Err(CheckpointError::NotGood {
+                    path: self.dir.clone(),
+                    detail,
+                });
+            }
+            attempt += 1;
+        }
+    }
+}
+
+/// Why an action did not come to its end.
+enum Refused {
+    Corrupt(String),
+    Failed(String),
+}
+
+impl From<ProcessError> for Refused {
+    fn from(error: ProcessError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl From<CheckpointError> for Refused {
+    fn from(error: CheckpointError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
+) -> Result<T, Refused> {
+    Ok(unblock(work).await?)
+}
+
+/// Runs file work off the async threads.
+async fn unblock<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
+) -> Result<T, CheckpointError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(CheckpointError::Io {
+            path: PathBuf::new(),
+            source: std::io::Error::other(error),
+        })
+    })
+}
+
+fn exists(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+const CHECKPOINT_ATTEMPTS: u32 = 3;

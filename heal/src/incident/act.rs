@@ -1,0 +1,663 @@
+//! Transitions of an incident: opened, decided, recorded, carried out, reconciled, handed over, closed.
+
+use std::time::Duration;
+
+use super::decide::{Circumstances, Decision, decide, ladder};
+use super::diagnose::{Diagnosis, diagnose};
+use super::{IncidentMachine, Open, Output, Phase};
+use crate::types::{
+    ActionKind, ActionRecord, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, NoticeKind,
+    Now, Outcome, Verdict,
+};
+
+impl IncidentMachine {
+    /// Looks at a service after something changed.
+    pub(super) fn evaluate(&mut self, now: Now, service: &str) {
+        let Some(seen) = self.services.get(service) else {
+            return;
+        };
+        let diagnosis = diagnose(seen);
+        let clear = seen.is_clear();
+        let Some(open) = self.open.remove(service) else {
+            if let Some(diagnosis) = diagnosis {
+                self.open_incident_for(now, service, diagnosis);
+            }
+            return;
+        };
+        let in_flight = open.record.in_flight().is_some();
+        match open.phase {
+            Phase::Recording { .. } | Phase::Acting { .. } | Phase::Reconciling { .. } => self.put(open),
+            Phase::Verifying { id, until } => self.verify(now, open.record, id, until),
+            Phase::Watching { .. }
+            | Phase::AwaitingApproval { .. }
+            | Phase::CoolingDown { .. }
+            | Phase::Handed { .. }
+                if clear && !in_flight =>
+            {
+                self.close(now, open.record, IncidentState::Recovered);
+            }
+            Phase::Watching { undecided } => match diagnosis {
+                Some(diagnosis) if undecided || diagnosis.class != open.record.class => {
+                    self.decide(now, open.record, diagnosis, false);
+                }
+                _ => self.put(open),
+            },
+            Phase::AwaitingApproval { .. } | Phase::CoolingDown { .. } => match diagnosis {
+                // Approval was given for another diagnosis, so it does not carry over.
+                Some(diagnosis) if diagnosis.class != open.record.class => {
+                    self.decide(now, open.record, diagnosis, false);
+                }
+                _ => self.put(open),
+            },
+            Phase::Handed { .. } => match diagnosis {
+                Some(diagnosis) if !in_flight && diagnosis.class != open.record.class => {
+                    self.reconsider(now, open, diagnosis);
+                }
+                _ => self.put(open),
+            },
+        }
+    }
+
+    /// The stop switch or a demotion changed.
+    pub(super) fn decide_again(&mut self, now: Now, service: &str) {
+        let Some(mut open) = self.open.remove(service) else {
+            return;
+        };
+        if matches!(
+            open.phase,
+            Phase::Watching { .. } | Phase::CoolingDown { .. } | Phase::AwaitingApproval { .. }
+        ) {
+            open.phase = Phase::Watching { undecided: true };
+        }
+        self.put(open);
+        self.evaluate(now, service);
+    }
+
+    pub(super) fn timed_out(&mut self, now: Now, service: &str) {
+        let Some(open) = self.open.remove(service) else {
+            return;
+        };
+        let Some(seen) = self.services.get(service) else {
+            return;
+        };
+        let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
+        match open.phase {
+            Phase::Watching { .. } | Phase::Reconciling { .. } => self.put(open),
+            Phase::AwaitingApproval { .. } => {
+                self.remind(&open.record);
+                self.put(Open {
+                    phase: Phase::AwaitingApproval { remind_at },
+                    ..open
+                });
+            }
+            Phase::Handed { .. } => {
+                self.remind(&open.record);
+                self.put(Open {
+                    phase: Phase::Handed { remind_at },
+                    ..open
+                });
+            }
+            Phase::CoolingDown { approved, .. } => match diagnose(seen) {
+                Some(diagnosis) => self.decide(now, open.record, diagnosis, approved),
+                None => self.put(Open {
+                    phase: Phase::Watching { undecided: true },
+                    ..open
+                }),
+            },
+            Phase::Recording { id, .. } => {
+                let reason = format!(
+                    "intent {id} was not recorded within {} s",
+                    RECORD_TIMEOUT.as_secs()
+                );
+                self.not_recorded(now, open.record, reason);
+            }
+            Phase::Acting { id, .. } => {
+                let reason = format!(
+                    "intent {id} was not carried out within {:?}",
+                    seen.policy.action_timeout
+                );
+                self.hand_over(now, open.record, reason);
+            }
+            Phase::Verifying { id, until } => self.verify(now, open.record, id, until),
+        }
+    }
+
+    pub(super) fn intent_durable(&mut self, now: Now, id: IntentId) {
+        let Some(mut open) =
+            self.take_if(|phase| matches!(phase, Phase::Recording { id: of, .. } if *of == id))
+        else {
+            self.ignored += 1;
+            return;
+        };
+        let service = open.record.service.clone();
+        let Some(seen) = self.services.get(&service) else {
+            return;
+        };
+        let timeout = seen.policy.action_timeout;
+        if self.halted || diagnose(seen).is_none() {
+            finish(&mut open.record, now, Outcome::NotNeeded, None);
+            open.record
+                .note(now, "the action was called off before it began".to_owned());
+            open.phase = Phase::Watching { undecided: true };
+            open.record.set_state(IncidentState::Open);
+            self.outputs.push_back(Output::Updated(open.record.clone()));
+            self.put(open);
+            self.evaluate(now, &service);
+            return;
+        }
+        open.phase = Phase::Acting {
+            id,
+            deadline: now.monotonic.saturating_add(timeout),
+        };
+        let mut intent = None;
+        if let Some(action) = open.record.actions.last_mut() {
+            action.acted = Some(now.when());
+            intent = Some(action.intent.clone());
+        }
+        open.record.acted.get_or_insert(now.when());
+        self.outputs.push_back(Output::Updated(open.record.clone()));
+        self.outputs.extend(intent.map(Output::Execute));
+        self.put(open);
+    }
+
+    pub(super) fn intent_failed(&mut self, now: Now, id: IntentId, detail: &str) {
+        match self.take_if(|phase| matches!(phase, Phase::Recording { id: of, .. } if *of == id)) {
+            Some(open) => self.not_recorded(
+                now,
+                open.record,
+                format!("intent {id} could not be recorded: {detail}"),
+            ),
+            None => self.ignored += 1,
+        }
+    }
+
+    pub(super) fn executed(&mut self, now: Now, id: IntentId, outcome: Outcome) {
+        // Also an executor that reports after its time is heard: until then no other action could begin.
+        let service = self
+            .open
+            .iter()
+            .find(|(_, open)| {
+                let begun = open
+                    .record
+                    .actions
+                    .last()
+                    .is_some_and(|action| action.acted.is_some());
+                begun
+                    && open.record.in_flight().is_some_and(|intent| intent.id == id)
+                    && matches!(open.phase, Phase::Acting { .. } | Phase::Handed { .. })
+            })
+            .map(|(service, _)| service.clone());
+        let Some(mut open) = service.and_then(|service| self.open.remove(&service)) else {
+            self.ignored += 1;
+            return;
+        };
+        let service = open.record.service.clone();
+        match outcome {
+            Outcome::Done => {
+                finish(&mut open.record, now, Outcome::Done, None);
+                self.begin_verifying(now, open.record, id);
+            }
+            Outcome::NotNeeded | Outcome::Interrupted => {
+                finish(&mut open.record, now, outcome, None);
+                self.go_on(now, open.record);
+            }
+            Outcome::StateCorrupt { ref detail, running } => {
+                open.record.note(now, format!("the state check failed: {detail}"));
+                if let Some(seen) = self.services.get_mut(&service) {
+                    seen.corrupt = Some(super::observe::brief(detail));
+                    if !running {
+                        seen.exit = Some("it was not started, because its state is corrupt".to_owned());
+                    }
+                }
+                finish(&mut open.record, now, outcome, Some(Verdict::NoEffect));
+                self.go_on(now, open.record);
+            }
+            Outcome::Failed { ref detail, running } => {
+                open.record.note(
+                    now,
+                    format!("the action failed: {}", super::observe::brief(detail)),
+                );
+                if let Some(seen) = self.services.get_mut(&service).filter(|_| !running) {
+                    seen.exit = Some(super::observe::brief(detail));
+                }
+                let harm = !running
+                    && open
+                        .record
+                        .actions
+                        .last()
+                        .is_some_and(|action| action.answered_before);
+                let verdict = if harm { Verdict::Harm } else { Verdict::NoEffect };
+                finish(&mut open.record, now, outcome, Some(verdict));
+                if harm {
+                    self.harmed(now, open.record);
+                } else {
+                    self.go_on(now, open.record);
+                }
+            }
+        }
+    }
+
+    pub(super) fn reconciled(&mut self, now: Now, id: IntentId, running: bool, took_effect: bool) {
+        let Some(mut open) =
+            self.take_if(|phase| matches!(phase, Phase::Reconciling { id: of } if *of == id))
+        else {
+            self.ignored += 1;
+            return;
+        };
+        if running && took_effect {
+            open.record.note(
+                now,
+                format!("the node restarted: intent {id} had been carried out"),
+            );
+            if let Some(action) = open.record.actions.last_mut() {
+                action.acted.get_or_insert(now.when());
+            }
+            open.record.acted.get_or_insert(now.when());
+            finish(&mut open.record, now, Outcome::Done, None);
+            self.begin_verifying(now, open.record, id);
+            return;
+        }
+        let found = if running {
+            "it had not been carried out"
+        } else {
+            "the service does not run"
+        };
+        open.record
+            .note(now, format!("the node restarted at intent {id}: {found}"));
+        if let Some(seen) = self.services.get_mut(&open.record.service).filter(|_| !running) {
+            seen.known = true;
+            seen.exit = Some("it did not run when the node had restarted".to_owned());
+        }
+        finish(&mut open.record, now, Outcome::Interrupted, None);
+        self.go_on(now, open.record);
+    }
+
+    pub(super) fn approve(&mut self, now: Now, incident: IncidentId) {
+        let waits = |open: &Open| {
+            matches!(open.phase, Phase::AwaitingApproval { .. } | Phase::Handed { .. })
+                && open.record.in_flight().is_none()
+        };
+        let service = self
+            .open
+            .values()
+            .find(|open| open.record.id == incident && waits(open))
+            .map(|open| open.record.service.clone());
+        let diagnosis = service
+            .as_ref()
+            .and_then(|service| self.services.get(service))
+            .and_then(diagnose);
+        match (service.and_then(|service| self.open.remove(&service)), diagnosis) {
+            (Some(mut open), Some(diagnosis)) => {
+                open.record.note(now, "a person approved the action".to_owned());
+                self.decide(now, open.record, diagnosis, true);
+            }
+            (Some(open), None) => {
+                self.ignored += 1;
+                self.put(open);
+            }
+            (None, _) => self.ignored += 1,
+        }
+    }
+
+    pub(super) fn deny(&mut self, now: Now, incident: IncidentId) {
+        let waits =
+            |phase: &Phase| matches!(phase, Phase::AwaitingApproval { .. } | Phase::CoolingDown { .. });
+        let service = self
+            .open
+            .values()
+            .find(|open| open.record.id == incident && waits(&open.phase))
+            .map(|open| open.record.service.clone());
+        match service.and_then(|service| self.open.remove(&service)) {
+            Some(open) => self.hand_over(now, open.record, "a person declined the action".to_owned()),
+            None => self.ignored += 1,
+        }
+    }
+
+    /// An incident from before the node's restart.
+    pub(super) fn reopen(&mut self, now: Now, mut record: Incident) {
+        let Some(seen) = self
+            .services
+            .get(&record.service)
+            .filter(|_| !self.open.contains_key(&record.service))
+        else {
+            record.note(now, "its service is not configured any more".to_owned());
+            self.close(now, record, IncidentState::Recovered);
+            return;
+        };
+        let after = |span: Duration| now.monotonic.saturating_add(span);
+        let (verify_window, remind_every) = (seen.policy.verify_window, seen.policy.remind_every);
+        let in_flight = record.in_flight().cloned();
+        let last = record.actions.last().map(|action| action.intent.id);
+        let phase = match (in_flight, record.state, last) {
+            (Some(intent), ..) => {
+                let id = intent.id;
+                self.outputs.push_back(Output::Reconcile(intent));
+                record.set_state(IncidentState::Acting);
+                Phase::Reconciling { id }
+            }
+            (None, IncidentState::Verifying, Some(id)) => Phase::Verifying {
+                id,
+                until: after(verify_window),
+            },
+            (None, IncidentState::HandedToHuman, _) => Phase::Handed {
+                remind_at: after(remind_every),
+            },
+            _ => {
+                record.set_state(IncidentState::Open);
+                Phase::Watching { undecided: true }
+            }
+        };
+        self.last_intent = record
+            .actions
+            .iter()
+            .map(|action| action.intent.id.0)
+            .fold(self.last_intent, u64::max);
+        self.put(Open { record, phase });
+    }
+
+    fn open_incident_for(&mut self, now: Now, service: &str, diagnosis: Diagnosis) {
+        self.last_incident += 1;
+        let first_sign = self.services.get(service).and_then(|seen| seen.first_sign);
+        let mut record = Incident {
+            id: IncidentId(self.last_incident),
+            service: service.to_owned(),
+            class: diagnosis.class,
+            state: IncidentState::Open,
+            opened: first_sign.unwrap_or(now.when()),
+            detected: now.when(),
+            acted: None,
+            healed: None,
+            closed: None,
+            score: None,
+            threshold: None,
+            evidence: Vec::new(),
+            evidence_dropped: 0,
+            causes: Vec::new(),
+            alternatives: Vec::new(),
+            actions: Vec::new(),
+            verdict: None,
+            handed_over: None,
+        };
+        record.note(now, diagnosis.reason.clone());
+        self.update_score(&mut record);
+        self.outputs.push_back(Output::Opened(record.clone()));
+        self.decide(now, record, diagnosis, false);
+    }
+
+    /// A person has the incident, and the evidence now says something else: act when that can be mended.
+    fn reconsider(&mut self, now: Now, mut open: Open, diagnosis: Diagnosis) {
+        let mendable = self
+            .services
+            .get(&open.record.service)
+            .is_some_and(|seen| !ladder(diagnosis.class, &seen.policy).is_empty());
+        if mendable
+            && !open
+                .record
+                .actions
+                .iter()
+                .any(|action| action.verdict == Some(Verdict::Harm))
+        {
+            self.decide(now, open.record, diagnosis, false);
+        } else {
+            open.record.class = diagnosis.class;
+            open.record.note(now, diagnosis.reason);
+            self.outputs.push_back(Output::Updated(open.record.clone()));
+            self.put(open);
+        }
+    }
+
+    pub(super) fn decide(&mut self, now: Now, mut record: Incident, diagnosis: Diagnosis, approved: bool) {
+        let Some(seen) = self.services.get(&record.service) else {
+            return;
+        };
+        if record.class != diagnosis.class {
+            record.note(
+                now,
+                format!("it now looks like {}: {}", diagnosis.class, diagnosis.reason),
+            );
+            record.class = diagnosis.class;
+        }
+        let with = Circumstances {
+            seen,
+            ledger: &self.ledger,
+            node: self.node,
+            halted: self.halted,
+            demoted: self.demoted.contains(&record.service),
+            approved,
+            now: now.monotonic,
+        };
+        let (decision, alternatives) = decide(&record, &diagnosis, &with);
+        let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
+        record.alternatives = alternatives;
+        self.update_score(&mut record);
+        match decision {
+            Decision::Act(action) => self.record_intent(now, record, action, diagnosis.reason),
+            Decision::Wait { until, .. } => {
+                record.set_state(IncidentState::CoolingDown);
+                self.outputs.push_back(Output::Updated(record.clone()));
+                self.put(Open {
+                    record,
+                    phase: Phase::CoolingDown { until, approved },
+                });
+            }
+            Decision::Recommend(action) => {
+                record.set_state(IncidentState::AwaitingApproval);
+                self.outputs.push_back(Output::Updated(record.clone()));
+                let words = format!(
+                    "{action} is recommended for {}: {}",
+                    record.service, diagnosis.reason
+                );
+                self.notify(&record, NoticeKind::Recommended, words);
+                self.put(Open {
+                    record,
+                    phase: Phase::AwaitingApproval { remind_at },
+                });
+            }
+            Decision::WouldAct(action) => {
+                record.set_state(IncidentState::Open);
+                self.outputs.push_back(Output::Updated(record.clone()));
+                let words = format!(
+                    "{action} would be done to {}: {}",
+                    record.service, diagnosis.reason
+                );
+                self.notify(&record, NoticeKind::WouldHaveActed, words);
+                self.put(Open {
+                    record,
+                    phase: Phase::Watching { undecided: false },
+                });
+            }
+            Decision::Hold(_) => {
+                record.set_state(IncidentState::Open);
+                self.outputs.push_back(Output::Updated(record.clone()));
+                self.put(Open {
+                    record,
+                    phase: Phase::Watching { undecided: false },
+                });
+            }
+            Decision::HandOver(reason) => self.hand_over(now, record, reason),
+        }
+    }
+
+    fn record_intent(&mut self, now: Now, mut record: Incident, action: ActionKind, reason: String) {
+        self.last_intent += 1;
+        let id = IntentId(self.last_intent);
+        let keep = self
+            .services
+            .values()
+            .map(|seen| seen.policy.window.max(seen.policy.cooldown))
+            .fold(self.node.window, Duration::max);
+        self.ledger.charge(&record.service, action, now.monotonic, keep);
+        let intent = Intent {
+            id,
+            incident: record.id,
+            service: record.service.clone(),
+            action,
+            decided: now.when(),
+            reason,
+        };
+        let answered_before = self
+            .services
+            .get(&record.service)
+            .is_some_and(super::observe::Observed::answers);
+        record.actions.push(ActionRecord {
+            intent: intent.clone(),
+            answered_before,
+            acted: None,
+            finished: None,
+            outcome: None,
+            verdict: None,
+        });
+        record.set_state(IncidentState::Acting);
+        record.handed_over = None;
+        let deadline = now.monotonic.saturating_add(RECORD_TIMEOUT);
+        self.put(Open {
+            record,
+            phase: Phase::Recording { id, deadline },
+        });
+        self.outputs.push_back(Output::RecordIntent(intent));
+    }
+
+    fn begin_verifying(&mut self, now: Now, mut record: Incident, id: IntentId) {
+        let Some(seen) = self.services.get_mut(&record.service) else {
+            return;
+        };
+        seen.renew(now);
+        let until = now.monotonic.saturating_add(seen.policy.verify_window);
+        record.set_state(IncidentState::Verifying);
+        self.outputs.push_back(Output::Updated(record.clone()));
+        self.put(Open {
+            record,
+            phase: Phase::Verifying { id, until },
+        });
+    }
+
+    /// After an action that did not help: next rung or a person.
+    pub(super) fn go_on(&mut self, now: Now, mut record: Incident) {
+        let Some(seen) = self.services.get(&record.service) else {
+            return;
+        };
+        if let Some(diagnosis) = diagnose(seen) {
+            self.decide(now, record, diagnosis, false);
+        } else {
+            record.set_state(IncidentState::Open);
+            self.outputs.push_back(Output::Updated(record.clone()));
+            let service = record.service.clone();
+            self.put(Open {
+                record,
+                phase: Phase::Watching { undecided: true },
+            });
+            self.evaluate(now, &service);
+        }
+    }
+
+    pub(super) fn harmed(&mut self, now: Now, record: Incident) {
+        self.demoted.insert(record.service.clone());
+        let action = record
+            .last_action()
+            .map_or_else(|| "the action".to_owned(), |action| action.to_string());
+        let words = format!(
+            "{action} harmed {}: it answered before and does not now. The node only recommends for it from now on",
+            record.service
+        );
+        self.notify(&record, NoticeKind::Demoted, words);
+        self.hand_over(now, record, format!("{action} did harm"));
+    }
+
+    pub(super) fn hand_over(&mut self, now: Now, mut record: Incident, reason: String) {
+        let remind_every = self
+            .services
+            .get(&record.service)
+            .map_or(RECORD_TIMEOUT, |seen| seen.policy.remind_every);
+        record.set_state(IncidentState::HandedToHuman);
+        record.note(now, format!("handed to a person: {reason}"));
+        record.handed_over = Some(reason.clone());
+        self.outputs.push_back(Output::Updated(record.clone()));
+        self.notify(
+            &record,
+            NoticeKind::HandedToHuman,
+            format!("{} needs a person: {reason}", record.service),
+        );
+        self.put(Open {
+            record,
+            phase: Phase::Handed {
+                remind_at: now.monotonic.saturating_add(remind_every),
+            },
+        });
+    }
+
+    pub(super) fn close(&mut self, now: Now, mut record: Incident, state: IncidentState) {
+        record.set_state(state);
+        record.closed = Some(now.when());
+        if state == IncidentState::Healed {
+            record.healed = Some(now.when());
+        }
+        if let Some(seen) = self.services.get_mut(&record.service) {
+            seen.first_sign = None;
+        }
+        self.outputs.push_back(Output::Closed(record));
+    }
+
+    fn not_recorded(&mut self, now: Now, mut record: Incident, reason: String) {
+        finish(&mut record, now, Outcome::NotNeeded, None);
+        self.hand_over(now, record, format!("{reason}; nothing is done without a record"));
+    }
+
+    fn remind(&mut self, record: &Incident) {
+        let why = record
+            .handed_over
+            .clone()
+            .unwrap_or_else(|| "an action waits for approval".to_owned());
+        self.notify(
+            record,
+            NoticeKind::StillOpen,
+            format!("{} is still {}: {why}", record.service, record.class),
+        );
+    }
+
+    fn update_score(&self, record: &mut Incident) {
+        let anomaly = self
+            .services
+            .get(&record.service)
+            .and_then(|seen| seen.anomaly.as_ref());
+        let Some(anomaly) = anomaly.filter(|anomaly| anomaly.score.is_finite()) else {
+            return;
+        };
+        if record.score.is_none_or(|score| anomaly.score > score) {
+            record.score = Some(anomaly.score);
+            record.threshold = Some(anomaly.threshold);
+        }
+        if matches!(
+            record.class,
+            FaultClass::MemoryLeak | FaultClass::CpuContention | FaultClass::Unknown
+        ) {
+            record.causes.clone_from(&anomaly.causes);
+        }
+    }
+
+    pub(super) fn put(&mut self, open: Open) {
+        self.open.insert(open.record.service.clone(), open);
+    }
+
+    fn take_if(&mut self, wanted: impl Fn(&Phase) -> bool) -> Option<Open> {
+        let service = self
+            .open
+            .iter()
+            .find(|(_, open)| wanted(&open.phase))
+            .map(|(service, _)| service.clone());
+        service.and_then(|service| self.open.remove(&service))
+    }
+}
+
+fn finish(record: &mut Incident, now: Now, outcome: Outcome, verdict: Option<Verdict>) {
+    if let Some(action) = record.actions.last_mut() {
+        action.finished = Some(now.when());
+        action.outcome = Some(outcome);
+        action.verdict = verdict;
+    }
+    if verdict.is_some() {
+        record.verdict = verdict;
+    }
+}
+
+/// Time that the caller has to make an intent durable.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(30);

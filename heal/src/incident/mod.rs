@@ -1,0 +1,507 @@
+//! The incident machine: observations in, intents out. It reads no clock, touches no process and no file.
+//!
+//! ```text
+//! Open → Acting → Verifying → Healed
+//!  │  ↖ CoolingDown, AwaitingApproval        NoEffect → next rung of the ladder
+//!  └→ Recovered (the signs went away)        nothing left, budget spent, harm → HandedToHuman (still watched)
+//! ```
+//!
+//! One incident is open for a service at a time, and what happens to the service meanwhile joins it. One action at a time is under
+//! way for a service. An action is charged to its budget when it is decided, recorded durably before it begins, and after a restart
+//! of the node its outcome is found out by looking, never by doing it again.
+
+mod act;
+mod decide;
+mod detect;
+mod diagnose;
+mod observe;
+mod verify;
+mod why;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use self::observe::Observed;
+use crate::budget::{Charge, Ledger};
+use crate::policy::{HealPolicy, NodeBudget};
+use crate::types::{
+    ActionKind, Cause, Evidence, Incident, IncidentId, IncidentState, Intent, IntentId, Notice, NoticeKind,
+    Now, Outcome,
+};
+
+/// State of a process as `/proc/PID/stat` tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessState {
+    /// Running, sleeping or waiting for the disk: it may answer.
+    Alive,
+    /// Stopped (`T` or `t`).
+    Stopped,
+}
+
+/// What the machine is told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Input {
+    /// A probe from outside ended.
+    Probe {
+        /// The service.
+        service: String,
+        /// Whether it answered well and in time.
+        ok: bool,
+        /// How long it took.
+        latency: Duration,
+        /// What happened, in words, when it was not ok.
+        detail: String,
+    },
+    /// The service's process runs: started at boot, or adopted. Not for starts by [`Output::Execute`].
+    Started {
+        /// The service.
+        service: String,
+        /// Its process.
+        pid: u32,
+    },
+    /// The service's process ended.
+    Exited {
+        /// The service.
+        service: String,
+        /// How, in words, such as `killed by signal 9`.
+        status: String,
+    },
+    /// The state of the service's process was looked at.
+    Process {
+        /// The service.
+        service: String,
+        /// The state found.
+        state: ProcessState,
+    },
+    /// The detector's verdict on the latest sample is anomalous (given again for each such sample).
+    Anomaly {
+        /// The service.
+        service: String,
+        /// The score.
+        score: f32,
+        /// The threshold that it passed.
+        threshold: f32,
+        /// Leading causes.
+        causes: Vec<Cause>,
+    },
+    /// The detector's alarm ended.
+    AnomalyCleared {
+        /// The service.
+        service: String,
+    },
+    /// The service's durable state did not pass its check.
+    StateCorrupt {
+        /// The service.
+        service: String,
+        /// What the check said.
+        detail: String,
+    },
+    /// The service's durable state passed its check (after an earlier [`Input::StateCorrupt`]).
+    StateGood {
+        /// The service.
+        service: String,
+    },
+    /// The service's file system has no room.
+    DiskFull {
+        /// The service.
+        service: String,
+        /// Bytes left.
+        free_bytes: u64,
+    },
+    /// The service's file system has room again.
+    DiskRelieved {
+        /// The service.
+        service: String,
+    },
+    /// The intent is on disk.
+    IntentDurable {
+        /// The intent.
+        id: IntentId,
+    },
+    /// The intent could not be written: it will not be carried out.
+    IntentFailed {
+        /// The intent.
+        id: IntentId,
+        /// Why.
+        detail: String,
+    },
+    /// The hands have finished.
+    Executed {
+        /// The intent.
+        id: IntentId,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// Answer to [`Output::Reconcile`].
+    Reconciled {
+        /// The intent.
+        id: IntentId,
+        /// Whether the service's process runs now.
+        running: bool,
+        /// Whether the running process was started for this intent.
+        took_effect: bool,
+    },
+    /// A person approves the recommended action.
+    Approve {
+        /// The incident.
+        incident: IncidentId,
+    },
+    /// A person declines the recommended action: the incident is theirs.
+    Deny {
+        /// The incident.
+        incident: IncidentId,
+    },
+    /// A person lifts the demotion of a service that an action had harmed.
+    Promote {
+        /// The service.
+        service: String,
+    },
+    /// The stop switch: while on, nothing new is begun.
+    Halt(bool),
+}
+
+/// What the machine wants done, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// An incident was opened: store it.
+    Opened(Incident),
+    /// Store [`IncidentMachine::export`] and the intent durably, then answer [`Input::IntentDurable`] (or [`Input::IntentFailed`]).
+    RecordIntent(Intent),
+    /// Carry the intent out, then answer [`Input::Executed`].
+    Execute(Intent),
+    /// After a restart: find out whether the service runs, then answer [`Input::Reconciled`].
+    Reconcile(Intent),
+    /// An incident changed: store it.
+    Updated(Incident),
+    /// An incident ended: store it.
+    Closed(Incident),
+    /// Tell a person.
+    Notify(Notice),
+}
+
+/// Which services there are and what is allowed.
+#[derive(Debug, Clone)]
+pub struct HealConfig {
+    /// Policy by service name.
+    pub services: BTreeMap<String, HealPolicy>,
+    /// The budget over all services.
+    pub node: NodeBudget,
+    /// Identifies the monotonic clock of [`Now`]: the boot id for time since boot, else something new for each process.
+    pub clock_id: String,
+}
+
+/// What survives a restart of the node. Store it whenever the machine asks to record an intent, and after other outputs.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct MachineState {
+    /// Clock of the recorded charges, see [`HealConfig::clock_id`].
+    pub clock_id: String,
+    /// The last incident's number.
+    pub last_incident: u64,
+    /// The last intent's number.
+    pub last_intent: u64,
+    /// Actions that may still count against a budget.
+    pub charges: Vec<Charge>,
+    /// Services that an action harmed.
+    pub demoted: BTreeSet<String>,
+    /// Services that were probed.
+    pub probed: BTreeSet<String>,
+    /// Whether the stop switch was on.
+    pub halted: bool,
+    /// Incidents that are not closed, oldest first.
+    pub open: Vec<Incident>,
+}
+
+/// The loop's brain for one host. Memory is bounded by the number of services and the budgets.
+#[derive(Debug)]
+pub struct IncidentMachine {
+    clock_id: String,
+    node: NodeBudget,
+    services: BTreeMap<String, Observed>,
+    open: BTreeMap<String, Open>,
+    ledger: Ledger,
+    demoted: BTreeSet<String>,
+    halted: bool,
+    last_incident: u64,
+    last_intent: u64,
+    latest: Duration,
+    outputs: VecDeque<Output>,
+    ignored: u64,
+}
+
+/// An incident that is not closed.
+#[derive(Debug)]
+struct Open {
+    record: Incident,
+    phase: Phase,
+}
+
+/// What an open incident waits for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Phase {
+    /// More observations; `undecided` asks for a decision at the next diagnosis.
+    Watching { undecided: bool },
+    /// A person's word.
+    AwaitingApproval { remind_at: Duration },
+    /// The end of a cool-down.
+    CoolingDown { until: Duration, approved: bool },
+    /// The intent to be durable.
+    Recording { id: IntentId, deadline: Duration },
+    /// The hands.
+    Acting { id: IntentId, deadline: Duration },
+    /// The effect.
+    Verifying { id: IntentId, until: Duration },
+    /// Word of what became of an intent before the node's restart.
+    Reconciling { id: IntentId },
+    /// A person. The class is the one that was handed over.
+    Handed { remind_at: Duration },
+}
+
+impl IncidentMachine {
+    /// A machine that knows of no incident.
+    pub fn new(config: HealConfig) -> Self {
+        Self {
+            clock_id: config.clock_id,
+            node: config.node,
+            services: config
+                .services
+                .into_iter()
+                .map(|(name, policy)| (name, Observed::new(policy)))
+                .collect(),
+            open: BTreeMap::new(),
+            ledger: Ledger::default(),
+            demoted: BTreeSet::new(),
+            halted: false,
+            last_incident: 0,
+            last_intent: 0,
+            latest: Duration::ZERO,
+            outputs: VecDeque::new(),
+            ignored: 0,
+        }
+    }
+
+    /// A machine that goes on after a restart of the node. Poll for outputs at once: intents without outcome are reconciled first.
+    ///
+    /// Incidents of services that are configured no more are closed as recovered, and those whose action had not ended are
+    /// reconciled. A stored second incident for one service is closed likewise.
+    pub fn restore(config: HealConfig, state: MachineState, now: Now) -> Self {
+        let mut machine = Self::new(config);
+        machine.latest = now.monotonic;
+        machine.ledger = Ledger::restore(state.charges, state.clock_id == machine.clock_id, now.monotonic);
+        machine.demoted = state.demoted;
+        machine.halted = state.halted;
+        machine.last_incident = state
+            .open
+            .iter()
+            .map(|open| open.id.0)
+            .fold(state.last_incident, u64::max);
+        machine.last_intent = state.last_intent;
+        for service in state.probed {
+            if let Some(seen) = machine.services.get_mut(&service) {
+                seen.probed = true;
+            }
+        }
+        for record in state.open {
+            machine.reopen(now, record);
+        }
+        machine
+    }
+
+    /// Takes one input. Poll outputs and the timeout afterwards. Time that runs backwards counts as standing still.
+    ///
+    /// Inputs that name an unknown service, incident or intent, or come too late, change nothing and are counted.
+    pub fn handle(&mut self, now: Now, input: Input) {
+        let now = self.advance(now);
+        match &input {
+            Input::Probe { service, .. }
+            | Input::Started { service, .. }
+            | Input::Exited { service, .. }
+            | Input::Process { service, .. }
+            | Input::Anomaly { service, .. }
+            | Input::AnomalyCleared { service }
+            | Input::StateCorrupt { service, .. }
+            | Input::StateGood { service }
+            | Input::DiskFull { service, .. }
+            | Input::DiskRelieved { service } => {
+                let service = service.clone();
+                self.observe(now, &service, &input);
+            }
+            Input::IntentDurable { id } => self.intent_durable(now, *id),
+            Input::IntentFailed { id, detail } => self.intent_failed(now, *id, detail),
+            Input::Executed { id, outcome } => self.executed(now, *id, outcome.clone()),
+            Input::Reconciled {
+                id,
+                running,
+                took_effect,
+            } => self.reconciled(now, *id, *running, *took_effect),
+            Input::Approve { incident } => self.approve(now, *incident),
+            Input::Deny { incident } => self.deny(now, *incident),
+            Input::Promote { service } => {
+                if self.demoted.remove(service) {
+                    self.decide_again(now, &service.clone());
+                } else {
+                    self.ignored += 1;
+                }
+            }
+            Input::Halt(on) if *on == self.halted => {}
+            Input::Halt(on) => {
+                self.halted = *on;
+                let services: Vec<String> = self.open.keys().cloned().collect();
+                for service in services {
+                    self.decide_again(now, &service);
+                }
+            }
+        }
+    }
+
+    /// Lets time pass. Call when the moment of [`Self::poll_timeout`] has come; poll outputs and the timeout afterwards.
+    pub fn handle_timeout(&mut self, now: Now) {
+        let now = self.advance(now);
+        let due: Vec<String> = self
+            .open
+            .iter()
+            .filter(|(_, open)| {
+                open.phase
+                    .deadline()
+                    .is_some_and(|deadline| deadline <= now.monotonic)
+            })
+            .map(|(service, _)| service.clone())
+            .collect();
+        for service in due {
+            self.timed_out(now, &service);
+        }
+    }
+
+    /// The next output, until `None`.
+    #[must_use]
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// The monotonic time at which [`Self::handle_timeout`] is due.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        self.open.values().filter_map(|open| open.phase.deadline()).min()
+    }
+
+    /// What has to survive a restart of the node.
+    pub fn export(&self) -> MachineState {
+        let mut open: Vec<Incident> = self.open.values().map(|open| open.record.clone()).collect();
+        open.sort_by_key(|record| record.id);
+        MachineState {
+            clock_id: self.clock_id.clone(),
+            last_incident: self.last_incident,
+            last_intent: self.last_intent,
+            charges: self.ledger.charges().to_vec(),
+            demoted: self.demoted.clone(),
+            probed: self
+                .services
+                .iter()
+                .filter(|(_, seen)| seen.probed)
+                .map(|(name, _)| name.clone())
+                .collect(),
+            halted: self.halted,
+            open,
+        }
+    }
+
+    /// Incidents that are not closed, by service.
+    pub fn open_incidents(&self) -> impl Iterator<Item = &Incident> {
+        self.open.values().map(|open| &open.record)
+    }
+
+    /// The open incident of a service.
+    pub fn open_incident(&self, service: &str) -> Option<&Incident> {
+        self.open.get(service).map(|open| &open.record)
+    }
+
+    /// Whether the stop switch is on.
+    pub fn is_halted(&self) -> bool {
+        self.halted
+    }
+
+    /// Inputs that named nothing known or came too late.
+    pub fn ignored_inputs(&self) -> u64 {
+        self.ignored
+    }
+
+    fn advance(&mut self, now: Now) -> Now {
+        self.latest = self.latest.max(now.monotonic);
+        Now {
+            monotonic: self.latest,
+            ..now
+        }
+    }
+
+    fn observe(&mut self, now: Now, service: &str, input: &Input) {
+        let Some(seen) = self.services.get_mut(service) else {
+            self.ignored += 1;
+            return;
+        };
+        let words = seen.take(now, input);
+        seen.detect();
+        if let (Some(open), Some(words)) = (self.open.get_mut(service), words) {
+            open.record.note(now, words);
+        }
+        self.evaluate(now, service);
+    }
+
+    fn notify(&mut self, record: &Incident, kind: NoticeKind, words: String) {
+        let notice = Notice {
+            incident: record.id,
+            service: record.service.clone(),
+            kind,
+            words,
+        };
+        self.outputs.push_back(Output::Notify(notice));
+    }
+}
+
+impl Phase {
+    fn deadline(&self) -> Option<Duration> {
+        match self {
+            Self::Watching { .. } | Self::Reconciling { .. } => None,
+            Self::AwaitingApproval { remind_at } | Self::Handed { remind_at } => Some(*remind_at),
+            Self::CoolingDown { until, .. } | Self::Verifying { until, .. } => Some(*until),
+            Self::Recording { deadline, .. } | Self::Acting { deadline, .. } => Some(*deadline),
+        }
+    }
+}
+
+impl Incident {
+    /// The intent whose outcome is not known yet.
+    pub fn in_flight(&self) -> Option<&Intent> {
+        self.actions
+            .last()
+            .filter(|action| action.outcome.is_none())
+            .map(|action| &action.intent)
+    }
+
+    /// The last action that was begun.
+    pub fn last_action(&self) -> Option<ActionKind> {
+        self.actions
+            .iter()
+            .rev()
+            .find(|action| action.acted.is_some())
+            .map(|action| action.intent.action)
+    }
+
+    fn note(&mut self, now: Now, words: String) {
+        if self.evidence.len() < Self::EVIDENCE_MAX {
+            self.evidence.push(Evidence {
+                at: now.when(),
+                words,
+            });
+        } else {
+            self.evidence_dropped += 1;
+        }
+    }
+
+    fn set_state(&mut self, state: IncidentState) {
+        self.state = state;
+    }
+}
+
+#[cfg(test)]
+mod tests;

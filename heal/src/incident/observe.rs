@@ -1,0 +1,249 @@
+//! What is known of one service: the latest observations, in words and as latched symptoms.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::{Input, ProcessState};
+use crate::policy::HealPolicy;
+use crate::types::{Cause, Incident, Now, When};
+
+/// Observations of one service. Everything in it is bounded.
+#[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one latch with its own rule"
+)]
+pub(super) struct Observed {
+    pub(super) policy: HealPolicy,
+    /// How the process ended, until it runs again.
+    pub(super) exit: Option<String>,
+    /// The latest probes, oldest first; at most `probe_window`.
+    pub(super) probes: VecDeque<bool>,
+    /// Whether a probe was ever seen.
+    pub(super) probed: bool,
+    /// Whether anything was seen that tells if the service runs.
+    pub(super) known: bool,
+    /// The anomaly alarm cleared since the process was started.
+    pub(super) anomaly_cleared: bool,
+    /// Good probes in a row.
+    pub(super) ok_run: u32,
+    /// Bad probes in a row.
+    pub(super) bad_run: u32,
+    /// Latched by [`super::detect`].
+    pub(super) unresponsive: bool,
+    pub(super) stopped_run: u32,
+    pub(super) stopped: bool,
+    pub(super) anomaly_run: u32,
+    /// The latest anomaly, until the alarm clears.
+    pub(super) anomaly: Option<Anomaly>,
+    pub(super) anomalous: bool,
+    pub(super) corrupt: Option<String>,
+    pub(super) disk_full: Option<u64>,
+    /// Anomalies before this moment open nothing.
+    pub(super) settle_until: Duration,
+    /// The first sign that is not yet cleared.
+    pub(super) first_sign: Option<When>,
+}
+
+/// The latest anomalous verdict.
+#[derive(Debug, Clone)]
+pub(super) struct Anomaly {
+    pub(super) score: f32,
+    pub(super) threshold: f32,
+    /// Greatest first; at most [`Incident::CAUSES_MAX`].
+    pub(super) causes: Vec<Cause>,
+}
+
+impl Observed {
+    pub(super) fn new(policy: HealPolicy) -> Self {
+        Self {
+            policy,
+            exit: None,
+            probes: VecDeque::new(),
+            probed: false,
+            known: false,
+            anomaly_cleared: false,
+            ok_run: 0,
+            bad_run: 0,
+            unresponsive: false,
+            stopped_run: 0,
+            stopped: false,
+            anomaly_run: 0,
+            anomaly: None,
+            anomalous: false,
+            corrupt: None,
+            disk_full: None,
+            settle_until: Duration::ZERO,
+            first_sign: None,
+        }
+    }
+
+    /// Takes one observation. Its words, when it is worth keeping in an incident.
+    pub(super) fn take(&mut self, now: Now, input: &Input) -> Option<String> {
+        let words = match input {
+            Input::Probe {
+                ok, latency, detail, ..
+            } => self.probe(*ok, *latency, detail),
+            Input::Started { pid, .. } => {
+                self.renew(now);
+                return Some(format!("process {pid} runs"));
+            }
+            Input::Exited { status, .. } => {
+                self.known = true;
+                self.exit = Some(brief(status));
+                self.stopped_run = 0;
+                self.stopped = false;
+                Some(format!("the process ended: {}", brief(status)))
+            }
+            Input::Process { state, .. } => self.process(*state),
+            Input::Anomaly {
+                score,
+                threshold,
+                causes,
+                ..
+            } => self.anomaly(now, *score, *threshold, causes),
+            Input::AnomalyCleared { .. } => {
+                let was = self.anomalous;
+                self.anomaly_cleared = true;
+                self.anomaly_run = 0;
+                self.anomaly = None;
+                self.anomalous = false;
+                return was.then(|| "the anomaly alarm cleared".to_owned());
+            }
+            Input::StateCorrupt { detail, .. } => {
+                self.corrupt = Some(brief(detail));
+                Some(format!("the state check failed: {}", brief(detail)))
+            }
+            Input::StateGood { .. } => {
+                return self
+                    .corrupt
+                    .take()
+                    .map(|_| "the state passes its check again".to_owned());
+            }
+            Input::DiskFull { free_bytes, .. } => {
+                let new = self.disk_full.replace(*free_bytes).is_none();
+                new.then(|| format!("the file system is full: {free_bytes} bytes are left"))
+            }
+            Input::DiskRelieved { .. } => {
+                return self
+                    .disk_full
+                    .take()
+                    .map(|_| "the file system has room again".to_owned());
+            }
+            _ => return None,
+        };
+        if words.is_some() && self.first_sign.is_none() {
+            self.first_sign = Some(now.when());
+        }
+        words
+    }
+
+    /// A process was started: what was seen of the former one says nothing about it.
+    pub(super) fn renew(&mut self, now: Now) {
+        self.known = true;
+        self.anomaly_cleared = false;
+        self.exit = None;
+        self.corrupt = None;
+        self.probes.clear();
+        self.ok_run = 0;
+        self.bad_run = 0;
+        self.unresponsive = false;
+        self.stopped_run = 0;
+        self.stopped = false;
+        self.anomaly_run = 0;
+        self.anomaly = None;
+        self.anomalous = false;
+        self.first_sign = None;
+        self.settle_until = now.monotonic.saturating_add(self.policy.settle);
+    }
+
+    /// Whether the service answers probes at present.
+    pub(super) fn answers(&self) -> bool {
+        self.exit.is_none() && self.ok_run >= 1 && !self.unresponsive
+    }
+
+    fn probe(&mut self, ok: bool, latency: Duration, detail: &str) -> Option<String> {
+        self.probed = true;
+        self.known = true;
+        self.probes.push_back(ok);
+        while self.probes.len() > self.policy.probe_window as usize {
+            self.probes.pop_front();
+        }
+        if ok {
+            self.ok_run = self.ok_run.saturating_add(1);
+            self.bad_run = 0;
+            if self.ok_run >= self.policy.verify_probes {
+                // Whoever started it: a service that answers is not down.
+                self.exit = None;
+                if !self.anomalous
+                    && self.anomaly_run == 0
+                    && self.disk_full.is_none()
+                    && self.corrupt.is_none()
+                {
+                    self.first_sign = None;
+                }
+            }
+            return None;
+        }
+        self.ok_run = 0;
+        self.bad_run = self.bad_run.saturating_add(1);
+        let words = format!("probe failed after {} ms: {}", latency.as_millis(), brief(detail));
+        (self.bad_run <= self.policy.probe_window).then_some(words)
+    }
+
+    fn process(&mut self, state: ProcessState) -> Option<String> {
+        match state {
+            ProcessState::Alive => {
+                self.stopped_run = 0;
+                self.stopped = false;
+                None
+            }
+            ProcessState::Stopped => {
+                self.stopped_run = self.stopped_run.saturating_add(1);
+                (self.stopped_run == 1).then(|| "the process is stopped (state T)".to_owned())
+            }
+        }
+    }
+
+    fn anomaly(&mut self, now: Now, score: f32, threshold: f32, causes: &[Cause]) -> Option<String> {
+        if now.monotonic < self.settle_until {
+            return None;
+        }
+        self.anomaly_run = self.anomaly_run.saturating_add(1);
+        let mut causes: Vec<Cause> = causes
+            .iter()
+            .filter(|cause| cause.contribution.is_finite())
+            .cloned()
+            .collect();
+        causes.sort_by(|a, b| {
+            b.contribution
+                .total_cmp(&a.contribution)
+                .then_with(|| a.channel.cmp(&b.channel))
+        });
+        causes.truncate(Incident::CAUSES_MAX);
+        let top = causes
+            .first()
+            .map_or("no single channel", |cause| cause.channel.as_str())
+            .to_owned();
+        self.anomaly = Some(Anomaly {
+            score,
+            threshold,
+            causes,
+        });
+        (self.anomaly_run == 1).then(|| {
+            format!(
+                "anomaly score {score:.2} above {threshold:.2}, led by {}",
+                brief(&top)
+            )
+        })
+    }
+}
+
+/// At most 200 characters of words from outside, on one line.
+pub(super) fn brief(words: &str) -> String {
+    words
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(200)
+        .collect()
+}

@@ -1,0 +1,801 @@
+//! The machine told as stories: one service, seconds passing, what it asks for.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+use crate::policy::Autonomy;
+use crate::types::{FaultClass, Verdict};
+
+/// A machine with the services `a` and `b`, and a clock in milliseconds.
+struct Story {
+    machine: IncidentMachine,
+    policy: HealPolicy,
+    node: NodeBudget,
+    ms: u64,
+    seen: Vec<Output>,
+}
+
+impl Story {
+    fn new(change: impl FnOnce(&mut HealPolicy)) -> Self {
+        let mut policy = HealPolicy {
+            autonomy: Autonomy::Act,
+            settle: Duration::ZERO,
+            ..HealPolicy::default()
+        };
+        change(&mut policy);
+        let node = NodeBudget::default();
+        let machine = IncidentMachine::new(config(&policy, node, "boot-1"));
+        Self {
+            machine,
+            policy,
+            node,
+            ms: 1_000,
+            seen: Vec::new(),
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now {
+            monotonic: Duration::from_millis(self.ms),
+            unix_ms: 1_700_000_000_000 + self.ms,
+        }
+    }
+
+    fn tell(&mut self, input: Input) -> Vec<Output> {
+        self.machine.handle(self.now(), input);
+        self.drain()
+    }
+
+    /// Lets time pass, with timeouts where they are due.
+    fn pass(&mut self, ms: u64) -> Vec<Output> {
+        let end = self.ms + ms;
+        let mut outputs = Vec::new();
+        while let Some(due) = self
+            .machine
+            .poll_timeout()
+            .filter(|due| *due <= Duration::from_millis(end))
+        {
+            self.ms = self.ms.max(u64::try_from(due.as_millis()).unwrap());
+            self.machine.handle_timeout(self.now());
+            outputs.extend(self.drain());
+        }
+        self.ms = end;
+        outputs
+    }
+
+    fn drain(&mut self) -> Vec<Output> {
+        let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
+        self.seen.extend(outputs.clone());
+        outputs
+    }
+
+    fn probe(&mut self, ok: bool) -> Vec<Output> {
+        self.ms += 100;
+        let detail = if ok { String::new() } else { "timed out".to_owned() };
+        self.tell(Input::Probe {
+            service: "a".into(),
+            ok,
+            latency: Duration::from_millis(3),
+            detail,
+        })
+    }
+
+    fn probes(&mut self, ok: bool, count: usize) -> Vec<Output> {
+        (0..count).flat_map(|_| self.probe(ok)).collect()
+    }
+
+    fn crash(&mut self) -> Vec<Output> {
+        self.tell(Input::Exited {
+            service: "a".into(),
+            status: "it was killed by signal 9".into(),
+        })
+    }
+
+    fn anomaly(&mut self, channel: &str) -> Vec<Output> {
+        let causes = vec![Cause {
+            channel: channel.to_owned(),
+            contribution: 5.0,
+            rising: Some(true),
+        }];
+        self.tell(Input::Anomaly {
+            service: "a".into(),
+            score: 9.0,
+            threshold: 3.0,
+            causes,
+        })
+    }
+
+    /// The intent that waits to be recorded, made durable: the machine must ask to carry it out.
+    fn carry_out(&mut self, outcome: Outcome) -> Intent {
+        let intent = self.recorded().expect("an intent was expected");
+        let outputs = self.tell(Input::IntentDurable { id: intent.id });
+        assert!(outputs.contains(&Output::Execute(intent.clone())), "{outputs:?}");
+        self.tell(Input::Executed {
+            id: intent.id,
+            outcome,
+        });
+        intent
+    }
+
+    /// The last intent that was asked to be recorded, if it still waits for that.
+    fn recorded(&self) -> Option<Intent> {
+        let intent = self.seen.iter().rev().find_map(|output| match output {
+            Output::RecordIntent(intent) => Some(intent.clone()),
+            _ => None,
+        })?;
+        self.incident()
+            .and_then(Incident::in_flight)
+            .is_some_and(|waiting| *waiting == intent)
+            .then_some(intent)
+    }
+
+    fn incident(&self) -> Option<&Incident> {
+        self.machine.open_incident("a")
+    }
+
+    fn state(&self) -> Option<IncidentState> {
+        self.incident().map(|incident| incident.state)
+    }
+
+    fn closed(&self) -> Incident {
+        let closed = self.seen.iter().rev().find_map(|output| match output {
+            Output::Closed(incident) => Some(incident.clone()),
+            _ => None,
+        });
+        closed.expect("an incident was closed")
+    }
+
+    /// The node ends and begins anew with what it had stored.
+    fn restart(&mut self, clock_id: &str) {
+        let stored = serde_json::to_string(&self.machine.export()).unwrap();
+        let state = serde_json::from_str(&stored).unwrap();
+        self.machine = IncidentMachine::restore(config(&self.policy, self.node, clock_id), state, self.now());
+        self.drain();
+    }
+}
+
+fn config(policy: &HealPolicy, node: NodeBudget, clock_id: &str) -> HealConfig {
+    let services = BTreeMap::from([("a".to_owned(), policy.clone()), ("b".to_owned(), policy.clone())]);
+    HealConfig {
+        services,
+        node,
+        clock_id: clock_id.to_owned(),
+    }
+}
+
+fn failed(running: bool) -> Outcome {
+    Outcome::Failed {
+        detail: "cannot run it".to_owned(),
+        running,
+    }
+}
+
+fn corrupt(running: bool) -> Outcome {
+    Outcome::StateCorrupt {
+        detail: "page 7 differs".to_owned(),
+        running,
+    }
+}
+
+#[test]
+fn a_crash_is_started_again_and_healed_by_good_probes() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 5);
+    story.crash();
+    let intent = story.carry_out(Outcome::Done);
+    assert_eq!(intent.action, ActionKind::Start);
+    story.probes(false, 2);
+    story.probes(true, 2);
+    assert_eq!(story.state(), Some(IncidentState::Verifying));
+    story.probe(true);
+    let incident = story.closed();
+    assert_eq!(
+        (incident.class, incident.state, incident.verdict),
+        (FaultClass::Crash, IncidentState::Healed, Some(Verdict::Healed))
+    );
+    assert_eq!(
+        incident.healed.unwrap().since(incident.detected),
+        Duration::from_millis(500)
+    );
+    assert!(story.incident().is_none());
+}
+
+#[test]
+fn nothing_is_carried_out_before_its_intent_is_durable() {
+    let mut story = Story::new(|_| {});
+    let outputs = story.crash();
+    assert!(matches!(outputs.last(), Some(Output::RecordIntent(_))));
+    story.probes(false, 10);
+    assert!(
+        !story
+            .seen
+            .iter()
+            .any(|output| matches!(output, Output::Execute(_)))
+    );
+}
+
+#[test]
+fn an_intent_that_cannot_be_recorded_is_never_carried_out() {
+    for late in [false, true] {
+        let mut story = Story::new(|_| {});
+        story.crash();
+        let id = story.recorded().unwrap().id;
+        if late {
+            story.pass(31_000);
+        } else {
+            story.tell(Input::IntentFailed {
+                id,
+                detail: "the disk is full".into(),
+            });
+        }
+        assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+        story.tell(Input::IntentDurable { id });
+        assert!(
+            !story
+                .seen
+                .iter()
+                .any(|output| matches!(output, Output::Execute(_)))
+        );
+    }
+}
+
+#[test]
+fn an_action_is_called_off_when_the_symptom_went_away_before_it_began() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.probes(false, 2);
+    let id = story.recorded().unwrap().id;
+    story.probes(true, 3);
+    let outputs = story.tell(Input::IntentDurable { id });
+    assert!(!outputs.iter().any(|output| matches!(output, Output::Execute(_))));
+    assert_eq!(story.closed().state, IncidentState::Recovered);
+}
+
+#[test]
+fn a_stopped_process_and_failing_probes_are_a_hang_and_restarted() {
+    for stopped in [false, true] {
+        let mut story = Story::new(|_| {});
+        story.probes(true, 3);
+        if stopped {
+            for _ in 0..2 {
+                story.tell(Input::Process {
+                    service: "a".into(),
+                    state: ProcessState::Stopped,
+                });
+            }
+        } else {
+            story.probes(false, 2);
+        }
+        assert_eq!(story.incident().unwrap().class, FaultClass::Hang);
+        assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+        story.probes(true, 3);
+        assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+    }
+}
+
+#[test]
+fn a_leak_is_restarted_and_verified_by_a_quiet_detector() {
+    let mut story = Story::new(|policy| policy.settle = Duration::from_secs(5));
+    story.ms = 60_000;
+    story.probes(true, 3);
+    for _ in 0..3 {
+        story.anomaly("service_memory");
+    }
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.class, incident.score),
+        (FaultClass::MemoryLeak, Some(9.0))
+    );
+    assert_eq!(incident.causes[0].channel, "service_memory");
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    story.probes(true, 10);
+    // A young process looks unusual: that neither counts nor heals.
+    story.anomaly("service_memory");
+    assert_eq!(story.state(), Some(IncidentState::Verifying));
+    story.pass(5_000);
+    story.probe(true);
+    assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+}
+
+#[test]
+fn a_leak_that_comes_back_at_once_is_handed_over_and_not_restarted_again() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    for _ in 0..3 {
+        story.anomaly("service_memory");
+    }
+    story.carry_out(Outcome::Done);
+    story.anomaly("service_memory");
+    story.probes(true, 3);
+    for _ in 0..400 {
+        story.ms += 100;
+        story.anomaly("service_memory");
+        story.probe(true);
+        story.pass(0);
+    }
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.state, IncidentState::HandedToHuman);
+    assert_eq!(
+        (incident.actions.len(), incident.verdict),
+        (1, Some(Verdict::NoEffect))
+    );
+}
+
+#[test]
+fn trouble_of_the_host_and_unknown_anomalies_touch_nothing() {
+    for channel in ["host_cpu_used", "service_probe_latency"] {
+        let mut story = Story::new(|_| {});
+        for _ in 0..10 {
+            story.anomaly(channel);
+        }
+        let incident = story.incident().unwrap();
+        assert_eq!(
+            (incident.class, incident.state),
+            (FaultClass::Unknown, IncidentState::HandedToHuman)
+        );
+        assert!(incident.actions.is_empty());
+        story.probes(true, 3);
+        story.tell(Input::AnomalyCleared { service: "a".into() });
+        assert_eq!(story.closed().state, IncidentState::Recovered);
+    }
+}
+
+#[test]
+fn a_full_disk_inhibits_the_restart_of_a_crashed_service() {
+    let mut story = Story::new(|_| {});
+    story.tell(Input::DiskFull {
+        service: "a".into(),
+        free_bytes: 4096,
+    });
+    story.crash();
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.class, incident.state),
+        (FaultClass::DiskFull, IncidentState::HandedToHuman)
+    );
+    assert!(incident.actions.is_empty());
+    // Once there is room the crash is what remains, and that can be mended.
+    story.tell(Input::DiskRelieved { service: "a".into() });
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
+fn corrupt_state_found_at_a_start_is_restored_as_the_next_rung() {
+    let mut story = Story::new(|_| {});
+    story.crash();
+    assert_eq!(story.carry_out(corrupt(false)).action, ActionKind::Start);
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::RestoreAndStart);
+    story.probes(true, 3);
+    let incident = story.closed();
+    assert_eq!(
+        (incident.class, incident.actions.len()),
+        (FaultClass::Corruption, 2)
+    );
+    assert_eq!(incident.verdict, Some(Verdict::Healed));
+}
+
+#[test]
+fn corrupt_state_of_a_service_that_answers_is_not_replaced() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.tell(Input::StateCorrupt {
+        service: "a".into(),
+        detail: "page 7 differs".into(),
+    });
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    assert!(story.incident().unwrap().actions.is_empty());
+    story.tell(Input::StateGood { service: "a".into() });
+    story.probe(true);
+    assert_eq!(story.closed().state, IncidentState::Recovered);
+}
+
+#[test]
+fn a_restore_may_need_approval_where_a_start_does_not() {
+    let mut story = Story::new(|policy| policy.restore_autonomy = Autonomy::Recommend);
+    story.crash();
+    story.carry_out(corrupt(false));
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    let id = story.incident().unwrap().id;
+    story.tell(Input::Approve { incident: id });
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::RestoreAndStart);
+}
+
+#[test]
+fn starts_are_spaced_and_bounded_and_then_a_person_hears_of_it_again_and_again() {
+    let mut story = Story::new(|policy| policy.cooldown = Duration::from_secs(10));
+    story.crash();
+    story.carry_out(failed(false));
+    assert_eq!(story.state(), Some(IncidentState::CoolingDown));
+    assert!(story.pass(9_999).is_empty());
+    story.pass(1);
+    story.carry_out(failed(false));
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    let notices = story.pass(3 * 900_000);
+    assert_eq!(notices.len(), 3, "{notices:?}");
+    assert!(matches!(&notices[0], Output::Notify(notice) if notice.kind == NoticeKind::StillOpen));
+    // Still watched: when somebody mended it, it closes.
+    story.probes(true, 3);
+    assert_eq!(story.closed().state, IncidentState::Recovered);
+}
+
+#[test]
+fn a_crash_during_verification_has_no_effect_and_goes_on_at_once() {
+    let mut story = Story::new(|policy| policy.cooldown = Duration::ZERO);
+    story.crash();
+    story.carry_out(Outcome::Done);
+    story.crash();
+    assert_eq!(
+        story.incident().unwrap().actions[0].verdict,
+        Some(Verdict::NoEffect)
+    );
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
+fn an_action_that_stops_an_answering_service_for_good_is_harm_and_demotes() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 5);
+    for _ in 0..3 {
+        story.anomaly("service_cpu");
+    }
+    story.carry_out(Outcome::Done);
+    story.probes(false, 5);
+    story.pass(31_000);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.state, incident.verdict),
+        (IncidentState::HandedToHuman, Some(Verdict::Harm))
+    );
+    assert_eq!(incident.actions.len(), 1);
+    // A later incident is only recommended, also after a restart of the node, until a person lifts it.
+    story.probes(true, 3);
+    story.restart("boot-1");
+    story.pass(60_000);
+    story.crash();
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    story.tell(Input::Promote { service: "a".into() });
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
+fn an_action_on_a_hung_service_that_does_not_help_is_no_harm() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 5);
+    story.probes(false, 2);
+    story.carry_out(Outcome::Done);
+    story.probes(false, 3);
+    story.pass(31_000);
+    assert_eq!(story.incident().unwrap().verdict, Some(Verdict::NoEffect));
+}
+
+#[test]
+fn without_a_probe_the_verdict_is_unknown() {
+    let mut story = Story::new(|_| {});
+    story.crash();
+    story.carry_out(Outcome::Done);
+    story.pass(30_000);
+    let incident = story.closed();
+    assert_eq!(
+        (incident.state, incident.verdict),
+        (IncidentState::Recovered, Some(Verdict::Unknown))
+    );
+}
+
+#[test]
+fn autonomy_observe_and_recommend_have_no_effect() {
+    for (autonomy, kind) in [
+        (Autonomy::Observe, NoticeKind::WouldHaveActed),
+        (Autonomy::Recommend, NoticeKind::Recommended),
+    ] {
+        let mut story = Story::new(|policy| policy.autonomy = autonomy);
+        story.crash();
+        story.probes(false, 10);
+        story.pass(3_600_000);
+        let acts = |output: &Output| matches!(output, Output::RecordIntent(_) | Output::Execute(_));
+        assert!(!story.seen.iter().any(acts));
+        assert!(
+            story
+                .seen
+                .iter()
+                .any(|output| matches!(output, Output::Notify(notice) if notice.kind == kind))
+        );
+        story.probes(true, 3);
+        assert_eq!(story.closed().state, IncidentState::Recovered);
+    }
+}
+
+#[test]
+fn a_recommended_action_is_done_once_approved_and_not_when_denied() {
+    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
+    story.crash();
+    let id = story.incident().unwrap().id;
+    story.tell(Input::Deny { incident: id });
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    story.tell(Input::Approve {
+        incident: IncidentId(99),
+    });
+    assert_eq!(story.machine.ignored_inputs(), 1);
+    story.tell(Input::Approve { incident: id });
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
+fn the_stop_switch_stops_what_has_not_begun_and_survives_a_restart() {
+    let mut story = Story::new(|_| {});
+    story.crash();
+    let id = story.recorded().unwrap().id;
+    story.tell(Input::Halt(true));
+    let outputs = story.tell(Input::IntentDurable { id });
+    assert!(!outputs.iter().any(|output| matches!(output, Output::Execute(_))));
+    story.pass(3_600_000);
+    story.restart("boot-2");
+    assert!(story.machine.is_halted());
+    story.crash();
+    assert!(story.recorded().is_none());
+    story.tell(Input::Halt(false));
+    assert!(story.recorded().is_some() || story.state() == Some(IncidentState::CoolingDown));
+}
+
+#[test]
+fn what_happens_meanwhile_joins_the_open_incident() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.probes(false, 2);
+    let id = story.incident().unwrap().id;
+    story.crash();
+    story.anomaly("service_cpu");
+    story.tell(Input::Process {
+        service: "a".into(),
+        state: ProcessState::Stopped,
+    });
+    let opened = story
+        .seen
+        .iter()
+        .filter(|output| matches!(output, Output::Opened(_)))
+        .count();
+    let recorded = story
+        .seen
+        .iter()
+        .filter(|output| matches!(output, Output::RecordIntent(_)))
+        .count();
+    assert_eq!((opened, recorded, story.incident().unwrap().id), (1, 1, id));
+}
+
+#[test]
+fn a_hung_executor_blocks_further_actions_until_it_reports() {
+    let mut story = Story::new(|_| {});
+    story.crash();
+    let id = story.recorded().unwrap().id;
+    story.tell(Input::IntentDurable { id });
+    story.pass(121_000);
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    story.probes(true, 5);
+    story.crash();
+    story.tell(Input::StateCorrupt {
+        service: "a".into(),
+        detail: "page 7".into(),
+    });
+    let count = |story: &Story| {
+        story
+            .seen
+            .iter()
+            .filter(|o| matches!(o, Output::RecordIntent(_)))
+            .count()
+    };
+    assert_eq!(count(&story), 1);
+    assert!(
+        story.incident().is_some(),
+        "an incident with an action under way stays open"
+    );
+    story.tell(Input::Executed {
+        id,
+        outcome: corrupt(false),
+    });
+    assert_eq!(count(&story), 2);
+}
+
+#[test]
+fn after_a_restart_of_the_node_an_intent_is_reconciled_and_never_repeated_blindly() {
+    for durable in [false, true] {
+        let mut story = Story::new(|_| {});
+        story.crash();
+        let intent = story.recorded().unwrap();
+        if durable {
+            story.tell(Input::IntentDurable { id: intent.id });
+        }
+        story.restart("boot-1");
+        assert_eq!(story.seen.last(), Some(&Output::Reconcile(intent.clone())));
+        story.crash();
+        story.probes(false, 5);
+        assert!(
+            story.recorded().is_none_or(|again| again == intent),
+            "nothing new before it is reconciled"
+        );
+        story.tell(Input::Reconciled {
+            id: intent.id,
+            running: true,
+            took_effect: true,
+        });
+        assert_eq!(story.state(), Some(IncidentState::Verifying));
+        story.probes(true, 3);
+        assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+    }
+}
+
+#[test]
+fn an_interrupted_action_that_did_not_happen_is_decided_anew_and_charged_again() {
+    let mut story = Story::new(|policy| policy.cooldown = Duration::from_secs(10));
+    story.crash();
+    let first = story.recorded().unwrap();
+    story.restart("boot-1");
+    story.tell(Input::Reconciled {
+        id: first.id,
+        running: false,
+        took_effect: false,
+    });
+    assert_eq!(story.state(), Some(IncidentState::CoolingDown));
+    story.pass(10_000);
+    let second = story.carry_out(Outcome::Done);
+    assert!(second.id > first.id);
+    assert_eq!(story.machine.export().charges.len(), 2);
+}
+
+#[test]
+fn budgets_and_cool_downs_survive_a_restart_and_a_new_boot() {
+    for clock in ["boot-1", "boot-2"] {
+        let mut story = Story::new(|policy| {
+            policy.max_actions = 1;
+            policy.cooldown = Duration::ZERO;
+        });
+        story.crash();
+        story.carry_out(Outcome::Done);
+        story.probes(true, 3);
+        if clock == "boot-2" {
+            story.ms = 500;
+        }
+        story.restart(clock);
+        story.crash();
+        assert_eq!(story.state(), Some(IncidentState::HandedToHuman), "{clock}");
+        assert!(
+            story
+                .incident()
+                .unwrap()
+                .handed_over
+                .as_ref()
+                .unwrap()
+                .contains("budget of 1 actions")
+        );
+    }
+}
+
+#[test]
+fn a_restart_of_the_node_keeps_watching_what_was_handed_over() {
+    let mut story = Story::new(|policy| policy.max_actions = 1);
+    story.probes(true, 3);
+    story.crash();
+    story.carry_out(failed(false));
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    story.restart("boot-1");
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    // Knowing nothing yet is not knowing that it is well.
+    story.tell(Input::Started {
+        service: "a".into(),
+        pid: 7,
+    });
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    story.probes(true, 3);
+    assert_eq!(story.closed().state, IncidentState::Recovered);
+}
+
+#[test]
+fn services_do_not_disturb_each_other() {
+    let mut story = Story::new(|_| {});
+    story.crash();
+    story.tell(Input::Exited {
+        service: "b".into(),
+        status: "it ended with exit code 1".into(),
+    });
+    assert_eq!(story.machine.open_incidents().count(), 2);
+    let ids: BTreeSet<IncidentId> = story
+        .machine
+        .open_incidents()
+        .map(|incident| incident.id)
+        .collect();
+    assert_eq!(ids.len(), 2);
+}
+
+#[test]
+fn what_names_nothing_known_is_counted_and_ignored() {
+    let mut story = Story::new(|_| {});
+    story.tell(Input::Exited {
+        service: "zebra".into(),
+        status: String::new(),
+    });
+    story.tell(Input::IntentDurable { id: IntentId(7) });
+    story.tell(Input::Executed {
+        id: IntentId(7),
+        outcome: Outcome::Done,
+    });
+    story.tell(Input::Reconciled {
+        id: IntentId(7),
+        running: true,
+        took_effect: true,
+    });
+    story.tell(Input::Deny {
+        incident: IncidentId(1),
+    });
+    assert_eq!((story.machine.ignored_inputs(), story.seen.len()), (5, 0));
+}
+
+#[test]
+fn evidence_is_bounded_and_holds_no_control_characters() {
+    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Observe);
+    story.crash();
+    for _ in 0..100 {
+        story.probe(true);
+        story.tell(Input::Exited {
+            service: "a".into(),
+            status: format!("x\n\u{1b}[31m{}", "y".repeat(10_000)),
+        });
+    }
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.evidence.len(), Incident::EVIDENCE_MAX);
+    assert!(incident.evidence_dropped > 0);
+    assert!(
+        incident
+            .evidence
+            .iter()
+            .all(|e| e.words.len() < 300 && !e.words.contains(char::is_control))
+    );
+}
+
+#[test]
+fn non_finite_scores_and_contributions_change_no_decision() {
+    let mut story = Story::new(|_| {});
+    let causes = vec![
+        Cause {
+            channel: "service_memory".into(),
+            contribution: f32::NAN,
+            rising: None,
+        },
+        Cause {
+            channel: "service_memory".into(),
+            contribution: f32::INFINITY,
+            rising: None,
+        },
+    ];
+    for _ in 0..5 {
+        story.tell(Input::Anomaly {
+            service: "a".into(),
+            score: f32::NAN,
+            threshold: 1.0,
+            causes: causes.clone(),
+        });
+    }
+    let incident = story.incident().unwrap();
+    assert_eq!((incident.class, incident.score), (FaultClass::Unknown, None));
+    assert!(serde_json::to_string(&story.machine.export()).is_ok());
+}
+
+#[test]
+fn why_tells_what_was_seen_considered_and_done() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.crash();
+    story.carry_out(corrupt(false));
+    story.carry_out(Outcome::Done);
+    story.probes(true, 3);
+    let why = story.closed().why();
+    for words in [
+        "Incident 1: corruption of a, healed after 0.30 s.",
+        "the process ended: it was killed by signal 9",
+        "confirmed: this is the moment of detection",
+        "* restore_and_start  its state did not pass the check: page 7 differs",
+        "restart            is not on the ladder of corruption",
+        "nothing            the symptom would stay",
+        "start (its process ended: it was killed by signal 9); not done, the state is corrupt: page 7 differs; no effect",
+        "done; verified: healed",
+    ] {
+        assert!(why.contains(words), "`{words}` is missing in\n{why}");
+    }
+}

@@ -1,0 +1,513 @@
+//! What is allowed: autonomy, cool-downs, budgets, inhibitions. Total, without loops; ranges checked when loaded.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::FaultClass;
+
+/// How much the node may do by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Autonomy {
+    /// Records what it would have done.
+    Observe,
+    /// Proposes an action and waits for a person.
+    Recommend,
+    /// Acts within the policy.
+    Act,
+}
+
+/// `[healing]` of `edge.toml`, and `[service.healing]`: absent fields take the value of the section above, then the default.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HealingSection {
+    /// See [`HealPolicy::autonomy`].
+    pub autonomy: Option<Autonomy>,
+    /// See [`HealPolicy::restore_autonomy`].
+    pub restore_autonomy: Option<Autonomy>,
+    /// See [`HealPolicy::cooldown`].
+    #[serde(with = "duration_opt")]
+    pub cooldown: Option<Duration>,
+    /// See [`HealPolicy::max_actions`].
+    pub max_actions: Option<u32>,
+    /// See [`HealPolicy::window`].
+    #[serde(with = "duration_opt")]
+    pub window: Option<Duration>,
+    /// See [`HealPolicy::inhibit`].
+    pub inhibit: Option<BTreeSet<FaultClass>>,
+    /// See [`HealPolicy::probe_failures`].
+    pub probe_failures: Option<u32>,
+    /// See [`HealPolicy::probe_window`].
+    pub probe_window: Option<u32>,
+    /// See [`HealPolicy::stopped_confirm`].
+    pub stopped_confirm: Option<u32>,
+    /// See [`HealPolicy::anomaly_confirm`].
+    pub anomaly_confirm: Option<u32>,
+    /// See [`HealPolicy::verify_probes`].
+    pub verify_probes: Option<u32>,
+    /// See [`HealPolicy::verify_window`].
+    #[serde(with = "duration_opt")]
+    pub verify_window: Option<Duration>,
+    /// See [`HealPolicy::start_attempts`].
+    pub start_attempts: Option<u32>,
+    /// See [`HealPolicy::action_timeout`].
+    #[serde(with = "duration_opt")]
+    pub action_timeout: Option<Duration>,
+    /// See [`HealPolicy::settle`].
+    #[serde(with = "duration_opt")]
+    pub settle: Option<Duration>,
+    /// See [`HealPolicy::remind_every`].
+    #[serde(with = "duration_opt")]
+    pub remind_every: Option<Duration>,
+}
+
+/// The checked policy of one service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealPolicy {
+    /// How much the node may do by itself. Default `recommend`: nothing is touched before somebody said so.
+    pub autonomy: Autonomy,
+    /// The same for restoring a checkpoint over corrupt state (the replaced state is kept). The lower of the two holds.
+    /// Default `act`.
+    pub restore_autonomy: Autonomy,
+    /// Least time between two actions of one kind on this service. Default 10 s, 0 s to 24 h. Too short: a service that
+    /// dies at once burns its budget in seconds. Too long: the second crash waits.
+    pub cooldown: Duration,
+    /// Most actions on this service in any `window`. Default 6, 1 to 1000. Afterwards a person has to look.
+    pub max_actions: u32,
+    /// The budget's sliding window. Default 1 h, 1 s to 7 days.
+    pub window: Duration,
+    /// Classes for which nothing is done because it would not help. Default `disk_full`, which cannot be taken off.
+    pub inhibit: BTreeSet<FaultClass>,
+    /// So many failed probes among the last `probe_window` mean trouble. Default 2, 1 to `probe_window`.
+    /// 1 restarts a service for one lost packet; many detect a hang late.
+    pub probe_failures: u32,
+    /// How many of the latest probes are looked at. Default 3, 1 to 60.
+    pub probe_window: u32,
+    /// So many sightings in a row of process state `T` (stopped) mean a hang. Default 2, 1 to 60.
+    pub stopped_confirm: u32,
+    /// So many anomalous verdicts in a row open an incident. Default 3, 1 to 600.
+    pub anomaly_confirm: u32,
+    /// So many good probes in a row after an action mean healed. Default 3, 1 to 60.
+    pub verify_probes: u32,
+    /// Time that an action has to show its effect. Default 30 s, 1 s to 1 h.
+    pub verify_window: Duration,
+    /// Most starts of a crashed service within one incident, each a cool-down apart. Default 2, 1 to 10.
+    pub start_attempts: u32,
+    /// Time after which an executor that has not reported is handed to a person. Default 2 min, 1 s to 1 h. Longer than the
+    /// service's grace for stopping, its state check and its start together.
+    pub action_timeout: Duration,
+    /// Time after a start in which anomalies open no incident, because a young process looks unusual. Default 30 s, 0 s to 1 h.
+    pub settle: Duration,
+    /// An incident that a person has to look at is told again after this time. Default 15 min, 10 s to 24 h.
+    pub remind_every: Duration,
+}
+
+/// The budget of the whole node, over all services: `[healing_budget]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NodeBudget {
+    /// Most actions in any `window`. Default 12, 1 to 10 000. Many sick services at once mean a common cause.
+    pub max_actions: u32,
+    /// The sliding window. Default 1 h, 1 s to 7 days.
+    #[serde(with = "duration")]
+    pub window: Duration,
+}
+
+/// Why a policy was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// A number is outside its range.
+    #[error("{field} is {found}, but must be {range}: change it in edge.toml")]
+    Range {
+        /// The key.
+        field: &'static str,
+        /// The value found.
+        found: String,
+        /// The range that holds.
+        range: &'static str,
+    },
+}
+
+impl HealingSection {
+    /// This section laid over `above`: fields that are set here win.
+    #[must_use]
+    pub fn over(&self, above: &Self) -> Self {
+        Self {
+            autonomy: self.autonomy.or(above.autonomy),
+            restore_autonomy: self.restore_autonomy.or(above.restore_autonomy),
+            cooldown: self.cooldown.or(above.cooldown),
+            max_actions: self.max_actions.or(above.max_actions),
+            window: self.window.or(above.window),
+            inhibit: self.inhibit.clone().or_else(|| above.inhibit.clone()),
+            probe_failures: self.probe_failures.or(above.probe_failures),
+            probe_window: self.probe_window.or(above.probe_window),
+            stopped_confirm: self.stopped_confirm.or(above.stopped_confirm),
+            anomaly_confirm: self.anomaly_confirm.or(above.anomaly_confirm),
+            verify_probes: self.verify_probes.or(above.verify_probes),
+            verify_window: self.verify_window.or(above.verify_window),
+            start_attempts: self.start_attempts.or(above.start_attempts),
+            action_timeout: self.action_timeout.or(above.action_timeout),
+            settle: self.settle.or(above.settle),
+            remind_every: self.remind_every.or(above.remind_every),
+        }
+    }
+
+    /// Fills in the defaults and checks every range.
+    ///
+    /// # Errors
+    /// [`PolicyError::Range`] names the first field outside its range.
+    pub fn check(&self) -> Result<HealPolicy, PolicyError> {
+        let mut inhibit = self.inhibit.clone().unwrap_or_default();
+        inhibit.insert(FaultClass::DiskFull);
+        let probe_window = count(
+            "healing.probe_window",
+            self.probe_window.unwrap_or(3),
+            1,
+            60,
+            "1 to 60",
+        )?;
+        Ok(HealPolicy {
+            autonomy: self.autonomy.unwrap_or(Autonomy::Recommend),
+            restore_autonomy: self.restore_autonomy.unwrap_or(Autonomy::Act),
+            cooldown: span(
+                "healing.cooldown",
+                self.cooldown,
+                seconds(10),
+                Duration::ZERO,
+                DAY,
+                "0s to 24h",
+            )?,
+            max_actions: count(
+                "healing.max_actions",
+                self.max_actions.unwrap_or(6),
+                1,
+                1000,
+                "1 to 1000",
+            )?,
+            window: span(
+                "healing.window",
+                self.window,
+                HOUR,
+                seconds(1),
+                7 * DAY,
+                "1s to 7days",
+            )?,
+            inhibit,
+            probe_failures: count(
+                "healing.probe_failures",
+                self.probe_failures.unwrap_or_else(|| probe_window.min(2)),
+                1,
+                probe_window,
+                "1 to probe_window",
+            )?,
+            probe_window,
+            stopped_confirm: count(
+                "healing.stopped_confirm",
+                self.stopped_confirm.unwrap_or(2),
+                1,
+                60,
+                "1 to 60",
+            )?,
+            anomaly_confirm: count(
+                "healing.anomaly_confirm",
+                self.anomaly_confirm.unwrap_or(3),
+                1,
+                600,
+                "1 to 600",
+            )?,
+            verify_probes: count(
+                "healing.verify_probes",
+                self.verify_probes.unwrap_or(3),
+                1,
+                60,
+                "1 to 60",
+            )?,
+            verify_window: span(
+                "healing.verify_window",
+                self.verify_window,
+                seconds(30),
+                seconds(1),
+                HOUR,
+                "1s to 1h",
+            )?,
+            start_attempts: count(
+                "healing.start_attempts",
+                self.start_attempts.unwrap_or(2),
+                1,
+                10,
+                "1 to 10",
+            )?,
+            action_timeout: span(
+                "healing.action_timeout",
+                self.action_timeout,
+                seconds(120),
+                seconds(1),
+                HOUR,
+                "1s to 1h",
+            )?,
+            settle: span(
+                "healing.settle",
+                self.settle,
+                seconds(30),
+                Duration::ZERO,
+                HOUR,
+                "0s to 1h",
+            )?,
+            remind_every: span(
+                "healing.remind_every",
+                self.remind_every,
+                seconds(900),
+                seconds(10),
+                DAY,
+                "10s to 24h",
+            )?,
+        })
+    }
+}
+
+impl Default for HealPolicy {
+    /// The policy of an empty section.
+    #[expect(
+        clippy::expect_used,
+        reason = "the defaults lie within the ranges; a test holds it"
+    )]
+    fn default() -> Self {
+        HealingSection::default()
+            .check()
+            .expect("defaults lie within their ranges")
+    }
+}
+
+impl NodeBudget {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`PolicyError::Range`] names the first field outside its range.
+    pub fn check(self) -> Result<Self, PolicyError> {
+        Ok(Self {
+            max_actions: count(
+                "healing_budget.max_actions",
+                self.max_actions,
+                1,
+                10_000,
+                "1 to 10000",
+            )?,
+            window: span(
+                "healing_budget.window",
+                Some(self.window),
+                HOUR,
+                seconds(1),
+                7 * DAY,
+                "1s to 7days",
+            )?,
+        })
+    }
+}
+
+impl Default for NodeBudget {
+    fn default() -> Self {
+        Self {
+            max_actions: 12,
+            window: HOUR,
+        }
+    }
+}
+
+fn count(
+    field: &'static str,
+    value: u32,
+    min: u32,
+    max: u32,
+    range: &'static str,
+) -> Result<u32, PolicyError> {
+    if (min..=max).contains(&value) {
+        Ok(value)
+    } else {
+        Err(PolicyError::Range {
+            field,
+            found: value.to_string(),
+            range,
+        })
+    }
+}
+
+fn span(
+    field: &'static str,
+    value: Option<Duration>,
+    default: Duration,
+    min: Duration,
+    max: Duration,
+    range: &'static str,
+) -> Result<Duration, PolicyError> {
+    let value = value.unwrap_or(default);
+    if (min..=max).contains(&value) {
+        Ok(value)
+    } else {
+        Err(PolicyError::Range {
+            field,
+            found: humantime::format_duration(value).to_string(),
+            range,
+        })
+    }
+}
+
+const fn seconds(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+const HOUR: Duration = seconds(3600);
+const DAY: Duration = seconds(86_400);
+
+/// `"500ms"` in files.
+mod duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&humantime::format_duration(*value))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        humantime::parse_duration(&text).map_err(|why| {
+            serde::de::Error::custom(format!("`{text}` is no duration ({why}): write 500ms, 30s or 2m"))
+        })
+    }
+}
+
+/// The same where the field may be absent.
+mod duration_opt {
+    use std::time::Duration;
+
+    use serde::{Deserializer, Serializer};
+
+    #[expect(clippy::ref_option, reason = "the signature that serde asks for")]
+    pub(super) fn serialize<S: Serializer>(
+        value: &Option<Duration>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => super::duration::serialize(value, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        super::duration::deserialize(deserializer).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn section(text: &str) -> Result<HealingSection, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    #[test]
+    fn defaults_lie_within_their_ranges_and_touch_nothing() {
+        let policy = HealPolicy::default();
+        assert_eq!(policy.autonomy, Autonomy::Recommend);
+        assert!(policy.inhibit.contains(&FaultClass::DiskFull));
+        assert!(NodeBudget::default().check().is_ok());
+    }
+
+    #[test]
+    fn reads_every_field() {
+        let text = r#"
+            autonomy = "act"
+            restore_autonomy = "recommend"
+            cooldown = "2s"
+            max_actions = 20
+            window = "10m"
+            inhibit = ["hang", "unknown"]
+            probe_failures = 3
+            probe_window = 5
+            stopped_confirm = 1
+            anomaly_confirm = 4
+            verify_probes = 2
+            verify_window = "8s"
+            start_attempts = 3
+            action_timeout = "30s"
+            settle = "5s"
+            remind_every = "1m"
+        "#;
+        let section = section(text).unwrap();
+        let again: HealingSection = toml::from_str(&toml::to_string(&section).unwrap()).unwrap();
+        assert_eq!(again, section);
+        let policy = section.check().unwrap();
+        assert_eq!(policy.autonomy, Autonomy::Act);
+        assert_eq!(policy.cooldown, seconds(2));
+        assert_eq!(policy.probe_window, 5);
+        assert_eq!(
+            policy.inhibit,
+            BTreeSet::from([FaultClass::Hang, FaultClass::Unknown, FaultClass::DiskFull])
+        );
+    }
+
+    #[test]
+    fn refuses_unknown_keys_and_unreadable_durations() {
+        let unknown = section("autonmy = \"act\"").unwrap_err().to_string();
+        assert!(
+            unknown.contains("autonmy") && unknown.contains("autonomy"),
+            "{unknown}"
+        );
+        let duration = section("cooldown = \"soon\"").unwrap_err().to_string();
+        assert!(
+            duration.contains("`soon`") && duration.contains("30s"),
+            "{duration}"
+        );
+    }
+
+    #[test]
+    fn refuses_values_outside_their_range() {
+        for bad in [
+            "cooldown = \"25h\"",
+            "max_actions = 0",
+            "window = \"500ms\"",
+            "probe_window = 0",
+            "probe_window = 2\nprobe_failures = 3",
+            "verify_probes = 61",
+            "start_attempts = 11",
+            "action_timeout = \"2h\"",
+            "remind_every = \"1s\"",
+        ] {
+            assert!(section(bad).unwrap().check().is_err(), "{bad} was taken");
+        }
+        assert!(
+            NodeBudget {
+                max_actions: 0,
+                window: HOUR
+            }
+            .check()
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn one_probe_window_needs_one_failure() {
+        assert_eq!(
+            section("probe_window = 1")
+                .unwrap()
+                .check()
+                .unwrap()
+                .probe_failures,
+            1
+        );
+    }
+
+    #[test]
+    fn a_service_section_wins_over_the_common_one() {
+        let common = section("autonomy = \"recommend\"\ncooldown = \"1m\"").unwrap();
+        let own = section("autonomy = \"act\"").unwrap();
+        let policy = own.over(&common).check().unwrap();
+        assert_eq!((policy.autonomy, policy.cooldown), (Autonomy::Act, seconds(60)));
+    }
+}

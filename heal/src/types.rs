@@ -1,0 +1,385 @@
+//! The words of the loop: times, fault classes, actions, verdicts, incidents. Serialisable, without I/O.
+//!
+//! None of these types can hold a sample: an incident carries scores, channel names and sentences.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The caller's clocks at one moment. The machine itself reads none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Now {
+    /// Monotonic time since any fixed start (time since boot is best): every deadline, cool-down and budget uses it.
+    pub monotonic: Duration,
+    /// Wall clock, milliseconds since the Unix epoch: only for records and people.
+    pub unix_ms: u64,
+}
+
+impl Now {
+    /// This moment as it is written down.
+    pub fn when(self) -> When {
+        When {
+            monotonic_ms: u64::try_from(self.monotonic.as_millis()).unwrap_or(u64::MAX),
+            unix_ms: self.unix_ms,
+        }
+    }
+}
+
+/// A recorded moment on both clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct When {
+    /// Milliseconds on the caller's monotonic clock; differences within one boot are exact.
+    pub monotonic_ms: u64,
+    /// Milliseconds since the Unix epoch.
+    pub unix_ms: u64,
+}
+
+impl When {
+    /// Time from `earlier` until this moment on the monotonic clock; zero when it lies ahead.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(self.monotonic_ms.saturating_sub(earlier.monotonic_ms))
+    }
+}
+
+/// What kind of trouble an incident is, as far as the evidence tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum FaultClass {
+    /// The process ended.
+    Crash,
+    /// The process lives but does not answer, or is stopped.
+    Hang,
+    /// Memory of the service grows abnormally.
+    MemoryLeak,
+    /// The service uses abnormally much processor time.
+    CpuContention,
+    /// The service's durable state does not pass its check.
+    Corruption,
+    /// The file system of the service has no room: a restart cannot help and may make it worse.
+    DiskFull,
+    /// Something is wrong and the evidence names nothing that an action here would mend.
+    Unknown,
+}
+
+impl FaultClass {
+    /// The class as the contract's files spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Crash => "crash",
+            Self::Hang => "hang",
+            Self::MemoryLeak => "memory_leak",
+            Self::CpuContention => "cpu_contention",
+            Self::Corruption => "corruption",
+            Self::DiskFull => "disk_full",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+impl fmt::Display for FaultClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What the hands can do to a service. Nothing here can delete data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ActionKind {
+    /// Check the state, then start a service that is not running. Refused when the state is corrupt.
+    Start,
+    /// TERM, KILL, reaped, group gone, check the state, start.
+    Restart,
+    /// Stop, put the last good checkpoint in the state's place (the replaced state is kept), start.
+    RestoreAndStart,
+}
+
+impl ActionKind {
+    /// Every action there is.
+    pub const ALL: [Self; 3] = [Self::Start, Self::Restart, Self::RestoreAndStart];
+
+    /// The action as the contract's files spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Restart => "restart",
+            Self::RestoreAndStart => "restore_and_start",
+        }
+    }
+}
+
+impl fmt::Display for ActionKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What verification found after an action.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The service answers again and the symptom is gone.
+    Healed,
+    /// The symptom is still there.
+    NoEffect,
+    /// The service answered before the action and does not after it.
+    Harm,
+    /// Nothing could be observed, for instance because no probe is configured.
+    Unknown,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Healed => "healed",
+            Self::NoEffect => "no_effect",
+            Self::Harm => "harm",
+            Self::Unknown => "unknown",
+        })
+    }
+}
+
+/// The number of an incident, from 1, unique on its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct IncidentId(pub u64);
+
+impl fmt::Display for IncidentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The number of an intent, from 1, unique on its node: the key by which a restarted node finds out what became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct IntentId(pub u64);
+
+impl fmt::Display for IntentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// One planned action. It is recorded durably before anything is done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// Its number.
+    pub id: IntentId,
+    /// The incident that it is to end.
+    pub incident: IncidentId,
+    /// The service that it touches.
+    pub service: String,
+    /// What is to be done.
+    pub action: ActionKind,
+    /// When it was decided.
+    pub decided: When,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// A channel of the detector that explains part of an anomaly.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Cause {
+    /// The channel's name, such as `service_memory_bytes`.
+    pub channel: String,
+    /// Its share of the score; compared within one anomaly only.
+    pub contribution: f32,
+    /// Whether the channel lies above what was expected; `None` when the detector does not say.
+    pub rising: Option<bool>,
+}
+
+impl From<(String, f32)> for Cause {
+    fn from((channel, contribution): (String, f32)) -> Self {
+        Self {
+            channel,
+            contribution,
+            rising: None,
+        }
+    }
+}
+
+/// One observation in words.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// When it was seen.
+    pub at: When,
+    /// What was seen.
+    pub words: String,
+}
+
+/// An action that was considered, and what spoke for or against it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alternative {
+    /// The action; `None` is doing nothing, always a candidate.
+    pub action: Option<ActionKind>,
+    /// Whether it was the one chosen.
+    pub chosen: bool,
+    /// The reason, in words.
+    pub reason: String,
+}
+
+/// How carrying out an intent ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "result")]
+pub enum Outcome {
+    /// Done: the service was started (its health is for verification to say).
+    Done,
+    /// Not done: the state did not pass its check. No state was changed.
+    StateCorrupt {
+        /// What the check said.
+        detail: String,
+        /// Whether the service's process runs now.
+        running: bool,
+    },
+    /// Not done, or done in part.
+    Failed {
+        /// What happened.
+        detail: String,
+        /// Whether the service's process runs now.
+        running: bool,
+    },
+    /// Not carried out: the symptom had gone before the intent was durable.
+    NotNeeded,
+    /// The node stopped between intent and outcome; what became of it was found out by looking.
+    Interrupted,
+}
+
+/// One action of an incident, from intent to verdict.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ActionRecord {
+    /// The intent.
+    pub intent: Intent,
+    /// Whether the service answered probes when the action was decided: if it does not afterwards, the action did harm.
+    pub answered_before: bool,
+    /// When the effect began (the intent was durable).
+    pub acted: Option<When>,
+    /// When the executor reported.
+    pub finished: Option<When>,
+    /// How it ended.
+    pub outcome: Option<Outcome>,
+    /// What verification found.
+    pub verdict: Option<Verdict>,
+}
+
+/// Where an incident stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IncidentState {
+    /// Under observation; nothing may or need be done yet.
+    Open,
+    /// An action is recommended and waits for a person.
+    AwaitingApproval,
+    /// An action is chosen and waits for its cool-down.
+    CoolingDown,
+    /// An intent is being recorded or carried out.
+    Acting,
+    /// The action is done; the service is watched.
+    Verifying,
+    /// Closed: an action was verified.
+    Healed,
+    /// Closed: the symptom went away without a verified action.
+    Recovered,
+    /// A person has to look. The service is still watched.
+    HandedToHuman,
+}
+
+impl IncidentState {
+    /// Whether the incident has ended.
+    pub fn is_closed(self) -> bool {
+        matches!(self, Self::Healed | Self::Recovered)
+    }
+}
+
+impl fmt::Display for IncidentState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Open => "open",
+            Self::AwaitingApproval => "awaiting_approval",
+            Self::CoolingDown => "cooling_down",
+            Self::Acting => "acting",
+            Self::Verifying => "verifying",
+            Self::Healed => "healed",
+            Self::Recovered => "recovered",
+            Self::HandedToHuman => "handed_to_human",
+        })
+    }
+}
+
+/// Everything that is recorded of one incident.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Incident {
+    /// Its number.
+    pub id: IncidentId,
+    /// The service.
+    pub service: String,
+    /// The latest diagnosis.
+    pub class: FaultClass,
+    /// Where it stands.
+    pub state: IncidentState,
+    /// The first sign that belongs to it (such as the first failed probe).
+    pub opened: When,
+    /// The sign was confirmed: this is the moment of detection.
+    pub detected: When,
+    /// The first effect began.
+    pub acted: Option<When>,
+    /// Verification ended with [`Verdict::Healed`].
+    pub healed: Option<When>,
+    /// It was closed.
+    pub closed: Option<When>,
+    /// The highest anomaly score seen, with the threshold then; `None` when no anomaly took part.
+    pub score: Option<f32>,
+    /// The threshold that belongs to `score`.
+    pub threshold: Option<f32>,
+    /// What was seen, oldest first; at most [`Incident::EVIDENCE_MAX`].
+    pub evidence: Vec<Evidence>,
+    /// Observations that were left out because the list was full.
+    pub evidence_dropped: u64,
+    /// Leading causes of the latest anomaly, greatest first; at most [`Incident::CAUSES_MAX`].
+    pub causes: Vec<Cause>,
+    /// What was considered at the latest decision.
+    pub alternatives: Vec<Alternative>,
+    /// What was done, oldest first.
+    pub actions: Vec<ActionRecord>,
+    /// The verdict of the last verified action.
+    pub verdict: Option<Verdict>,
+    /// Why a person has to look.
+    pub handed_over: Option<String>,
+}
+
+impl Incident {
+    /// Most observations kept for one incident.
+    pub const EVIDENCE_MAX: usize = 32;
+    /// Most causes kept for one incident.
+    pub const CAUSES_MAX: usize = 5;
+}
+
+/// Something that a person should hear about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    /// The incident.
+    pub incident: IncidentId,
+    /// The service.
+    pub service: String,
+    /// What kind of word it is.
+    pub kind: NoticeKind,
+    /// The word itself, one or two sentences.
+    pub words: String,
+}
+
+/// Kinds of notices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NoticeKind {
+    /// An action is recommended and needs approval.
+    Recommended,
+    /// In autonomy `observe`: what would have been done.
+    WouldHaveActed,
+    /// The node will not act by itself any more: a person has to look.
+    HandedToHuman,
+    /// The incident that was handed over is still there.
+    StillOpen,
+    /// An action did harm: until a person says otherwise the node no longer acts on this service by itself.
+    Demoted,
+}

@@ -1,0 +1,343 @@
+//! The model that crosses sites, and the layouts of what is sent.
+
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha20Rng;
+
+use crate::LAG_COUNT;
+use crate::forecaster::HIDDEN;
+use crate::moments::MOMENTS_PER_CHANNEL;
+use crate::params::ParamLayout;
+
+/// What every lag's own weight is before anything is learnt: a channel is predicted as 0.19 times the sum of its
+/// own five lags. A public constant; it depends on no data.
+pub const PUBLIC_OWN_WEIGHT: f32 = 0.19;
+
+const OWN_LAG: &str = "own_lag.weight";
+/// Tensors of the residual network, `[out, in]` for weights.
+pub(crate) const NETWORK: [&str; 4] = [
+    "network.hidden.bias",
+    "network.hidden.weight",
+    "network.output.bias",
+    "network.output.weight",
+];
+
+/// Why flat values are no global model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GlobalError {
+    /// Another number of values.
+    #[error(
+        "a model for {channels} channels has {expected} values, found {found}: it was made for another layout"
+    )]
+    Length {
+        /// Channels of the model.
+        channels: usize,
+        /// Values that its layout has.
+        expected: usize,
+        /// Values that were given.
+        found: usize,
+    },
+    /// A value is NaN or infinite.
+    #[error("value {index} of the model is not finite")]
+    NonFinite {
+        /// Position in the flat vector.
+        index: usize,
+    },
+}
+
+/// Weights of every channel on its own lags, `[channel, lag]`, without intercept, lags as in [`crate::LAGS`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct OwnLagWeights {
+    weights: Vec<f32>,
+}
+
+impl OwnLagWeights {
+    /// Takes `[channel, lag]` values.
+    ///
+    /// # Errors
+    /// [`GlobalError::Length`] when they are not 5 per channel; [`GlobalError::NonFinite`].
+    pub fn new(channels: usize, weights: Vec<f32>) -> Result<Self, GlobalError> {
+        check(&weights, channels, channels * LAG_COUNT)?;
+        Ok(Self { weights })
+    }
+
+    /// The public constant for every channel and lag.
+    pub fn public_constant(channels: usize) -> Self {
+        Self {
+            weights: vec![PUBLIC_OWN_WEIGHT; channels * LAG_COUNT],
+        }
+    }
+
+    /// All weights `[channel, lag]`.
+    pub fn values(&self) -> &[f32] {
+        &self.weights
+    }
+
+    /// The five weights of one channel.
+    ///
+    /// # Panics
+    /// When there is no such channel.
+    pub fn channel(&self, channel: usize) -> &[f32] {
+        &self.weights[channel * LAG_COUNT..][..LAG_COUNT]
+    }
+
+    /// Number of channels.
+    pub fn channels(&self) -> usize {
+        self.weights.len() / LAG_COUNT
+    }
+}
+
+/// The published model: own-lag weights and the residual network, one flat vector in layout order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GlobalModel {
+    channels: usize,
+    layout: ParamLayout,
+    values: Vec<f32>,
+}
+
+impl GlobalModel {
+    /// The model before any round: the public constant, and a network whose hidden layer is drawn from `seed` and
+    /// whose last layer is zero, so that it predicts nothing yet. Everybody who knows both numbers computes the
+    /// same bits.
+    pub fn initial(channels: usize, seed: u64) -> Self {
+        let layout = model_layout(channels);
+        let mut values = vec![0.0; layout.len()];
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        // Glorot's uniform bound for a tanh layer (Glorot and Bengio 2010, equation 16).
+        let bound = (6.0 / (channels * LAG_COUNT + HIDDEN) as f32).sqrt();
+        for (name, _, range) in layout.iter() {
+            match name {
+                OWN_LAG => values[range].fill(PUBLIC_OWN_WEIGHT),
+                "network.hidden.weight" => {
+                    values[range]
+                        .iter_mut()
+                        .for_each(|w| *w = rng.random_range(-bound..bound));
+                }
+                _ => {}
+            }
+        }
+        Self {
+            channels,
+            layout,
+            values,
+        }
+    }
+
+    /// Takes flat values in the order of [`model_layout`], as received.
+    ///
+    /// # Errors
+    /// [`GlobalError::Length`] for another number of values; [`GlobalError::NonFinite`] for NaN or infinity.
+    pub fn from_values(channels: usize, values: Vec<f32>) -> Result<Self, GlobalError> {
+        let layout = model_layout(channels);
+        check(&values, channels, layout.len())?;
+        Ok(Self {
+            channels,
+            layout,
+            values,
+        })
+    }
+
+    /// The same model with other own-lag weights: what a round of moments makes.
+    ///
+    /// # Errors
+    /// [`GlobalError::Length`], [`GlobalError::NonFinite`].
+    pub fn with_own_lag(&self, weights: &[f32]) -> Result<Self, GlobalError> {
+        check(weights, self.channels, self.channels * LAG_COUNT)?;
+        let mut next = self.clone();
+        if let Some(range) = self.layout.range(OWN_LAG) {
+            next.values[range].copy_from_slice(weights);
+        }
+        Ok(next)
+    }
+
+    /// The same model with `delta` (in the order of [`delta_layout`]) added to the network: what a round of
+    /// weight deltas makes.
+    ///
+    /// # Errors
+    /// [`GlobalError::Length`], [`GlobalError::NonFinite`].
+    pub fn with_delta(&self, delta: &[f32]) -> Result<Self, GlobalError> {
+        let layout = delta_layout(self.channels);
+        check(delta, self.channels, layout.len())?;
+        let mut next = self.clone();
+        for (name, _, from) in layout.iter() {
+            if let Some(to) = self.layout.range(name) {
+                next.values[to]
+                    .iter_mut()
+                    .zip(&delta[from])
+                    .for_each(|(value, step)| *value += step);
+            }
+        }
+        check(&next.values, self.channels, next.values.len())?;
+        Ok(next)
+    }
+
+    /// The own-lag part.
+    pub fn own_lag(&self) -> OwnLagWeights {
+        let range = self.layout.range(OWN_LAG).unwrap_or_default();
+        OwnLagWeights {
+            weights: self.values[range].to_vec(),
+        }
+    }
+
+    /// The network's part, in the order of [`delta_layout`].
+    pub fn network(&self) -> Vec<f32> {
+        let ranges = NETWORK.iter().filter_map(|name| self.layout.range(name));
+        ranges.flat_map(|range| &self.values[range]).copied().collect()
+    }
+
+    /// All values in layout order.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Number of channels.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Names, shapes and order.
+    pub fn layout(&self) -> &ParamLayout {
+        &self.layout
+    }
+}
+
+fn check(values: &[f32], channels: usize, expected: usize) -> Result<(), GlobalError> {
+    if values.len() != expected {
+        return Err(GlobalError::Length {
+            channels,
+            expected,
+            found: values.len(),
+        });
+    }
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(index) => Err(GlobalError::NonFinite { index }),
+        None => Ok(()),
+    }
+}
+
+/// Layout of a [`GlobalModel`].
+pub fn model_layout(channels: usize) -> ParamLayout {
+    let own = (OWN_LAG.to_owned(), vec![channels, LAG_COUNT]);
+    ParamLayout::new(
+        network_shapes(channels)
+            .into_iter()
+            .map(|(n, s)| (n.to_owned(), s))
+            .chain([own]),
+    )
+}
+
+/// Layout of the moments that a site releases: per channel 15 entries of `Σ p pᵀ` and 5 of `Σ p y`.
+pub fn moments_layout(channels: usize) -> ParamLayout {
+    ParamLayout::new([("moments", vec![channels, MOMENTS_PER_CHANNEL])])
+}
+
+/// Layout of the weight delta that a site releases: the network's tensors.
+pub fn delta_layout(channels: usize) -> ParamLayout {
+    ParamLayout::new(network_shapes(channels))
+}
+
+fn network_shapes(channels: usize) -> [(&'static str, Vec<usize>); 4] {
+    let [hidden_bias, hidden_weight, output_bias, output_weight] = NETWORK;
+    [
+        (hidden_bias, vec![HIDDEN]),
+        (hidden_weight, vec![HIDDEN, channels * LAG_COUNT]),
+        (output_bias, vec![channels]),
+        (output_weight, vec![channels, HIDDEN]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(digest: [u8; 32]) -> String {
+        data_encoding::HEXLOWER.encode(&digest)
+    }
+
+    /// A change here makes every deployed edge refuse the next model: make a new layout name instead. Computed with
+    /// Python's hashlib over the text that `ParamLayout::digest` documents.
+    #[test]
+    fn digests_of_layouts_are_golden() {
+        assert_eq!(
+            hex(model_layout(38).digest()),
+            "85a6bfe863475d1c9ab1f927db990602169f040ff9b40af2110dbae69df9381d"
+        );
+        assert_eq!(
+            hex(moments_layout(38).digest()),
+            "d477649cecb341b3e197ee12a7c46c1d2126a6efdcf45773a9a1a333390e0a22"
+        );
+        assert_eq!(
+            hex(delta_layout(38).digest()),
+            "a7f68f8fec21d834b4cf767bf19d44efdbb520be4b6b93cbd97fba16a1569a9a"
+        );
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_recipe() {
+        assert_eq!(moments_layout(38).len(), 760);
+        assert_eq!(delta_layout(38).len(), 190 * HIDDEN + HIDDEN + 38 * HIDDEN + 38);
+        assert_eq!(model_layout(38).len(), delta_layout(38).len() + 190);
+    }
+
+    #[test]
+    fn initial_model_is_the_public_constant_and_a_silent_network() {
+        let model = GlobalModel::initial(3, 7);
+        assert_eq!(model.own_lag(), OwnLagWeights::public_constant(3));
+        assert_eq!(model, GlobalModel::initial(3, 7));
+        assert_ne!(model, GlobalModel::initial(3, 8));
+        let layout = delta_layout(3);
+        let network = model.network();
+        for name in ["network.output.bias", "network.output.weight"] {
+            assert!(network[layout.range(name).unwrap()].iter().all(|w| *w == 0.0));
+        }
+        assert!(
+            network[layout.range("network.hidden.weight").unwrap()]
+                .iter()
+                .any(|w| *w != 0.0)
+        );
+    }
+
+    #[test]
+    fn refuses_other_lengths_and_non_finite_values() {
+        let model = GlobalModel::initial(2, 0);
+        assert_eq!(
+            GlobalModel::from_values(2, vec![0.0; 3]),
+            Err(GlobalError::Length {
+                channels: 2,
+                expected: model.values().len(),
+                found: 3
+            })
+        );
+        let mut weights = vec![0.1; 10];
+        weights[4] = f32::NAN;
+        assert_eq!(
+            model.with_own_lag(&weights),
+            Err(GlobalError::NonFinite { index: 4 })
+        );
+        let huge = vec![f32::MAX; delta_layout(2).len()];
+        let once = model.with_delta(&huge).unwrap();
+        assert!(once.with_delta(&huge).is_err(), "an overflowing sum was taken");
+    }
+
+    #[test]
+    fn parts_survive_the_flat_form() {
+        let model = GlobalModel::initial(2, 1).with_own_lag(&[0.5; 10]).unwrap();
+        let delta: Vec<f32> = (0..delta_layout(2).len()).map(|i| i as f32).collect();
+        let moved = model.with_delta(&delta).unwrap();
+        assert_eq!(moved.own_lag().channel(1), [0.5; 5]);
+        let back = GlobalModel::from_values(2, moved.values().to_vec()).unwrap();
+        assert_eq!(back, moved);
+        let steps: Vec<f32> = back
+            .network()
+            .iter()
+            .zip(model.network())
+            .map(|(b, a)| b - a)
+            .collect();
+        assert!(
+            steps
+                .iter()
+                .zip(&delta)
+                .all(|(got, sent)| (got - sent).abs() < 1e-4)
+        );
+    }
+}

@@ -1,0 +1,198 @@
+//! From residuals to one anomaly score.
+
+use crate::normalise::{narrow, quantile};
+
+/// Number of half-lives of the smoothing.
+pub const HALF_LIVES: usize = 2;
+
+/// Quantile of a channel's residuals on its own history that makes the unit of its residuals. A high quantile would
+/// be inflated by a few spikes and mute the channels that matter.
+const BASE_QUANTILE: f64 = 0.75;
+/// No channel's unit is below this part of the largest channel's.
+const BASE_SHARE_MIN: f64 = 0.05;
+/// Nor below this, in scaled units.
+const BASE_MIN: f64 = 1e-3;
+/// Quantile of the smoothed scores on history that makes their unit.
+const LEVEL_QUANTILE: f64 = 0.99;
+/// Units of scores are not below this: a history of constants has no residuals at all.
+const LEVEL_MIN: f64 = 1e-3;
+
+/// Turns the residuals of one forecaster into a score. With `z = |residual| / base`, `y^h` its causal
+/// exponential mean of half-life `h`, and `a_h` the mean of the `max(1, ⌊C/6⌋)` largest `y^h`:
+/// `score = max_h(a_h / level_h) / overall`. About 1 is the top per cent of the history.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Head {
+    /// Unit of every channel's residual.
+    pub(crate) base: Vec<f32>,
+    /// Unit of `a_h`, one for each half-life.
+    pub(crate) level: [f64; HALF_LIVES],
+    /// Unit of their maximum.
+    pub(crate) overall: f64,
+    /// Weight of the newest value in each exponential mean.
+    alpha: [f64; HALF_LIVES],
+}
+
+/// The exponential means of one head while it scores.
+#[derive(Debug, Clone)]
+pub struct HeadState {
+    smoothed: [Vec<f64>; HALF_LIVES],
+    largest: Vec<f64>,
+    started: bool,
+}
+
+impl HeadState {
+    /// Before the first row.
+    pub fn new(channels: usize) -> Self {
+        Self {
+            smoothed: std::array::from_fn(|_| vec![0.0; channels]),
+            largest: vec![0.0; channels],
+            started: false,
+        }
+    }
+}
+
+impl Head {
+    /// Fits the units on a history of residuals `[time, channel]` (absolute values; NaN = does not count) and returns
+    /// the head with the score of every row. `half_lives` in rows, above 0.
+    pub fn fit(residuals: &[f32], channels: usize, half_lives: [f64; HALF_LIVES]) -> (Self, Vec<f64>) {
+        let mut head = Self {
+            base: bases(residuals, channels),
+            level: [1.0; HALF_LIVES],
+            overall: 1.0,
+            alpha: half_lives.map(|rows| 1.0 - 0.5_f64.powf(1.0 / rows)),
+        };
+        let mut state = HeadState::new(channels);
+        let mut column = vec![0.0; channels];
+        let smoothed: Vec<[f64; HALF_LIVES]> = residuals
+            .chunks_exact(channels.max(1))
+            .map(|row| head.smooth(&mut state, row, &mut column))
+            .collect();
+        for (index, level) in head.level.iter_mut().enumerate() {
+            *level = upper(smoothed.iter().map(|a| a[index]));
+        }
+        let ratios: Vec<f64> = smoothed.into_iter().map(|a| head.ratio(a)).collect();
+        head.overall = upper(ratios.iter().copied());
+        let scores = ratios.into_iter().map(|ratio| ratio / head.overall).collect();
+        (head, scores)
+    }
+
+    /// A head read back from a model file.
+    pub(crate) fn from_parts(
+        base: Vec<f32>,
+        level: [f64; HALF_LIVES],
+        overall: f64,
+        half_lives: [f64; HALF_LIVES],
+    ) -> Self {
+        Self {
+            base,
+            level,
+            overall,
+            alpha: half_lives.map(|rows| 1.0 - 0.5_f64.powf(1.0 / rows)),
+        }
+    }
+
+    /// Takes the residuals of the next row and returns its score; writes every channel's `z` into `z` (0 where it
+    /// does not count).
+    pub fn push(&self, state: &mut HeadState, residuals: &[f32], z: &mut [f32]) -> f64 {
+        let smoothed = self.smooth(state, residuals, z);
+        self.ratio(smoothed) / self.overall
+    }
+
+    fn ratio(&self, smoothed: [f64; HALF_LIVES]) -> f64 {
+        smoothed
+            .iter()
+            .zip(&self.level)
+            .map(|(a, level)| a / level)
+            .fold(0.0, f64::max)
+    }
+
+    fn smooth(&self, state: &mut HeadState, residuals: &[f32], z: &mut [f32]) -> [f64; HALF_LIVES] {
+        for ((z, residual), base) in z.iter_mut().zip(residuals).zip(&self.base) {
+            *z = if residual.is_nan() { 0.0 } else { residual / base };
+        }
+        let first = !std::mem::replace(&mut state.started, true);
+        std::array::from_fn(|index| {
+            // The exponential mean starts at the first value.
+            let alpha = if first { 1.0 } else { self.alpha[index] };
+            let smoothed = &mut state.smoothed[index];
+            for (y, z) in smoothed.iter_mut().zip(z.iter()) {
+                *y += alpha * (f64::from(*z) - *y);
+            }
+            state.largest.copy_from_slice(smoothed);
+            mean_of_largest(&mut state.largest)
+        })
+    }
+}
+
+/// Mean of the `max(1, ⌊n/6⌋)` largest values; 0 for none. Reorders them.
+fn mean_of_largest(values: &mut [f64]) -> f64 {
+    let count = (values.len() / 6).max(1);
+    if values.is_empty() {
+        return 0.0;
+    }
+    values.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
+    values[..count].iter().sum::<f64>() / count as f64
+}
+
+fn bases(residuals: &[f32], channels: usize) -> Vec<f32> {
+    let mut column = Vec::with_capacity(residuals.len() / channels.max(1));
+    let raw: Vec<f64> = (0..channels)
+        .map(|channel| {
+            column.clear();
+            let values = residuals.iter().skip(channel).step_by(channels);
+            column.extend(values.copied().filter(|r| !r.is_nan()));
+            quantile(&mut column, BASE_QUANTILE)
+        })
+        .collect();
+    let least = (BASE_SHARE_MIN * raw.iter().copied().fold(0.0, f64::max)).max(BASE_MIN);
+    raw.into_iter().map(|base| narrow(base.max(least))).collect()
+}
+
+fn upper(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f32> = values.map(narrow).collect();
+    quantile(&mut values, LEVEL_QUANTILE).max(LEVEL_MIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_the_largest_sixth() {
+        let mut values: Vec<f64> = (0..38_u8).map(f64::from).collect();
+        assert!((mean_of_largest(&mut values) - 34.5).abs() < 1e-12, "6 of 38");
+        assert!(
+            (mean_of_largest(&mut [2.0, 1.0]) - 2.0).abs() < 1e-12,
+            "at least one"
+        );
+        assert!(mean_of_largest(&mut []).abs() < 1e-12);
+    }
+
+    #[test]
+    fn unit_of_a_quiet_channel_is_a_share_of_the_loudest() {
+        let residuals: Vec<f32> = (0..100).flat_map(|_| [10.0, 0.0]).collect();
+        assert_eq!(bases(&residuals, 2), [10.0, 0.5]);
+        assert_eq!(bases(&[0.0, f32::NAN], 2), [1e-3, 1e-3]);
+    }
+
+    #[test]
+    fn history_without_residuals_gives_finite_scores() {
+        let (head, scores) = Head::fit(&[0.0; 60], 2, [3.0, 12.0]);
+        assert!(scores.iter().all(|s| *s == 0.0));
+        let score = head.push(&mut HeadState::new(2), &[100.0, 0.0], &mut [0.0; 2]);
+        assert!(score.is_finite() && score > 1.0);
+    }
+
+    #[test]
+    fn one_spike_decays_by_half_in_a_half_life() {
+        let (head, _) = Head::fit(&[1.0; 40], 1, [3.0, 3.0]);
+        let mut state = HeadState::new(1);
+        let mut z = [0.0];
+        let first = head.push(&mut state, &[8.0], &mut z);
+        for _ in 0..3 {
+            head.push(&mut state, &[0.0], &mut z);
+        }
+        let later = head.push(&mut state, &[f32::NAN], &mut z);
+        assert!((later / first - 0.5_f64.powf(4.0 / 3.0)).abs() < 1e-9);
+    }
+}

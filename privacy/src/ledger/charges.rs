@@ -1,0 +1,242 @@
+//! ρ of every block, run-length coded: neighbouring blocks with the same charge are one entry, so years of hourly
+//! blocks take little memory.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use crate::accountant::Rho;
+
+/// What one block was charged.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Charge {
+    /// Sum of the releases that read the block.
+    pub(crate) rho: Rho,
+    /// How many they are.
+    pub(crate) releases: u32,
+}
+
+impl Charge {
+    const NONE: Self = Self {
+        rho: Rho::ZERO,
+        releases: 0,
+    };
+}
+
+/// A charge that holds up to and including block `last`.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    last: u64,
+    charge: Charge,
+}
+
+/// Charges by block id. Runs are keyed by their first block, do not overlap and hold at least one release.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct BlockCharges {
+    runs: BTreeMap<u64, Run>,
+}
+
+impl BlockCharges {
+    /// What `block` was charged.
+    pub(crate) fn of(&self, block: u64) -> Charge {
+        match self.runs.range(..=block).next_back() {
+            Some((_, run)) if run.last >= block => run.charge,
+            _ => Charge::NONE,
+        }
+    }
+
+    /// Adds one release of `rho` to all `blocks`.
+    pub(crate) fn add(&mut self, blocks: RangeInclusive<u64>, rho: Rho) {
+        let (first, last) = (*blocks.start(), *blocks.end());
+        if first > last {
+            return;
+        }
+        self.split_before(first);
+        if let Some(after) = last.checked_add(1) {
+            self.split_before(after);
+        }
+        let mut next = Some(first);
+        let inside: Vec<(u64, Run)> = self
+            .runs
+            .range(first..=last)
+            .map(|(start, run)| (*start, *run))
+            .collect();
+        let mut changed: Vec<(u64, Run)> = Vec::with_capacity(2 * inside.len() + 1);
+        for (start, run) in inside {
+            if let Some(gap) = next.filter(|next| *next < start) {
+                changed.push((
+                    gap,
+                    Run {
+                        last: start - 1,
+                        charge: Charge { rho, releases: 1 },
+                    },
+                ));
+            }
+            let releases = run.charge.releases.saturating_add(1);
+            changed.push((
+                start,
+                Run {
+                    last: run.last,
+                    charge: Charge {
+                        rho: run.charge.rho.plus(rho),
+                        releases,
+                    },
+                },
+            ));
+            next = run.last.checked_add(1);
+        }
+        if let Some(gap) = next.filter(|next| *next <= last) {
+            changed.push((
+                gap,
+                Run {
+                    last,
+                    charge: Charge { rho, releases: 1 },
+                },
+            ));
+        }
+        self.runs.extend(changed);
+        self.join(first, last);
+    }
+
+    /// The largest ρ of any block.
+    pub(crate) fn rho_max(&self) -> Rho {
+        self.runs
+            .values()
+            .fold(Rho::ZERO, |most, run| most.max(run.charge.rho))
+    }
+
+    /// Number of blocks that were charged at all.
+    pub(crate) fn count(&self) -> u64 {
+        self.runs.iter().fold(0, |sum, (start, run)| {
+            sum.saturating_add((run.last - start).saturating_add(1))
+        })
+    }
+
+    /// Runs of charged blocks, ascending, neighbours joined.
+    pub(crate) fn ranges(&self) -> Vec<RangeInclusive<u64>> {
+        let mut ranges: Vec<RangeInclusive<u64>> = Vec::new();
+        for (start, run) in &self.runs {
+            match ranges.last_mut() {
+                Some(last) if last.end().checked_add(1) == Some(*start) => *last = *last.start()..=run.last,
+                _ => ranges.push(*start..=run.last),
+            }
+        }
+        ranges
+    }
+
+    /// Makes `block` the first of its run, if it lies inside one.
+    fn split_before(&mut self, block: u64) {
+        let Some((start, run)) = self.runs.range_mut(..block).next_back() else {
+            return;
+        };
+        if run.last >= block {
+            let rest = Run {
+                last: run.last,
+                charge: run.charge,
+            };
+            debug_assert!(*start < block, "the range ends before the block");
+            run.last = block - 1;
+            self.runs.insert(block, rest);
+        }
+    }
+
+    /// Joins neighbouring runs of equal charge between the run before `first` and the run after `last`.
+    fn join(&mut self, first: u64, last: u64) {
+        let from = self
+            .runs
+            .range(..first)
+            .next_back()
+            .map_or(first, |(start, _)| *start);
+        let to = last.saturating_add(1);
+        let runs: Vec<(u64, Run)> = self
+            .runs
+            .range(from..=to)
+            .map(|(start, run)| (*start, *run))
+            .collect();
+        let mut kept: Option<(u64, Run)> = None;
+        for (start, run) in runs {
+            match &mut kept {
+                Some((first, before))
+                    if before.last.checked_add(1) == Some(start) && before.charge == run.charge =>
+                {
+                    before.last = run.last;
+                    self.runs.remove(&start);
+                    self.runs.insert(*first, *before);
+                }
+                _ => kept = Some((start, run)),
+            }
+        }
+    }
+}
+
+/// The ids as runs of neighbours. `None` unless they are strictly ascending.
+pub(crate) fn to_ranges(blocks: &[u64]) -> Option<Vec<(u64, u64)>> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for &block in blocks {
+        match ranges.last_mut() {
+            Some((_, last)) if *last >= block => return None,
+            Some((_, last)) if last.checked_add(1) == Some(block) => *last = block,
+            _ => ranges.push((block, block)),
+        }
+    }
+    Some(ranges)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn agrees_with_one_entry_for_each_block(charges in prop::collection::vec((0_u64..60, 0_u64..20, 1_u8..4), 0..40)) {
+            let mut runs = BlockCharges::default();
+            let mut plain: BTreeMap<u64, (f64, u32)> = BTreeMap::new();
+            for (first, length, rho) in charges {
+                let rho = f64::from(rho);
+                runs.add(first..=first + length, Rho::new(rho));
+                for block in first..=first + length {
+                    let entry = plain.entry(block).or_default();
+                    *entry = (entry.0 + rho, entry.1 + 1);
+                }
+                for block in 0..90 {
+                    let (rho, releases) = plain.get(&block).copied().unwrap_or_default();
+                    prop_assert_eq!(runs.of(block), Charge { rho: Rho::new(rho), releases });
+                }
+                prop_assert_eq!(runs.count(), plain.len() as u64);
+                let most = plain.values().fold(0.0_f64, |most, (rho, _)| most.max(*rho));
+                prop_assert_eq!(runs.rho_max(), Rho::new(most));
+                let listed: Vec<u64> = runs.ranges().into_iter().flatten().collect();
+                prop_assert_eq!(listed, plain.keys().copied().collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn a_year_of_hours_charged_one_by_one_is_one_entry() {
+        let mut charges = BlockCharges::default();
+        for hour in 0..8760 {
+            charges.add(hour..=hour, Rho::new(0.3));
+        }
+        assert_eq!((charges.runs.len(), charges.count()), (1, 8760));
+    }
+
+    #[test]
+    fn the_last_block_of_all_is_no_exception() {
+        let mut charges = BlockCharges::default();
+        charges.add(u64::MAX..=u64::MAX, Rho::new(1.0));
+        charges.add(u64::MAX - 1..=u64::MAX, Rho::new(1.0));
+        assert_eq!(charges.of(u64::MAX).releases, 2);
+        assert_eq!(charges.of(u64::MAX - 1).releases, 1);
+    }
+
+    #[test]
+    fn ids_that_do_not_ascend_have_no_ranges() {
+        assert_eq!(
+            to_ranges(&[1, 2, 3, 7, 9, 10]),
+            Some(vec![(1, 3), (7, 7), (9, 10)])
+        );
+        assert_eq!(to_ranges(&[]), Some(vec![]));
+        assert!(to_ranges(&[1, 1]).is_none() && to_ranges(&[2, 1]).is_none());
+    }
+}

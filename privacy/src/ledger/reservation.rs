@@ -1,0 +1,114 @@
+//! The plan of a release, and the key to the data that its charge buys.
+
+use std::time::Duration;
+
+use theriac_protocol::message::{PrivacyClaimV1, UpdateKind};
+use theriac_protocol::units::{Digest, L2Norm, NoiseMultiplier, Round};
+
+use crate::accountant::Rho;
+
+/// One release that is wanted. Everything in here is public: it comes from the announcement and from the clock.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReleasePlan {
+    /// The round.
+    pub round: Round,
+    /// Nonce of the announcement.
+    pub nonce: u64,
+    /// What is released.
+    pub kind: UpdateKind,
+    /// Number of values, 1 to [`VALUES_MAX`].
+    pub values: u32,
+    /// Length of one block in time; must equal the policy's.
+    pub block_span: Duration,
+    /// Ids (Unix time / span) of the blocks that will be read, strictly ascending, at most [`BLOCKS_MAX`].
+    /// Empty for [`UpdateKind::Delta`], whose unit is the whole node.
+    pub blocks: Vec<u64>,
+    /// Clipping norm C, 1e-9 to 1e12.
+    pub clip_norm: L2Norm,
+    /// Noise multiplier σ.
+    pub noise_multiplier: NoiseMultiplier,
+}
+
+/// Names a reservation: a node releases at most once for a round and nonce.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReservationId {
+    /// The round.
+    pub round: Round,
+    /// Nonce of the announcement.
+    pub nonce: u64,
+}
+
+/// A durable charge: the only key to the data of a release.
+///
+/// It cannot be copied or made outside of [`Ledger::reserve`](super::Ledger::reserve), and reading the data consumes it, so one charge pays
+/// for one noise. Dropping it refunds nothing.
+#[derive(Debug)]
+pub struct Reservation {
+    pub(super) plan: ReleasePlan,
+    pub(super) sensitivity: f64,
+    pub(super) rho: Rho,
+    pub(super) claim: PrivacyClaimV1,
+}
+
+impl Reservation {
+    /// Its name.
+    pub fn id(&self) -> ReservationId {
+        self.plan.id()
+    }
+
+    /// What was charged for.
+    pub fn plan(&self) -> &ReleasePlan {
+        &self.plan
+    }
+
+    /// The blocks that may be read.
+    pub fn blocks(&self) -> &[u64] {
+        &self.plan.blocks
+    }
+
+    /// Sensitivity in multiples of the clipping norm.
+    pub fn sensitivity(&self) -> f64 {
+        self.sensitivity
+    }
+
+    /// What was charged.
+    pub fn rho(&self) -> Rho {
+        self.rho
+    }
+
+    /// What the update's header will claim.
+    pub fn claim(&self) -> &PrivacyClaimV1 {
+        &self.claim
+    }
+}
+
+impl ReleasePlan {
+    /// The name that its reservation would have.
+    pub fn id(&self) -> ReservationId {
+        ReservationId {
+            round: self.round,
+            nonce: self.nonce,
+        }
+    }
+}
+
+/// What [`Ledger::reserve`](super::Ledger::reserve) gives.
+#[derive(Debug)]
+#[must_use]
+pub enum Reserved {
+    /// A new charge.
+    Fresh(Reservation),
+    /// This round and nonce were charged before. Send the stored bytes; if they were lost, send nothing: new noise
+    /// on the same charge would not be covered.
+    AlreadyCharged {
+        /// Which reservation.
+        id: ReservationId,
+        /// Digest of the released bytes, when it came that far.
+        payload_digest: Option<Digest>,
+    },
+}
+
+/// Most values of one release.
+pub const VALUES_MAX: u32 = 1 << 24;
+/// Most blocks of one release: the sum stays exact in 53 bits.
+pub const BLOCKS_MAX: usize = 1 << 18;

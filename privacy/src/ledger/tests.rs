@@ -1,0 +1,668 @@
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use theriac_protocol::units::{L2Norm, NoiseMultiplier};
+
+use super::chain::Storage;
+use super::*;
+
+const HOUR: Duration = Duration::from_hours(1);
+
+/// A disk in memory that can fail in the middle of a write.
+#[derive(Debug, Clone, Default)]
+struct Disk(Arc<Mutex<DiskState>>);
+
+#[derive(Debug, Default)]
+struct DiskState {
+    bytes: Vec<u8>,
+    /// Bytes that still fit.
+    room: Option<usize>,
+    sync_fails: bool,
+    truncate_fails: bool,
+    syncs: usize,
+}
+
+impl Disk {
+    fn with(bytes: Vec<u8>) -> Self {
+        let disk = Self::default();
+        disk.state().bytes = bytes;
+        disk
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, DiskState> {
+        self.0.lock().unwrap()
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.state().bytes.clone()
+    }
+
+    fn open(&self, policy: &Policy) -> Result<Ledger, LedgerError> {
+        let bytes = self.bytes();
+        let path = std::path::Path::new("ledger.log");
+        Ledger::take_over(
+            path,
+            policy.site(),
+            policy.clone(),
+            Box::new(self.clone()),
+            &bytes,
+            Timestamp(5),
+        )
+    }
+}
+
+impl Storage for Disk {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut state = self.state();
+        let fits = state.room.map_or(bytes.len(), |room| room.min(bytes.len()));
+        state.bytes.extend(&bytes[..fits]);
+        if fits < bytes.len() {
+            Err(io::ErrorKind::StorageFull.into())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        let mut state = self.state();
+        state.syncs += 1;
+        if state.sync_fails {
+            Err(io::Error::other("the disk is gone"))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn truncate(&mut self, length: u64) -> io::Result<()> {
+        let mut state = self.state();
+        if state.truncate_fails {
+            return Err(io::Error::other("the disk is gone"));
+        }
+        state.bytes.truncate(usize::try_from(length).unwrap());
+        Ok(())
+    }
+}
+
+fn policy(extra: &str) -> Policy {
+    let epsilon = if extra.contains("epsilon") {
+        ""
+    } else {
+        "epsilon = 4.0\n"
+    };
+    Policy::parse(&format!("site = \"site-a\"\n{epsilon}{extra}\n")).unwrap()
+}
+
+fn new_disk(policy: &Policy) -> Disk {
+    let genesis = Record::Genesis {
+        node: policy.site().clone(),
+        unit: policy.unit(),
+        block_ms: u64::try_from(policy.block_span().as_millis()).unwrap(),
+        at: Timestamp(1),
+    };
+    Disk::with(chain::file_of(&[genesis.to_bytes()]))
+}
+
+fn plan(round: u64, blocks: impl IntoIterator<Item = u64>, sigma: f64) -> ReleasePlan {
+    ReleasePlan {
+        round: Round(round),
+        nonce: round * 1000 + 7,
+        kind: UpdateKind::Moments,
+        values: 4,
+        block_span: HOUR,
+        blocks: blocks.into_iter().collect(),
+        clip_norm: L2Norm::new(1.0).unwrap(),
+        noise_multiplier: NoiseMultiplier::new(sigma).unwrap(),
+    }
+}
+
+fn delta_plan(round: u64, sigma: f64) -> ReleasePlan {
+    ReleasePlan {
+        kind: UpdateKind::Delta,
+        ..plan(round, [], sigma)
+    }
+}
+
+fn fresh(reserved: Result<Reserved, ReserveError>) -> Reservation {
+    match reserved.unwrap() {
+        Reserved::Fresh(reservation) => reservation,
+        Reserved::AlreadyCharged { id, .. } => panic!("{id:?} was charged before"),
+    }
+}
+
+fn close(a: f64, b: f64) -> bool {
+    (a - b).abs() <= 1e-9 * a.abs().max(b.abs())
+}
+
+#[test]
+fn disjoint_blocks_compose_in_parallel_and_the_lifetime_adds_up() {
+    let policy = policy("");
+    let mut ledger = new_disk(&policy).open(&policy).unwrap();
+    assert!(ledger.spent().epsilon == 0.0 && ledger.spent().releases == 0);
+    let one = Rho::gaussian(1.0, NoiseMultiplier::new(1.5).unwrap());
+    for round in 1..=6 {
+        let reservation = fresh(ledger.reserve(plan(round, round * 10..round * 10 + 5, 1.5), Timestamp(9)));
+        assert_eq!(reservation.rho(), one);
+    }
+    let spent = ledger.spent();
+    assert!(close(spent.rho.value(), one.value()) && close(spent.rho_lifetime.value(), 6.0 * one.value()));
+    assert!(close(spent.epsilon, one.epsilon(policy.delta())));
+    assert!(spent.epsilon_lifetime > spent.epsilon && spent.releases == 6);
+    let blocks: u64 = ledger
+        .charged_blocks()
+        .iter()
+        .map(|run| run.end() - run.start() + 1)
+        .sum();
+    assert_eq!(blocks, 30);
+}
+
+#[test]
+fn a_block_is_charged_once_unless_the_policy_allows_more() {
+    let once = policy("");
+    let mut ledger = new_disk(&once).open(&once).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [3, 4, 5], 2.0), Timestamp(1)));
+    let again = ledger.reserve(plan(2, [5, 6], 2.0), Timestamp(1));
+    assert!(matches!(
+        again,
+        Err(ReserveError::BlockAlreadyCharged {
+            block: 5,
+            releases: 1,
+            releases_max: 1
+        })
+    ));
+    assert!(!ledger.is_chargeable(5) && ledger.is_chargeable(6));
+
+    let twice = policy("block_releases_max = 2");
+    let mut ledger = new_disk(&twice).open(&twice).unwrap();
+    let one = fresh(ledger.reserve(plan(1, [5], 2.0), Timestamp(1))).rho();
+    let _ = fresh(ledger.reserve(plan(2, [5], 2.0), Timestamp(1)));
+    assert!(close(ledger.spent().rho.value(), 2.0 * one.value()));
+    assert!(matches!(
+        ledger.reserve(plan(3, [5], 2.0), Timestamp(1)),
+        Err(ReserveError::BlockAlreadyCharged { .. })
+    ));
+}
+
+#[test]
+fn a_weight_delta_is_charged_to_every_block_at_twice_the_sensitivity() {
+    let policy = policy("mechanisms = [\"moments\", \"delta\"]\nepsilon = 10");
+    let mut ledger = new_disk(&policy).open(&policy).unwrap();
+    let block = fresh(ledger.reserve(plan(1, [1], 3.0), Timestamp(1))).rho();
+    let node = fresh(ledger.reserve(delta_plan(2, 3.0), Timestamp(1))).rho();
+    assert!(
+        close(node.value(), 4.0 * block.value()),
+        "a delta is replaced, not removed: sensitivity 2C"
+    );
+    assert!(close(ledger.spent().rho.value(), block.plus(node).value()));
+    // A block measured later bears it as well.
+    let _ = fresh(ledger.reserve(plan(3, [99], 3.0), Timestamp(1)));
+    assert!(close(ledger.spent().rho.value(), block.plus(node).value()));
+}
+
+#[test]
+fn refuses_when_the_next_release_would_pass_the_limit_and_writes_nothing() {
+    let policy = policy("mechanisms = [\"delta\"]\nepsilon = 4");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let mut charged = 0;
+    let refused = loop {
+        match ledger.reserve(delta_plan(charged + 1, 8.0), Timestamp(1)) {
+            Ok(Reserved::Fresh(_)) => charged += 1,
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => break error,
+        }
+    };
+    assert!(charged > 2, "only {charged} releases fitted");
+    let before = disk.bytes();
+    assert_eq!(refused.decline_reason(), DeclineReason::BudgetSpent);
+    let ReserveError::BudgetSpent {
+        epsilon_after,
+        epsilon_limit,
+        ..
+    } = refused
+    else {
+        panic!("{refused:?}")
+    };
+    assert!(epsilon_after > epsilon_limit.value() && ledger.spent().epsilon <= epsilon_limit.value());
+    assert_eq!((disk.bytes(), ledger.spent().releases), (before, charged));
+}
+
+#[test]
+fn refuses_plans_outside_the_policy() {
+    let policy = policy("noise_multiplier_min = 1.5\nreleases_max = 1");
+    let mut ledger = new_disk(&policy).open(&policy).unwrap();
+    let refused = |ledger: &mut Ledger, plan| ledger.reserve(plan, Timestamp(1)).unwrap_err();
+    assert!(matches!(
+        refused(&mut ledger, plan(1, [1], 1.49)),
+        ReserveError::TermsTooWeak { .. }
+    ));
+    assert!(matches!(
+        refused(&mut ledger, delta_plan(1, 9.0)),
+        ReserveError::KindNotAllowed { .. }
+    ));
+    assert!(matches!(
+        refused(&mut ledger, plan(1, [], 2.0)),
+        ReserveError::NoBlocks
+    ));
+    for blocks in [vec![2, 1], vec![1, 1]] {
+        assert!(matches!(
+            refused(&mut ledger, plan(1, blocks, 2.0)),
+            ReserveError::BadPlan(_)
+        ));
+    }
+    let minutes = ReleasePlan {
+        block_span: Duration::from_mins(1),
+        ..plan(1, [1], 2.0)
+    };
+    assert!(matches!(
+        refused(&mut ledger, minutes),
+        ReserveError::OtherBlocks { .. }
+    ));
+    for values in [0, VALUES_MAX + 1] {
+        let odd = ReleasePlan {
+            values,
+            ..plan(1, [1], 2.0)
+        };
+        assert!(matches!(refused(&mut ledger, odd), ReserveError::BadPlan(_)));
+    }
+    for clip_norm in [1e-10, 1e13] {
+        let odd = ReleasePlan {
+            clip_norm: L2Norm::new(clip_norm).unwrap(),
+            ..plan(1, [1], 2.0)
+        };
+        assert!(matches!(refused(&mut ledger, odd), ReserveError::BadPlan(_)));
+    }
+    assert!(ledger.check(&plan(1, [1], 2.0)).is_ok());
+    let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+    let spent = refused(&mut ledger, plan(2, [2], 2.0));
+    assert!(matches!(
+        spent,
+        ReserveError::ReleasesSpent {
+            releases: 1,
+            releases_max: 1
+        }
+    ));
+}
+
+#[test]
+fn a_retry_is_not_charged_and_gets_no_key_to_the_data() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let id = fresh(ledger.reserve(plan(1, [1, 2], 2.0), Timestamp(1))).id();
+    let payload = Digest::of(b"noised bytes");
+    let length = disk.bytes().len();
+    assert!(matches!(
+        ledger.reserve(plan(1, [8, 9], 3.0), Timestamp(2)),
+        Ok(Reserved::AlreadyCharged { id: again, payload_digest: None }) if again == id
+    ));
+    assert_eq!(disk.bytes().len(), length, "the retry was written");
+    ledger.mark_released(id, payload, Timestamp(3)).unwrap();
+    ledger.mark_released(id, payload, Timestamp(4)).unwrap();
+    assert!(matches!(
+        ledger.mark_released(id, Digest::of(b"x"), Timestamp(4)),
+        Err(LedgerError::OtherBytes { .. })
+    ));
+    let unknown = ReservationId {
+        round: Round(9),
+        nonce: 9,
+    };
+    assert!(matches!(
+        ledger.mark_released(unknown, payload, Timestamp(4)),
+        Err(LedgerError::NotReserved { .. })
+    ));
+    let mut ledger = disk.open(&policy).unwrap();
+    assert!(matches!(
+        ledger.reserve(plan(1, [1, 2], 2.0), Timestamp(2)),
+        Ok(Reserved::AlreadyCharged { payload_digest: Some(digest), .. }) if digest == payload
+    ));
+    assert_eq!(ledger.reservation(id), Some(Some(payload)));
+}
+
+#[test]
+fn a_charge_is_synced_before_reserve_returns() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let before = disk.state().syncs;
+    let reservation = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+    assert_eq!(disk.state().syncs, before + 1);
+    let reread = disk.open(&policy).unwrap();
+    assert!(!reread.is_chargeable(1));
+    assert_eq!(reread.spent(), ledger.spent());
+    let claim = reservation.claim();
+    assert_eq!(
+        (claim.ledger_head, claim.ledger_records),
+        (ledger.spent().head, ledger.spent().records)
+    );
+}
+
+/// Power fails at every byte of an append: what `reserve` had returned for is still charged, and the ledger opens.
+#[test]
+fn a_crash_at_any_byte_of_an_append_loses_no_charge() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [1, 2, 3], 2.0), Timestamp(1)));
+    let (first, after_first) = (disk.bytes().len(), ledger.spent());
+    let _ = fresh(ledger.reserve(plan(2, [7], 2.0), Timestamp(2)));
+    let (whole, after_second) = (disk.bytes(), ledger.spent());
+    for length in first..=whole.len() {
+        let crashed = Disk::with(whole[..length].to_vec());
+        let mut reopened = crashed.open(&policy).unwrap();
+        let expected = if length == whole.len() {
+            after_second
+        } else {
+            after_first
+        };
+        assert_eq!(reopened.spent(), expected, "cut at {length}");
+        assert_eq!(
+            reopened.opening().torn_bytes,
+            if length == whole.len() {
+                0
+            } else {
+                (length - first) as u64
+            }
+        );
+        // The round can be done, or is known to be done; either way the file is whole again.
+        drop(reopened.reserve(plan(2, [7], 2.0), Timestamp(3)).unwrap());
+        assert_eq!(crashed.open(&policy).unwrap().spent().releases, 2);
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_stops_training() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let id = fresh(ledger.reserve(plan(1, [1, 2, 9], 2.0), Timestamp(1))).id();
+    ledger
+        .mark_released(id, Digest::of(b"bytes"), Timestamp(2))
+        .unwrap();
+    let whole = disk.bytes();
+    for byte in 0..whole.len() {
+        let mut damaged = whole.clone();
+        damaged[byte] ^= 1 << (byte % 8);
+        let opened = Disk::with(damaged).open(&policy);
+        assert!(
+            matches!(opened, Err(LedgerError::Damaged { .. })),
+            "byte {byte}: {opened:?}"
+        );
+    }
+}
+
+/// Somebody who rewrites the file with correct hashes still cannot write a charge that contradicts itself.
+#[test]
+fn records_that_contradict_themselves_are_damage() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+    let bodies: Vec<Vec<u8>> = chain::read(&disk.bytes())
+        .unwrap()
+        .records
+        .iter()
+        .map(|(_, body, _)| body.to_vec())
+        .collect();
+    let text = String::from_utf8(bodies[2].clone()).unwrap();
+    let cheaper = text.replace("\"rho\":0.1250001", "\"rho\":0.0250001");
+    assert_ne!(
+        cheaper, text,
+        "the record no longer holds rho as expected: {text}"
+    );
+    let cases = [
+        vec![bodies[0].clone(), cheaper.into_bytes()],
+        vec![bodies[0].clone(), bodies[2].clone(), bodies[2].clone()],
+        vec![bodies[0].clone(), bodies[0].clone()],
+        vec![bodies[2].clone()],
+        vec![bodies[0].clone(), b"{}".to_vec()],
+        vec![],
+    ];
+    for (n, case) in cases.iter().enumerate() {
+        let opened = Disk::with(chain::file_of(case)).open(&policy);
+        assert!(
+            matches!(opened, Err(LedgerError::Damaged { .. })),
+            "case {n}: {opened:?}"
+        );
+    }
+}
+
+#[test]
+fn a_full_disk_charges_nothing_and_leaves_the_file_as_it_was() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let (before, spent) = (disk.bytes(), ledger.spent());
+    for room in [0, 1, 7, 8, 100] {
+        disk.state().room = Some(room);
+        let refused = ledger.reserve(plan(1, [1], 2.0), Timestamp(1)).unwrap_err();
+        assert!(
+            matches!(refused, ReserveError::Ledger(LedgerError::StorageFull { .. })),
+            "{refused:?}"
+        );
+        assert_eq!(refused.decline_reason(), DeclineReason::StorageUnavailable);
+        assert_eq!((disk.bytes(), ledger.spent()), (before.clone(), spent));
+    }
+    disk.state().room = None;
+    let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+}
+
+#[test]
+fn after_a_failed_sync_or_repair_nothing_is_charged_until_the_file_is_read_again() {
+    let policy = policy("");
+    let sync = |disk: &Disk, on| disk.state().sync_fails = on;
+    let repair = |disk: &Disk, on: bool| {
+        let mut state = disk.state();
+        state.room = on.then_some(3);
+        state.truncate_fails = on;
+    };
+    for fail in [&sync as &dyn Fn(&Disk, bool), &repair] {
+        let disk = new_disk(&policy);
+        let mut ledger = disk.open(&policy).unwrap();
+        fail(&disk, true);
+        assert!(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)).is_err());
+        fail(&disk, false);
+        let broken = ledger.reserve(plan(2, [2], 2.0), Timestamp(1)).unwrap_err();
+        assert!(
+            matches!(broken, ReserveError::Ledger(LedgerError::Broken { .. })),
+            "{broken:?}"
+        );
+        assert!(ledger.check(&plan(2, [2], 2.0)).is_err());
+        let mut reopened = disk.open(&policy).unwrap();
+        let _ = fresh(reopened.reserve(plan(2, [2], 2.0), Timestamp(1)));
+    }
+}
+
+#[test]
+fn a_restored_snapshot_is_seen_by_its_head_and_count() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+    let snapshot = disk.bytes();
+    let _ = fresh(ledger.reserve(plan(2, [2], 2.0), Timestamp(1)));
+    let seen = ledger.spent();
+    let mut restored = Disk::with(snapshot).open(&policy).unwrap();
+    assert!(restored.spent().records < seen.records && !restored.contains_head(&seen.head));
+    // Catching up in count does not hide it: the chain is another one.
+    let _ = fresh(restored.reserve(plan(3, [3], 2.0), Timestamp(1)));
+    assert!(restored.spent().records == seen.records && !restored.contains_head(&seen.head));
+    assert!(ledger.contains_head(&seen.head) && ledger.contains_head(&Digest::default()));
+}
+
+#[test]
+fn keeps_its_node_and_its_unit() {
+    let first = policy("");
+    let disk = new_disk(&first);
+    drop(disk.open(&first).unwrap());
+    let other_node = Policy::parse("site = \"site-b\"\nepsilon = 4").unwrap();
+    assert!(matches!(
+        disk.open(&other_node),
+        Err(LedgerError::OtherNode { .. })
+    ));
+    for changed in ["block = \"30m\"", "unit = \"record\""] {
+        assert!(
+            matches!(disk.open(&policy(changed)), Err(LedgerError::UnitChanged { .. })),
+            "{changed}"
+        );
+    }
+    let records = disk.open(&first).unwrap().spent().records;
+    let tightened = disk.open(&policy("epsilon = 3.0")).unwrap();
+    assert_eq!(
+        tightened.spent().records,
+        records + 1,
+        "a changed policy is recorded"
+    );
+    assert_eq!(
+        disk.open(&policy("epsilon = 3.0")).unwrap().spent().records,
+        records + 1
+    );
+}
+
+#[test]
+fn a_clock_that_goes_backwards_changes_no_charge() {
+    let policy = policy("");
+    let mut ledger = new_disk(&policy).open(&policy).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [100], 2.0), Timestamp(1_000_000)));
+    let _ = fresh(ledger.reserve(plan(2, [99], 2.0), Timestamp(10)));
+    let again = ledger.reserve(plan(3, [100], 2.0), Timestamp(0));
+    assert!(matches!(
+        again,
+        Err(ReserveError::BlockAlreadyCharged { block: 100, .. })
+    ));
+}
+
+#[test]
+fn on_disk_it_is_locked_private_and_the_same_after_reopening() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.log");
+    let policy = policy("");
+    let open = || Ledger::open(&path, policy.site(), policy.clone(), Timestamp(1));
+    let mut ledger = open().unwrap();
+    assert!(ledger.opening().created);
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    assert!(matches!(open(), Err(LedgerError::InUse { .. })));
+    let _ = fresh(ledger.reserve(plan(1, [4, 5], 2.0), Timestamp(2)));
+    let (spent, status) = (ledger.spent(), ledger.status());
+    assert_eq!(
+        Ledger::inspect(&path, policy.clone()).unwrap(),
+        status,
+        "a reader needs no lock"
+    );
+    assert!(status.blocks_charged == 2 && status.to_string().contains("epsilon"));
+    drop(ledger);
+    let ledger = open().unwrap();
+    assert_eq!((ledger.spent(), ledger.opening().created), (spent, false));
+    drop(ledger);
+    let other = NodeId::new("site-b").unwrap();
+    assert!(matches!(
+        Ledger::open(&path, &other, policy.clone(), Timestamp(1)),
+        Err(LedgerError::OtherSite { .. })
+    ));
+    std::fs::write(&path, b"not a ledger").unwrap();
+    assert!(matches!(open(), Err(LedgerError::Damaged { offset: 0, .. })));
+    assert!(matches!(
+        Ledger::open(
+            &folder.path().join("none/ledger.log"),
+            policy.site(),
+            policy.clone(),
+            Timestamp(1)
+        ),
+        Err(LedgerError::Io { .. })
+    ));
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Moments { first: u64, blocks: u64, sigma: f64 },
+    Delta { sigma: f64 },
+    Retry { back: u64 },
+    Release,
+    Crash { cut: usize },
+    FullDisk { room: usize },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0_u64..40, 1_u64..6, 0.5..6.0).prop_map(|(first, blocks, sigma)| Op::Moments { first, blocks, sigma }),
+        1 => (0.5..20.0).prop_map(|sigma| Op::Delta { sigma }),
+        1 => (0_u64..4).prop_map(|back| Op::Retry { back }),
+        1 => Just(Op::Release),
+        2 => (1_usize..300).prop_map(|cut| Op::Crash { cut }),
+        1 => (0_usize..300).prop_map(|room| Op::FullDisk { room }),
+    ]
+}
+
+proptest! {
+    /// Whatever happens, and in whatever order: what is spent never falls, never passes the limit, and a reopened
+    /// ledger says the same as the open one.
+    #[test]
+    fn what_is_spent_never_falls_and_never_passes_the_limit(ops in prop::collection::vec(op(), 1..40)) {
+        let policy = policy("mechanisms = [\"moments\", \"delta\"]\nblock_releases_max = 3");
+        let disk = new_disk(&policy);
+        let mut ledger = disk.open(&policy).unwrap();
+        let mut round = 0;
+        let mut most = ledger.spent();
+        for op in ops {
+            let written = disk.bytes().len();
+            match op {
+                Op::Moments { first, blocks, sigma } => {
+                    round += 1;
+                    drop(ledger.reserve(plan(round, first..first + blocks, sigma), Timestamp(round)));
+                }
+                Op::Delta { sigma } => {
+                    round += 1;
+                    drop(ledger.reserve(delta_plan(round, sigma), Timestamp(round)));
+                }
+                Op::Retry { back } => {
+                    let known = plan(round.saturating_sub(back), [50], 5.0);
+                    if ledger.reservation(known.id()).is_some() {
+                        let is_known = matches!(
+                            ledger.reserve(known, Timestamp(0)),
+                            Ok(Reserved::AlreadyCharged { .. })
+                        );
+                        prop_assert!(is_known);
+                        prop_assert_eq!(disk.bytes().len(), written);
+                    }
+                }
+                Op::Release => {
+                    let id = plan(round, [], 1.0).id();
+                    drop(ledger.mark_released(id, Digest::of(&round.to_le_bytes()), Timestamp(round)));
+                }
+                Op::Crash { cut } => {
+                    // A write was under way that had not returned: some of its bytes are there.
+                    let next = plan(round + 1, [60], 5.0);
+                    let charged = ledger.state.charge_of(&policy, &next, Timestamp(0));
+                    if let Ok(charged) = charged {
+                        let shadow = Disk::with(disk.bytes());
+                        let mut other = shadow.open(&policy).unwrap();
+                        other.append(&Record::Reserve(charged)).unwrap();
+                        let whole = shadow.bytes();
+                        let keep = (written + cut).min(whole.len() - 1);
+                        disk.state().bytes = whole[..keep].to_vec();
+                    }
+                    ledger = disk.open(&policy).unwrap();
+                }
+                Op::FullDisk { room } => {
+                    round += 1;
+                    disk.state().room = Some(room);
+                    let refused = ledger.reserve(plan(round, [70 + round], 5.0), Timestamp(0));
+                    disk.state().room = None;
+                    if refused.is_err() {
+                        prop_assert_eq!(disk.bytes().len(), written);
+                    }
+                }
+            }
+            let spent = ledger.spent();
+            prop_assert!(spent.rho >= most.rho && spent.rho_lifetime >= most.rho_lifetime);
+            prop_assert!(spent.releases >= most.releases && spent.records >= most.records);
+            prop_assert!(spent.epsilon <= policy.epsilon().value());
+            prop_assert_eq!(disk.open(&policy).unwrap().spent(), spent);
+            most = spent;
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! One list of messages for each struct: every variant of every enum occurs, every option is once full and once empty.
+
+use bytes::Bytes;
+use theriac_protocol::codec::{
+    self, CodecError, Encoded, decode_join_reply, decode_join_request, decode_to_aggregator, decode_to_edge,
+};
+use theriac_protocol::message::*;
+use theriac_protocol::refusal::{AbortReason, RefusalCode, RefusalV1, RoundOutcome};
+use theriac_protocol::units::*;
+
+/// A message of any direction.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Message {
+    ToAggregator(ToAggregator),
+    ToEdge(ToEdge),
+    JoinRequest(JoinRequestV1),
+    JoinReply(JoinReplyV1),
+}
+
+impl Message {
+    pub(crate) fn encode(&self) -> Result<Encoded, CodecError> {
+        match self {
+            Self::ToAggregator(message) => codec::encode_to_aggregator(message),
+            Self::ToEdge(message) => codec::encode_to_edge(message),
+            Self::JoinRequest(request) => codec::encode_join_request(request),
+            Self::JoinReply(reply) => codec::encode_join_reply(reply),
+        }
+    }
+
+    /// Decodes by whichever direction knows the kind.
+    pub(crate) fn decode(kind: u16, body: Bytes) -> Result<Self, CodecError> {
+        decode_to_aggregator(kind, body.clone())
+            .map(Self::ToAggregator)
+            .or_else(|error| unknown(error, || decode_to_edge(kind, body.clone()).map(Self::ToEdge)))
+            .or_else(|error| {
+                unknown(error, || {
+                    decode_join_request(kind, body.clone()).map(Self::JoinRequest)
+                })
+            })
+            .or_else(|error| {
+                unknown(error, || {
+                    decode_join_reply(kind, body.clone()).map(Self::JoinReply)
+                })
+            })
+    }
+}
+
+fn unknown(
+    error: CodecError,
+    other: impl FnOnce() -> Result<Message, CodecError>,
+) -> Result<Message, CodecError> {
+    if matches!(error, CodecError::UnsupportedKind { .. }) {
+        other()
+    } else {
+        Err(error)
+    }
+}
+
+fn digest(fill: u8) -> Digest {
+    Digest([fill; 32])
+}
+
+fn node() -> NodeId {
+    NodeId::new("site-7").unwrap()
+}
+
+pub(crate) fn announce(kind: UpdateKind) -> AnnounceV1 {
+    AnnounceV1 {
+        round: Round(41),
+        nonce: 0x0123_4567_89ab_cdef,
+        kind,
+        values: 180,
+        layout_digest: digest(2),
+        base_version: ModelVersion(40),
+        base_digest: digest(3),
+        clip_norm: L2Norm::new(1.5).unwrap(),
+        noise_multiplier: NoiseMultiplier::new(0.75).unwrap(),
+        block_rows: 3600,
+        blocks_min: 4,
+        blocks_max: 24,
+        deadline_ms: 30_000,
+    }
+}
+
+fn update(encoding: Encoding, payload: &[u8]) -> Message {
+    let header = UpdateV1 {
+        round: Round(41),
+        nonce: 0x0123_4567_89ab_cdef,
+        kind: UpdateKind::Moments,
+        base_digest: digest(3),
+        layout_digest: digest(2),
+        values: 4,
+        encoding,
+        payload_digest: Digest::of(payload),
+        blocks_bound: 24,
+        privacy: PrivacyClaimV1 {
+            clip_norm: L2Norm::new(1.5).unwrap(),
+            noise_multiplier: NoiseMultiplier::new(0.75).unwrap(),
+            epsilon_spent: Epsilon::new(2.25).unwrap(),
+            delta: Delta::new(1e-6).unwrap(),
+            ledger_head: digest(4),
+            ledger_records: 12,
+        },
+    };
+    Message::ToAggregator(ToAggregator::Update(header, Bytes::copy_from_slice(payload)))
+}
+
+fn hello(full: bool) -> Message {
+    Message::ToAggregator(ToAggregator::Hello(HelloV1 {
+        protocol_min: PROTOCOL_MIN,
+        protocol_max: PROTOCOL_MAX,
+        software: "theriac-edge 0.1.0".into(),
+        features: if full {
+            vec!["int8".into(), "delta".into()]
+        } else {
+            vec![]
+        },
+        profile: "host-service-v1".into(),
+        profile_digest: digest(1),
+        layout_digest: digest(2),
+        noise_multiplier_min: NoiseMultiplier::new(0.5).unwrap(),
+        ledger_head: digest(4),
+        ledger_records: 12,
+        model_version: ModelVersion(40),
+        model_digest: digest(3),
+        audit_checkpoint: full.then(|| (99, digest(5))),
+        receipt_missing: full.then_some(Round(41)),
+    }))
+}
+
+fn welcome(full: bool) -> Message {
+    Message::ToEdge(ToEdge::Welcome(WelcomeV1 {
+        protocol: 1,
+        federation: "demo".into(),
+        node: node(),
+        time: Timestamp(1_790_000_000_000),
+        frame_bytes_max: 1 << 20,
+        model_version: ModelVersion(40),
+        model_digest: digest(3),
+        audit_checkpoint: (100, digest(6)),
+        audit_consistency: if full { vec![digest(7), digest(8)] } else { vec![] },
+        round: full.then(|| announce(UpdateKind::Moments)),
+    }))
+}
+
+fn to_edge<T>(values: impl IntoIterator<Item = T>, wrap: impl Fn(T) -> ToEdge) -> Vec<Message> {
+    values
+        .into_iter()
+        .map(|value| Message::ToEdge(wrap(value)))
+        .collect()
+}
+
+fn to_aggregator<T>(values: impl IntoIterator<Item = T>, wrap: impl Fn(T) -> ToAggregator) -> Vec<Message> {
+    values
+        .into_iter()
+        .map(|value| Message::ToAggregator(wrap(value)))
+        .collect()
+}
+
+/// Every struct and version by the name of its golden file.
+pub(crate) fn all() -> Vec<(&'static str, Vec<Message>)> {
+    use DeclineReason as D;
+    use GateVerdict as G;
+    use JoinRefusal as J;
+    let outcomes = [
+        RoundOutcome::Published(ModelVersion(41)),
+        RoundOutcome::Aborted(AbortReason::QuorumMissed),
+        RoundOutcome::Aborted(AbortReason::AggregationFailed),
+        RoundOutcome::Aborted(AbortReason::Operator),
+    ];
+    let declines = [
+        D::BudgetSpent,
+        D::TermsTooWeak,
+        D::TooFewBlocks,
+        D::UnknownLayout,
+        D::StorageUnavailable,
+        D::ReceiveOnly,
+    ];
+    let verdicts = [
+        G::Accepted,
+        G::WorseOnTail,
+        G::NonFinite,
+        G::LayoutMismatch,
+        G::Stale,
+        G::TooFewRows,
+    ];
+    let join_refusals = [J::UnknownToken, J::Expired, J::Spent, J::BadRequest, J::Busy];
+    let enrolled = JoinReplyV1::Enrolled {
+        node: node(),
+        federation: "demo".into(),
+        aggregator: "aggregator.example:7443".into(),
+        certificate: vec![1; 20],
+        edge_authority: vec![2; 21],
+        aggregator_authority: vec![3; 22],
+    };
+    let model = ModelV1 {
+        version: ModelVersion(41),
+        round: Round(41),
+        layout_digest: digest(2),
+        values: 2,
+        payload_digest: Digest::of(&[0; 8]),
+        rule: "trimmed_mean".into(),
+        contributors: 5,
+    };
+    let receipt = ReceiptV1 {
+        round: Round(41),
+        payload_digest: digest(9),
+        leaf_index: 1234,
+        ledger_head: digest(4),
+        signature: (0..64).collect(),
+    };
+    let join_request = JoinRequestV1 {
+        token_id: [1; 8],
+        secret: [2; 16],
+        csr: vec![3; 30],
+    };
+    vec![
+        ("hello_v1", vec![hello(true), hello(false)]),
+        (
+            "update_v1",
+            vec![
+                update(
+                    Encoding::F32,
+                    &[0, 0, 128, 63, 0, 0, 0, 64, 0, 0, 64, 64, 0, 0, 128, 64],
+                ),
+                update(Encoding::Int8 { scale: 0.125 }, &[1, 2, 255, 127]),
+            ],
+        ),
+        (
+            "decline_v1",
+            to_aggregator(declines, |reason| {
+                ToAggregator::Decline(DeclineV1 {
+                    round: Round(41),
+                    reason,
+                })
+            }),
+        ),
+        (
+            "fetch_model_v1",
+            to_aggregator([ModelVersion(41)], |version| {
+                ToAggregator::FetchModel(FetchModelV1 { version })
+            }),
+        ),
+        (
+            "verdict_v1",
+            to_aggregator(verdicts, |verdict| {
+                ToAggregator::Verdict(VerdictV1 {
+                    version: ModelVersion(41),
+                    verdict,
+                })
+            }),
+        ),
+        (
+            "edge_goodbye_v1",
+            vec![Message::ToAggregator(ToAggregator::Goodbye)],
+        ),
+        ("welcome_v1", vec![welcome(true), welcome(false)]),
+        (
+            "refusal_v1",
+            to_edge(RefusalCode::ALL, |code| {
+                let round = code.retryable().then_some(Round(41));
+                ToEdge::Refusal(RefusalV1 {
+                    code,
+                    round,
+                    retry_after_ms: 500,
+                })
+            }),
+        ),
+        (
+            "announce_v1",
+            to_edge([UpdateKind::Moments, UpdateKind::Delta], |kind| {
+                ToEdge::Announce(announce(kind))
+            }),
+        ),
+        ("receipt_v1", to_edge([receipt], ToEdge::Receipt)),
+        (
+            "model_v1",
+            to_edge([model], |model| ToEdge::Model(model, Bytes::from_static(&[0; 8]))),
+        ),
+        (
+            "closed_v1",
+            to_edge(outcomes, |outcome| {
+                ToEdge::Closed(ClosedV1 {
+                    round: Round(41),
+                    outcome,
+                })
+            }),
+        ),
+        (
+            "aggregator_goodbye_v1",
+            to_edge([GoodbyeV1 { retry_after_ms: 5000 }], ToEdge::Goodbye),
+        ),
+        ("join_request_v1", vec![Message::JoinRequest(join_request)]),
+        (
+            "join_reply_v1",
+            std::iter::once(enrolled)
+                .chain(join_refusals.into_iter().map(JoinReplyV1::Refused))
+                .map(Message::JoinReply)
+                .collect(),
+        ),
+    ]
+}
