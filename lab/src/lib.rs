@@ -1,1 +1,16 @@
-//! placeholder
+//! Everything that is an experiment: the demo, the simulator, attacks, load, and the referee that measures healing
+//! from outside. Nothing in here runs on a production host.
+//!
+//! - [`demo`] runs the main job on this machine as separate processes, injects real faults, and ends by itself.
+//! - [`campaign`] repeats single faults and reports medians.
+//! - [`load`] measures the aggregator alone, with light edges that train nothing.
+//! - [`attack`] holds what a hostile edge does to the values it sends; [`hostile`] is such an edge.
+
+pub mod attack;
+pub mod campaign;
+pub mod demo;
+pub mod fleet;
+pub mod hostile;
+pub mod load;
+pub mod service;
+pub mod traffic;

@@ -207,29 +207,31 @@ impl Detector {
     /// # Errors
     /// [`DetectorError::Channels`] when the series has other channels.
     pub fn score_series(&self, series: &Series) -> Result<Vec<f32>, DetectorError> {
-        let mut scores = Vec::with_capacity(series.rows());
-        self.explain_series(series, |score, _| scores.push(score))?;
-        let first = scores.get(LAG_MAX).copied().unwrap_or(f32::NAN);
-        scores.iter_mut().take(LAG_MAX).for_each(|score| *score = first);
-        Ok(scores)
+        self.replay(series, |_| ())
     }
 
-    /// Calls `each` with the score (NaN for the first ten rows) and the contributions of every row, in order.
+    /// The score of every row, as [`score_series`](Self::score_series) gives it, and the contributions
+    /// `[time, channel]` as in [`Scored`]; 0 for the first ten rows.
     ///
     /// # Errors
     /// [`DetectorError::Channels`] when the series has other channels.
-    pub fn explain_series(
-        &self,
-        series: &Series,
-        mut each: impl FnMut(f32, &[f32]),
-    ) -> Result<(), DetectorError> {
+    pub fn explain_series(&self, series: &Series) -> Result<(Vec<f32>, Vec<f32>), DetectorError> {
+        let mut contributions = Vec::with_capacity(series.values().len());
+        let scores = self.replay(series, |row| contributions.extend_from_slice(row))?;
+        Ok((scores, contributions))
+    }
+
+    fn replay(&self, series: &Series, mut each: impl FnMut(&[f32])) -> Result<Vec<f32>, DetectorError> {
         check_channels(&self.schema, series, None)?;
         let mut state = ScoringState::new(self.schema.channels());
+        let mut scores = Vec::with_capacity(series.rows());
         for row in series.iter_rows() {
-            let score = state.push(self, row);
-            each(score, &state.contributions);
+            scores.push(state.push(self, row));
+            each(&state.contributions);
         }
-        Ok(())
+        let first = scores.get(LAG_MAX).copied().unwrap_or(f32::NAN);
+        scores.iter_mut().take(LAG_MAX).for_each(|score| *score = first);
+        Ok(scores)
     }
 
     /// The alarm level found at the fit.

@@ -18,7 +18,7 @@ use crate::LAG_COUNT;
 use crate::detector::{Detector, FitOptions, Provenance};
 use crate::feature::FeatureSchema;
 use crate::forecaster::{Forecaster, ResidualNetwork};
-use crate::global::{OwnLagWeights, delta_layout, model_layout};
+use crate::global::{GlobalModel, OwnLagWeights, delta_layout, model_layout};
 use crate::normalise::Normaliser;
 use crate::score::{HALF_LIVES, Head};
 use crate::threshold::Threshold;
@@ -138,6 +138,18 @@ struct Card {
     tensors_sha256: String,
 }
 
+/// The card of a [`GlobalModel`].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct GlobalCard {
+    format_version: u32,
+    layout_digest: String,
+    profile_digest: String,
+    profile: FeatureSchema,
+    #[serde(flatten)]
+    provenance: Provenance,
+    tensors_sha256: String,
+}
+
 impl Detector {
     /// Writes `NAME.safetensors` and `NAME.json` into `dir`, which must exist. Each file is whole or not there:
     /// written beside its place, synced, renamed; the directory is synced last.
@@ -146,40 +158,7 @@ impl Detector {
     /// [`ModelFileError::Io`] naming the file, for instance when the disk is full; the former model is then intact.
     pub fn save(&self, dir: &Path, name: &str) -> Result<(), ModelFileError> {
         let tensors = self.tensors();
-        let card = self.card(digest(&tensors));
-        let card = serde_json::to_string_pretty(&card).map_err(|e| {
-            io(
-                "write",
-                dir.join(format!("{name}.json")),
-                std::io::Error::other(e),
-            )
-        })?;
-        let path = dir.join(format!("{name}.safetensors"));
-        let views: Vec<_> = tensors
-            .iter()
-            .map(|(name, tensor)| {
-                Ok((
-                    name.as_str(),
-                    TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes)?,
-                ))
-            })
-            .collect::<Result<_, SafeTensorError>>()
-            .map_err(|source| ModelFileError::NotSafetensors {
-                path: path.clone(),
-                source,
-            })?;
-        let metadata = HashMap::from([(METADATA_KEY.to_owned(), card.clone())]);
-        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|source| {
-            ModelFileError::NotSafetensors {
-                path: path.clone(),
-                source,
-            }
-        })?;
-        replace(&path, &bytes)?;
-        replace(&dir.join(format!("{name}.json")), card.as_bytes())?;
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(|source| io("sync", dir, source))
+        write(dir, name, &tensors, &self.card(digest(&tensors)))
     }
 
     /// Reads `NAME.safetensors` from `dir` and checks everything in it.
@@ -234,7 +213,6 @@ impl Detector {
     }
 
     fn card(&self, tensors_sha256: String) -> Card {
-        let hex = |digest: [u8; 32]| data_encoding::HEXLOWER.encode(&digest);
         Card {
             format_version: FORMAT_VERSION,
             layout_digest: hex(model_layout(self.schema.channels()).digest()),
@@ -304,6 +282,36 @@ impl Detector {
             );
         }
         tensors
+    }
+}
+
+impl GlobalModel {
+    /// Writes the model that crosses sites as `NAME.safetensors` and `NAME.json`, in the same way as [`Detector::save`]: its
+    /// tensors under the names of its layout, and a card with profile, layout digest and provenance. It holds nothing
+    /// of any one site; theriac programs exchange it as a message, so this form is for people and other programs.
+    ///
+    /// # Errors
+    /// [`ModelFileError::Io`] naming the file.
+    pub fn save(
+        &self,
+        dir: &Path,
+        name: &str,
+        profile: &FeatureSchema,
+        provenance: &Provenance,
+    ) -> Result<(), ModelFileError> {
+        let tensor = |(name, shape, range): (&str, &[usize], std::ops::Range<usize>)| {
+            (name.to_owned(), Tensor::f32(shape, &self.values()[range]))
+        };
+        let tensors: BTreeMap<String, Tensor> = self.layout().iter().map(tensor).collect();
+        let card = GlobalCard {
+            format_version: FORMAT_VERSION,
+            layout_digest: hex(self.layout().digest()),
+            profile_digest: hex(profile.digest()),
+            profile: profile.clone(),
+            provenance: provenance.clone(),
+            tensors_sha256: digest(&tensors),
+        };
+        write(dir, name, &tensors, &card)
     }
 }
 
@@ -505,7 +513,41 @@ fn digest(tensors: &BTreeMap<String, Tensor>) -> String {
         hash.update(format!("{name}\t{:?}\t{:?}\n", tensor.dtype, tensor.shape));
         hash.update(&tensor.bytes);
     }
-    data_encoding::HEXLOWER.encode(&hash.finalize())
+    hex(hash.finalize().into())
+}
+
+fn hex(digest: [u8; 32]) -> String {
+    data_encoding::HEXLOWER.encode(&digest)
+}
+
+/// Writes tensors with their card inside, then the card beside them, then syncs the directory.
+fn write(
+    dir: &Path,
+    name: &str,
+    tensors: &BTreeMap<String, Tensor>,
+    card: &impl Serialize,
+) -> Result<(), ModelFileError> {
+    let (path, card_path) = (
+        dir.join(format!("{name}.safetensors")),
+        dir.join(format!("{name}.json")),
+    );
+    let card = serde_json::to_string_pretty(card)
+        .map_err(|error| io("write", &card_path, std::io::Error::other(error)))?;
+    let not_ours = |source| ModelFileError::NotSafetensors {
+        path: path.clone(),
+        source,
+    };
+    let views = tensors.iter().map(|(name, tensor)| {
+        TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).map(|view| (name.as_str(), view))
+    });
+    let views: Vec<_> = views.collect::<Result<_, _>>().map_err(not_ours)?;
+    let metadata = HashMap::from([(METADATA_KEY.to_owned(), card.clone())]);
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(not_ours)?;
+    replace(&path, &bytes)?;
+    replace(&card_path, card.as_bytes())?;
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|source| io("sync", dir, source))
 }
 
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), ModelFileError> {
@@ -530,7 +572,6 @@ fn io(what: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> M
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::global::GlobalModel;
     use crate::series::Series;
 
     fn rows(count: usize) -> Series {
@@ -616,6 +657,28 @@ mod tests {
             assert!(card.get(field).is_some(), "{field} is missing");
         }
         assert_eq!((&card["rule"], &card["rows"]), (&"median".into(), &200.into()));
+    }
+
+    #[test]
+    fn global_model_is_written_under_the_names_of_its_layout() {
+        let dir = tempfile::tempdir().unwrap();
+        let global = GlobalModel::initial(3, 1);
+        global
+            .save(
+                dir.path(),
+                "g",
+                &FeatureSchema::recorded("t", 3),
+                &Provenance::default(),
+            )
+            .unwrap();
+        let bytes = fs::read(dir.path().join("g.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.tensor("own_lag.weight").unwrap().shape(), [3, 5]);
+        assert_eq!(file.len(), 5);
+        assert!(matches!(
+            Detector::load(dir.path(), "g"),
+            Err(ModelFileError::NoCard { .. })
+        ));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::budget::AddressBudget;
+use crate::budget::AddressBudgets;
 use crate::limits::Limits;
 use crate::loss::{CloseCode, Loss};
 use crate::session::{AggregatorSession, Pieces, SessionHandle};
@@ -318,7 +318,7 @@ enum Entry {
 impl AcceptLoop {
     async fn run(self) {
         let slots = Arc::new(Semaphore::new(self.limits.handshakes_max));
-        let mut budget = AddressBudget::new(self.limits.address_burst, self.limits.address_per_second);
+        let mut budget = AddressBudgets::new(self.limits.address_burst, self.limits.address_per_second);
         while let Some(incoming) = self.quinn.accept().await {
             let address = incoming.remote_address().ip().to_canonical();
             let proven = incoming.remote_address_validated();

@@ -131,7 +131,8 @@ impl Limits {
             stream_window_bytes: window,
             receive_window_bytes_before_admission: window,
             receive_window_bytes: window,
-            idle_timeout: self.join_timeout,
+            // Later than our own timeout, which closes with a reason.
+            idle_timeout: self.join_timeout.saturating_mul(2),
             hello_bytes_max: self.join_bytes_max,
             frame_timeout: self.join_timeout,
             ..self.clone()

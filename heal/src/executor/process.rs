@@ -209,6 +209,12 @@ struct Record {
     intent: Option<u64>,
 }
 
+impl Record {
+    fn is_of(&self, member: &Member) -> bool {
+        member.is_leader() && member.start_ticks == self.start_ticks && member.session == self.session
+    }
+}
+
 impl Supervisor {
     /// A supervisor of a service that does not run. `record` is the file that names the running child to a later run of ours; its
     /// folder must exist and no other service may use it.
@@ -240,9 +246,7 @@ impl Supervisor {
             .as_ref()
             .filter(|record| record.boot == super::clock::clock_id());
         let leader = recorded
-            .and_then(|record| {
-                Member::read(record.pid).filter(|member| member.start_ticks == record.start_ticks)
-            })
+            .and_then(|record| Member::read(record.pid).filter(|member| record.is_of(member)))
             .or_else(|| marked.iter().find(|member| member.is_leader()).copied())
             .filter(|member| !member.is_dead());
         if let Some(leader) = leader {

@@ -357,20 +357,23 @@ impl IncidentMachine {
 
     fn open_incident_for(&mut self, now: Now, service: &str, diagnosis: Diagnosis) {
         self.last_incident += 1;
-        let first_sign = self.services.get(service).and_then(|seen| seen.first_sign);
+        let signs = self
+            .services
+            .get(service)
+            .map_or(Vec::new(), |seen| seen.signs.clone());
         let mut record = Incident {
             id: IncidentId(self.last_incident),
             service: service.to_owned(),
             class: diagnosis.class,
             state: IncidentState::Open,
-            opened: first_sign.unwrap_or(now.when()),
+            opened: signs.first().map_or(now.when(), |sign| sign.at),
             detected: now.when(),
             acted: None,
             healed: None,
             closed: None,
             score: None,
             threshold: None,
-            evidence: Vec::new(),
+            evidence: signs,
             evidence_dropped: 0,
             causes: Vec::new(),
             alternatives: Vec::new(),
@@ -378,7 +381,10 @@ impl IncidentMachine {
             verdict: None,
             handed_over: None,
         };
-        record.note(now, diagnosis.reason.clone());
+        record.note(
+            now,
+            format!("taken for {}: {}", diagnosis.class, diagnosis.reason),
+        );
         self.update_score(&mut record);
         self.outputs.push_back(Output::Opened(record.clone()));
         self.decide(now, record, diagnosis, false);
@@ -592,7 +598,7 @@ impl IncidentMachine {
             record.healed = Some(now.when());
         }
         if let Some(seen) = self.services.get_mut(&record.service) {
-            seen.first_sign = None;
+            seen.signs.clear();
         }
         self.outputs.push_back(Output::Closed(record));
     }

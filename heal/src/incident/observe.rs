@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Input, ProcessState};
 use crate::policy::HealPolicy;
-use crate::types::{Cause, Incident, Now, When};
+use crate::types::{Cause, Evidence, Incident, Now};
 
 /// Observations of one service. Everything in it is bounded.
 #[derive(Debug)]
@@ -41,8 +41,8 @@ pub(super) struct Observed {
     pub(super) disk_full: Option<u64>,
     /// Anomalies before this moment open nothing.
     pub(super) settle_until: Duration,
-    /// The first sign that is not yet cleared.
-    pub(super) first_sign: Option<When>,
+    /// Signs that are not yet cleared, oldest first; at most [`SIGNS_MAX`].
+    pub(super) signs: Vec<Evidence>,
 }
 
 /// The latest anomalous verdict.
@@ -74,7 +74,7 @@ impl Observed {
             corrupt: None,
             disk_full: None,
             settle_until: Duration::ZERO,
-            first_sign: None,
+            signs: Vec::new(),
         }
     }
 
@@ -90,6 +90,7 @@ impl Observed {
             }
             Input::Exited { status, .. } => {
                 self.known = true;
+                self.ok_run = 0;
                 self.exit = Some(brief(status));
                 self.stopped_run = 0;
                 self.stopped = false;
@@ -132,8 +133,13 @@ impl Observed {
             }
             _ => return None,
         };
-        if words.is_some() && self.first_sign.is_none() {
-            self.first_sign = Some(now.when());
+        if let Some(words) = &words
+            && self.signs.len() < SIGNS_MAX
+        {
+            self.signs.push(Evidence {
+                at: now.when(),
+                words: words.clone(),
+            });
         }
         words
     }
@@ -153,7 +159,7 @@ impl Observed {
         self.anomaly_run = 0;
         self.anomaly = None;
         self.anomalous = false;
-        self.first_sign = None;
+        self.signs.clear();
         self.settle_until = now.monotonic.saturating_add(self.policy.settle);
     }
 
@@ -180,7 +186,7 @@ impl Observed {
                     && self.disk_full.is_none()
                     && self.corrupt.is_none()
                 {
-                    self.first_sign = None;
+                    self.signs.clear();
                 }
             }
             return None;
@@ -238,6 +244,9 @@ impl Observed {
         })
     }
 }
+
+/// Most signs kept from before an incident is opened.
+const SIGNS_MAX: usize = 8;
 
 /// At most 200 characters of words from outside, on one line.
 pub(super) fn brief(words: &str) -> String {

@@ -481,7 +481,7 @@ impl State {
                     .iter()
                     .for_each(|(first, last)| self.blocks.add(*first..=*last, rho));
             }
-            UpdateKind::Delta => self.rho_node = self.rho_node.plus(rho),
+            UpdateKind::Delta => self.rho_node = rho,
         }
         self.rho_lifetime = self.rho_lifetime.plus(rho);
         self.releases += 1;

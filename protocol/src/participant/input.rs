@@ -26,7 +26,7 @@ pub enum Input {
     },
     /// A round has ended.
     Closed(ClosedV1),
-    /// Answer to [`Output::Train`]: the encoded update is durable in the outbox.
+    /// Answer to [`Output::Train`](super::Output::Train): the encoded update is durable in the outbox.
     Trained {
         /// The round.
         round: Round,
@@ -35,7 +35,7 @@ pub enum Input {
         /// SHA-256 of the payload.
         payload_digest: Digest,
     },
-    /// Answer to [`Output::Train`]: there will be no update.
+    /// Answer to [`Output::Train`](super::Output::Train): there will be no update.
     CannotTrain {
         /// The round.
         round: Round,
@@ -44,7 +44,7 @@ pub enum Input {
         /// Why.
         reason: DeclineReason,
     },
-    /// Answer to [`Output::Judge`].
+    /// Answer to [`Output::Judge`](super::Output::Judge).
     Judged {
         /// The model.
         version: ModelVersion,

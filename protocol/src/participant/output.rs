@@ -7,8 +7,8 @@ use crate::units::{ModelVersion, Round};
 /// What the driver must do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
-    /// Charge the ledger, train, write the encoded update to the outbox, then answer [`Input::Trained`] or
-    /// [`Input::CannotTrain`].
+    /// Charge the ledger, train, write the encoded update to the outbox, then answer [`Input::Trained`](super::Input::Trained) or
+    /// [`Input::CannotTrain`](super::Input::CannotTrain).
     Train {
         /// The terms.
         announce: AnnounceV1,
@@ -30,7 +30,7 @@ pub enum Output {
         /// Which.
         version: ModelVersion,
     },
-    /// Store the model that has just come, run the gate, answer [`Input::Judged`].
+    /// Store the model that has just come, run the gate, answer [`Input::Judged`](super::Input::Judged).
     Judge {
         /// Which.
         version: ModelVersion,

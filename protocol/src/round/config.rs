@@ -15,7 +15,7 @@ pub struct BaseModel {
     pub digest: Digest,
 }
 
-/// What every announcement of this federation says, see [`AnnounceV1`].
+/// What every announcement of this federation says, see [`AnnounceV1`](crate::message::AnnounceV1).
 #[derive(Debug, Clone, PartialEq)]
 pub struct RoundTerms {
     /// What to send.
@@ -60,7 +60,7 @@ pub struct OpenRound {
     pub nonce: u64,
     /// The model it builds on.
     pub base: BaseModel,
-    /// The nodes of [`Output::Open`]: with them known, a resumed round ends as soon as all have reported. Empty means
+    /// The nodes of [`Output::Open`](super::Output::Open): with them known, a resumed round ends as soon as all have reported. Empty means
     /// unknown: then only the deadline ends it.
     pub cohort: BTreeSet<NodeId>,
     /// Durable updates: node and payload digest.

@@ -38,26 +38,26 @@ pub enum Input {
         /// Why.
         reason: DeclineReason,
     },
-    /// Answer to [`Output::Store`]: the update is durable.
+    /// Answer to [`Output::Store`](super::Output::Store): the update is durable.
     Stored {
         /// Whose.
         node: NodeId,
         /// Of which round.
         round: Round,
     },
-    /// Answer to [`Output::Store`]: it could not be made durable, and no trace of it is left.
+    /// Answer to [`Output::Store`](super::Output::Store): it could not be made durable, and no trace of it is left.
     StoreFailed {
         /// Whose.
         node: NodeId,
         /// Of which round.
         round: Round,
     },
-    /// Answer to [`Output::Open`]: the open round is durable.
+    /// Answer to [`Output::Open`](super::Output::Open): the open round is durable.
     Opened {
         /// Which.
         round: Round,
     },
-    /// Answer to [`Output::Aggregate`]: the new model is computed.
+    /// Answer to [`Output::Aggregate`](super::Output::Aggregate): the new model is computed.
     Aggregated {
         /// Of which round.
         round: Round,
@@ -66,17 +66,17 @@ pub enum Input {
         /// Digest of the new payload.
         digest: Digest,
     },
-    /// Answer to [`Output::Aggregate`]: the rule gave no model.
+    /// Answer to [`Output::Aggregate`](super::Output::Aggregate): the rule gave no model.
     AggregationFailed {
         /// Of which round.
         round: Round,
     },
-    /// Answer to [`Output::Publish`]: the new model is durable.
+    /// Answer to [`Output::Publish`](super::Output::Publish): the new model is durable.
     Published {
         /// Of which round.
         round: Round,
     },
-    /// Answer to [`Output::Abort`]: the end of the round is durable.
+    /// Answer to [`Output::Abort`](super::Output::Abort): the end of the round is durable.
     Aborted {
         /// Which.
         round: Round,

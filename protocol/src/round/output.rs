@@ -8,11 +8,11 @@ use crate::units::{Digest, ModelVersion, NodeId, Round};
 /// What the driver must do. Every output that asks for an answer gets exactly one.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
-    /// Persist the round as open, then answer [`Input::Opened`].
+    /// Persist the round as open, then answer [`Input::Opened`](super::Input::Opened).
     Open {
         /// Its terms, for the record; each node is sent its own by [`Output::Announce`].
         announce: AnnounceV1,
-        /// Nodes that it will be announced to, in order: keep them for [`OpenRound::cohort`].
+        /// Nodes that it will be announced to, in order: keep them for [`OpenRound::cohort`](super::OpenRound::cohort).
         cohort: Vec<NodeId>,
     },
     /// Send the announcement to these nodes.
@@ -31,7 +31,7 @@ pub enum Output {
         /// Why.
         code: RefusalCode,
     },
-    /// Make the update durable, then answer [`Input::Stored`] or [`Input::StoreFailed`].
+    /// Make the update durable, then answer [`Input::Stored`](super::Input::Stored) or [`Input::StoreFailed`](super::Input::StoreFailed).
     Store {
         /// Whose.
         node: NodeId,
@@ -49,7 +49,7 @@ pub enum Output {
         /// Of which bytes.
         payload_digest: Digest,
     },
-    /// Combine the stored updates, then answer [`Input::Aggregated`] or [`Input::AggregationFailed`].
+    /// Combine the stored updates, then answer [`Input::Aggregated`](super::Input::Aggregated) or [`Input::AggregationFailed`](super::Input::AggregationFailed).
     Aggregate {
         /// The round.
         round: Round,
@@ -58,7 +58,7 @@ pub enum Output {
         /// The updates, ordered by node.
         members: Vec<(NodeId, Digest)>,
     },
-    /// Persist model, members and the round's end in one transaction, then answer [`Input::Published`].
+    /// Persist model, members and the round's end in one transaction, then answer [`Input::Published`](super::Input::Published).
     Publish {
         /// The round.
         round: Round,
@@ -69,7 +69,7 @@ pub enum Output {
         /// The updates in it, ordered by node.
         members: Vec<(NodeId, Digest)>,
     },
-    /// Persist that the round ended without a model, then answer [`Input::Aborted`].
+    /// Persist that the round ended without a model, then answer [`Input::Aborted`](super::Input::Aborted).
     Abort {
         /// The round.
         round: Round,

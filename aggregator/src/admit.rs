@@ -1,0 +1,160 @@
+//! Whether an authenticated site may take part now: compatible, within its quota, and with a ledger that never went back.
+
+use theriac_protocol::message::{HelloV1, PROTOCOL_MAX, PROTOCOL_MIN};
+use theriac_protocol::refusal::RefusalCode;
+use theriac_protocol::units::Digest;
+
+use crate::config::LimitSettings;
+use crate::layout::ModelSpec;
+use crate::store::records::LedgerHead;
+
+/// Bytes that one plain message (a decline, a verdict) may have, for the quota.
+pub const PLAIN_MESSAGE_BYTES: u64 = 1_024;
+
+/// Why a site is not admitted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdmitError {
+    /// No protocol version in common.
+    #[error("the edge speaks protocol {min} to {max}, this aggregator {PROTOCOL_MIN} to {PROTOCOL_MAX}")]
+    Version {
+        /// Lowest version of the edge.
+        min: u16,
+        /// Highest version of the edge.
+        max: u16,
+    },
+    /// Another feature profile.
+    #[error("the edge has feature profile {found} ({found_digest}), this federation uses {expected} ({expected_digest})")]
+    Profile {
+        /// Ours.
+        expected: String,
+        /// Its digest.
+        expected_digest: Digest,
+        /// The edge's.
+        found: String,
+        /// Its digest.
+        found_digest: Digest,
+    },
+    /// Another model layout.
+    #[error("the edge's model has layout {found}, this federation's {expected}")]
+    Layout {
+        /// Ours.
+        expected: Digest,
+        /// The edge's.
+        found: Digest,
+    },
+    /// The privacy ledger went backwards or forked.
+    #[error(
+        "the privacy ledger has {} records with head {}, on record are {} with head {}: a restored snapshot or a copied disk",
+        offered.records, offered.head, on_record.records, on_record.head
+    )]
+    Ledger {
+        /// What was counter-signed last.
+        on_record: LedgerHead,
+        /// What the edge shows.
+        offered: LedgerHead,
+    },
+}
+
+impl AdmitError {
+    /// What the edge is told.
+    pub fn code(&self) -> RefusalCode {
+        match self {
+            Self::Version { .. } => RefusalCode::UnsupportedVersion,
+            Self::Profile { .. } | Self::Layout { .. } => RefusalCode::LayoutMismatch,
+            Self::Ledger { .. } => RefusalCode::LedgerRollback,
+        }
+    }
+}
+
+/// Whether the two programs fit together. Gives the protocol version to speak.
+///
+/// # Errors
+/// [`AdmitError::Version`], [`AdmitError::Profile`], [`AdmitError::Layout`].
+pub fn check_hello(hello: &HelloV1, spec: &ModelSpec) -> Result<u16, AdmitError> {
+    let protocol = hello.protocol_max.min(PROTOCOL_MAX);
+    if protocol < hello.protocol_min.max(PROTOCOL_MIN) {
+        return Err(AdmitError::Version { min: hello.protocol_min, max: hello.protocol_max });
+    }
+    if hello.profile_digest != spec.profile_digest() {
+        return Err(AdmitError::Profile {
+            expected: spec.profile_name().to_owned(),
+            expected_digest: spec.profile_digest(),
+            found: hello.profile.clone(),
+            found_digest: hello.profile_digest,
+        });
+    }
+    if hello.layout_digest != spec.layout_digest() {
+        return Err(AdmitError::Layout { expected: spec.layout_digest(), found: hello.layout_digest });
+    }
+    Ok(protocol)
+}
+
+/// The ledger rule: a head never goes backwards, and one number of records has one head. A restored snapshot or a copied
+/// disk breaks it.
+///
+/// # Errors
+/// [`AdmitError::Ledger`].
+pub fn check_ledger(on_record: LedgerHead, offered: LedgerHead) -> Result<(), AdmitError> {
+    let behind = offered.records < on_record.records;
+    let forked = offered.records == on_record.records && offered.head != on_record.head;
+    if behind || forked { Err(AdmitError::Ledger { on_record, offered }) } else { Ok(()) }
+}
+
+/// What one site may still send in the round at hand.
+#[derive(Debug, Clone)]
+pub struct Quota {
+    messages_max: u32,
+    bytes_max: u64,
+    round: u64,
+    messages: u32,
+    bytes: u64,
+}
+
+impl Quota {
+    /// A fresh quota. `update_bytes` is the largest update of this federation.
+    pub fn new(limits: &LimitSettings, update_bytes: u64) -> Self {
+        let plain = u64::from(limits.messages_per_round_max).saturating_mul(PLAIN_MESSAGE_BYTES);
+        let bytes_max = u64::from(limits.updates_per_round_max).saturating_mul(update_bytes).saturating_add(plain);
+        Self { messages_max: limits.messages_per_round_max, bytes_max, round: 0, messages: 0, bytes: 0 }
+    }
+
+    /// Counts a message of `bytes` that came while `round` was at hand; false: it is beyond the quota.
+    #[must_use]
+    pub fn take(&mut self, round: u64, bytes: u64) -> bool {
+        if round != self.round {
+            (self.round, self.messages, self.bytes) = (round, 0, 0);
+        }
+        self.messages = self.messages.saturating_add(1);
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.messages <= self.messages_max && self.bytes <= self.bytes_max
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(records: u64, byte: u8) -> LedgerHead {
+        LedgerHead { head: Digest([byte; 32]), records }
+    }
+
+    #[test]
+    fn ledger_may_grow_or_stay_but_neither_shrink_nor_fork() {
+        assert!(check_ledger(head(3, 1), head(3, 1)).is_ok());
+        assert!(check_ledger(head(3, 1), head(4, 2)).is_ok());
+        for wrong in [head(2, 1), head(3, 2), head(0, 0)] {
+            assert_eq!(check_ledger(head(3, 1), wrong).unwrap_err().code(), RefusalCode::LedgerRollback);
+        }
+    }
+
+    #[test]
+    fn quota_is_renewed_by_the_next_round_only() {
+        let limits = LimitSettings { messages_per_round_max: 4, updates_per_round_max: 1, ..LimitSettings::default() };
+        let mut quota = Quota::new(&limits, 1_000);
+        assert!((0..4).all(|_| quota.take(1, 10)));
+        assert!(!quota.take(1, 10), "a fifth message was taken");
+        assert!(quota.take(2, 10));
+        assert!(!quota.take(2, 1_000 + 4 * PLAIN_MESSAGE_BYTES), "too many bytes were taken");
+    }
+}

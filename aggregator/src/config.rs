@@ -1,0 +1,602 @@
+//! `aggregator.toml`: every key documented, unknown keys refused.
+//!
+//! [`Settings`] is what the file says; [`CheckedConfig`] is what the program runs on, and [`Settings::check`] is the only
+//! way from one to the other, so running code never meets a value out of range. `check-config` and `serve` share [`load`].
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use theriac_command::settings::{self, SettingsError};
+use theriac_protocol::message::UpdateKind;
+use theriac_protocol::units::{L2Norm, NodeId, NoiseMultiplier};
+
+use crate::layout::{LayoutError, ModelSpec};
+use crate::robust::RuleName;
+
+/// Prefix of environment variables that override the file: `THERIAC__SECTION__KEY`.
+pub const ENVIRONMENT_PREFIX: &str = "THERIAC";
+
+/// Why there is no configuration to run on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file or the environment does not load.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// A value is out of range, or two values do not fit together.
+    #[error("{key}: {reason}")]
+    Value {
+        /// The key, with its section.
+        key: &'static str,
+        /// The value, the range, and what to do.
+        reason: String,
+    },
+}
+
+impl ConfigError {
+    /// What to do next.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Settings(error) => error.hint(),
+            Self::Value { .. } => {
+                "the comments in the file that `theriac-aggregator init` writes say unit, default and range of every key"
+                    .into()
+            }
+        }
+    }
+}
+
+/// What `aggregator.toml` may say. Durations are text such as `"500ms"`, `"1s"`, `"2m"`.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Name of the federation: 1 to 63 characters of `a-z`, `0-9` and `-`. It is part of every certificate, so it cannot be
+    /// changed after `init`: with another name every edge is refused. No default.
+    pub federation: String,
+    /// Directory of database, blobs, authorities and keys, relative to the file's own directory; default `.`. It must be
+    /// the one that `init` made.
+    pub data_dir: PathBuf,
+    /// UDP address of the main listener; default `0.0.0.0:7700`. Port 0 takes a free one. Edges must be able to reach it.
+    pub listen: SocketAddr,
+    /// UDP address where new edges hand in their token; default `0.0.0.0:7701`.
+    pub join_listen: SocketAddr,
+    /// TCP address of health, metrics and status; a loopback address, default `127.0.0.1:7702`. It has no login.
+    pub http: SocketAddr,
+    /// `HOST:PORT` that a new edge is told to connect to; default: `localhost` with the port of `listen`. A host that is
+    /// not in the aggregator's certificate makes every edge fail its handshake.
+    pub advertise: Option<String>,
+    /// Rounds and their terms.
+    pub rounds: RoundSettings,
+    /// What is learnt.
+    pub model: ModelSettings,
+    /// What one edge, and all of them together, may cost.
+    pub limits: LimitSettings,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            federation: String::new(),
+            data_dir: PathBuf::from("."),
+            listen: SocketAddr::from(([0, 0, 0, 0], 7700)),
+            join_listen: SocketAddr::from(([0, 0, 0, 0], 7701)),
+            http: SocketAddr::from(([127, 0, 0, 1], 7702)),
+            advertise: None,
+            rounds: RoundSettings::default(),
+            model: ModelSettings::default(),
+            limits: LimitSettings::default(),
+        }
+    }
+}
+
+/// `[rounds]`
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoundSettings {
+    /// What an edge sends: `"moments"` (second moments of the own-lag regression, one noised release; the default) or
+    /// `"delta"` (a clipped weight delta of the network).
+    pub kind: RoundKind,
+    /// Fewest updates that make a model, 1 to 100 000, default 3. Too low: a few edges decide. Too high: rounds abort while
+    /// edges are away. Rounds open only while as many edges are connected.
+    pub quorum: usize,
+    /// Time from announcement to close, 100 ms to 7 days, default `2m`. Too short: slow edges are charged and come late.
+    /// Too long: one silent edge delays the round.
+    #[serde(with = "settings::duration")]
+    pub deadline: Duration,
+    /// Time between a round's end and the next announcement, 0 to 30 days, default `10m`. Too short spends the edges'
+    /// privacy budget sooner; edges decline once it is spent.
+    #[serde(with = "settings::duration")]
+    pub pause: Duration,
+    /// No round opens after this number; default none. For experiments.
+    pub rounds_max: Option<u64>,
+    /// Clipping norm C of one privacy unit, above 0, default 588 (for moments of 60 rows). Too low: signal is cut off.
+    /// Too high: noise σC drowns it.
+    pub clip_norm: f64,
+    /// Noise multiplier σ that every update must carry, 0.1 to 1000, default 1.27 (ε = 4 at δ = 1e-6 for one release). Too
+    /// low: edges decline, their own policy wins. Too high: the model learns nothing.
+    pub noise_multiplier: f64,
+    /// Samples in one block, the privacy unit of moments, 11 to 86 400, default 60.
+    pub block_rows: u32,
+    /// An edge with fewer complete unspent blocks declines, 1 to `blocks_max`, default 2. Too low wastes budget on noise.
+    pub blocks_min: u32,
+    /// Most blocks in one release, 1 to 100 000, default 60. It bounds the norm of an honest update, so too high lets a
+    /// hostile edge send more.
+    pub blocks_max: u32,
+    /// Rule that combines the updates: `"mean"`, `"median"` or `"trimmed_mean"` (default).
+    pub rule: RuleName,
+    /// Number f of hostile edges to withstand; below half the quorum, default 1. Too small: arbitrary failure. Too large:
+    /// honest sites that differ are cut away. Ignored by `"mean"`, which withstands none.
+    pub byzantine: usize,
+}
+
+impl Default for RoundSettings {
+    fn default() -> Self {
+        Self {
+            kind: RoundKind::Moments,
+            quorum: 3,
+            deadline: Duration::from_secs(120),
+            pause: Duration::from_secs(600),
+            rounds_max: None,
+            clip_norm: 588.0,
+            noise_multiplier: 1.27,
+            block_rows: 60,
+            blocks_min: 2,
+            blocks_max: 60,
+            rule: RuleName::TrimmedMean,
+            byzantine: 1,
+        }
+    }
+}
+
+/// What a round collects, as the file spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RoundKind {
+    /// Block-clipped moments.
+    Moments,
+    /// A weight delta.
+    Delta,
+}
+
+impl From<RoundKind> for UpdateKind {
+    fn from(kind: RoundKind) -> Self {
+        match kind {
+            RoundKind::Moments => Self::Moments,
+            RoundKind::Delta => Self::Delta,
+        }
+    }
+}
+
+/// `[model]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSettings {
+    /// Feature profile of all edges; default `"host-service-v1"`, the only one so far. Edges with another are refused.
+    pub profile: String,
+    /// Instead of a profile: a model of that many bare numbers, 1 to 16 000 000, for load tests with `kind = "delta"`.
+    /// Default none.
+    pub dimension: Option<u32>,
+    /// Seed of the initial model (version 0), default 1. Edges compute the same model from it.
+    pub seed: u64,
+}
+
+impl Default for ModelSettings {
+    fn default() -> Self {
+        Self { profile: "host-service-v1".into(), dimension: None, seed: 1 }
+    }
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitSettings {
+    /// Connections at one time, 1 to 100 000, default 6 000. Beyond it new ones are turned away with `busy`.
+    pub connections_max: usize,
+    /// Bytes of updates held in memory while they are checked and stored, 1 MiB to 64 GiB, default 256 MiB. Beyond it
+    /// uploads are refused with `busy` and a time to come back.
+    pub upload_bytes_in_flight_max: usize,
+    /// Messages one edge may send in one round, 4 to 1 000 000, default 64. Beyond it the connection is closed.
+    pub messages_per_round_max: u32,
+    /// Bytes one edge may send in one round, as a multiple of one update's size, 1 to 1 000, default 4.
+    pub updates_per_round_max: u32,
+    /// Time an edge has to take a message from the aggregator, 1 s to 10 min, default `30s`. Slower ones are closed.
+    #[serde(with = "settings::duration")]
+    pub write_timeout: Duration,
+    /// Rounds whose updates are kept after they end, 1 to 1 000 000, default 100. Older payloads are deleted; their records
+    /// stay.
+    pub rounds_kept: u64,
+}
+
+impl Default for LimitSettings {
+    fn default() -> Self {
+        Self {
+            connections_max: 6_000,
+            upload_bytes_in_flight_max: 256 << 20,
+            messages_per_round_max: 64,
+            updates_per_round_max: 4,
+            write_timeout: Duration::from_secs(30),
+            rounds_kept: 100,
+        }
+    }
+}
+
+/// What the aggregator runs on: every value in range, every path absolute.
+#[derive(Debug, Clone)]
+pub struct CheckedConfig {
+    /// Name of the federation.
+    pub federation: String,
+    /// Directory of everything durable.
+    pub data_dir: PathBuf,
+    /// Main listener.
+    pub listen: SocketAddr,
+    /// Join listener.
+    pub join_listen: SocketAddr,
+    /// Health, metrics, status.
+    pub http: SocketAddr,
+    /// `HOST:PORT` for new edges; `None` = `localhost` and the bound port.
+    pub advertise: Option<String>,
+    /// Checked terms of rounds.
+    pub rounds: CheckedRounds,
+    /// Layouts and the initial model.
+    pub model: ModelSpec,
+    /// Limits, all in range.
+    pub limits: LimitSettings,
+}
+
+/// Terms of a round after the check.
+#[derive(Debug, Clone)]
+pub struct CheckedRounds {
+    /// What is collected.
+    pub kind: UpdateKind,
+    /// Fewest updates.
+    pub quorum: usize,
+    /// Time from announcement to close.
+    pub deadline: Duration,
+    /// Time between rounds.
+    pub pause: Duration,
+    /// Last round.
+    pub rounds_max: Option<u64>,
+    /// C.
+    pub clip_norm: L2Norm,
+    /// σ.
+    pub noise_multiplier: NoiseMultiplier,
+    /// Samples in a block.
+    pub block_rows: u32,
+    /// Fewest blocks.
+    pub blocks_min: u32,
+    /// Most blocks.
+    pub blocks_max: u32,
+    /// Rule.
+    pub rule: RuleName,
+    /// Assumed number f of hostile edges.
+    pub byzantine: usize,
+}
+
+/// Loads and checks: the file, then the environment. Opens no port and touches no data directory.
+///
+/// # Errors
+/// [`ConfigError`] names the key, the value and what to do.
+pub fn load(
+    file: &Path,
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> Result<CheckedConfig, ConfigError> {
+    let settings: Settings = settings::load(Some(file), ENVIRONMENT_PREFIX, environment)?;
+    let directory = match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    settings.check(directory)
+}
+
+impl Settings {
+    /// Checks ranges and how values fit together. `directory` is where relative paths start.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for the first value that is out of range.
+    pub fn check(self, directory: &Path) -> Result<CheckedConfig, ConfigError> {
+        NodeId::new(self.federation.clone()).map_err(|_| {
+            let got = &self.federation;
+            wrong("federation", format!("`{got}` is no name: use 1 to 63 characters of a-z, 0-9 and -"))
+        })?;
+        if !self.http.ip().is_loopback() {
+            let got = self.http;
+            return Err(wrong("http", format!("{got} is no loopback address: use 127.0.0.1 or [::1]")));
+        }
+        if let Some(advertise) = &self.advertise {
+            let port = advertise.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+            if port.is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
+                return Err(wrong("advertise", format!("`{advertise}` is no HOST:PORT")));
+            }
+        }
+        let model = match self.model.dimension {
+            Some(dimension) => ModelSpec::raw(dimension),
+            None => ModelSpec::profile(&self.model.profile, self.model.seed),
+        }
+        .map_err(|error| match error {
+            LayoutError::Dimension { .. } => wrong("model.dimension", error.to_string()),
+            _ => wrong("model.profile", error.to_string()),
+        })?;
+        let limits = check_limits(self.limits)?;
+        let rounds = check_rounds(&self.rounds)?;
+        if self.model.dimension.is_some() && rounds.kind != UpdateKind::Delta {
+            return Err(wrong("model.dimension", "a model of bare numbers needs rounds.kind = \"delta\"".into()));
+        }
+        let data_dir = std::path::absolute(directory.join(&self.data_dir))
+            .map_err(|error| wrong("data_dir", format!("{}: {error}", self.data_dir.display())))?;
+        Ok(CheckedConfig {
+            federation: self.federation,
+            data_dir,
+            listen: self.listen,
+            join_listen: self.join_listen,
+            http: self.http,
+            advertise: self.advertise,
+            rounds,
+            model,
+            limits,
+        })
+    }
+}
+
+fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
+    count("rounds.quorum", rounds.quorum as u64, 1, 100_000)?;
+    span("rounds.deadline", rounds.deadline, Duration::from_millis(100), days(7))?;
+    span("rounds.pause", rounds.pause, Duration::ZERO, days(30))?;
+    if rounds.rounds_max == Some(0) {
+        return Err(wrong("rounds.rounds_max", "0 would open no round at all: leave it out or use 1 or more".into()));
+    }
+    let clip_norm = L2Norm::new(rounds.clip_norm).map_err(|error| wrong("rounds.clip_norm", error.to_string()))?;
+    if !(0.1..=1_000.0).contains(&rounds.noise_multiplier) {
+        let got = rounds.noise_multiplier;
+        return Err(wrong("rounds.noise_multiplier", format!("{got} is outside 0.1 to 1000")));
+    }
+    let noise_multiplier = NoiseMultiplier::new(rounds.noise_multiplier)
+        .map_err(|error| wrong("rounds.noise_multiplier", error.to_string()))?;
+    count("rounds.block_rows", rounds.block_rows.into(), 11, 86_400)?;
+    count("rounds.blocks_max", rounds.blocks_max.into(), 1, 100_000)?;
+    count("rounds.blocks_min", rounds.blocks_min.into(), 1, rounds.blocks_max.into())?;
+    if rounds.rule != RuleName::Mean && rounds.byzantine.saturating_mul(2) >= rounds.quorum {
+        let (f, quorum) = (rounds.byzantine, rounds.quorum);
+        let need = f.saturating_mul(2).saturating_add(1);
+        return Err(wrong(
+            "rounds.byzantine",
+            format!("{f} of {quorum} is no minority: set rounds.quorum to {need} or more, or byzantine lower"),
+        ));
+    }
+    Ok(CheckedRounds {
+        kind: rounds.kind.into(),
+        quorum: rounds.quorum,
+        deadline: rounds.deadline,
+        pause: rounds.pause,
+        rounds_max: rounds.rounds_max,
+        clip_norm,
+        noise_multiplier,
+        block_rows: rounds.block_rows,
+        blocks_min: rounds.blocks_min,
+        blocks_max: rounds.blocks_max,
+        rule: rounds.rule,
+        byzantine: rounds.byzantine,
+    })
+}
+
+fn check_limits(limits: LimitSettings) -> Result<LimitSettings, ConfigError> {
+    count("limits.connections_max", limits.connections_max as u64, 1, 100_000)?;
+    count("limits.upload_bytes_in_flight_max", limits.upload_bytes_in_flight_max as u64, 1 << 20, 64 << 30)?;
+    count("limits.messages_per_round_max", limits.messages_per_round_max.into(), 4, 1_000_000)?;
+    count("limits.updates_per_round_max", limits.updates_per_round_max.into(), 1, 1_000)?;
+    count("limits.rounds_kept", limits.rounds_kept, 1, 1_000_000)?;
+    span("limits.write_timeout", limits.write_timeout, Duration::from_secs(1), Duration::from_secs(600))?;
+    Ok(limits)
+}
+
+fn wrong(key: &'static str, reason: String) -> ConfigError {
+    ConfigError::Value { key, reason }
+}
+
+fn count(key: &'static str, got: u64, low: u64, high: u64) -> Result<(), ConfigError> {
+    if (low..=high).contains(&got) { Ok(()) } else { Err(wrong(key, format!("{got} is outside {low} to {high}"))) }
+}
+
+fn span(key: &'static str, got: Duration, low: Duration, high: Duration) -> Result<(), ConfigError> {
+    if (low..=high).contains(&got) {
+        return Ok(());
+    }
+    let text = humantime::format_duration;
+    Err(wrong(key, format!("{} is outside {} to {}", text(got), text(low), text(high))))
+}
+
+fn days(count: u64) -> Duration {
+    Duration::from_secs(count * 86_400)
+}
+
+/// The commented file that `init` writes, with every key at the value of `settings`.
+pub fn example(settings: &Settings) -> String {
+    let (rounds, model, limits) = (&settings.rounds, &settings.model, &settings.limits);
+    let text = |value: &str| toml::Value::String(value.to_owned()).to_string();
+    let time = |span: Duration| text(&humantime::format_duration(span).to_string());
+    let or_comment = |key: &str, value: Option<String>, other: &str| match value {
+        Some(value) => format!("{key} = {value}"),
+        None => format!("# {key} = {other}"),
+    };
+    let kind = match rounds.kind {
+        RoundKind::Moments => "moments",
+        RoundKind::Delta => "delta",
+    };
+    let real = |value: f64| toml::Value::Float(value).to_string();
+    format!(
+        r#"# theriac-aggregator: everything this aggregator runs on. Check it with
+#   theriac-aggregator check-config --config aggregator.toml
+# A key can be overridden from the environment: THERIAC__ROUNDS__QUORUM=5.
+
+# Name of the federation, part of every certificate: it cannot be changed after `init`.
+federation = {federation}
+# Database, blobs, authorities and keys, relative to this file's directory.
+data_dir = {data_dir}
+# UDP. Edges connect here. Port 0 takes a free one.
+listen = "{listen}"
+# UDP. New edges hand in their token here.
+join_listen = "{join_listen}"
+# TCP, loopback only: /healthz /readyz /metrics /status /rounds. It has no login.
+http = "{http}"
+# HOST:PORT that a new edge is told to connect to. Its host must be in the aggregator's certificate (init --hosts).
+{advertise}
+
+[rounds]
+# What an edge sends: "moments" (one noised release of second moments) or "delta" (a clipped weight delta).
+kind = "{kind}"
+# Fewest updates that make a model, 1 to 100000. Too low: a few edges decide. Too high: rounds abort.
+quorum = {quorum}
+# Time from announcement to close, 100ms to 7days. Too short: slow edges are charged and come late.
+deadline = {deadline}
+# Time between a round's end and the next announcement, up to 30days. Too short spends the edges' privacy budget.
+pause = {pause}
+# No round opens after this number. For experiments.
+{rounds_max}
+# Clipping norm C of one privacy unit, above 0. Too low: signal is cut off. Too high: the noise, σC, drowns it.
+clip_norm = {clip_norm}
+# Noise multiplier σ that every update must carry, 0.1 to 1000. Too low: edges decline. Too high: nothing is learnt.
+noise_multiplier = {noise_multiplier}
+# Samples in one block, the privacy unit of moments, 11 to 86400.
+block_rows = {block_rows}
+# An edge with fewer complete unspent blocks declines, 1 to blocks_max.
+blocks_min = {blocks_min}
+# Most blocks in one release, 1 to 100000. It bounds an honest update's norm: too high lets a hostile edge send more.
+blocks_max = {blocks_max}
+# "mean", "median" or "trimmed_mean".
+rule = "{rule}"
+# Hostile edges to withstand, below half the quorum. Too small: arbitrary failure. Too large: honest sites are cut away.
+byzantine = {byzantine}
+
+[model]
+# Feature profile of all edges.
+profile = {profile}
+# Instead of a profile, for load tests: a model of that many bare numbers, 1 to 16000000, with kind = "delta".
+{dimension}
+# Seed of the initial model; edges compute the same one from it.
+seed = {seed}
+
+[limits]
+# Connections at one time, 1 to 100000; beyond it new ones are told to come back later.
+connections_max = {connections_max}
+# Bytes of updates in memory while they are checked and stored, 1048576 to 68719476736; beyond it uploads are refused.
+upload_bytes_in_flight_max = {upload_bytes}
+# Messages one edge may send in one round, 4 to 1000000; beyond it the connection is closed.
+messages_per_round_max = {messages}
+# Bytes one edge may send in one round, as a multiple of one update's size, 1 to 1000.
+updates_per_round_max = {updates}
+# Time an edge has to take a message, 1s to 10m; slower ones are closed.
+write_timeout = {write_timeout}
+# Rounds whose updates are kept after they end, 1 to 1000000; older payloads are deleted, their records stay.
+rounds_kept = {rounds_kept}
+"#,
+        federation = text(&settings.federation),
+        data_dir = text(&settings.data_dir.to_string_lossy()),
+        listen = settings.listen,
+        join_listen = settings.join_listen,
+        http = settings.http,
+        advertise = or_comment("advertise", settings.advertise.as_deref().map(text), "\"localhost:7700\""),
+        quorum = rounds.quorum,
+        deadline = time(rounds.deadline),
+        pause = time(rounds.pause),
+        rounds_max = or_comment("rounds_max", rounds.rounds_max.map(|n| n.to_string()), "1000"),
+        clip_norm = real(rounds.clip_norm),
+        noise_multiplier = real(rounds.noise_multiplier),
+        block_rows = rounds.block_rows,
+        blocks_min = rounds.blocks_min,
+        blocks_max = rounds.blocks_max,
+        rule = rounds.rule,
+        byzantine = rounds.byzantine,
+        profile = text(&model.profile),
+        dimension = or_comment("dimension", model.dimension.map(|n| n.to_string()), "10000"),
+        seed = model.seed,
+        connections_max = limits.connections_max,
+        upload_bytes = limits.upload_bytes_in_flight_max,
+        messages = limits.messages_per_round_max,
+        updates = limits.updates_per_round_max,
+        write_timeout = time(limits.write_timeout),
+        rounds_kept = limits.rounds_kept,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Settings {
+        Settings { federation: "demo".into(), ..Settings::default() }
+    }
+
+    fn load_text(text: &str, environment: &[(&str, &str)]) -> Result<CheckedConfig, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("aggregator.toml");
+        std::fs::write(&path, text).unwrap();
+        load(&path, environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())))
+    }
+
+    #[test]
+    fn example_says_exactly_the_settings_it_was_made_from() {
+        let mut changed = good();
+        changed.advertise = Some("a.example:1".into());
+        changed.rounds.rounds_max = Some(9);
+        changed.rounds.kind = RoundKind::Delta;
+        changed.model.dimension = Some(10);
+        for settings in [good(), changed] {
+            let parsed: Settings = toml::from_str(&example(&settings)).unwrap();
+            assert_eq!(parsed, settings);
+        }
+    }
+
+    #[test]
+    fn example_names_every_key() {
+        let table = toml::Table::try_from(good()).unwrap();
+        let text = example(&good());
+        let mut sections = vec![&table];
+        while let Some(section) = sections.pop() {
+            for (key, value) in section {
+                assert!(text.contains(&format!("{key}")), "{key} is not in the example");
+                sections.extend(value.as_table());
+            }
+        }
+    }
+
+    #[test]
+    fn misspelt_key_gets_a_suggestion() {
+        let error = load_text("federation = \"demo\"\n[rounds]\nquorom = 3\n", &[]).unwrap_err();
+        assert!(error.to_string().contains("quorom"), "{error}");
+        assert_eq!(error.hint(), "did you mean `quorum`?");
+    }
+
+    #[test]
+    fn environment_overrides_the_file() {
+        let config = load_text("federation = \"demo\"", &[("THERIAC__ROUNDS__QUORUM", "7")]).unwrap();
+        assert_eq!(config.rounds.quorum, 7);
+    }
+
+    #[test]
+    fn refuses_values_out_of_range_and_names_key_and_value() {
+        let cases: [(&str, &str, &str); 11] = [
+            ("federation = \"De mo\"", "federation", "De mo"),
+            ("federation = \"demo\"\nhttp = \"0.0.0.0:1\"", "http", "0.0.0.0:1"),
+            ("federation = \"demo\"\nadvertise = \"nohost\"", "advertise", "nohost"),
+            ("federation = \"demo\"\n[rounds]\nquorum = 0", "rounds.quorum", "0"),
+            ("federation = \"demo\"\n[rounds]\nbyzantine = 2\nquorum = 4", "rounds.byzantine", "2 of 4"),
+            ("federation = \"demo\"\n[rounds]\ndeadline = \"1ms\"", "rounds.deadline", "1ms"),
+            ("federation = \"demo\"\n[rounds]\nclip_norm = -1.0", "rounds.clip_norm", "-1"),
+            ("federation = \"demo\"\n[rounds]\nnoise_multiplier = 0.0", "rounds.noise_multiplier", "0"),
+            ("federation = \"demo\"\n[rounds]\nblocks_min = 99", "rounds.blocks_min", "99"),
+            ("federation = \"demo\"\n[model]\nprofile = \"x\"", "model.profile", "x"),
+            ("federation = \"demo\"\n[model]\ndimension = 5", "model.dimension", "delta"),
+        ];
+        for (text, key, value) in cases {
+            let error = load_text(text, &[]).unwrap_err().to_string();
+            assert!(error.starts_with(key) && error.contains(value), "{text}\n→ {error}");
+        }
+    }
+
+    #[test]
+    fn mean_needs_no_honest_majority() {
+        let text = "federation = \"demo\"\n[rounds]\nrule = \"mean\"\nquorum = 1\n";
+        assert!(load_text(text, &[]).is_ok());
+    }
+}

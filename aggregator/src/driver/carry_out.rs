@@ -1,0 +1,243 @@
+//! What the machine asks for, carried out.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use theriac_protocol::codec::encode_to_edge;
+use theriac_protocol::message::{AnnounceV1, ClosedV1, ToEdge, UpdateV1};
+use theriac_protocol::refusal::{AbortReason, RefusalCode, RoundOutcome};
+use theriac_protocol::round::{Output, PhaseName, RoundMachine};
+use theriac_protocol::units::{Digest, NodeId, Round};
+
+use super::work::{Computed, Done, until_it_works, with_urgency};
+use super::Driver;
+use crate::metrics::{Outcome, Verdict};
+use crate::store::records::ModelRow;
+use crate::store::{Urgency, rounds};
+use crate::validate::ValidatedUpdate;
+
+/// The update that caused the outputs at hand.
+#[derive(Debug)]
+pub(super) struct Offered {
+    pub(super) header: UpdateV1,
+    pub(super) validated: Option<Box<ValidatedUpdate>>,
+}
+
+impl Driver {
+    /// Carries out all that the machine asks for now.
+    pub(super) fn pump(&mut self, offered: Option<Offered>) {
+        let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
+        self.carry_out_all(outputs, offered);
+    }
+
+    pub(super) fn carry_out_all(&mut self, outputs: Vec<Output>, mut offered: Option<Offered>) {
+        for output in outputs {
+            self.carry_out(output, &mut offered);
+        }
+        let at = self.machine.status();
+        if at.phase != PhaseName::Collecting && self.terms.borrow().is_some() {
+            self.terms.send_replace(None);
+        }
+        self.metrics.round.set(at.round.0);
+        self.with_status(|status| {
+            status.phase = at.phase;
+            status.round = at.round;
+            status.stored = at.stored;
+        });
+    }
+
+    fn carry_out(&mut self, output: Output, offered: &mut Option<Offered>) {
+        match output {
+            Output::Open { announce, cohort } => self.open(announce, cohort),
+            Output::Announce { to, announce } => self.announce(&to, announce),
+            Output::Refuse { node, round, code } => match offered.take() {
+                Some(offered) => self.refuse_update(&node, &offered.header, code, "by the state of the round"),
+                None => {
+                    self.count_upload("refused", code.word());
+                    self.send_refusal(&node, Some(round), code);
+                }
+            },
+            Output::Store { node, round, payload_digest } => {
+                let validated = offered.take().and_then(|offered| offered.validated);
+                self.make_durable(node, round, payload_digest, validated);
+            }
+            Output::Receipt { node, round, payload_digest: _ } => self.send_receipt(node, round),
+            Output::Aggregate { round, base, members } => self.compute(round, base, members),
+            Output::Publish { round, version: _, digest: _, members } => self.publish(round, members),
+            Output::Abort { round, reason } => self.abort(round, reason),
+            Output::Closed { to, closed } => self.closed(&to, closed),
+        }
+    }
+
+    /// A round's row needs no synchronisation of its own. The next durable write covers it; should power fail before that,
+    /// the next start opens the same round again, with the same nonce and terms, and nobody has been promised anything.
+    fn open(&mut self, announce: AnnounceV1, cohort: Vec<NodeId>) {
+        let (store, rule, round) = (self.store.clone(), self.rule, announce.round);
+        let last_forgotten = Round(round.0.saturating_sub(self.rounds_kept));
+        self.receipts.retain(|(of, _), _| of.0.saturating_add(1) >= round.0);
+        self.cache.clear();
+        self.cache_bytes = 0;
+        self.work.spawn(async move {
+            with_urgency(&store, "open a round", Urgency::Lazy, move |work| {
+                rounds::open(work, &announce, &cohort, rule)?;
+                if last_forgotten.0 > 0 { rounds::forget_payloads(work, last_forgotten) } else { Ok(()) }
+            })
+            .await
+            .map_or(Done::Written(Ok(())), |()| Done::Opened(round))
+        });
+    }
+
+    fn announce(&mut self, to: &[NodeId], announce: AnnounceV1) {
+        let is_new = self.terms.borrow().as_ref().is_none_or(|terms| terms.round != announce.round);
+        if is_new {
+            tracing::info!(round = announce.round.0, nodes = to.len(), "a round is open");
+            self.opened_at = Some(Instant::now());
+            // Before anybody hears of the round, so that no answer can come too early.
+            self.terms.send_replace(Some(Arc::new(announce.clone())));
+        }
+        self.send_to_all(to, &ToEdge::Announce(announce));
+    }
+
+    fn send_to_all(&mut self, to: &[NodeId], message: &ToEdge) {
+        match encode_to_edge(message) {
+            Ok(frame) => to.iter().for_each(|node| self.send_frame(node, frame.clone())),
+            Err(error) => tracing::error!(%error, "our own message does not encode"),
+        }
+    }
+
+    fn make_durable(&mut self, node: NodeId, round: Round, digest: Digest, update: Option<Box<ValidatedUpdate>>) {
+        let Some(update) = update.filter(|update| update.header().payload_digest == digest) else {
+            tracing::error!(%node, round = round.0, "the machine asks for an update that is not at hand");
+            let now = self.now();
+            self.machine.handle(now, theriac_protocol::round::Input::StoreFailed { node, round });
+            let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
+            return self.carry_out_all(outputs, None);
+        };
+        self.storing += 1;
+        let at = self.machine.status();
+        let expected = at.admitted.saturating_sub(at.stored + at.declined + self.storing);
+        let urgency = if expected == 0 { Urgency::Now } else { Urgency::Company };
+        let (store, rule) = (self.store.clone(), self.rule.rule);
+        self.work.spawn(async move {
+            let (row, norm) = (update.row(), update.norm());
+            let header = Box::new(update.header().clone());
+            drop(update);
+            let result = match store.put_blob(digest, row.payload.clone()).await {
+                Ok(()) => {
+                    let (name, head, payload) = (node.clone(), header.clone(), row.payload.clone());
+                    let write = move |work: &crate::store::Work<'_>| {
+                        rounds::insert_upload(work, &name, &head, &payload, norm, rule)
+                    };
+                    store.write(urgency, write).await
+                }
+                Err(error) => Err(error),
+            };
+            Done::Stored { node, header, row, result }
+        });
+    }
+
+    /// From the committed row: out of memory for the round at hand and the one before, else out of the store.
+    fn send_receipt(&mut self, node: NodeId, round: Round) {
+        match self.receipts.get(&(round, node.clone())) {
+            Some(stored) => {
+                let receipt = self.key.receipt(round, &node, stored);
+                self.send(&node, &ToEdge::Receipt(receipt));
+            }
+            None => self.find_receipt(node, round),
+        }
+    }
+
+    pub(super) fn find_receipt(&mut self, node: NodeId, round: Round) {
+        let store = self.store.clone();
+        self.work.spawn(async move {
+            let name = node.clone();
+            let found = store.read(move |connection| rounds::stored_upload(connection, round, &name)).await;
+            let stored = found.unwrap_or_else(|error| {
+                tracing::warn!(%node, round = round.0, %error, "cannot look a receipt up");
+                None
+            });
+            Done::Receipt { node, round, stored }
+        });
+    }
+
+    fn publish(&mut self, round: Round, members: Vec<(NodeId, Digest)>) {
+        let Some(Computed { row, candidate }) = &self.candidate else {
+            // Impossible: the machine publishes only what it was told was computed.
+            tracing::error!(round = round.0, "no model is at hand to publish");
+            return;
+        };
+        let (store, row, candidate) = (self.store.clone(), row.clone(), candidate.clone());
+        self.work.spawn(async move {
+            let mut wait = std::time::Duration::from_millis(250);
+            while let Err(error) = store.put_blob(row.digest, candidate.payload.clone()).await {
+                tracing::error!(%error, hint = error.hint(), "cannot store the next model; trying again in {wait:?}");
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(std::time::Duration::from_secs(5));
+            }
+            until_it_works(&store, "publish a model", move |work| {
+                rounds::publish(work, &row, &candidate.payload, &members, &candidate.evidence)
+            })
+            .await
+            .map_or(Done::Written(Ok(())), |()| Done::Published(round))
+        });
+    }
+
+    fn abort(&mut self, round: Round, reason: AbortReason) {
+        let store = self.store.clone();
+        self.work.spawn(async move {
+            let ended = until_it_works(&store, "end a round", move |work| rounds::abort(work, round, reason));
+            ended.await.map_or(Done::Written(Ok(())), |()| Done::Aborted(round))
+        });
+    }
+
+    fn closed(&mut self, to: &[NodeId], closed: ClosedV1) {
+        let outcome = match closed.outcome {
+            RoundOutcome::Published(_) => "published",
+            RoundOutcome::Aborted(reason) => rounds::abort_word(reason),
+        };
+        self.metrics.rounds.get_or_create(&Outcome { outcome }).inc();
+        if let Some(opened) = self.opened_at.take() {
+            self.metrics.round_seconds.observe(opened.elapsed().as_secs_f64());
+        }
+        tracing::info!(round = closed.round.0, outcome, "a round has ended");
+        self.send_to_all(to, &ToEdge::Closed(closed));
+    }
+
+    /// An operator's model is in force: a new machine on the new base, with the same nodes.
+    pub(super) fn rolled_over(&mut self, model: ModelRow, aborted: Option<Round>) {
+        let last = aborted.unwrap_or(Round(0)).max(self.machine.status().round);
+        let now = self.now();
+        let base = theriac_protocol::round::BaseModel { version: model.version, digest: model.digest };
+        self.machine = RoundMachine::new(self.config.clone(), base, last, self.nonce_seed, now);
+        self.candidate = None;
+        self.storing = 0;
+        self.terms.send_replace(None);
+        self.metrics.model_version.set(model.version.0);
+        self.with_status(|status| {
+            status.model_version = model.version.0;
+            status.aborted += u64::from(aborted.is_some());
+        });
+        let nodes: Vec<NodeId> = self.links.keys().cloned().collect();
+        if let Some(round) = aborted {
+            let outcome = RoundOutcome::Aborted(AbortReason::Operator);
+            self.closed(&nodes, ClosedV1 { round, outcome });
+        }
+        for node in nodes {
+            self.machine.handle(now, theriac_protocol::round::Input::Admitted { node });
+        }
+        self.pump(None);
+    }
+
+    /// Tells the node, counts, and records it with its reason.
+    pub(super) fn refuse_update(&mut self, node: &NodeId, header: &UpdateV1, code: RefusalCode, detail: &str) {
+        tracing::info!(%node, round = header.round.0, code = code.word(), detail, "an update was refused");
+        self.count_upload("refused", code.word());
+        self.send_refusal(node, Some(header.round), code);
+        let (node, header, rule) = (node.clone(), header.clone(), self.rule.rule);
+        self.write_later(Urgency::Lazy, move |work| rounds::refuse_upload(work, &node, &header, code, rule));
+    }
+
+    pub(super) fn count_upload(&self, verdict: &'static str, reason: &'static str) {
+        self.metrics.uploads.get_or_create(&Verdict { verdict, reason }).inc();
+    }
+}

@@ -1,0 +1,174 @@
+//! One connected edge as the driver sees it, and how edges come and go.
+
+use std::net::SocketAddr;
+
+use theriac_protocol::codec::{Encoded, encode_to_edge};
+use theriac_protocol::message::{ToEdge, WelcomeV1};
+use theriac_protocol::refusal::{RefusalCode, RefusalV1};
+use theriac_protocol::round::{Input, Output};
+use theriac_protocol::units::{NodeId, Round};
+use theriac_transport::{CloseCode, SessionHandle};
+use tokio::sync::{mpsc, oneshot};
+
+use super::Driver;
+use crate::admit::{AdmitError, check_ledger};
+use crate::store::records::LedgerHead;
+use crate::store::wall_clock;
+
+/// Messages that may wait for one edge.
+pub const OUTBOX_MAX: usize = 32;
+
+/// A way to a connected edge. Dropping it ends the session once everything in its outbox is sent.
+#[derive(Debug)]
+pub struct Link {
+    /// Number of the session, unique in this process.
+    pub session: u64,
+    /// Messages that wait.
+    pub outbox: mpsc::Sender<Encoded>,
+    /// The connection.
+    pub handle: SessionHandle,
+}
+
+impl Link {
+    /// Puts a message into the outbox; false: it is full or the session is gone.
+    pub(super) fn send(&self, message: &ToEdge) -> bool {
+        match encode_to_edge(message) {
+            Ok(frame) => self.send_encoded(frame),
+            Err(error) => {
+                tracing::error!(%error, "our own message does not encode");
+                true
+            }
+        }
+    }
+
+    pub(super) fn send_encoded(&self, frame: Encoded) -> bool {
+        self.outbox.try_send(frame).is_ok()
+    }
+
+    fn remote(&self) -> SocketAddr {
+        self.handle.remote()
+    }
+}
+
+/// A site that said Hello, is in the registry and speaks our language.
+#[derive(Debug)]
+pub struct Arrival {
+    /// Its name, out of the certificate.
+    pub node: NodeId,
+    /// The way to it.
+    pub link: Link,
+    /// Protocol version that both will speak.
+    pub protocol: u16,
+    /// Its privacy ledger.
+    pub ledger: LedgerHead,
+    /// Tree size of the last audit checkpoint it has seen.
+    pub audit_size: Option<u64>,
+    /// The round whose receipt it still misses.
+    pub receipt_missing: Option<Round>,
+}
+
+impl Driver {
+    pub(super) fn arrived(&mut self, arrival: Arrival, reply: oneshot::Sender<Result<(), AdmitError>>) {
+        let Arrival { node, link, protocol, ledger, audit_size, receipt_missing } = arrival;
+        if let Err(error) = check_ledger(self.ledger(&node), ledger) {
+            drop(reply.send(Err(error)));
+            return;
+        }
+        self.replace(&node, link.remote());
+        let now = self.now();
+        self.machine.handle(now, Input::Admitted { node: node.clone() });
+        // An announcement that is for this node alone travels inside its Welcome.
+        let mut outputs = Vec::new();
+        let mut round = None;
+        while let Some(output) = self.machine.poll_output() {
+            match output {
+                Output::Announce { to, announce } if to.as_slice() == [node.clone()] => round = Some(announce),
+                other => outputs.push(other),
+            }
+        }
+        let (audit_checkpoint, audit_consistency) = self.store.audit_log().head_since(audit_size);
+        let base = self.machine.status().base;
+        let welcome = WelcomeV1 {
+            protocol,
+            federation: self.federation.clone(),
+            node: node.clone(),
+            time: wall_clock(),
+            frame_bytes_max: self.frame_bytes_max,
+            model_version: base.version,
+            model_digest: base.digest,
+            audit_checkpoint,
+            audit_consistency,
+            round,
+        };
+        link.send(&ToEdge::Welcome(welcome));
+        self.with_status(|status| drop(status.connected.insert(node.clone())));
+        self.links.insert(node.clone(), link);
+        self.count_links();
+        tracing::info!(%node, "connected");
+        drop(reply.send(Ok(())));
+        self.carry_out_all(outputs, None);
+        if let Some(round) = receipt_missing {
+            self.find_receipt(node, round);
+        }
+        self.pump(None);
+    }
+
+    /// A newer session of the same identity takes the place of the older one.
+    fn replace(&mut self, node: &NodeId, remote: SocketAddr) {
+        let Some(older) = self.links.remove(node) else { return };
+        let before = older.remote();
+        if before.ip() != remote.ip() {
+            self.metrics.identity_alarms.inc();
+            tracing::warn!(%node, %before, now = %remote, "one identity from two addresses: a copied key or a moved host");
+        }
+        older.handle.close(CloseCode::Replaced, "the same identity has a newer session");
+    }
+
+    pub(super) fn left(&mut self, node: &NodeId, session: u64) {
+        if self.links.get(node).is_none_or(|link| link.session != session) {
+            return;
+        }
+        self.links.remove(node);
+        self.count_links();
+        self.with_status(|status| drop(status.connected.remove(node)));
+        tracing::info!(%node, "left");
+        let now = self.now();
+        self.machine.handle(now, Input::Left { node: node.clone() });
+        self.pump(None);
+    }
+
+    pub(super) fn send(&mut self, node: &NodeId, message: &ToEdge) {
+        match encode_to_edge(message) {
+            Ok(frame) => self.send_frame(node, frame),
+            Err(error) => tracing::error!(%error, "our own message does not encode"),
+        }
+    }
+
+    pub(super) fn send_frame(&mut self, node: &NodeId, frame: Encoded) {
+        let Some(link) = self.links.get(node) else { return };
+        if !link.send_encoded(frame) && !link.outbox.is_closed() {
+            self.metrics.slow_readers.inc();
+            tracing::warn!(%node, "takes messages too slowly");
+            // The session notices and leaves by the usual way.
+            link.handle.close(CloseCode::TooSlow, "messages were not taken in time");
+        }
+    }
+
+    pub(super) fn send_refusal(&mut self, node: &NodeId, round: Option<Round>, code: RefusalCode) {
+        self.send(node, &ToEdge::Refusal(refusal(code, round)));
+    }
+
+    fn count_links(&self) {
+        self.metrics.connected.set(i64::try_from(self.links.len()).unwrap_or(i64::MAX));
+    }
+}
+
+/// A refusal with the time after which it is worth trying again.
+pub(crate) fn refusal(code: RefusalCode, round: Option<Round>) -> RefusalV1 {
+    let retry_after_ms = match code {
+        RefusalCode::Busy => 1_000,
+        RefusalCode::StorageFull => 10_000,
+        _ => 0,
+    };
+    RefusalV1 { code, round, retry_after_ms }
+}

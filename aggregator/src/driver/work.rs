@@ -1,0 +1,221 @@
+//! What runs beside the driver and comes back to it: writes, reads and the aggregation.
+
+use std::time::Duration;
+
+use theriac_protocol::message::{ToEdge, UpdateV1};
+use theriac_protocol::round::{BaseModel, Input};
+use theriac_protocol::units::{Digest, NodeId, Round};
+
+use super::Driver;
+use crate::publish::{Candidate, next_model};
+use crate::robust::{Row, rule};
+use crate::store::records::{ModelRow, Registry};
+use crate::store::rounds::{self, StoredUpload};
+use crate::store::{Store, StoreError, Urgency, Work, wall_clock};
+
+/// First wait before a write that must succeed is tried again.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+/// Longest such wait.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// A finished piece of work.
+#[derive(Debug)]
+pub(super) enum Done {
+    /// A round is open in the store.
+    Opened(Round),
+    /// An update is durable, or not.
+    Stored { node: NodeId, header: Box<UpdateV1>, row: Row, result: Result<StoredUpload, StoreError> },
+    /// A round was combined, or could not be.
+    Computed { round: Round, result: Result<Box<Computed>, String> },
+    /// A round's model is durable.
+    Published(Round),
+    /// A round's end without a model is durable.
+    Aborted(Round),
+    /// A receipt of an earlier round was looked up.
+    Receipt { node: NodeId, round: Round, stored: Option<StoredUpload> },
+    /// Registry and model in force were read again.
+    Refreshed(Result<Box<(Registry, ModelRow)>, StoreError>),
+    /// Another model is in force and the open round, if any, has ended.
+    RolledOver(Result<Box<(ModelRow, Option<Round>)>, String>),
+    /// A write of which nobody waits for the result.
+    Written(Result<(), StoreError>),
+}
+
+/// A computed model that waits for its publication.
+#[derive(Debug)]
+pub(super) struct Computed {
+    pub(super) row: ModelRow,
+    pub(super) candidate: Candidate,
+}
+
+impl Driver {
+    pub(super) fn done(&mut self, done: Done) {
+        let now = self.now();
+        match done {
+            Done::Opened(round) => self.machine.handle(now, Input::Opened { round }),
+            Done::Stored { node, header, row, result } => return self.stored(node, *header, row, result),
+            Done::Computed { round, result: Ok(computed) } => {
+                let (version, digest) = (computed.row.version, computed.candidate.digest);
+                self.candidate = Some(*computed);
+                self.machine.handle(now, Input::Aggregated { round, version, digest });
+            }
+            Done::Computed { round, result: Err(reason) } => {
+                tracing::warn!(round = round.0, reason, "the round gives no model");
+                self.machine.handle(now, Input::AggregationFailed { round });
+            }
+            Done::Published(round) => {
+                self.published();
+                self.machine.handle(now, Input::Published { round });
+            }
+            Done::Aborted(round) => {
+                self.with_status(|status| status.aborted += 1);
+                self.machine.handle(now, Input::Aborted { round });
+            }
+            Done::Receipt { node, round, stored } => {
+                if let Some(stored) = stored {
+                    let receipt = self.key.receipt(round, &node, &stored);
+                    self.send(&node, &ToEdge::Receipt(receipt));
+                }
+                return;
+            }
+            Done::Refreshed(Ok(read)) => {
+                let (registry, model) = *read;
+                return self.refreshed(registry, model);
+            }
+            Done::Refreshed(Err(error)) => {
+                tracing::error!(%error, "cannot read the registry; the last one stays in force");
+                return;
+            }
+            Done::RolledOver(Ok(rolled)) => {
+                let (model, aborted) = *rolled;
+                return self.rolled_over(model, aborted);
+            }
+            Done::RolledOver(Err(reason)) => {
+                tracing::error!(reason, "cannot load the model that is to be in force; the last one stays");
+                return;
+            }
+            Done::Written(result) => {
+                if let Err(error) = result {
+                    tracing::error!(%error, "a record could not be written");
+                }
+                return;
+            }
+        }
+        self.pump(None);
+    }
+
+    fn stored(&mut self, node: NodeId, header: UpdateV1, row: Row, result: Result<StoredUpload, StoreError>) {
+        let now = self.now();
+        let round = header.round;
+        self.storing = self.storing.saturating_sub(1);
+        self.with_status(|status| status.storage_full = matches!(result, Err(StoreError::Full(_))));
+        self.metrics.storage_full.set(i64::from(matches!(result, Err(StoreError::Full(_)))));
+        match result {
+            Ok(stored) => {
+                let claim = &header.privacy;
+                let ledger = crate::store::records::LedgerHead { head: claim.ledger_head, records: claim.ledger_records };
+                self.ledgers.insert(node.clone(), ledger);
+                self.count_upload("accepted", "");
+                self.receipts.insert((round, node.clone()), stored);
+                if self.cache_bytes + row.payload.len() <= self.cache_bytes_max {
+                    self.cache_bytes += row.payload.len();
+                    self.cache.insert(node.clone(), row);
+                }
+                self.machine.handle(now, Input::Stored { node, round });
+            }
+            Err(error) => {
+                tracing::warn!(%node, round = round.0, %error, "an update could not be stored");
+                self.machine.handle(now, Input::StoreFailed { node, round });
+            }
+        }
+        self.pump(None);
+    }
+
+    fn published(&mut self) {
+        if let Some(Computed { row, candidate }) = self.candidate.take() {
+            self.metrics.model_version.set(row.version.0);
+            self.with_status(|status| {
+                status.published += 1;
+                status.model_version = row.version.0;
+            });
+            self.models.set_current(&row, candidate.payload);
+        }
+    }
+
+    /// Starts the aggregation of the stored updates, on the threads for CPU work.
+    pub(super) fn compute(&mut self, round: Round, base: BaseModel, members: Vec<(NodeId, Digest)>) {
+        let mut cache = std::mem::take(&mut self.cache);
+        self.cache_bytes = 0;
+        let (store, models, spec) = (self.store.clone(), self.models.clone(), self.spec.clone());
+        let (terms, round_rule) = (self.config.terms.clone(), self.rule);
+        let seconds = self.metrics.aggregation_seconds.clone();
+        let work = move || {
+            let begun = std::time::Instant::now();
+            let mut rows = Vec::with_capacity(members.len());
+            for (node, digest) in &members {
+                let row = match cache.remove(node) {
+                    Some(row) => row,
+                    None => store
+                        .read_blocking(|connection| rounds::upload_row(connection, store.blobs(), round, node))
+                        .map_err(|error| error.to_string())?,
+                };
+                debug_assert_eq!(Digest::of(&row.payload), *digest, "a stored payload has its digest");
+                rows.push(row);
+            }
+            let base_payload = models.payload_blocking(&store, base.version).map_err(|error| error.to_string())?;
+            let rule = rule(round_rule.rule, round_rule.byzantine);
+            let candidate = next_model(&spec, &terms, &base_payload, rows, &*rule).map_err(|error| error.to_string())?;
+            let row = ModelRow {
+                version: base.version.next(),
+                round,
+                layout_digest: spec.layout_digest(),
+                values: spec.values(),
+                digest: candidate.digest,
+                rule: round_rule.rule.word().to_owned(),
+                contributors: u32::try_from(members.len()).unwrap_or(u32::MAX),
+                rolled_back_to: None,
+                released: wall_clock(),
+            };
+            seconds.observe(begun.elapsed().as_secs_f64());
+            Ok(Box::new(Computed { row, candidate }))
+        };
+        self.work.spawn(async move {
+            let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(error.to_string()));
+            Done::Computed { round, result }
+        });
+    }
+}
+
+/// Writes what must be written before the round can go on, again and again: a full disk or a locked file stops the round, not
+/// the process, and it goes on by itself. `None`: the store says that it no longer applies, because an operator came first.
+pub(super) async fn until_it_works<T: Send + 'static>(
+    store: &Store,
+    what: &'static str,
+    work: impl Fn(&Work<'_>) -> Result<T, StoreError> + Clone + Send + 'static,
+) -> Option<T> {
+    with_urgency(store, what, Urgency::Now, work).await
+}
+
+/// As [`until_it_works`], with an urgency.
+pub(super) async fn with_urgency<T: Send + 'static>(
+    store: &Store,
+    what: &'static str,
+    urgency: Urgency,
+    work: impl Fn(&Work<'_>) -> Result<T, StoreError> + Clone + Send + 'static,
+) -> Option<T> {
+    let mut wait = RETRY_FIRST;
+    loop {
+        match store.write(urgency, work.clone()).await {
+            Ok(value) => return Some(value),
+            Err(error @ (StoreError::Closed | StoreError::Conflict(_))) => {
+                tracing::warn!(%error, "cannot {what}");
+                return None;
+            }
+            Err(error) => {
+                tracing::error!(%error, hint = error.hint(), "cannot {what}; trying again in {wait:?}");
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(RETRY_MAX);
+            }
+        }
+    }
+}

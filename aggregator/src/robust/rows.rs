@@ -1,0 +1,141 @@
+//! Where a rule reads its rows from.
+
+use bytes::Bytes;
+use theriac_protocol::compress::{decode_range, payload_len};
+use theriac_protocol::message::Encoding;
+
+use super::RuleError;
+
+/// A number that rules work on: `f32` on the network, `f64` at the command line as well.
+pub trait Scalar: Copy + Default + PartialOrd + Send + Sync + Into<f64> + 'static {
+    /// Rounds a sum back.
+    fn round_from(value: f64) -> Self;
+    /// A total order; all values are finite, so only the two zeros are told apart.
+    fn order(&self, other: &Self) -> std::cmp::Ordering;
+}
+
+impl Scalar for f32 {
+    #[expect(clippy::cast_possible_truncation, reason = "this is the one rounding of a sum")]
+    fn round_from(value: f64) -> Self {
+        value as Self
+    }
+    fn order(&self, other: &Self) -> std::cmp::Ordering {
+        self.total_cmp(other)
+    }
+}
+
+impl Scalar for f64 {
+    fn round_from(value: f64) -> Self {
+        value
+    }
+    fn order(&self, other: &Self) -> std::cmp::Ordering {
+        self.total_cmp(other)
+    }
+}
+
+/// `n` rows of `d` finite values each.
+pub trait Rows<T>: Sync {
+    /// Number of rows, n.
+    fn count(&self) -> usize;
+    /// Number of values in each row, d.
+    fn dimension(&self) -> usize;
+    /// Copies values `start..start + out.len()` of one row.
+    fn read(&self, row: usize, start: usize, out: &mut [T]);
+}
+
+/// A stored update: its payload as it came.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// How the payload is written.
+    pub encoding: Encoding,
+    /// The values' bytes.
+    pub payload: Bytes,
+}
+
+/// Rows read straight from stored payloads.
+#[derive(Debug)]
+pub struct PayloadRows {
+    rows: Vec<Row>,
+    dimension: usize,
+}
+
+impl PayloadRows {
+    /// Takes payloads of `dimension` values each.
+    ///
+    /// # Errors
+    /// [`RuleError::Ragged`] when a payload has another length than its encoding says.
+    pub fn new(rows: Vec<Row>, dimension: u32) -> Result<Self, RuleError> {
+        let expected = usize::try_from(dimension).unwrap_or(usize::MAX);
+        for (row, Row { encoding, payload }) in rows.iter().enumerate() {
+            if payload_len(*encoding, dimension) != Some(payload.len()) {
+                let width = payload_len(*encoding, 1).unwrap_or(1).max(1);
+                return Err(RuleError::Ragged { row, expected, found: payload.len() / width });
+            }
+        }
+        Ok(Self { rows, dimension: expected })
+    }
+}
+
+impl Rows<f32> for PayloadRows {
+    fn count(&self) -> usize {
+        self.rows.len()
+    }
+    fn dimension(&self) -> usize {
+        self.dimension
+    }
+    fn read(&self, row: usize, start: usize, out: &mut [f32]) {
+        let Row { encoding, payload } = &self.rows[row];
+        decode_range(*encoding, payload, start, out);
+    }
+}
+
+/// A matrix in memory, row after row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MatrixRows<T> {
+    values: Vec<T>,
+    dimension: usize,
+    count: usize,
+}
+
+impl<T: Scalar> MatrixRows<T> {
+    /// Takes `[n, d]` values.
+    ///
+    /// # Errors
+    /// [`RuleError::Ragged`] when there are not `count × dimension`.
+    pub fn new(values: Vec<T>, count: usize, dimension: usize) -> Result<Self, RuleError> {
+        if count.checked_mul(dimension) == Some(values.len()) {
+            Ok(Self { values, dimension, count })
+        } else {
+            let found = values.len().checked_rem(dimension).unwrap_or_default();
+            Err(RuleError::Ragged { row: values.len().checked_div(dimension).unwrap_or(0), expected: dimension, found })
+        }
+    }
+
+    /// Takes one vector a row.
+    ///
+    /// # Errors
+    /// [`RuleError::Ragged`] when they differ in length.
+    pub fn from_rows<R: AsRef<[T]>>(rows: &[R]) -> Result<Self, RuleError> {
+        let dimension = rows.first().map_or(0, |row| row.as_ref().len());
+        for (row, found) in rows.iter().map(|row| row.as_ref().len()).enumerate() {
+            if found != dimension {
+                return Err(RuleError::Ragged { row, expected: dimension, found });
+            }
+        }
+        let values = rows.iter().flat_map(|row| row.as_ref().iter().copied()).collect();
+        Ok(Self { values, dimension, count: rows.len() })
+    }
+}
+
+impl<T: Scalar> Rows<T> for MatrixRows<T> {
+    fn count(&self) -> usize {
+        self.count
+    }
+    fn dimension(&self) -> usize {
+        self.dimension
+    }
+    fn read(&self, row: usize, start: usize, out: &mut [T]) {
+        let at = row * self.dimension + start;
+        out.copy_from_slice(&self.values[at..at + out.len()]);
+    }
+}

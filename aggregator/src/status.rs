@@ -1,0 +1,138 @@
+//! What the page says, and the command `status` with it.
+
+use std::collections::BTreeMap;
+
+use rusqlite::Connection;
+use serde::{Deserialize, Serialize};
+
+use crate::driver::DriverStatus;
+use crate::store::records::{self, SiteRow};
+use crate::store::{StoreError, rounds, word};
+
+/// `/status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Name of the federation.
+    pub federation: String,
+    /// Whether the server runs.
+    pub running: bool,
+    /// The round at hand, else the last one.
+    pub round: u64,
+    /// Where it is: `idle`, `opening`, `collecting`, `aggregating`, `publishing`, `aborting`, `closed`; `stopped` without a
+    /// running server.
+    pub phase: String,
+    /// Updates stored in the round at hand.
+    pub stored: usize,
+    /// Connected sites.
+    pub connected: Vec<String>,
+    /// The model in force.
+    pub model_version: u64,
+    /// Rounds that published.
+    pub rounds_published: u64,
+    /// Rounds that were aborted.
+    pub rounds_aborted: u64,
+    /// Bytes from the edges since the start.
+    pub bytes_up: u64,
+    /// Bytes to the edges since the start.
+    pub bytes_down: u64,
+    /// Seconds since the start.
+    pub uptime_s: u64,
+    /// Most resident memory so far.
+    pub peak_rss_bytes: u64,
+    /// CPU time so far.
+    pub cpu_seconds: f64,
+    /// `ok`, or `full` while the disk is full.
+    pub storage: String,
+    /// Every enrolled site.
+    pub sites: Vec<SiteStatus>,
+}
+
+/// One site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteStatus {
+    /// Its name.
+    pub name: String,
+    /// `active`, `suspended` or `revoked`.
+    pub state: String,
+    /// Whether it is connected.
+    pub connected: bool,
+    /// Updates stored.
+    pub accepted: u64,
+    /// Things refused.
+    pub refused: u64,
+    /// The same by reason.
+    pub refusals: BTreeMap<String, u64>,
+    /// Rounds declined, by reason.
+    pub declines: BTreeMap<String, u64>,
+    /// ε spent, as its last update claimed.
+    pub epsilon: Option<f64>,
+    /// δ of its policy, as its last update claimed.
+    pub delta: Option<f64>,
+    /// What its gate said last.
+    pub last_verdict: Option<String>,
+}
+
+impl SiteStatus {
+    /// From the store's row.
+    pub fn new(row: SiteRow, connected: bool) -> Self {
+        Self {
+            name: row.node.to_string(),
+            state: word(row.state),
+            connected,
+            accepted: row.accepted,
+            refused: row.refusals.values().sum(),
+            refusals: row.refusals,
+            declines: row.declines,
+            epsilon: row.epsilon,
+            delta: row.delta,
+            last_verdict: row.last_verdict,
+        }
+    }
+}
+
+impl Status {
+    /// From the store alone, when no server runs.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn at_rest(connection: &Connection, federation: &str) -> Result<Self, StoreError> {
+        let (published, aborted) = rounds::outcomes(connection)?;
+        let sites = records::sites(connection)?;
+        Ok(Self {
+            federation: federation.to_owned(),
+            running: false,
+            round: rounds::last_round(connection)?.0,
+            phase: "stopped".into(),
+            stored: 0,
+            connected: Vec::new(),
+            model_version: records::current_model(connection)?.version.0,
+            rounds_published: published,
+            rounds_aborted: aborted,
+            bytes_up: 0,
+            bytes_down: 0,
+            uptime_s: 0,
+            peak_rss_bytes: 0,
+            cpu_seconds: 0.0,
+            storage: "ok".into(),
+            sites: sites.into_iter().map(|row| SiteStatus::new(row, false)).collect(),
+        })
+    }
+
+    /// With what the running driver says.
+    #[must_use]
+    pub fn with_driver(mut self, driver: &DriverStatus) -> Self {
+        self.running = true;
+        self.round = driver.round.0;
+        self.phase = format!("{:?}", driver.phase).to_lowercase();
+        self.stored = driver.stored;
+        self.connected = driver.connected.iter().map(ToString::to_string).collect();
+        self.model_version = driver.model_version;
+        self.rounds_published = driver.published;
+        self.rounds_aborted = driver.aborted;
+        self.storage = if driver.storage_full { "full" } else { "ok" }.into();
+        for site in &mut self.sites {
+            site.connected = driver.connected.iter().any(|node| node.as_str() == site.name);
+        }
+        self
+    }
+}

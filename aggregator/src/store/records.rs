@@ -1,0 +1,447 @@
+//! Sites and models: what the store knows between rounds.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use rusqlite::{Connection, OptionalExtension as _, Row};
+use theriac_audit::leaf::{AuditEvent, SiteStanding};
+use theriac_protocol::message::{GateVerdict, PrivacyClaimV1};
+use theriac_protocol::refusal::RefusalCode;
+use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round, Timestamp};
+
+use super::blob::{BlobStore, ROW_BYTES_MAX};
+use super::{StoreError, Work, from_sql, to_sql, wall_clock, word};
+
+/// Name of the meta row that holds the federation's name.
+pub const META_FEDERATION: &str = "federation";
+/// Name of the meta row that holds the 32 bytes from which nonces are made.
+pub const META_NONCE_SEED: &str = "nonce_seed";
+
+/// Reads a meta row.
+///
+/// # Errors
+/// [`StoreError::NotFound`], [`StoreError::Database`].
+pub fn meta(connection: &Connection, key: &str) -> Result<Vec<u8>, StoreError> {
+    connection
+        .query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0))
+        .optional()?
+        .ok_or_else(|| StoreError::NotFound { what: "meta row", name: key.to_owned() })
+}
+
+/// Writes a meta row.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn set_meta(work: &Work<'_>, key: &str, value: &[u8]) -> Result<(), StoreError> {
+    work.connection().execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)", (key, value))?;
+    Ok(())
+}
+
+/// A counter-signed position of an edge's privacy ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LedgerHead {
+    /// Head of the hash chain.
+    pub head: Digest,
+    /// Number of records.
+    pub records: u64,
+}
+
+/// What the registry says of a site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SiteEntry {
+    /// Whether it may speak.
+    pub state: SiteStanding,
+    /// SHA-256 of the one public key it may use.
+    pub key_fingerprint: [u8; 32],
+    /// The ledger head that was counter-signed last.
+    pub ledger: LedgerHead,
+}
+
+/// The registry, ordered by name.
+pub type Registry = BTreeMap<NodeId, SiteEntry>;
+
+/// Reads the registry.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn registry(connection: &Connection) -> Result<Registry, StoreError> {
+    let mut statement =
+        connection.prepare_cached("SELECT node, state, key_fingerprint, ledger_head, ledger_records FROM site")?;
+    let rows = statement.query_map([], |row| {
+        let entry = (row.get::<_, String>(1)?, row.get(2)?, row.get(3)?, row.get::<_, i64>(4)?);
+        Ok((row.get::<_, String>(0)?, entry))
+    })?;
+    rows.map(|row| {
+        let (node, (state, key_fingerprint, head, records)) = row?;
+        let ledger = LedgerHead { head: Digest(head), records: from_sql(records) };
+        Ok((node_id(&node)?, SiteEntry { state: standing(&node, &state)?, key_fingerprint, ledger }))
+    })
+    .collect()
+}
+
+/// Enrols a site, or gives an enrolled one a new key. A suspended site stays suspended; a revoked one becomes active,
+/// because revocation is of a key and a new token was the operator's decision. A new key begins a new ledger.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn enrol(
+    work: &Work<'_>,
+    node: &NodeId,
+    key_fingerprint: [u8; 32],
+    certificate_fingerprint: [u8; 32],
+    not_after: Timestamp,
+) -> Result<(), StoreError> {
+    work.connection().execute(
+        "INSERT INTO site (node, state, key_fingerprint, enrolled_unix_ms, ledger_head, ledger_records)
+         VALUES (?1, 'active', ?2, ?3, zeroblob(32), 0)
+         ON CONFLICT (node) DO UPDATE SET key_fingerprint = ?2, enrolled_unix_ms = ?3,
+             ledger_head = CASE key_fingerprint WHEN ?2 THEN ledger_head ELSE zeroblob(32) END,
+             ledger_records = CASE key_fingerprint WHEN ?2 THEN ledger_records ELSE 0 END,
+             state = CASE state WHEN 'revoked' THEN 'active' ELSE state END",
+        (node.as_str(), key_fingerprint, to_sql(wall_clock().0)),
+    )?;
+    work.connection().execute(
+        "INSERT OR IGNORE INTO certificate (fingerprint, node, key_fingerprint, not_after_unix_ms)
+         VALUES (?1, ?2, ?3, ?4)",
+        (certificate_fingerprint, node.as_str(), key_fingerprint, to_sql(not_after.0)),
+    )?;
+    work.audit(AuditEvent::SiteEnrolled { node: node.clone(), key_fingerprint: Digest(key_fingerprint) })?;
+    Ok(())
+}
+
+/// Changes what the registry says of a site; a running server notices within a second.
+///
+/// # Errors
+/// [`StoreError::NotFound`]; [`StoreError::Conflict`] when a revoked site would be resumed with its revoked key.
+pub fn set_standing(work: &Work<'_>, node: &NodeId, state: SiteStanding, reason: &str) -> Result<(), StoreError> {
+    let now = "SELECT state FROM site WHERE node = ?1";
+    let before: Option<String> = work.connection().query_row(now, [node.as_str()], |row| row.get(0)).optional()?;
+    let before = before.ok_or_else(|| StoreError::NotFound { what: "site", name: node.to_string() })?;
+    if before == word(SiteStanding::Revoked) && state != SiteStanding::Revoked {
+        return Err(StoreError::Conflict(format!(
+            "{node}'s key was revoked, which is for ever: enrol it again with `token create --site {node}`"
+        )));
+    }
+    if before == word(state) {
+        return Ok(());
+    }
+    work.connection().execute("UPDATE site SET state = ?2 WHERE node = ?1", (node.as_str(), word(state)))?;
+    work.audit(AuditEvent::SiteState { node: node.clone(), state, reason: reason.to_owned() })?;
+    Ok(())
+}
+
+/// A site as it is listed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SiteRow {
+    /// Its name.
+    pub node: NodeId,
+    /// What the registry says.
+    pub state: SiteStanding,
+    /// When it enrolled.
+    pub enrolled: Timestamp,
+    /// Updates stored.
+    pub accepted: u64,
+    /// Things refused, by reason.
+    pub refusals: BTreeMap<String, u64>,
+    /// Rounds declined, by reason.
+    pub declines: BTreeMap<String, u64>,
+    /// ε spent, as its last update claimed.
+    pub epsilon: Option<f64>,
+    /// δ of its policy, as its last update claimed.
+    pub delta: Option<f64>,
+    /// What its gate said last.
+    pub last_verdict: Option<String>,
+}
+
+/// All sites, ordered by name.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn sites(connection: &Connection) -> Result<Vec<SiteRow>, StoreError> {
+    let mut refusals = counts(connection, "SELECT node, code, count FROM refusal")?;
+    let mut declines = counts(
+        connection,
+        "SELECT node, declined, count(*) FROM cohort WHERE declined IS NOT NULL GROUP BY node, declined",
+    )?;
+    let columns = "node, state, enrolled_unix_ms, accepted, epsilon, delta, last_verdict";
+    let mut statement = connection.prepare_cached(&format!("SELECT {columns} FROM site ORDER BY node"))?;
+    let mut rows = statement.query([])?;
+    let mut sites = Vec::new();
+    while let Some(row) = rows.next()? {
+        let node: String = row.get(0)?;
+        let state: String = row.get(1)?;
+        sites.push(SiteRow {
+            state: standing(&node, &state)?,
+            enrolled: Timestamp(from_sql(row.get(2)?)),
+            accepted: from_sql(row.get(3)?),
+            refusals: refusals.remove(&node).unwrap_or_default(),
+            declines: declines.remove(&node).unwrap_or_default(),
+            epsilon: row.get(4)?,
+            delta: row.get(5)?,
+            last_verdict: row.get(6)?,
+            node: node_id(&node)?,
+        });
+    }
+    Ok(sites)
+}
+
+/// Counts by node and word.
+fn counts(connection: &Connection, query: &str) -> Result<BTreeMap<String, BTreeMap<String, u64>>, StoreError> {
+    let mut counts: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+    let mut statement = connection.prepare_cached(query)?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        counts.entry(row.get(0)?).or_default().insert(row.get(1)?, from_sql(row.get(2)?));
+    }
+    Ok(counts)
+}
+
+/// Counts something refused. Update refusals are audited by the caller.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn count_refusal(work: &Work<'_>, node: &NodeId, code: RefusalCode) -> Result<(), StoreError> {
+    // A site that is not in the registry has no row to count on; its refusals are in the metrics.
+    work.connection()
+        .prepare_cached(
+            "INSERT INTO refusal (node, code, count) SELECT node, ?2, 1 FROM site WHERE node = ?1
+             ON CONFLICT (node, code) DO UPDATE SET count = count + 1",
+        )?
+        .execute((node.as_str(), code.word()))?;
+    Ok(())
+}
+
+/// Notes what an edge's gate said of a model.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn record_verdict(
+    work: &Work<'_>,
+    node: &NodeId,
+    version: ModelVersion,
+    verdict: GateVerdict,
+) -> Result<(), StoreError> {
+    let text = gate_word(verdict);
+    work.connection()
+        .prepare_cached("UPDATE site SET last_verdict = ?2 WHERE node = ?1")?
+        .execute((node.as_str(), text))?;
+    work.audit(AuditEvent::ModelGate { version, node: node.clone(), verdict })?;
+    Ok(())
+}
+
+/// The word for a gate's verdict.
+pub fn gate_word(verdict: GateVerdict) -> &'static str {
+    match verdict {
+        GateVerdict::Accepted => "accepted",
+        GateVerdict::WorseOnTail => "worse_on_tail",
+        GateVerdict::NonFinite => "non_finite",
+        GateVerdict::LayoutMismatch => "layout_mismatch",
+        GateVerdict::Stale => "stale",
+        GateVerdict::TooFewRows => "too_few_rows",
+    }
+}
+
+/// Moves a site's counter-signed ledger head on and notes what it claims to have spent.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub(super) fn advance_ledger(work: &Work<'_>, node: &NodeId, claim: &PrivacyClaimV1) -> Result<(), StoreError> {
+    work.connection()
+        .prepare_cached(
+            "UPDATE site SET ledger_head = ?2, ledger_records = ?3, epsilon = ?4, delta = ?5, accepted = accepted + 1
+             WHERE node = ?1",
+        )?
+        .execute((
+            node.as_str(),
+            claim.ledger_head.0,
+            to_sql(claim.ledger_records),
+            claim.epsilon_spent.value(),
+            claim.delta.value(),
+        ))?;
+    Ok(())
+}
+
+/// A published model without its values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelRow {
+    /// Its version.
+    pub version: ModelVersion,
+    /// The round that made it; 0 for the initial model and for roll-backs.
+    pub round: Round,
+    /// Digest of its layout.
+    pub layout_digest: Digest,
+    /// Number of values.
+    pub values: u32,
+    /// Digest of its payload.
+    pub digest: Digest,
+    /// The rule that made it.
+    pub rule: String,
+    /// Number of updates in it.
+    pub contributors: u32,
+    /// The version that it repeats.
+    pub rolled_back_to: Option<ModelVersion>,
+    /// When it was released.
+    pub released: Timestamp,
+}
+
+const MODEL_COLUMNS: &str =
+    "version, round, layout_digest, count, digest, rule, contributors, rolled_back_to, released_unix_ms";
+
+fn model_row(row: &Row<'_>) -> rusqlite::Result<ModelRow> {
+    Ok(ModelRow {
+        version: ModelVersion(from_sql(row.get(0)?)),
+        round: Round(from_sql(row.get(1)?)),
+        layout_digest: Digest(row.get(2)?),
+        values: row.get(3)?,
+        digest: Digest(row.get(4)?),
+        rule: row.get(5)?,
+        contributors: row.get(6)?,
+        rolled_back_to: row.get::<_, Option<i64>>(7)?.map(|version| ModelVersion(from_sql(version))),
+        released: Timestamp(from_sql(row.get(8)?)),
+    })
+}
+
+/// All models, newest first.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn models(connection: &Connection, limit: u32) -> Result<Vec<ModelRow>, StoreError> {
+    let query = format!("SELECT {MODEL_COLUMNS} FROM model ORDER BY version DESC LIMIT ?1");
+    let mut statement = connection.prepare_cached(&query)?;
+    let rows = statement.query_map([limit], model_row)?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// One model.
+///
+/// # Errors
+/// [`StoreError::NotFound`], [`StoreError::Database`].
+pub fn model(connection: &Connection, version: ModelVersion) -> Result<ModelRow, StoreError> {
+    let query = format!("SELECT {MODEL_COLUMNS} FROM model WHERE version = ?1");
+    connection
+        .prepare_cached(&query)?
+        .query_row([to_sql(version.0)], model_row)
+        .optional()?
+        .ok_or_else(|| StoreError::NotFound { what: "model version", name: version.to_string() })
+}
+
+/// The model in force.
+///
+/// # Errors
+/// [`StoreError::NotFound`] when the store has none: it was not initialised.
+pub fn current_model(connection: &Connection) -> Result<ModelRow, StoreError> {
+    models(connection, 1)?
+        .pop()
+        .ok_or_else(|| StoreError::NotFound { what: "model version", name: "0".to_owned() })
+}
+
+/// A model's values as they are sent. Blocks for a blob.
+///
+/// # Errors
+/// [`StoreError::Gone`], [`StoreError::BlobMissing`], [`StoreError::BlobCorrupt`], [`StoreError::NotFound`].
+pub fn model_payload(connection: &Connection, blobs: &BlobStore, version: ModelVersion) -> Result<Bytes, StoreError> {
+    let name = format!("model {version}");
+    let row = connection
+        .query_row(
+            "SELECT place, payload, digest FROM model WHERE version = ?1",
+            [to_sql(version.0)],
+            |row| Ok((row.get::<_, String>(0)?, row.get::<_, Option<Vec<u8>>>(1)?, row.get::<_, [u8; 32]>(2)?)),
+        )
+        .optional()?
+        .ok_or_else(|| StoreError::NotFound { what: "model version", name: version.to_string() })?;
+    payload(blobs, row, name)
+}
+
+/// The bytes of a row, wherever they are.
+pub(super) fn payload(
+    blobs: &BlobStore,
+    (place, payload, digest): (String, Option<Vec<u8>>, [u8; 32]),
+    row: String,
+) -> Result<Bytes, StoreError> {
+    let expected = Digest(digest);
+    match (place.as_str(), payload) {
+        ("row", Some(bytes)) => {
+            let found = Digest::of(&bytes);
+            if found == expected {
+                Ok(bytes.into())
+            } else {
+                Err(StoreError::Corrupt { row, reason: format!("its payload has SHA-256 {found}, not {expected}") })
+            }
+        }
+        ("blob", _) => blobs.get(&expected, &row),
+        _ => Err(StoreError::Gone { row }),
+    }
+}
+
+/// Where a payload of so many bytes goes.
+pub(crate) fn fits_row(bytes: usize) -> bool {
+    bytes <= ROW_BYTES_MAX
+}
+
+/// Puts a model into the store. Its blob, when it has one, is durable already.
+///
+/// # Errors
+/// [`StoreError::Database`]: a version is never written twice.
+pub fn insert_model(work: &Work<'_>, model: &ModelRow, payload: &[u8]) -> Result<(), StoreError> {
+    let in_row = fits_row(payload.len());
+    work.connection()
+        .prepare_cached(
+            "INSERT INTO model (version, round, layout_digest, count, digest, rule, contributors, rolled_back_to,
+                 released_unix_ms, place, payload) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+        )?
+        .execute((
+            to_sql(model.version.0),
+            to_sql(model.round.0),
+            model.layout_digest.0,
+            model.values,
+            model.digest.0,
+            &model.rule,
+            model.contributors,
+            model.rolled_back_to.map(|version| to_sql(version.0)),
+            to_sql(model.released.0),
+            if in_row { "row" } else { "blob" },
+            in_row.then_some(payload),
+        ))?;
+    Ok(())
+}
+
+/// Releases an old model again, under a new version: versions only rise, so that no edge takes it for a replay.
+///
+/// # Errors
+/// [`StoreError::NotFound`], [`StoreError::Gone`]; [`StoreError::Conflict`] when it is in force already.
+pub fn roll_back(work: &Work<'_>, blobs: &BlobStore, to: ModelVersion) -> Result<ModelRow, StoreError> {
+    let current = current_model(work.connection())?;
+    let old = model(work.connection(), to)?;
+    if old.digest == current.digest {
+        return Err(StoreError::Conflict(format!("version {to} is in force already, as version {}", current.version)));
+    }
+    let payload = model_payload(work.connection(), blobs, to)?;
+    let next = ModelRow {
+        version: current.version.next(),
+        round: Round(0),
+        rule: format!("rollback to {to}"),
+        rolled_back_to: Some(to),
+        released: wall_clock(),
+        ..old
+    };
+    insert_model(work, &next, &payload)?;
+    work.audit(AuditEvent::ModelReleased {
+        version: next.version,
+        round: next.round,
+        digest: next.digest,
+        rule: next.rule.clone(),
+        members: Vec::new(),
+    })?;
+    Ok(next)
+}
+
+pub(super) fn node_id(name: &str) -> Result<NodeId, StoreError> {
+    NodeId::new(name).map_err(|error| StoreError::Corrupt { row: format!("site {name}"), reason: error.to_string() })
+}
+
+fn standing(node: &str, state: &str) -> Result<SiteStanding, StoreError> {
+    [SiteStanding::Active, SiteStanding::Suspended, SiteStanding::Revoked]
+        .into_iter()
+        .find(|standing| word(standing) == state)
+        .ok_or_else(|| StoreError::Corrupt { row: format!("site {node}"), reason: format!("its state is `{state}`") })
+}

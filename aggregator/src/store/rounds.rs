@@ -1,0 +1,547 @@
+//! Rounds and their uploads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension as _};
+use serde::Serialize;
+use theriac_audit::leaf::{AuditEvent, UpdateDecision};
+use theriac_protocol::message::{AnnounceV1, DeclineReason, Encoding, UpdateV1};
+use theriac_protocol::refusal::{AbortReason, RefusalCode, RoundOutcome};
+use theriac_protocol::round::{BaseModel, OpenRound};
+use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
+
+use super::blob::BlobStore;
+use super::records::{self, ModelRow, node_id};
+use super::{StoreError, Work, from_sql, to_sql, wall_clock};
+use crate::robust::{Row, RowEvidence, RuleName};
+
+/// What a round runs under besides its announcement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RoundRule {
+    /// The rule.
+    pub rule: RuleName,
+    /// Assumed number of hostile edges.
+    pub byzantine: usize,
+    /// Fewest updates.
+    pub quorum: usize,
+}
+
+/// Digest of everything that two rounds under the same terms have in common. A round that was open under other terms
+/// is not resumed.
+pub fn terms_digest(announce: &AnnounceV1, rule: RoundRule) -> Digest {
+    let common = AnnounceV1 {
+        round: Round(0),
+        nonce: 0,
+        base_version: ModelVersion(0),
+        base_digest: Digest::default(),
+        deadline_ms: 0,
+        ..announce.clone()
+    };
+    let text = serde_json::to_string(&(common, rule.rule, rule.byzantine, rule.quorum)).unwrap_or_default();
+    Digest::of(text.as_bytes())
+}
+
+/// Records a round as open.
+///
+/// # Errors
+/// [`StoreError::Database`]: there is another open round, or the number was used.
+pub fn open(work: &Work<'_>, announce: &AnnounceV1, cohort: &[NodeId], rule: RoundRule) -> Result<(), StoreError> {
+    let now = wall_clock();
+    let digest = terms_digest(announce, rule);
+    let terms = serde_json::to_string(announce).map_err(|error| StoreError::Conflict(error.to_string()))?;
+    work.connection()
+        .prepare_cached(
+            "INSERT INTO round (round, state, nonce, base_version, base_digest, terms, terms_digest, rule, byzantine,
+                 quorum, opened_unix_ms, deadline_unix_ms)
+             VALUES (?1, 'open', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+        )?
+        .execute((
+            to_sql(announce.round.0),
+            announce.nonce.to_le_bytes(),
+            to_sql(announce.base_version.0),
+            announce.base_digest.0,
+            terms,
+            digest.0,
+            rule.rule.word(),
+            to_sql(rule.byzantine as u64),
+            to_sql(rule.quorum as u64),
+            to_sql(now.0),
+            to_sql(now.0.saturating_add(announce.deadline_ms.into())),
+        ))?;
+    let mut member = work.connection().prepare_cached("INSERT INTO cohort (round, node) VALUES (?1, ?2)")?;
+    for node in cohort {
+        member.execute((to_sql(announce.round.0), node.as_str()))?;
+    }
+    work.audit(AuditEvent::RoundOpened {
+        round: announce.round,
+        base_version: announce.base_version,
+        base_digest: announce.base_digest,
+        terms_digest: digest,
+        rule: rule.rule.word().to_owned(),
+        quorum: u32::try_from(rule.quorum).unwrap_or(u32::MAX),
+    })?;
+    Ok(())
+}
+
+/// Notes that a node takes no part.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn decline(work: &Work<'_>, round: Round, node: &NodeId, reason: DeclineReason) -> Result<(), StoreError> {
+    work.connection()
+        .prepare_cached(
+            "INSERT INTO cohort (round, node, declined) SELECT ?1, ?2, ?3 FROM round WHERE round = ?1 AND state = 'open'
+             ON CONFLICT (round, node) DO UPDATE SET declined = ?3",
+        )?
+        .execute((to_sql(round.0), node.as_str(), decline_word(reason)))?;
+    Ok(())
+}
+
+/// The word for a reason to decline.
+pub fn decline_word(reason: DeclineReason) -> &'static str {
+    match reason {
+        DeclineReason::BudgetSpent => "budget_spent",
+        DeclineReason::TermsTooWeak => "terms_too_weak",
+        DeclineReason::TooFewBlocks => "too_few_blocks",
+        DeclineReason::UnknownLayout => "unknown_layout",
+        DeclineReason::StorageUnavailable => "storage_unavailable",
+        DeclineReason::ReceiveOnly => "receive_only",
+    }
+}
+
+/// What a receipt is signed over, from the committed row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredUpload {
+    /// Digest of the payload.
+    pub payload_digest: Digest,
+    /// Position of the verdict in the audit log.
+    pub leaf_index: u64,
+    /// The ledger head that is counter-signed.
+    pub ledger_head: Digest,
+}
+
+/// Stores an update with its verdict and moves the site's ledger head on. A payload that does not fit a row is a
+/// durable blob already.
+///
+/// # Errors
+/// [`StoreError::Database`]: one update per round and site. [`StoreError::Full`].
+pub fn insert_upload(
+    work: &Work<'_>,
+    node: &NodeId,
+    header: &UpdateV1,
+    payload: &[u8],
+    norm: f64,
+    rule: RuleName,
+) -> Result<StoredUpload, StoreError> {
+    let leaf_index = work.audit(AuditEvent::UpdateVerdict {
+        round: header.round,
+        node: node.clone(),
+        verdict: UpdateDecision::Accepted,
+        reason: None,
+        payload_digest: header.payload_digest,
+        rule: rule.word().to_owned(),
+        ledger_head: header.privacy.ledger_head,
+    })?;
+    let in_row = records::fits_row(payload.len());
+    // JSON may lose the last bit of a float, and the scale must come back exactly: it has its own column.
+    let scale = match header.encoding {
+        Encoding::F32 => None,
+        Encoding::Int8 { scale } => Some(f64::from(scale)),
+    };
+    let text = serde_json::to_string(header).map_err(|error| StoreError::Conflict(error.to_string()))?;
+    work.connection()
+        .prepare_cached(
+            "INSERT INTO upload (round, node, payload_digest, bytes, scale, header, ledger_head, leaf_index,
+                 stored_unix_ms, norm, place, payload) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+        )?
+        .execute((
+            to_sql(header.round.0),
+            node.as_str(),
+            header.payload_digest.0,
+            to_sql(payload.len() as u64),
+            scale,
+            text,
+            header.privacy.ledger_head.0,
+            to_sql(leaf_index),
+            to_sql(wall_clock().0),
+            norm,
+            if in_row { "row" } else { "blob" },
+            in_row.then_some(payload),
+        ))?;
+    records::advance_ledger(work, node, &header.privacy)?;
+    Ok(StoredUpload {
+        payload_digest: header.payload_digest,
+        leaf_index,
+        ledger_head: header.privacy.ledger_head,
+    })
+}
+
+/// Audits and counts a refused update.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn refuse_upload(
+    work: &Work<'_>,
+    node: &NodeId,
+    header: &UpdateV1,
+    code: RefusalCode,
+    rule: RuleName,
+) -> Result<(), StoreError> {
+    work.audit(AuditEvent::UpdateVerdict {
+        round: header.round,
+        node: node.clone(),
+        verdict: UpdateDecision::Refused,
+        reason: Some(code),
+        payload_digest: header.payload_digest,
+        rule: rule.word().to_owned(),
+        ledger_head: header.privacy.ledger_head,
+    })?;
+    work.connection()
+        .prepare_cached("UPDATE round SET refused = refused + 1 WHERE round = ?1")?
+        .execute([to_sql(header.round.0)])?;
+    records::count_refusal(work, node, code)
+}
+
+/// What is known of a stored update, for its receipt.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn stored_upload(connection: &Connection, round: Round, node: &NodeId) -> Result<Option<StoredUpload>, StoreError> {
+    let row = connection
+        .prepare_cached("SELECT payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1 AND node = ?2")?
+        .query_row((to_sql(round.0), node.as_str()), |row| {
+            Ok(StoredUpload {
+                payload_digest: Digest(row.get(0)?),
+                leaf_index: from_sql(row.get(1)?),
+                ledger_head: Digest(row.get(2)?),
+            })
+        })
+        .optional()?;
+    Ok(row)
+}
+
+/// A stored update as a rule reads it. Blocks for a blob.
+///
+/// # Errors
+/// [`StoreError::NotFound`], [`StoreError::BlobMissing`], [`StoreError::BlobCorrupt`], [`StoreError::Gone`].
+pub fn upload_row(connection: &Connection, blobs: &BlobStore, round: Round, node: &NodeId) -> Result<Row, StoreError> {
+    let name = format!("upload {round}/{node}");
+    let row = connection
+        .prepare_cached("SELECT scale, place, payload, payload_digest FROM upload WHERE round = ?1 AND node = ?2")?
+        .query_row((to_sql(round.0), node.as_str()), |row| {
+            Ok((row.get::<_, Option<f64>>(0)?, (row.get(1)?, row.get(2)?, row.get(3)?)))
+        })
+        .optional()?;
+    let (scale, place) = row.ok_or_else(|| StoreError::NotFound { what: "upload", name: format!("{round}/{node}") })?;
+    #[expect(clippy::cast_possible_truncation, reason = "it was written from an f32")]
+    let encoding = scale.map_or(Encoding::F32, |scale| Encoding::Int8 { scale: scale as f32 });
+    Ok(Row { encoding, payload: records::payload(blobs, place, name)? })
+}
+
+/// Ends a round with a model: model, evidence, round and audit leaves in this one transaction. The model's blob, when it
+/// has one, is durable already.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Full`].
+pub fn publish(
+    work: &Work<'_>,
+    model: &ModelRow,
+    payload: &[u8],
+    members: &[(NodeId, Digest)],
+    evidence: &[RowEvidence],
+) -> Result<(), StoreError> {
+    let open = "SELECT count(*) FROM round WHERE round = ?1 AND state = 'open'";
+    let open: i64 = work.connection().query_row(open, [to_sql(model.round.0)], |row| row.get(0))?;
+    if open != 1 {
+        return Err(StoreError::Conflict(format!("round {} is not open any more", model.round)));
+    }
+    records::insert_model(work, model, payload)?;
+    let mut update = work.connection().prepare_cached(
+        "UPDATE upload SET distance = ?3, trimmed_share = ?4 WHERE round = ?1 AND node = ?2",
+    )?;
+    for ((node, _), row) in members.iter().zip(evidence) {
+        update.execute((to_sql(model.round.0), node.as_str(), row.distance, row.trimmed_share))?;
+    }
+    work.connection().execute(
+        "UPDATE round SET state = 'published', closed_unix_ms = ?2, model_version = ?3 WHERE round = ?1",
+        (to_sql(model.round.0), to_sql(wall_clock().0), to_sql(model.version.0)),
+    )?;
+    work.audit(AuditEvent::ModelReleased {
+        version: model.version,
+        round: model.round,
+        digest: model.digest,
+        rule: model.rule.clone(),
+        members: members.to_vec(),
+    })?;
+    work.audit(AuditEvent::RoundClosed {
+        round: model.round,
+        outcome: RoundOutcome::Published(model.version),
+        members: u32::try_from(members.len()).unwrap_or(u32::MAX),
+    })?;
+    Ok(())
+}
+
+/// Ends a round without a model.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Full`].
+pub fn abort(work: &Work<'_>, round: Round, reason: AbortReason) -> Result<(), StoreError> {
+    work.connection().execute(
+        "UPDATE round SET state = 'aborted', closed_unix_ms = ?2, abort_reason = ?3 WHERE round = ?1 AND state = 'open'",
+        (to_sql(round.0), to_sql(wall_clock().0), abort_word(reason)),
+    )?;
+    let stored = "SELECT count(*) FROM upload WHERE round = ?1";
+    let members = work.connection().query_row(stored, [to_sql(round.0)], |row| row.get(0))?;
+    work.audit(AuditEvent::RoundClosed { round, outcome: RoundOutcome::Aborted(reason), members })?;
+    Ok(())
+}
+
+/// The word for a reason to end without a model.
+pub fn abort_word(reason: AbortReason) -> &'static str {
+    match reason {
+        AbortReason::QuorumMissed => "quorum_missed",
+        AbortReason::AggregationFailed => "aggregation_failed",
+        AbortReason::Operator => "operator",
+    }
+}
+
+/// Deletes payloads of rounds (and models of rounds) at or before `last`; rows and their digests stay.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn forget_payloads(work: &Work<'_>, last: Round) -> Result<(), StoreError> {
+    let last = to_sql(last.0);
+    work.connection()
+        .execute("UPDATE upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'", [last])?;
+    work.connection().execute(
+        "UPDATE model SET place = 'gone', payload = NULL WHERE round BETWEEN 1 AND ?1 AND place <> 'gone'
+             AND version < (SELECT max(version) FROM model)
+             AND version NOT IN (SELECT base_version FROM round WHERE state = 'open')",
+        [last],
+    )?;
+    Ok(())
+}
+
+/// Every digest whose blob a row names.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn named_blobs(connection: &Connection) -> Result<BTreeSet<Digest>, StoreError> {
+    let mut statement = connection.prepare_cached(
+        "SELECT payload_digest FROM upload WHERE place = 'blob' UNION SELECT digest FROM model WHERE place = 'blob'",
+    )?;
+    let rows = statement.query_map([], |row| Ok(Digest(row.get(0)?)))?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// The round that was open when the program ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unfinished {
+    /// What the machine resumes from.
+    pub open: OpenRound,
+    /// Its terms, see [`terms_digest`].
+    pub terms_digest: Digest,
+    /// What its stored updates are signed over.
+    pub uploads: BTreeMap<NodeId, StoredUpload>,
+}
+
+/// Finds the open round.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn unfinished(connection: &Connection) -> Result<Option<Unfinished>, StoreError> {
+    type Columns = (i64, [u8; 8], i64, [u8; 32], [u8; 32], i64);
+    let row: Option<Columns> = connection
+        .query_row(
+            "SELECT round, nonce, base_version, base_digest, terms_digest, deadline_unix_ms FROM round
+             WHERE state = 'open'",
+            [],
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?)),
+        )
+        .optional()?;
+    let Some((number, nonce, version, base, terms, deadline)) = row else { return Ok(None) };
+    let (mut cohort, mut declined, mut uploads) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+    let mut statement = connection.prepare("SELECT node, declined IS NOT NULL FROM cohort WHERE round = ?1")?;
+    let mut rows = statement.query([number])?;
+    while let Some(row) = rows.next()? {
+        let node = node_id(&row.get::<_, String>(0)?)?;
+        if row.get(1)? {
+            declined.insert(node.clone());
+        }
+        cohort.insert(node);
+    }
+    let mut statement =
+        connection.prepare("SELECT node, payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1")?;
+    let mut rows = statement.query([number])?;
+    while let Some(row) = rows.next()? {
+        let stored = StoredUpload {
+            payload_digest: Digest(row.get(1)?),
+            leaf_index: from_sql(row.get(2)?),
+            ledger_head: Digest(row.get(3)?),
+        };
+        uploads.insert(node_id(&row.get::<_, String>(0)?)?, stored);
+    }
+    let open = OpenRound {
+        round: Round(from_sql(number)),
+        nonce: u64::from_le_bytes(nonce),
+        base: BaseModel { version: ModelVersion(from_sql(version)), digest: Digest(base) },
+        cohort,
+        stored: uploads.iter().map(|(node, upload)| (node.clone(), upload.payload_digest)).collect(),
+        declined,
+        remaining: Duration::from_millis(from_sql(deadline).saturating_sub(wall_clock().0)),
+    };
+    Ok(Some(Unfinished { open, terms_digest: Digest(terms), uploads }))
+}
+
+/// The highest round number ever used; 0 for none.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn last_round(connection: &Connection) -> Result<Round, StoreError> {
+    let last: Option<i64> = connection.query_row("SELECT max(round) FROM round", [], |row| row.get(0))?;
+    Ok(Round(from_sql(last.unwrap_or(0))))
+}
+
+/// Rounds by outcome: published, aborted.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn outcomes(connection: &Connection) -> Result<(u64, u64), StoreError> {
+    let counts = "SELECT count(*) FILTER (WHERE state = 'published'), count(*) FILTER (WHERE state = 'aborted') FROM round";
+    let (published, aborted) = connection.query_row(counts, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok((from_sql(published), from_sql(aborted)))
+}
+
+/// A round as it is listed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RoundRow {
+    /// Its number.
+    pub round: u64,
+    /// `open`, `published` or `aborted`.
+    pub state: String,
+    /// Why it published nothing.
+    pub abort_reason: Option<String>,
+    /// The model it built on.
+    pub base_version: u64,
+    /// The version of the model it made.
+    pub published: Option<u64>,
+    /// The rule.
+    pub rule: String,
+    /// Assumed number of hostile edges.
+    pub byzantine: u64,
+    /// Fewest updates.
+    pub quorum: u64,
+    /// Updates stored.
+    pub accepted: u64,
+    /// Updates refused.
+    pub refused: u64,
+    /// Nodes that declined.
+    pub declined: u64,
+    /// When it opened.
+    pub opened_unix_ms: u64,
+    /// When it ended.
+    pub ended_unix_ms: Option<u64>,
+}
+
+/// Rounds, newest first.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn list(connection: &Connection, limit: u32) -> Result<Vec<RoundRow>, StoreError> {
+    select(connection, "ORDER BY round DESC LIMIT ?1", limit.into())
+}
+
+fn select(connection: &Connection, which: &str, parameter: i64) -> Result<Vec<RoundRow>, StoreError> {
+    let mut statement = connection.prepare_cached(&format!(
+        "SELECT round, state, abort_reason, base_version, model_version, rule, byzantine, quorum,
+             (SELECT count(*) FROM upload WHERE upload.round = round.round),
+             (SELECT count(*) FROM cohort WHERE cohort.round = round.round AND declined IS NOT NULL),
+             opened_unix_ms, closed_unix_ms, refused FROM round {which}"
+    ))?;
+    let rows = statement.query_map([parameter], |row| {
+        let number = |index| row.get::<_, i64>(index).map(from_sql);
+        Ok(RoundRow {
+            round: number(0)?,
+            state: row.get(1)?,
+            abort_reason: row.get(2)?,
+            base_version: number(3)?,
+            published: row.get::<_, Option<i64>>(4)?.map(from_sql),
+            rule: row.get(5)?,
+            byzantine: number(6)?,
+            quorum: number(7)?,
+            accepted: number(8)?,
+            refused: number(12)?,
+            declined: number(9)?,
+            opened_unix_ms: number(10)?,
+            ended_unix_ms: row.get::<_, Option<i64>>(11)?.map(from_sql),
+        })
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// One round with the record of every node: enough to explain each decision.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RoundDetail {
+    /// The round.
+    #[serde(flatten)]
+    pub round: RoundRow,
+    /// Its terms as announced.
+    pub terms: serde_json::Value,
+    /// Stored updates by node.
+    pub uploads: Vec<UploadDetail>,
+    /// Nodes that declined, and why.
+    pub declines: BTreeMap<String, String>,
+}
+
+/// What the record holds of one update.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct UploadDetail {
+    /// Who sent it.
+    pub node: String,
+    /// SHA-256 of the payload.
+    pub payload_digest: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Euclidean norm.
+    pub norm: f64,
+    /// Distance from the combined values.
+    pub distance: Option<f64>,
+    /// Share of coordinates outside what the rule kept.
+    pub trimmed_share: Option<f64>,
+    /// Position of its verdict in the audit log.
+    pub leaf_index: u64,
+}
+
+/// One round.
+///
+/// # Errors
+/// [`StoreError::NotFound`], [`StoreError::Database`].
+pub fn detail(connection: &Connection, round: Round) -> Result<RoundDetail, StoreError> {
+    let number = to_sql(round.0);
+    let row = select(connection, "WHERE round = ?1", number)?
+        .pop()
+        .ok_or_else(|| StoreError::NotFound { what: "round", name: round.to_string() })?;
+    let terms: String = connection.query_row("SELECT terms FROM round WHERE round = ?1", [number], |row| row.get(0))?;
+    let mut statement = connection.prepare_cached(
+        "SELECT node, payload_digest, bytes, norm, distance, trimmed_share, leaf_index FROM upload WHERE round = ?1
+         ORDER BY node",
+    )?;
+    let uploads = statement
+        .query_map([number], |row| {
+            Ok(UploadDetail {
+                node: row.get(0)?,
+                payload_digest: Digest(row.get(1)?).to_string(),
+                bytes: from_sql(row.get(2)?),
+                norm: row.get(3)?,
+                distance: row.get(4)?,
+                trimmed_share: row.get(5)?,
+                leaf_index: from_sql(row.get(6)?),
+            })
+        })?
+        .collect::<Result<_, _>>()?;
+    let mut statement =
+        connection.prepare_cached("SELECT node, declined FROM cohort WHERE round = ?1 AND declined IS NOT NULL")?;
+    let declines = statement.query_map([number], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+    Ok(RoundDetail { round: row, terms: serde_json::from_str(&terms).unwrap_or_default(), uploads, declines })
+}

@@ -1,0 +1,163 @@
+//! Tables, and how an older file becomes a current one.
+
+use rusqlite::Connection;
+
+use super::StoreError;
+
+/// `PRAGMA application_id` of an aggregator's store: "ThAg".
+pub const APPLICATION_ID: i32 = 0x5468_4167;
+
+/// Migrations in order; the file's `user_version` is the number that have run. **A shipped one is never edited.**
+const MIGRATIONS: [&str; 1] = [r"
+CREATE TABLE meta (
+    key   TEXT PRIMARY KEY,
+    value BLOB NOT NULL
+) STRICT;
+
+-- Sites and what the registry says of them. The authority on who may speak is this table, not the certificate.
+CREATE TABLE site (
+    node             TEXT PRIMARY KEY,
+    state            TEXT NOT NULL CHECK (state IN ('active', 'suspended', 'revoked')),
+    key_fingerprint  BLOB NOT NULL CHECK (length(key_fingerprint) = 32),
+    enrolled_unix_ms INTEGER NOT NULL,
+    -- Ledger head that was counter-signed last; it may never go backwards.
+    ledger_head      BLOB NOT NULL CHECK (length(ledger_head) = 32),
+    ledger_records   INTEGER NOT NULL CHECK (ledger_records >= 0),
+    epsilon          REAL,
+    delta            REAL,
+    accepted         INTEGER NOT NULL DEFAULT 0,
+    last_verdict     TEXT
+) STRICT;
+
+CREATE TABLE refusal (
+    node  TEXT NOT NULL REFERENCES site (node),
+    code  TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    PRIMARY KEY (node, code)
+) STRICT, WITHOUT ROWID;
+
+-- A token is kept as a hash; it is spent by the transaction that records its certificate.
+CREATE TABLE token (
+    id              BLOB PRIMARY KEY CHECK (length(id) = 8),
+    secret_hash     BLOB NOT NULL CHECK (length(secret_hash) = 32),
+    node            TEXT NOT NULL,
+    created_unix_ms INTEGER NOT NULL,
+    expires_unix_ms INTEGER NOT NULL,
+    spent_unix_ms   INTEGER,
+    key_fingerprint BLOB CHECK (length(key_fingerprint) = 32),
+    certificate     BLOB,
+    CHECK ((spent_unix_ms IS NULL) = (certificate IS NULL)),
+    CHECK ((spent_unix_ms IS NULL) = (key_fingerprint IS NULL))
+) STRICT;
+
+CREATE TABLE certificate (
+    fingerprint      BLOB PRIMARY KEY CHECK (length(fingerprint) = 32),
+    node             TEXT NOT NULL REFERENCES site (node),
+    key_fingerprint  BLOB NOT NULL,
+    not_after_unix_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE model (
+    version          INTEGER PRIMARY KEY,
+    round            INTEGER NOT NULL,
+    layout_digest    BLOB NOT NULL CHECK (length(layout_digest) = 32),
+    count            INTEGER NOT NULL,
+    digest           BLOB NOT NULL CHECK (length(digest) = 32),
+    rule             TEXT NOT NULL,
+    contributors     INTEGER NOT NULL,
+    rolled_back_to   INTEGER REFERENCES model (version),
+    released_unix_ms INTEGER NOT NULL,
+    -- 'row': in payload; 'blob': a file named by digest; 'gone': deleted after the retention.
+    place            TEXT NOT NULL CHECK (place IN ('row', 'blob', 'gone')),
+    payload          BLOB,
+    CHECK ((place = 'row') = (payload IS NOT NULL))
+) STRICT;
+
+CREATE TABLE round (
+    round            INTEGER PRIMARY KEY CHECK (round > 0),
+    state            TEXT NOT NULL CHECK (state IN ('open', 'published', 'aborted')),
+    nonce            BLOB NOT NULL CHECK (length(nonce) = 8),
+    base_version     INTEGER NOT NULL REFERENCES model (version),
+    base_digest      BLOB NOT NULL,
+    terms            TEXT NOT NULL,
+    terms_digest     BLOB NOT NULL CHECK (length(terms_digest) = 32),
+    rule             TEXT NOT NULL,
+    byzantine        INTEGER NOT NULL,
+    quorum           INTEGER NOT NULL,
+    opened_unix_ms   INTEGER NOT NULL,
+    deadline_unix_ms INTEGER NOT NULL,
+    closed_unix_ms   INTEGER,
+    abort_reason     TEXT,
+    refused          INTEGER NOT NULL DEFAULT 0,
+    model_version    INTEGER REFERENCES model (version)
+) STRICT;
+CREATE UNIQUE INDEX one_open_round ON round (state) WHERE state = 'open';
+
+CREATE TABLE cohort (
+    round    INTEGER NOT NULL REFERENCES round (round),
+    node     TEXT NOT NULL,
+    declined TEXT,
+    PRIMARY KEY (round, node)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX declines ON cohort (node, declined) WHERE declined IS NOT NULL;
+
+CREATE TABLE upload (
+    round          INTEGER NOT NULL REFERENCES round (round),
+    node           TEXT NOT NULL REFERENCES site (node),
+    payload_digest BLOB NOT NULL CHECK (length(payload_digest) = 32),
+    bytes          INTEGER NOT NULL,
+    scale          REAL,
+    header         TEXT NOT NULL,
+    ledger_head    BLOB NOT NULL CHECK (length(ledger_head) = 32),
+    leaf_index     INTEGER NOT NULL,
+    stored_unix_ms INTEGER NOT NULL,
+    norm           REAL NOT NULL,
+    distance       REAL,
+    trimmed_share  REAL,
+    place          TEXT NOT NULL CHECK (place IN ('row', 'blob', 'gone')),
+    payload        BLOB,
+    UNIQUE (round, node),
+    CHECK ((place = 'row') = (payload IS NOT NULL))
+) STRICT;
+
+CREATE TABLE audit_leaf (
+    idx  INTEGER PRIMARY KEY CHECK (idx >= 0),
+    hash BLOB NOT NULL CHECK (length(hash) = 32),
+    line TEXT NOT NULL
+) STRICT;
+"];
+
+/// Newest version of the tables that this build knows.
+pub const VERSION: i64 = MIGRATIONS.len() as i64;
+
+/// Sets what every connection needs. `synchronous = FULL`: a commit that returned is on the disk.
+pub(super) fn prepare(connection: &Connection) -> Result<(), StoreError> {
+    connection.busy_timeout(std::time::Duration::from_secs(10))?;
+    connection.execute_batch(
+        "PRAGMA foreign_keys = ON; PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 1000;
+         PRAGMA journal_size_limit = 8388608; PRAGMA temp_store = MEMORY;",
+    )?;
+    Ok(())
+}
+
+/// Brings the file to [`VERSION`]. An empty file becomes a new store.
+pub(super) fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
+    let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let (application, version) = (pragma("application_id")?, pragma("user_version")?);
+    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0))?;
+    if application != i64::from(APPLICATION_ID) && (application != 0 || tables != 0) {
+        return Err(StoreError::NotAStore { found: application });
+    }
+    if !(0..=VERSION).contains(&version) {
+        return Err(StoreError::Version { found: version, newest: VERSION });
+    }
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    for (number, migration) in (1_i64..).zip(MIGRATIONS).filter(|(number, _)| *number > version) {
+        let transaction = connection.transaction()?;
+        transaction.execute_batch(migration)?;
+        transaction.pragma_update(None, "user_version", number)?;
+        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+        transaction.commit()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,193 @@
+//! Copies of a service's state on a schedule, each checked before it counts, while the service is well.
+//!
+//! A copy that does not pass the service's own check may have been torn while the service wrote; so the state itself is
+//! asked next, and only when *it* fails twice is it called corrupt.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
+use theriac_heal::checkpoint::store::{Checkpoint, CheckpointError, CheckpointStore};
+use theriac_heal::executor::clock;
+use theriac_heal::incident::Input;
+
+use crate::config::StateSettings;
+use crate::metrics::{kind, service as label};
+use crate::service::{ServiceContext, open_checkpoints, state_check};
+use crate::storage::StorageWatch;
+use crate::store::Store;
+use crate::supervise::Shutdown;
+
+/// Longest wait for the first checkpoint of a service that has none.
+const FIRST_AFTER: Duration = Duration::from_secs(5);
+/// Time between two looks whether a checkpoint is due and possible.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Pause between two checks of the live state before it is called corrupt.
+const SECOND_LOOK_AFTER: Duration = Duration::from_secs(1);
+
+/// Takes checkpoints of one service until the signal to stop.
+///
+/// # Errors
+/// When the store of checkpoints cannot be opened.
+pub async fn run(
+    context: ServiceContext,
+    settings: StateSettings,
+    store: Store,
+    storage: StorageWatch,
+    mut shutdown: Shutdown,
+) -> Result<(), CheckpointError> {
+    let taker = Taker {
+        checkpoints: Arc::new(open_checkpoints(&context.dir, &context.shared.name, &settings)?),
+        check: state_check(&settings),
+        context,
+        settings,
+        store,
+        storage,
+    };
+    let known = taker.list().await?;
+    let first = known.is_empty();
+    taker.show(known).await;
+    let mut wait = if first {
+        FIRST_AFTER.min(taker.settings.interval)
+    } else {
+        taker.settings.interval
+    };
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = shutdown.wait() => return Ok(()),
+        }
+        wait = if taker.possible() {
+            taker.take().await;
+            taker.settings.interval
+        } else {
+            LOOK_EVERY
+        };
+    }
+}
+
+struct Taker {
+    context: ServiceContext,
+    settings: StateSettings,
+    checkpoints: Arc<CheckpointStore>,
+    check: Option<StateCheck>,
+    store: Store,
+    storage: StorageWatch,
+}
+
+impl Taker {
+    /// A sick service's state is not worth keeping, and a full disk has no room for it.
+    fn possible(&self) -> bool {
+        self.context.shared.is_well() && self.storage.is_ok() && self.settings.dir.exists()
+    }
+
+    async fn take(&self) {
+        let in_use = self.context.shared.state_in_use.lock().await;
+        let taken = self.stage_check_commit().await;
+        drop(in_use);
+        let service = &self.context.shared.name;
+        let word = match &taken {
+            Ok(_) => "taken",
+            Err(CheckpointError::NotGood { .. }) => "not_good",
+            Err(CheckpointError::DiskFull { .. }) => "disk_full",
+            Err(CheckpointError::Changing { .. }) => "changing",
+            Err(_) => "failed",
+        };
+        self.context.metrics.checkpoints.get_or_create(&kind(word)).inc();
+        match taken {
+            Ok(taken) => {
+                tracing::debug!(
+                    service,
+                    sequence = taken.sequence,
+                    bytes = taken.bytes,
+                    "checkpoint taken"
+                );
+                match self.list().await {
+                    Ok(list) => self.show(list).await,
+                    Err(error) => tracing::warn!(service, %error, "cannot list checkpoints"),
+                }
+            }
+            Err(error @ CheckpointError::NotGood { .. }) => {
+                tracing::warn!(service, %error, "checkpoint refused, asking the state itself");
+                self.ask_the_state_itself().await;
+            }
+            Err(error @ CheckpointError::DiskFull { .. }) => {
+                self.storage.failed_io("take a checkpoint", &error, true);
+            }
+            Err(error) => tracing::warn!(service, %error, "no checkpoint this time"),
+        }
+    }
+
+    async fn stage_check_commit(&self) -> Result<Checkpoint, CheckpointError> {
+        let (store, dir) = (Arc::clone(&self.checkpoints), self.settings.dir.clone());
+        let unix_ms = clock::now().unix_ms;
+        let staged = off_the_async_threads(move || store.stage(&dir, unix_ms)).await?;
+        if let Some(check) = &self.check
+            && let StateVerdict::Corrupt(detail) = check.run(staged.tree()).await
+        {
+            let store = Arc::clone(&self.checkpoints);
+            off_the_async_threads(move || store.discard(staged)).await?;
+            return Err(CheckpointError::NotGood {
+                path: self.settings.dir.clone(),
+                detail,
+            });
+        }
+        let store = Arc::clone(&self.checkpoints);
+        off_the_async_threads(move || store.commit(staged)).await
+    }
+
+    async fn ask_the_state_itself(&self) {
+        let Some(check) = &self.check else { return };
+        for last in [false, true] {
+            let StateVerdict::Corrupt(detail) = check.run(&self.settings.dir).await else {
+                return;
+            };
+            if last && self.context.shared.is_well() {
+                let service = self.context.shared.name.clone();
+                // Only while the process ends is nobody listening.
+                let _heard = self
+                    .context
+                    .events
+                    .send(Input::StateCorrupt { service, detail })
+                    .await
+                    .is_ok();
+            } else {
+                tokio::time::sleep(SECOND_LOOK_AFTER).await;
+            }
+        }
+    }
+
+    async fn list(&self) -> Result<Vec<Checkpoint>, CheckpointError> {
+        let store = Arc::clone(&self.checkpoints);
+        off_the_async_threads(move || store.list()).await
+    }
+
+    async fn show(&self, list: Vec<Checkpoint>) {
+        let service = &self.context.shared.name;
+        let count = list.len();
+        let valid = i64::try_from(count).unwrap_or(i64::MAX);
+        self.context
+            .metrics
+            .checkpoints_valid
+            .get_or_create(&label(service))
+            .set(valid);
+        self.context
+            .board
+            .update_service(service, |line| line.checkpoints = count as u64);
+        if let Err(error) = self.store.list_checkpoints(service, list).await {
+            self.storage.failed("list checkpoints", &error);
+        }
+    }
+}
+
+async fn off_the_async_threads<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
+) -> Result<T, CheckpointError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|join| {
+        let source = std::io::Error::other(join.to_string());
+        Err(CheckpointError::Io {
+            path: "checkpoint".into(),
+            source,
+        })
+    })
+}

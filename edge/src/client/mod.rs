@@ -1,0 +1,588 @@
+//! The federation's link: drives the participant over transport.
+//!
+//! It connects with jittered backoff, answers rounds, fetches and judges models. Everything here may fail or stand still
+//! without detection or healing noticing.
+
+mod work;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use rand::Rng as _;
+use theriac_certs::{Identity, files, trust};
+use theriac_model::gate::GateOutcome;
+use theriac_model::global::{GlobalError, GlobalModel, delta_layout, model_layout, moments_layout};
+use theriac_protocol::message::{
+    FetchModelV1, HelloV1, ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
+};
+use theriac_protocol::participant::{Input, LayoutDigests, Output, Participant, ParticipantConfig};
+use theriac_protocol::refusal::RefusalCode;
+use theriac_protocol::round::BaseModel;
+use theriac_protocol::units::{Digest, ModelVersion, Moment};
+use theriac_transport::{
+    Backoff, CloseCode, ConnectError, EdgeReceiver, EdgeSender, Endpoint, Limits, bind_client, connect,
+};
+use tokio::task::JoinHandle;
+
+use crate::config::{FederationSettings, host_and_port};
+use crate::detect::LaneShared;
+use crate::global_store::{self, Held};
+use crate::metrics::{Metrics, kind};
+use crate::state_dir::{Joined, StateDir};
+use crate::status::{Board, Federation};
+use crate::storage::StorageWatch;
+use crate::store::{OutboxRow, Store};
+use crate::supervise::Shutdown;
+use crate::update::Releaser;
+
+use self::work::next_answer;
+
+/// File names of what `join` leaves in `keys/`.
+pub const IDENTITY: &str = "edge";
+/// The authority that the aggregator's certificate must come from.
+pub const AGGREGATOR_AUTHORITY: &str = "aggregator-authority.pem";
+/// A clock that is off by more than this is reported, in milliseconds.
+const CLOCK_SKEW_MS: u64 = 60_000;
+/// Longest wait for the farewell.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Time between two attempts to judge a model that came during the warm-up.
+const REJUDGE_EVERY: Duration = Duration::from_secs(5);
+/// Quiet rows that the gate looks at.
+const GATE_ROWS: usize = 3_600;
+
+/// Why the link is down.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The identity or the authority cannot be used.
+    #[error("{reason}; run `theriac-edge join` again if it is lost")]
+    Identity {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The aggregator's name does not resolve.
+    #[error("cannot resolve {address}: {reason}")]
+    Resolve {
+        /// The address.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// No socket.
+    #[error(transparent)]
+    Endpoint(#[from] theriac_transport::EndpointError),
+    /// No session.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The outbox holds bytes that the ledger does not know: the ledger wins.
+    #[error("outbox and privacy ledger disagree, nothing is trained or sent: {reason}")]
+    Disagree {
+        /// What the ledger says.
+        reason: String,
+    },
+    /// The store cannot be read.
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+}
+
+/// What the link works with.
+#[derive(Debug, Clone)]
+pub struct Client {
+    /// Checked `[federation]`.
+    pub settings: FederationSettings,
+    /// Who we are and where the aggregator is.
+    pub joined: Joined,
+    /// Where keys and models are kept.
+    pub dir: StateDir,
+    /// The lane whose history is learnt from.
+    pub lane: Arc<LaneShared>,
+    /// Every lane: an accepted model helps all of them.
+    pub lanes: Vec<Arc<LaneShared>>,
+    /// The way out; held by one blocking task at a time.
+    pub releaser: Arc<Mutex<Releaser>>,
+    /// Where the outbox is.
+    pub store: Store,
+    /// Whether the disk can be written.
+    pub storage: StorageWatch,
+    /// The page's picture.
+    pub board: Board,
+    /// The counters.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Everything that lives longer than one session.
+struct Driver {
+    client: Client,
+    participant: Participant,
+    held: Option<(Held, Digest, Arc<GlobalModel>)>,
+    outbox: Option<OutboxRow>,
+    arrived: Option<(ModelV1, Bytes, Result<Arc<GlobalModel>, GlobalError>)>,
+    training: work::Training,
+    judging: Option<Judging>,
+    /// The held model still waits for a detector to be judged with.
+    unjudged: bool,
+    epoch: Instant,
+}
+
+/// A model at the gate.
+struct Judging {
+    version: ModelVersion,
+    /// Whether the participant waits for the verdict; a model that came during the warm-up is judged again without.
+    asked: bool,
+    outcome: JoinHandle<GateOutcome>,
+}
+
+/// Why a session ended.
+enum Ended {
+    ByUs,
+    Lost(String),
+    Asked(Duration),
+    Refused(RefusalCode),
+}
+
+/// Keeps the link up until the signal to stop.
+///
+/// # Errors
+/// When outbox and ledger disagree, or the store cannot be read.
+pub async fn run(client: Client, mut shutdown: Shutdown) -> Result<(), ClientError> {
+    let mut driver = Driver::new(client).await?;
+    let settings = driver.client.settings.clone();
+    let mut backoff = Backoff::new(settings.retry_base, settings.retry_max);
+    let endpoint = bind_client(&Limits::default())?;
+    driver.client.show_buffers(&endpoint);
+    loop {
+        driver
+            .client
+            .board
+            .update(|status| status.federation = Federation::Connecting);
+        driver.client.metrics.connect_attempts.inc();
+        let session = tokio::select! {
+            session = driver.connect(&endpoint) => session,
+            () = shutdown.wait() => return Ok(()),
+        };
+        let wait = match session {
+            Ok((sender, receiver)) => {
+                let begun = Instant::now();
+                let ended = driver.session(sender, receiver, &mut shutdown, &endpoint).await;
+                driver.client.metrics.connected.set(0);
+                // Only a session that lasted is a reason to come back at once.
+                if begun.elapsed() > settings.retry_base * 4 {
+                    backoff.reset();
+                }
+                match ended {
+                    Ended::ByUs => return Ok(()),
+                    Ended::Asked(wait) => wait + backoff.next(rand::rng().random()),
+                    Ended::Refused(code) => {
+                        driver.client.refused(code.word());
+                        backoff.next(rand::rng().random()).max(settings.retry_base)
+                    }
+                    Ended::Lost(reason) => {
+                        tracing::warn!(reason, "lost the aggregator");
+                        driver.client.down(Federation::Connecting, &reason);
+                        backoff.next(rand::rng().random())
+                    }
+                }
+            }
+            Err(error) => driver.client.not_connected(&error, &mut backoff),
+        };
+        if !driver.wait(wait, &mut shutdown).await {
+            return Ok(());
+        }
+    }
+}
+
+impl Client {
+    fn show_buffers(&self, endpoint: &Endpoint) {
+        let granted = endpoint.granted();
+        for (word, bytes) in [("send", granted.send), ("receive", granted.receive)] {
+            let gauge = self.metrics.socket_buffer_bytes.get_or_create(&kind(word));
+            gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
+    }
+
+    fn down(&self, state: Federation, detail: &str) {
+        self.board.update(|status| {
+            status.federation = state;
+            status.federation_detail = Some(detail.to_owned());
+        });
+    }
+
+    fn refused(&self, word: &str) {
+        tracing::error!(
+            code = word,
+            "the aggregator turned this edge away; detection and healing go on"
+        );
+        self.down(Federation::Refused, word);
+        self.board
+            .update(|status| status.last_refusal = Some(word.to_owned()));
+    }
+
+    fn not_connected(&self, error: &ClientError, backoff: &mut Backoff) -> Duration {
+        let own = backoff.next(rand::rng().random());
+        match error {
+            ClientError::Connect(ConnectError::Refused(refusal)) => {
+                self.refused(refusal.code.word());
+                own.max(Duration::from_millis(u64::from(refusal.retry_after_ms)))
+            }
+            ClientError::Connect(connect) => {
+                let hint = connect.hint().unwrap_or_default();
+                tracing::warn!(%error, hint, "no aggregator; trying again");
+                self.down(Federation::Connecting, &error.to_string());
+                own.max(connect.retry_after().unwrap_or_default())
+            }
+            _ => {
+                tracing::warn!(%error, "no aggregator; trying again");
+                self.down(Federation::Connecting, &error.to_string());
+                own
+            }
+        }
+    }
+
+    fn address(&self) -> Result<(String, u16), ClientError> {
+        let address = self
+            .settings
+            .aggregator
+            .as_ref()
+            .unwrap_or(&self.joined.aggregator);
+        host_and_port(address).ok_or_else(|| ClientError::Resolve {
+            address: address.clone(),
+            reason: "it is not HOST:PORT".to_owned(),
+        })
+    }
+
+    fn load_identity(&self) -> Result<(Identity, Vec<u8>), ClientError> {
+        let wrong = |error: &dyn std::fmt::Display| ClientError::Identity {
+            reason: error.to_string(),
+        };
+        let identity = Identity::load(&self.dir.keys(), IDENTITY).map_err(|error| wrong(&error))?;
+        let authority: PathBuf = self.dir.keys().join(AGGREGATOR_AUTHORITY);
+        let authority = files::load_certificate(&authority).map_err(|error| wrong(&error))?;
+        let left = identity
+            .expires()
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
+        self.metrics.certificate_expiry_seconds.set(left.as_secs_f64());
+        Ok((identity, authority))
+    }
+
+    fn show_budget(&self) {
+        let spent = self
+            .releaser
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .ledger()
+            .spent();
+        self.metrics.epsilon_spent.set(spent.epsilon);
+        self.metrics.epsilon_limit.set(spent.epsilon_limit.value());
+        self.board.update(|status| {
+            status.epsilon_spent = Some(spent.epsilon);
+            status.epsilon_limit = Some(spent.epsilon_limit.value());
+            status.delta = Some(spent.delta.value());
+        });
+    }
+}
+
+impl Driver {
+    async fn new(client: Client) -> Result<Self, ClientError> {
+        let channels = client.lane.schema.channels();
+        let held = global_store::load(&client.dir.model(), channels)
+            .map(|(held, digest, model)| (held, digest, Arc::new(model)));
+        let outbox = client.store.outbox().await?;
+        if let Some(row) = &outbox {
+            let confirmed = client
+                .releaser
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .confirm(row);
+            confirmed.map_err(|error| ClientError::Disagree {
+                reason: error.to_string(),
+            })?;
+        }
+        let config = ParticipantConfig {
+            noise_multiplier_min: client.noise_multiplier_min(),
+            clip_norm_max: None,
+            layout_digests: LayoutDigests {
+                model: Digest(model_layout(channels).digest()),
+                moments: Digest(moments_layout(channels).digest()),
+                delta: Digest(delta_layout(channels).digest()),
+            },
+        };
+        let base = held.as_ref().map_or(
+            BaseModel {
+                version: ModelVersion(0),
+                digest: Digest::default(),
+            },
+            |held| BaseModel {
+                version: held.0.version,
+                digest: held.1,
+            },
+        );
+        let key = outbox
+            .as_ref()
+            .map(|row| (row.round, row.nonce, row.payload_digest));
+        let epoch = Instant::now();
+        let participant = Participant::new(config, base, key, Moment(Duration::ZERO));
+        client.show_budget();
+        let unjudged = held.is_some();
+        Ok(Self {
+            client,
+            participant,
+            held,
+            outbox,
+            arrived: None,
+            training: None,
+            judging: None,
+            unjudged,
+            epoch,
+        })
+    }
+
+    /// Waits between two attempts to connect, finishing what was begun. `false`: it is time to stop.
+    async fn wait(&mut self, wait: Duration, shutdown: &mut Shutdown) -> bool {
+        let until = tokio::time::Instant::now() + wait;
+        self.judge_held();
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => return true,
+                () = shutdown.wait() => return false,
+                answer = next_answer(&mut self.training, &mut self.judging) => {
+                    if let Some(input) = self.answered(answer).await {
+                        self.participant.handle(self.now(), input);
+                    }
+                    if let Err(reason) = self.carry_out(None).await {
+                        tracing::debug!(reason, "left undone between sessions");
+                    }
+                }
+            }
+        }
+    }
+
+    fn now(&self) -> Moment {
+        Moment(self.epoch.elapsed())
+    }
+
+    async fn connect(&mut self, endpoint: &Endpoint) -> Result<(EdgeSender, EdgeReceiver), ClientError> {
+        let (identity, authority) = self.client.load_identity()?;
+        let tls = trust::client_config(&identity, &authority).map_err(|error| ClientError::Identity {
+            reason: error.to_string(),
+        })?;
+        let (host, port) = self.client.address()?;
+        let unresolved = |reason: String| ClientError::Resolve {
+            address: format!("{host}:{port}"),
+            reason,
+        };
+        let mut found = tokio::net::lookup_host((host.as_str(), port))
+            .await
+            .map_err(|e| unresolved(e.to_string()))?;
+        let address = found.next().ok_or_else(|| unresolved("no address".to_owned()))?;
+        let hello = self.hello();
+        let (session, welcome) = Box::pin(connect(endpoint, address, &host, tls, hello)).await?;
+        let skew = welcome.time.0.abs_diff(unix_ms());
+        if skew > CLOCK_SKEW_MS {
+            tracing::warn!(
+                seconds = skew / 1000,
+                "this host's clock and the aggregator's differ: check the time service"
+            );
+        }
+        tracing::info!(
+            federation = welcome.federation,
+            model = welcome.model_version.0,
+            "connected"
+        );
+        self.client.metrics.connected.set(1);
+        self.client.board.update(|status| {
+            status.federation = Federation::Connected;
+            status.federation_detail = None;
+        });
+        let now = self.now();
+        self.participant.handle(now, Input::Connected);
+        self.participant.handle(now, Input::Welcome(welcome));
+        Ok(session.split())
+    }
+
+    fn hello(&self) -> HelloV1 {
+        let schema = &self.client.lane.schema;
+        let spent = self
+            .client
+            .releaser
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .ledger()
+            .spent();
+        let model = self.participant.status().model;
+        HelloV1 {
+            protocol_min: PROTOCOL_MIN,
+            protocol_max: PROTOCOL_MAX,
+            software: concat!("theriac-edge ", env!("CARGO_PKG_VERSION")).to_owned(),
+            features: Vec::new(),
+            profile: schema.name.clone(),
+            profile_digest: Digest(schema.digest()),
+            layout_digest: Digest(model_layout(schema.channels()).digest()),
+            noise_multiplier_min: self.client.noise_multiplier_min(),
+            ledger_head: spent.head,
+            ledger_records: spent.records,
+            model_version: model.version,
+            model_digest: model.digest,
+            audit_checkpoint: None,
+            receipt_missing: self.participant.receipt_missing(),
+        }
+    }
+
+    async fn session(
+        &mut self,
+        mut sender: EdgeSender,
+        mut receiver: EdgeReceiver,
+        shutdown: &mut Shutdown,
+        endpoint: &Endpoint,
+    ) -> Ended {
+        let mut rejudge = tokio::time::interval(REJUDGE_EVERY);
+        rejudge.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let ended = loop {
+            if let Err(reason) = self.carry_out(Some(&mut sender)).await {
+                break Ended::Lost(reason);
+            }
+            self.show_traffic(endpoint);
+            let timeout = sleep_until(self.epoch, self.participant.poll_timeout());
+            let input = tokio::select! {
+                () = shutdown.wait() => break Ended::ByUs,
+                message = receiver.recv() => match message {
+                    Ok(message) => match self.received(message) {
+                        Ok(input) => input,
+                        Err(ended) => break ended,
+                    },
+                    Err(error) => break Ended::Lost(error.to_string()),
+                },
+                answer = next_answer(&mut self.training, &mut self.judging) => self.answered(answer).await,
+                () = timeout => None,
+                _ = rejudge.tick() => {
+                    self.judge_held();
+                    None
+                }
+            };
+            let now = self.now();
+            match input {
+                Some(input) => self.participant.handle(now, input),
+                None => self.participant.handle_timeout(now),
+            }
+        };
+        self.participant.handle(self.now(), Input::Disconnected);
+        if let Err(reason) = self.carry_out(None).await {
+            tracing::debug!(reason, "left undone at the end of the session");
+        }
+        if matches!(ended, Ended::ByUs) {
+            let farewell = async {
+                // The aggregator learns it from the closed connection as well.
+                let _told = sender.send(&ToAggregator::Goodbye).await.is_ok();
+                sender.finish().await;
+            };
+            let _in_time = tokio::time::timeout(FAREWELL, farewell).await.is_ok();
+            endpoint.close(CloseCode::Done, "");
+        }
+        ended
+    }
+
+    /// What a message means for the participant; `Err` when it ends the session.
+    fn received(&mut self, message: ToEdge) -> Result<Option<Input>, Ended> {
+        Ok(Some(match message {
+            ToEdge::Welcome(welcome) => Input::Welcome(welcome),
+            ToEdge::Refusal(refusal) => {
+                if refusal.round.is_none() && ends_the_session(refusal.code) {
+                    return Err(Ended::Refused(refusal.code));
+                }
+                Input::Refusal(refusal)
+            }
+            ToEdge::Announce(announce) => {
+                self.client.board.update(|status| status.round = announce.round.0);
+                Input::Announce(announce)
+            }
+            ToEdge::Receipt(receipt) => Input::Receipt(receipt),
+            ToEdge::Model(header, payload) => {
+                if Digest::of(&payload) != header.payload_digest {
+                    return Err(Ended::Lost(
+                        "a model came whose digest is not the announced one".to_owned(),
+                    ));
+                }
+                let model =
+                    global_store::model_of(self.client.lane.schema.channels(), &payload).map(Arc::new);
+                self.arrived = Some((header.clone(), payload, model));
+                Input::Model { header }
+            }
+            ToEdge::Closed(closed) => Input::Closed(closed),
+            ToEdge::Goodbye(goodbye) => {
+                return Err(Ended::Asked(Duration::from_millis(u64::from(
+                    goodbye.retry_after_ms,
+                ))));
+            }
+        }))
+    }
+
+    /// Does what the participant asks for. `sender` is `None` between sessions.
+    async fn carry_out(&mut self, mut sender: Option<&mut EdgeSender>) -> Result<(), String> {
+        while let Some(output) = self.participant.poll_output() {
+            let message = match output {
+                Output::Train { announce } => {
+                    self.train(announce);
+                    continue;
+                }
+                Output::CancelTraining { round } => {
+                    // The charge, if made, stays; an answer that still comes is harmless.
+                    tracing::debug!(round = round.0, "training is not wanted any more");
+                    continue;
+                }
+                Output::SendUpdate { round } => {
+                    let Some(message) = self.outbox_message(round) else {
+                        continue;
+                    };
+                    message
+                }
+                Output::SendDecline(decline) => ToAggregator::Decline(decline),
+                Output::FetchModel { version } => ToAggregator::FetchModel(FetchModelV1 { version }),
+                Output::Judge { version } => {
+                    self.judge(version);
+                    continue;
+                }
+                Output::SendVerdict(verdict) => ToAggregator::Verdict(verdict),
+                Output::DropOutbox { round } => {
+                    self.drop_outbox(round).await;
+                    continue;
+                }
+                Output::Report(event) => {
+                    self.report(&event);
+                    continue;
+                }
+            };
+            if let Some(sender) = sender.as_deref_mut() {
+                sender.send(&message).await.map_err(|error| error.to_string())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Codes after which the same session is of no more use.
+fn ends_the_session(code: RefusalCode) -> bool {
+    matches!(
+        code,
+        RefusalCode::UnsupportedVersion
+            | RefusalCode::UnknownSite
+            | RefusalCode::Suspended
+            | RefusalCode::Revoked
+            | RefusalCode::LedgerRollback
+    )
+}
+
+async fn sleep_until(epoch: Instant, due: Option<Moment>) {
+    match due {
+        Some(due) => tokio::time::sleep_until((epoch + due.0).into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,434 @@
+//! What the participant asks for: training, the outbox, the gate, and word of what happened.
+
+use std::sync::{Arc, PoisonError};
+
+use theriac_model::gate::{self, GateOutcome};
+use theriac_model::global::{GlobalError, GlobalModel};
+use theriac_protocol::message::{AnnounceV1, DeclineReason, GateVerdict, ToAggregator};
+use theriac_protocol::participant::{Input, ParticipantEvent};
+use theriac_protocol::refusal::RoundOutcome;
+use theriac_protocol::units::{ModelVersion, NoiseMultiplier, Round};
+use theriac_transport::Endpoint;
+use tokio::task::{JoinError, JoinHandle};
+
+use super::{Client, Driver, GATE_ROWS, Judging};
+use crate::global_store::{self, Held};
+use crate::metrics::{kind, raise_to};
+use crate::store::OutboxRow;
+use crate::update::{Release, Unreleased, message_of};
+
+/// Why a round gets no update from us.
+#[derive(Debug)]
+pub(super) struct Untrained {
+    reason: DeclineReason,
+    detail: String,
+}
+
+impl Untrained {
+    fn new(reason: DeclineReason, detail: impl std::fmt::Display) -> Self {
+        Self {
+            reason,
+            detail: detail.to_string(),
+        }
+    }
+}
+
+impl From<Unreleased> for Untrained {
+    fn from(error: Unreleased) -> Self {
+        Self::new(error.decline_reason(), error)
+    }
+}
+
+/// Work that has ended.
+pub(super) enum Answer {
+    Trained {
+        round: Round,
+        nonce: u64,
+        result: Result<OutboxRow, Untrained>,
+    },
+    Judged {
+        version: ModelVersion,
+        asked: bool,
+        outcome: Result<GateOutcome, JoinError>,
+    },
+}
+
+pub(super) type Training = Option<(Round, u64, JoinHandle<Result<OutboxRow, Untrained>>)>;
+
+/// Waits for the training or the judging at hand; for ever when there is neither. Safe to cancel.
+pub(super) async fn next_answer(training: &mut Training, judging: &mut Option<Judging>) -> Answer {
+    let trained = async {
+        match training.as_mut() {
+            Some((_, _, handle)) => handle.await,
+            None => std::future::pending().await,
+        }
+    };
+    let judged = async {
+        match judging.as_mut() {
+            Some(judging) => (&mut judging.outcome).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        result = trained => {
+            let (round, nonce) = training.take().map_or((Round(0), 0), |(round, nonce, _)| (round, nonce));
+            let failed = |join: JoinError| Err(Untrained::new(DeclineReason::StorageUnavailable, join));
+            Answer::Trained { round, nonce, result: result.unwrap_or_else(failed) }
+        }
+        outcome = judged => {
+            let (version, asked) =
+                judging.take().map_or((ModelVersion(0), false), |judging| (judging.version, judging.asked));
+            Answer::Judged { version, asked, outcome }
+        }
+    }
+}
+
+impl Client {
+    /// The policy's floor on the noise.
+    pub(super) fn noise_multiplier_min(&self) -> NoiseMultiplier {
+        self.releaser
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .ledger()
+            .policy()
+            .noise_multiplier_min()
+    }
+
+    /// Charges, trains, and fills the outbox.
+    async fn make_update(
+        self,
+        announce: AnnounceV1,
+        base: Option<Arc<GlobalModel>>,
+        stored: Option<OutboxRow>,
+    ) -> Result<OutboxRow, Untrained> {
+        if self.settings.receive_only {
+            return Err(Untrained::new(
+                DeclineReason::ReceiveOnly,
+                "this edge only receives",
+            ));
+        }
+        if !self.storage.is_ok() {
+            return Err(Untrained::new(
+                DeclineReason::StorageUnavailable,
+                "the state directory cannot be written",
+            ));
+        }
+        let base =
+            base.ok_or_else(|| Untrained::new(DeclineReason::UnknownLayout, "the base model is not held"))?;
+        let releaser = Arc::clone(&self.releaser);
+        let released = tokio::task::spawn_blocking(move || {
+            releaser
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .release(&announce, &base)
+        });
+        let released = released
+            .await
+            .map_err(|join| Untrained::new(DeclineReason::StorageUnavailable, join))?;
+        match released? {
+            Release::Stored => stored.ok_or_else(|| Unreleased::BytesLost.into()),
+            Release::Fresh { row, id } => {
+                if let Err(error) = self.store.put_outbox(&row).await {
+                    self.storage.failed("keep an update", &error);
+                    return Err(Untrained::new(DeclineReason::StorageUnavailable, error));
+                }
+                let marked = self
+                    .releaser
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .mark_released(id, row.payload_digest);
+                marked.map_err(|error| Untrained::new(DeclineReason::StorageUnavailable, error))?;
+                Ok(row)
+            }
+        }
+    }
+}
+
+impl Driver {
+    pub(super) fn train(&mut self, announce: AnnounceV1) {
+        let (round, nonce) = (announce.round, announce.nonce);
+        let base = self
+            .held
+            .as_ref()
+            .filter(|(held, digest, _)| {
+                held.version == announce.base_version && *digest == announce.base_digest
+            })
+            .map(|(_, _, model)| Arc::clone(model));
+        let stored = self
+            .outbox
+            .clone()
+            .filter(|row| row.round == round && row.nonce == nonce);
+        let work = self.client.clone().make_update(announce, base, stored);
+        self.training = Some((round, nonce, tokio::spawn(work)));
+    }
+
+    /// What ended work means for the participant.
+    pub(super) async fn answered(&mut self, answer: Answer) -> Option<Input> {
+        match answer {
+            Answer::Trained { round, nonce, result } => {
+                self.client.show_budget();
+                Some(match result {
+                    Ok(row) => {
+                        let payload_digest = row.payload_digest;
+                        self.outbox = Some(row);
+                        Input::Trained {
+                            round,
+                            nonce,
+                            payload_digest,
+                        }
+                    }
+                    Err(Untrained { reason, detail }) => {
+                        tracing::info!(round = round.0, ?reason, detail, "no update for this round");
+                        if matches!(
+                            reason,
+                            DeclineReason::BudgetSpent | DeclineReason::StorageUnavailable
+                        ) {
+                            self.client.metrics.ledger_refusals.inc();
+                        }
+                        Input::CannotTrain { round, nonce, reason }
+                    }
+                })
+            }
+            Answer::Judged {
+                version,
+                asked,
+                outcome,
+            } => {
+                let verdict = self.apply(version, outcome);
+                asked.then_some(Input::Judged { version, verdict })
+            }
+        }
+    }
+
+    /// Stores the model that came and sends it to the gate.
+    pub(super) fn judge(&mut self, version: ModelVersion) {
+        let Some((header, payload, model)) = self
+            .arrived
+            .take()
+            .filter(|(header, ..)| header.version == version)
+        else {
+            return;
+        };
+        let model = match model {
+            Ok(model) => model,
+            Err(error) => {
+                tracing::warn!(version = version.0, %error, "a published model cannot be used");
+                let outcome = match error {
+                    GlobalError::NonFinite { .. } => GateOutcome::NonFinite,
+                    _ => GateOutcome::LayoutMismatch,
+                };
+                self.judging = Some(Judging {
+                    version,
+                    asked: true,
+                    outcome: tokio::spawn(async { outcome }),
+                });
+                return;
+            }
+        };
+        let held = Held::of(&header);
+        let (dir, storage) = (self.client.dir.model(), self.client.storage.clone());
+        let kept = held.clone();
+        self.held = Some((held, header.payload_digest, Arc::clone(&model)));
+        self.start_judging(version, true, model, move || {
+            if storage.is_ok()
+                && let Err(error) = global_store::save(&dir, &kept, &payload)
+            {
+                let full = error.kind() == std::io::ErrorKind::StorageFull;
+                storage.failed_io("keep the published model", &error, full);
+            }
+        });
+    }
+
+    /// Judges a model that came before there was a detector to judge it with.
+    pub(super) fn judge_held(&mut self) {
+        if !self.unjudged || self.judging.is_some() || self.client.lane.detector().is_none() {
+            return;
+        }
+        if let Some((held, _, model)) = &self.held {
+            let (version, model) = (held.version, Arc::clone(model));
+            self.start_judging(version, false, model, || {});
+        }
+    }
+
+    fn start_judging(
+        &mut self,
+        version: ModelVersion,
+        asked: bool,
+        model: Arc<GlobalModel>,
+        first: impl FnOnce() + Send + 'static,
+    ) {
+        let lane = Arc::clone(&self.client.lane);
+        let outcome = tokio::task::spawn_blocking(move || {
+            first();
+            let Some(detector) = lane.detector() else {
+                return GateOutcome::TooFewRows;
+            };
+            let history = lane.history().quiet(GATE_ROWS);
+            gate::judge(&detector, &history, &model)
+        });
+        self.judging = Some(Judging {
+            version,
+            asked,
+            outcome,
+        });
+    }
+
+    fn apply(&mut self, version: ModelVersion, outcome: Result<GateOutcome, JoinError>) -> GateVerdict {
+        let verdict = match outcome {
+            Ok(GateOutcome::Accepted(detector)) => {
+                self.accept(version, *detector);
+                GateVerdict::Accepted
+            }
+            Ok(GateOutcome::WorseOnTail) => GateVerdict::WorseOnTail,
+            Ok(GateOutcome::NonFinite) => GateVerdict::NonFinite,
+            Ok(GateOutcome::LayoutMismatch) => GateVerdict::LayoutMismatch,
+            Ok(GateOutcome::TooFewRows) => GateVerdict::TooFewRows,
+            Ok(other) => {
+                tracing::error!(
+                    ?other,
+                    "the gate gave an outcome that this build does not know; the model is not used"
+                );
+                GateVerdict::WorseOnTail
+            }
+            Err(join) => {
+                tracing::error!(%join, "the gate failed; the model is not used");
+                GateVerdict::WorseOnTail
+            }
+        };
+        self.unjudged = verdict == GateVerdict::TooFewRows;
+        let word = verdict_word(verdict);
+        tracing::info!(version = version.0, verdict = word, "published model judged");
+        self.client.metrics.gate_verdicts.get_or_create(&kind(word)).inc();
+        self.client
+            .board
+            .update(|status| word.clone_into(&mut status.gate));
+        verdict
+    }
+
+    /// Puts the refitted detector in use, and the model as prior of every later fit.
+    fn accept(&self, version: ModelVersion, mut detector: theriac_model::detector::Detector) {
+        let Some((held, _, model)) = &self.held else {
+            return;
+        };
+        let spent = self
+            .client
+            .releaser
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .ledger()
+            .spent();
+        detector.set_provenance(theriac_model::detector::Provenance {
+            model_version: version.0,
+            round: held.round,
+            rule: held.rule.clone(),
+            epsilon: Some(spent.epsilon),
+            delta: Some(spent.delta.value()),
+            training_sites: u64::from(held.contributors),
+        });
+        self.client.lane.replace(Arc::new(detector));
+        for lane in &self.client.lanes {
+            lane.set_global(Arc::clone(model));
+        }
+        self.client
+            .metrics
+            .model_version
+            .set(i64::try_from(version.0).unwrap_or(i64::MAX));
+        self.client
+            .board
+            .update(|status| status.model_version = version.0);
+    }
+
+    pub(super) fn outbox_message(&self, round: Round) -> Option<ToAggregator> {
+        let row = self.outbox.as_ref().filter(|row| row.round == round)?;
+        match message_of(row) {
+            Ok(message) => Some(message),
+            Err(error) => {
+                tracing::error!(round = round.0, %error, "the update in the outbox is damaged and is not sent");
+                None
+            }
+        }
+    }
+
+    pub(super) async fn drop_outbox(&mut self, round: Round) {
+        if self.outbox.as_ref().is_some_and(|row| row.round <= round) {
+            self.outbox = None;
+        }
+        if let Err(error) = self.client.store.drop_outbox(round).await {
+            self.client.storage.failed("clear the outbox", &error);
+        }
+    }
+
+    pub(super) fn report(&self, event: &ParticipantEvent) {
+        let (board, metrics) = (&self.client.board, &self.client.metrics);
+        match event {
+            ParticipantEvent::TrainingStarted { round } => {
+                tracing::info!(round = round.0, "taking part in a round");
+                board.update(|status| status.round = round.0);
+            }
+            ParticipantEvent::Declined { round, reason } => {
+                tracing::info!(round = round.0, ?reason, "declined a round");
+                metrics.declines.get_or_create(&kind(decline_word(*reason))).inc();
+                board.update(|status| status.round = round.0);
+            }
+            ParticipantEvent::Acknowledged { round } => {
+                tracing::info!(round = round.0, "the update is durable at the aggregator");
+                metrics.updates.get_or_create(&kind("accepted")).inc();
+                board.update(|status| status.updates_accepted += 1);
+            }
+            ParticipantEvent::Refused { round, code } => {
+                tracing::warn!(
+                    round = round.map(|round| round.0),
+                    code = code.word(),
+                    "the aggregator refused"
+                );
+                metrics.updates.get_or_create(&kind(code.word())).inc();
+                board.update(|status| {
+                    status.updates_refused += u64::from(round.is_some());
+                    status.last_refusal = Some(code.word().to_owned());
+                });
+            }
+            ParticipantEvent::RoundOver { round, outcome, .. } => {
+                let word = match outcome {
+                    Some(RoundOutcome::Published(_)) => "published",
+                    Some(RoundOutcome::Aborted(_)) => "aborted",
+                    None => "unknown",
+                };
+                tracing::info!(round = round.0, outcome = word, "round over");
+                metrics.rounds.get_or_create(&kind(word)).inc();
+            }
+            // Told where the session begins and where the gate answers.
+            ParticipantEvent::Welcomed | ParticipantEvent::ModelJudged { .. } => {}
+            ParticipantEvent::ModelUnavailable { version } => {
+                tracing::warn!(version = version.0, "a published model could not be had");
+            }
+        }
+    }
+
+    pub(super) fn show_traffic(&self, endpoint: &Endpoint) {
+        let traffic = endpoint.traffic();
+        raise_to(&self.client.metrics.bytes_sent, traffic.bytes_sent);
+        raise_to(&self.client.metrics.bytes_received, traffic.bytes_received);
+    }
+}
+
+fn verdict_word(verdict: GateVerdict) -> &'static str {
+    match verdict {
+        GateVerdict::Accepted => "accepted",
+        GateVerdict::WorseOnTail => "worse_on_tail",
+        GateVerdict::NonFinite => "non_finite",
+        GateVerdict::LayoutMismatch => "layout_mismatch",
+        GateVerdict::Stale => "stale",
+        GateVerdict::TooFewRows => "too_few_rows",
+    }
+}
+
+fn decline_word(reason: DeclineReason) -> &'static str {
+    match reason {
+        DeclineReason::BudgetSpent => "budget_spent",
+        DeclineReason::TermsTooWeak => "terms_too_weak",
+        DeclineReason::TooFewBlocks => "too_few_blocks",
+        DeclineReason::UnknownLayout => "unknown_layout",
+        DeclineReason::StorageUnavailable => "storage_unavailable",
+        DeclineReason::ReceiveOnly => "receive_only",
+    }
+}

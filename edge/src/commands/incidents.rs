@@ -1,0 +1,201 @@
+//! `incidents list`, `incidents show`, `incidents why`, and the decisions of people: `actions list`, `approve`, `deny`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use theriac_command::output::{Output, table};
+use theriac_command::problem::Problem;
+use theriac_heal::types::{Incident, IncidentId, IncidentState};
+
+use super::{ConfigArguments, or_dash, unprinted};
+use crate::run::EdgeError;
+use crate::state_dir::StateDir;
+use crate::status::IncidentView;
+use crate::store::{StoreError, StoreReader};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum IncidentsCommand {
+    /// Lists incidents, newest last.
+    #[command(after_help = "Example:\n  theriac-edge incidents list --limit 20")]
+    List {
+        #[command(flatten)]
+        config: ConfigArguments,
+        /// Most incidents shown.
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+    },
+    /// Prints everything recorded of one incident.
+    #[command(after_help = "Example:\n  theriac-edge incidents show 3 --format json")]
+    Show(OneIncident),
+    /// Tells in words what was seen, considered, done and found.
+    #[command(after_help = "Example:\n  theriac-edge incidents why 3")]
+    Why(OneIncident),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ActionsCommand {
+    /// Lists incidents whose recommended action waits for approval.
+    #[command(after_help = "Example:\n  theriac-edge actions list")]
+    List {
+        #[command(flatten)]
+        config: ConfigArguments,
+    },
+    /// Approves the recommended action of an incident; the running edge carries it out within a second.
+    #[command(after_help = "Example:\n  theriac-edge actions approve 3")]
+    Approve(OneIncident),
+    /// Declines it; the incident is then yours.
+    #[command(after_help = "Example:\n  theriac-edge actions deny 3")]
+    Deny(OneIncident),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct OneIncident {
+    /// Number of the incident, as `incidents list` shows it.
+    id: u64,
+    #[command(flatten)]
+    config: ConfigArguments,
+}
+
+pub(super) fn incidents<W: Write>(
+    command: IncidentsCommand,
+    output: &mut Output<W>,
+) -> Result<ExitCode, Problem> {
+    match command {
+        IncidentsCommand::List { config, limit } => {
+            let found = reader(&config)?
+                .map_or(Ok(Vec::new()), |reader| reader.incidents(limit))
+                .map_err(failed)?;
+            list(&found, "no incidents", output)
+        }
+        IncidentsCommand::Show(one) => {
+            let incident = one.find()?;
+            let pretty = serde_json::to_string_pretty(&incident).unwrap_or_default();
+            output.result(&incident, pretty).map_err(unprinted)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        IncidentsCommand::Why(one) => {
+            let why = one.find()?.why();
+            let value = serde_json::json!({ "id": one.id, "why": why });
+            output.result(&value, why.trim_end()).map_err(unprinted)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+pub(super) fn actions<W: Write>(
+    command: ActionsCommand,
+    output: &mut Output<W>,
+) -> Result<ExitCode, Problem> {
+    match command {
+        ActionsCommand::List { config } => {
+            let all = reader(&config)?
+                .map_or(Ok(Vec::new()), |reader| reader.incidents(1_000))
+                .map_err(failed)?;
+            let waiting: Vec<Incident> = all
+                .into_iter()
+                .filter(|found| found.state == IncidentState::AwaitingApproval)
+                .collect();
+            list(&waiting, "nothing waits for approval", output)
+        }
+        ActionsCommand::Approve(one) => one.decide(true, output),
+        ActionsCommand::Deny(one) => one.decide(false, output),
+    }
+}
+
+impl OneIncident {
+    fn find(&self) -> Result<Incident, Problem> {
+        let found = reader(&self.config)?.map_or(Ok(None), |reader| reader.incident(IncidentId(self.id)));
+        found.map_err(failed)?.ok_or_else(|| {
+            Problem::failed("TH-E0331", format!("there is no incident {}", self.id))
+                .hint("`theriac-edge incidents list` shows their numbers")
+        })
+    }
+
+    fn decide<W: Write>(&self, approve: bool, output: &mut Output<W>) -> Result<ExitCode, Problem> {
+        let incident = self.find()?;
+        if incident.state != IncidentState::AwaitingApproval {
+            let text = format!(
+                "incident {} is {}: nothing waits for approval",
+                self.id, incident.state
+            );
+            return Err(
+                Problem::failed("TH-E0333", text).hint("`theriac-edge actions list` shows what waits")
+            );
+        }
+        if let Some(reader) = reader(&self.config)? {
+            reader.decide(incident.id, approve).map_err(failed)?;
+        }
+        let word = if approve { "approved" } else { "denied" };
+        let value = serde_json::json!({ "incident": self.id, "decision": word });
+        output
+            .result(
+                &value,
+                format!("incident {} {word}; the running edge takes it up", self.id),
+            )
+            .map_err(unprinted)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn list<W: Write>(incidents: &[Incident], none: &str, output: &mut Output<W>) -> Result<ExitCode, Problem> {
+    let views: Vec<IncidentView> = incidents.iter().map(IncidentView::from).collect();
+    let rows: Vec<Vec<String>> = incidents
+        .iter()
+        .zip(&views)
+        .map(|(incident, view)| line(incident, view))
+        .collect();
+    let header = [
+        "id",
+        "service",
+        "class",
+        "state",
+        "detected",
+        "healed after",
+        "action",
+        "verdict",
+        "causes",
+    ];
+    let human = if rows.is_empty() {
+        none.to_owned()
+    } else {
+        table(&header, &rows)
+    };
+    output.result(&views, human).map_err(unprinted)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn line(incident: &Incident, view: &IncidentView) -> Vec<String> {
+    let healed = incident
+        .healed
+        .map(|healed| format!("{:.1} s", healed.since(incident.opened).as_secs_f64()));
+    vec![
+        view.id.to_string(),
+        view.service.clone(),
+        view.class.clone(),
+        view.state.clone(),
+        utc(view.detected_unix_ms),
+        or_dash(healed),
+        or_dash(view.action.as_deref()),
+        or_dash(view.verdict.as_deref()),
+        view.causes.first().cloned().unwrap_or_default(),
+    ]
+}
+
+fn utc(unix_ms: u64) -> String {
+    let nanoseconds = i128::from(unix_ms) * 1_000_000;
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]Z");
+    time::OffsetDateTime::from_unix_timestamp_nanos(nanoseconds)
+        .ok()
+        .and_then(|at| at.format(format).ok())
+        .unwrap_or_else(|| unix_ms.to_string())
+}
+
+fn reader(config: &ConfigArguments) -> Result<Option<StoreReader>, Problem> {
+    let config = config.load()?;
+    StoreReader::open(&StateDir::existing(&config.state_dir.path).database()).map_err(failed)
+}
+
+fn failed(error: StoreError) -> Problem {
+    EdgeError::from(error).into()
+}

@@ -1,0 +1,107 @@
+//! `run` and `check-config`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+use theriac_command::output::Output;
+use theriac_command::problem::Problem;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{ConfigArguments, unprinted};
+use crate::state_dir::StateDir;
+
+#[derive(Debug, Args)]
+pub(super) struct RunArguments {
+    #[command(flatten)]
+    config: ConfigArguments,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArguments {
+    #[command(flatten)]
+    config: ConfigArguments,
+    /// Prints a complete example file instead.
+    #[arg(long)]
+    example: bool,
+}
+
+pub(super) async fn run(arguments: RunArguments) -> Result<ExitCode, Problem> {
+    let config = arguments.config.load()?;
+    let no_signal = |error| Problem::failed("TH-E0300", format!("cannot listen for signals: {error}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(no_signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signal)?;
+    let until = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    Box::pin(crate::run(config, None, until)).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What `check-config` prints.
+#[derive(Debug, Serialize)]
+struct Checked {
+    valid: bool,
+    state_dir: String,
+    interval_ms: u64,
+    services: Vec<String>,
+    page: String,
+    joined: bool,
+    #[serde(rename = "not_checked")]
+    left_out: [&'static str; 3],
+}
+
+pub(super) fn check<W: Write>(
+    arguments: &CheckArguments,
+    output: &mut Output<W>,
+) -> Result<ExitCode, Problem> {
+    if arguments.example {
+        let example = crate::config::example();
+        output.result(&example, example.trim_end()).map_err(unprinted)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let config = arguments.config.load()?;
+    let joined = StateDir::existing(&config.state_dir.path)
+        .joined()
+        .is_ok_and(|joined| joined.is_some());
+    let checked = Checked {
+        valid: true,
+        state_dir: config.state_dir.path.display().to_string(),
+        interval_ms: u64::try_from(config.sampling.interval.as_millis()).unwrap_or(u64::MAX),
+        services: config
+            .services
+            .iter()
+            .map(|service| service.name.to_string())
+            .collect(),
+        page: format!("http://{}/status", config.http.listen),
+        joined,
+        left_out: [
+            "programs and files of services",
+            "whether ports are free",
+            "the way to the aggregator",
+        ],
+    };
+    let human = format!(
+        "valid\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  not checked: {}",
+        checked.state_dir,
+        if config.state_dir.by_default {
+            " (default)"
+        } else {
+            ""
+        },
+        if checked.services.is_empty() {
+            "none".to_owned()
+        } else {
+            checked.services.join(", ")
+        },
+        checked.page,
+        if joined { "joined" } else { "off: not joined" },
+        checked.left_out.join(", "),
+    );
+    output.result(&checked, human).map_err(unprinted)?;
+    Ok(ExitCode::SUCCESS)
+}

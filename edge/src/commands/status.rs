@@ -1,0 +1,130 @@
+//! `status`: asks the running edge's page.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use theriac_command::output::{Output, table};
+use theriac_command::problem::Problem;
+
+use super::{ConfigArguments, or_dash, unprinted};
+use crate::probe::{self, ProbeUrl};
+use crate::state_dir::StateDir;
+use crate::status::{Phase, Status, Storage};
+
+/// Longest wait for the page.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Largest answer of the page, in bytes.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArguments {
+    #[command(flatten)]
+    config: ConfigArguments,
+}
+
+pub(super) async fn status<W: Write>(
+    arguments: &StatusArguments,
+    output: &mut Output<W>,
+) -> Result<ExitCode, Problem> {
+    let config = arguments.config.load()?;
+    let dir = StateDir::existing(&config.state_dir.path);
+    let address = dir.http_address().unwrap_or(config.http.listen);
+    let not_running = |why: String| {
+        Problem::failed("TH-E0330", format!("no edge answers at {address}: {why}")).hint(format!(
+            "start it with `theriac-edge run`; its state directory is taken to be {}",
+            dir.root().display()
+        ))
+    };
+    let ask = |path: &'static str| async move {
+        probe::get(&ProbeUrl::new(address, path), PATIENCE, ANSWER_BYTES_MAX).await
+    };
+    let (_, body) = ask("/status")
+        .await
+        .map_err(|error| not_running(error.to_string()))?;
+    let status: Status = serde_json::from_slice(&body)
+        .map_err(|error| not_running(format!("the answer is not a status ({error})")))?;
+    let (code, health) = ask("/healthz")
+        .await
+        .map_err(|error| not_running(error.to_string()))?;
+    let healthy = code == 200 && status.storage == Storage::Ok;
+    let health = String::from_utf8_lossy(&health);
+    output
+        .result(&status, human(&status, health.trim()))
+        .map_err(unprinted)?;
+    Ok(if healthy {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn human(status: &Status, health: &str) -> String {
+    let phase = match status.phase {
+        Phase::WarmingUp => format!("warming up, {} of {} samples", status.rows, status.warm_up_rows),
+        Phase::Watching => "watching".to_owned(),
+    };
+    let detail = status
+        .federation_detail
+        .as_ref()
+        .map(|detail| format!(" ({detail})"))
+        .unwrap_or_default();
+    let mut lines = vec![
+        format!("node        {}", status.node),
+        format!("health      {}", health.replace('\n', "; ")),
+        format!("phase       {phase}"),
+        format!(
+            "score       {} (threshold {}){}",
+            or_dash(status.score.map(|score| format!("{score:.2}"))),
+            or_dash(status.threshold.map(|threshold| format!("{threshold:.2}"))),
+            if status.alarm { ", ALARM" } else { "" }
+        ),
+        format!(
+            "federation  {}{detail}, round {}",
+            word(status.federation),
+            status.round
+        ),
+        format!(
+            "model       version {}, gate: {}",
+            status.model_version, status.gate
+        ),
+        format!(
+            "privacy     epsilon {} of {} at delta {}",
+            or_dash(status.epsilon_spent.map(|epsilon| format!("{epsilon:.3}"))),
+            or_dash(status.epsilon_limit),
+            or_dash(status.delta)
+        ),
+        format!("storage     {}", word(status.storage)),
+    ];
+    if !status.services.is_empty() {
+        let rows: Vec<Vec<String>> = status
+            .services
+            .iter()
+            .map(|service| {
+                vec![
+                    service.name.clone(),
+                    service.state.clone(),
+                    or_dash(service.pid),
+                    service.restarts.to_string(),
+                    if service.healthy { "yes" } else { "NO" }.to_owned(),
+                    or_dash(service.score.map(|score| format!("{score:.2}"))),
+                ]
+            })
+            .collect();
+        lines.push(String::new());
+        lines.push(table(
+            &["service", "state", "pid", "restarts", "healthy", "score"],
+            &rows,
+        ));
+    }
+    lines.join("\n")
+}
+
+/// The word that the JSON form has for a state.
+fn word(value: impl serde::Serialize) -> String {
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_owned))
+        .unwrap_or_default()
+}

@@ -1,0 +1,813 @@
+//! `edge.toml`: everything optional, every key documented, unknown keys refused.
+//!
+//! [`EdgeSettings`] is what the file says; [`EdgeConfig`] is what the program runs on. The only way from one to the
+//! other is [`EdgeConfig::check`], so running code never meets a value out of range. `check-config` and `run` share
+//! [`EdgeConfig::load`].
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use theriac_command::settings::{self, SettingsError};
+use theriac_heal::policy::{HealPolicy, HealingSection, NodeBudget};
+use theriac_protocol::units::NodeId;
+
+use crate::probe::ProbeUrl;
+
+/// Prefix of environment variables that override the file: `THERIAC__SECTION__KEY`.
+pub const ENVIRONMENT_PREFIX: &str = "THERIAC";
+
+/// Why there is no configuration to run on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file or the environment does not load.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// A value is out of range or two values do not fit together.
+    #[error("{key}: {reason}")]
+    Value {
+        /// The key, with its section.
+        key: String,
+        /// The value, the range, and what to do.
+        reason: String,
+    },
+}
+
+/// What `edge.toml` may say. Durations are text such as `"500ms"`, `"1s"`, `"2m"`.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EdgeSettings {
+    /// Name of this site, 1 to 63 characters of `a-z`, `0-9` and `-`. Default: the name given at `join`, else the host's
+    /// name. Once joined it must be the enrolled name.
+    pub node: Option<String>,
+    /// Directory for everything the edge keeps, made with mode 0700. Default: `$STATE_DIRECTORY`, else
+    /// `$XDG_STATE_HOME/theriac-edge`, else `~/.local/state/theriac-edge`, else `./theriac-edge-state`. On a volume that
+    /// fills up, training stops (detection does not).
+    pub state_dir: Option<PathBuf>,
+    /// How often and how much is measured.
+    pub sampling: SamplingSettings,
+    /// When a measurement counts as an anomaly.
+    pub detection: DetectionSettings,
+    /// Learning together with other sites.
+    pub federation: FederationSettings,
+    /// The page on loopback.
+    pub http: HttpSettings,
+    /// What may be done to a sick service and how often; `[service.healing]` overrides it for one service. The keys are
+    /// those of [`theriac_heal::policy::HealPolicy`]. By default actions are recommended, not taken: `autonomy = "act"`
+    /// lets the edge act.
+    pub healing: HealingSection,
+    /// The budget of actions over all services.
+    pub healing_budget: NodeBudget,
+    /// Services that this edge starts, watches and restarts: one `[[service]]` table each, at most 16.
+    pub service: Vec<ServiceSettings>,
+}
+
+/// `[sampling]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingSettings {
+    /// Time between two samples. Default `1s`, range 100 ms to 60 s. Shorter costs CPU (about 0.2 % of a core at 1 Hz);
+    /// longer finds faults later.
+    #[serde(with = "settings::duration")]
+    pub interval: Duration,
+    /// Samples kept in memory for training, 600 to 200 000, default 14 400 (four hours at 1 s; 120 bytes each). Too few
+    /// leave no complete blocks for a round; more cost memory.
+    pub history_rows: usize,
+    /// Network interfaces counted. Empty (the default) counts all but `lo`. A name that does not exist counts nothing.
+    pub interfaces: Vec<String>,
+    /// Directory whose file system is watched for space. Default: the state directory.
+    pub disk: Option<PathBuf>,
+}
+
+impl Default for SamplingSettings {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(1),
+            history_rows: 14_400,
+            interfaces: Vec::new(),
+            disk: None,
+        }
+    }
+}
+
+/// `[detection]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DetectionSettings {
+    /// Samples gathered before the first model is fitted, 60 to 100 000 and at most `sampling.history_rows`; default 300.
+    /// Fewer give early but nervous detection; more leave the host unwatched for longer (probes and exits always act).
+    pub warm_up_rows: usize,
+    /// The two half-lives of the score's memory, in time and not in rows. Default `["3s", "12s"]`; each 1 ms to 1 h, the
+    /// second longer. Short ones react to blips, long ones find slow faults late.
+    #[serde(with = "duration_pair")]
+    pub half_lives: [Duration; 2],
+    /// Time between refits on the recent history without its alarms. Default `1h`, range 10 s to 7 days. Too short
+    /// learns a slow fault as normal; too long misses changes in load.
+    #[serde(with = "settings::duration")]
+    pub refit: Duration,
+    /// Most samples used for one fit, 60 to 100 000, default 7 200. More cost memory while fitting.
+    pub fit_rows: usize,
+    /// False alarms per day that the threshold aims at, 0.01 to 1 000, default 1. Fewer miss small faults.
+    pub false_alarms_per_day: f64,
+    /// The alarm threshold as a multiple of the calibrated one, 0.5 to 20, default 1. Raise it where the warm-up is too
+    /// short to show a normal day; lower finds more and alarms more.
+    pub threshold_factor: f32,
+}
+
+impl Default for DetectionSettings {
+    fn default() -> Self {
+        Self {
+            warm_up_rows: 300,
+            half_lives: [Duration::from_secs(3), Duration::from_secs(12)],
+            refit: Duration::from_hours(1),
+            fit_rows: 7_200,
+            false_alarms_per_day: 1.0,
+            threshold_factor: 1.0,
+        }
+    }
+}
+
+/// `[federation]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FederationSettings {
+    /// Whether a joined edge takes part. Default `true`; without `theriac-edge join` it is off in any case.
+    pub enabled: bool,
+    /// `HOST:PORT` of the aggregator. Default: what `join` was told.
+    pub aggregator: Option<String>,
+    /// Policy of the privacy budget, owned by compliance. Default: `privacy.toml` in the state directory; the first
+    /// federated run writes one there when it is missing (ε = 4, δ = 1e-6, blocks of 60 samples). Its `block` must be the
+    /// announced rows of a block times `sampling.interval`, else the edge declines every round.
+    pub privacy_policy: Option<PathBuf>,
+    /// Takes published models but sends nothing. Default `false`.
+    pub receive_only: bool,
+    /// First wait before a new attempt to connect, default `1s`, 50 ms to 1 min. Each attempt waits a random time that
+    /// doubles up to `retry_max`. Too short floods a recovering aggregator.
+    #[serde(with = "settings::duration")]
+    pub retry_base: Duration,
+    /// Longest wait between attempts, default `60s`, `retry_base` to 1 h. Too long stays away after a repair.
+    #[serde(with = "settings::duration")]
+    pub retry_max: Duration,
+    /// Local gradient steps of a `delta` round, 1 to 1 000, default 20. More drift away from the shared model.
+    pub local_steps: usize,
+}
+
+impl Default for FederationSettings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            aggregator: None,
+            privacy_policy: None,
+            receive_only: false,
+            retry_base: Duration::from_secs(1),
+            retry_max: Duration::from_mins(1),
+            local_steps: 20,
+        }
+    }
+}
+
+/// `[http]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpSettings {
+    /// Address of `/healthz`, `/readyz`, `/metrics`, `/status`, `/incidents`. Default `127.0.0.1:9466`; port 0 takes a free
+    /// one and writes it to `http.addr` in the state directory. Only loopback addresses are taken.
+    pub listen: SocketAddr,
+}
+
+impl Default for HttpSettings {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 9466)),
+        }
+    }
+}
+
+/// `[[service]]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceSettings {
+    /// Name in incidents and metrics, same form as `node`, unique.
+    pub name: String,
+    /// Program and arguments; no shell. The program is an absolute path or is found on `PATH`.
+    pub argv: Vec<String>,
+    /// Environment, added to `PATH` and `HOME`; nothing else is handed on. Default empty.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Working directory. Default: the edge's own.
+    pub cwd: Option<PathBuf>,
+    /// Time between the polite stop (SIGTERM) and the hard one (SIGKILL). Default `2s`, range 0 to 10 min. A hung service
+    /// costs all of it; too short cuts off a service that is saving its state.
+    #[serde(default = "default_stop_grace", with = "settings::duration")]
+    pub stop_grace: Duration,
+    /// Leaves the service running when the edge ends; the next run takes it over. Default `false`: it is stopped.
+    #[serde(default)]
+    pub keep_running: bool,
+    /// File that standard output and error are appended to, at most 16 MiB and one older file. Default: discarded.
+    pub output: Option<PathBuf>,
+    /// How the service is asked whether it is well. Without it only exits, stops and anomalies are seen.
+    pub probe: Option<ProbeSettings>,
+    /// The service's durable state: checked before each start, checkpointed, restored when corrupt. Optional.
+    pub state: Option<StateSettings>,
+    /// What may be done to this service, where it differs from `[healing]`.
+    #[serde(default)]
+    pub healing: HealingSection,
+}
+
+/// `[service.probe]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProbeSettings {
+    /// `http://HOST:PORT/PATH`; any 2xx answer is well. Plain HTTP only: a probe stays on the host.
+    pub url: String,
+    /// Time between probes. Default `500ms`, range 50 ms to 60 s. The time to find a hang is about
+    /// `failures × (interval + timeout)`.
+    #[serde(default = "default_probe_interval", with = "settings::duration")]
+    pub interval: Duration,
+    /// Longest wait for an answer. Default `1s`, range 10 ms to 60 s. Too short restarts a busy service.
+    #[serde(default = "default_probe_timeout", with = "settings::duration")]
+    pub timeout: Duration,
+}
+
+/// `[service.state]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateSettings {
+    /// The service's state directory.
+    pub dir: PathBuf,
+    /// A command that ends with 0 when the state is sound; `{state}` in an argument stands for the directory, so that a
+    /// checkpoint's copy can be checked too. Run before each start. Default: none, every state is taken for good.
+    #[serde(default)]
+    pub check: Vec<String>,
+    /// Longest time that the check may take, default `10s`, range 10 ms to 10 min. A check that takes longer says nothing.
+    #[serde(default = "default_check_timeout", with = "settings::duration")]
+    pub check_timeout: Duration,
+    /// Time between checkpoints. Default `5m`, range 1 s to 7 days. Rarely loses more work, often costs disk traffic.
+    #[serde(default = "default_checkpoint_interval", with = "settings::duration")]
+    pub interval: Duration,
+    /// Valid checkpoints kept, 1 to 100, default 2.
+    #[serde(default = "default_keep")]
+    pub keep: usize,
+}
+
+fn default_stop_grace() -> Duration {
+    Duration::from_secs(2)
+}
+
+fn default_probe_interval() -> Duration {
+    Duration::from_millis(500)
+}
+
+fn default_probe_timeout() -> Duration {
+    Duration::from_secs(1)
+}
+
+fn default_check_timeout() -> Duration {
+    Duration::from_secs(10)
+}
+
+fn default_checkpoint_interval() -> Duration {
+    Duration::from_mins(5)
+}
+
+fn default_keep() -> usize {
+    2
+}
+
+/// A checked configuration.
+#[derive(Debug, Clone)]
+pub struct EdgeConfig {
+    /// The configured name, if any; `join`'s name and the host's name come after it.
+    pub node: Option<NodeId>,
+    /// Where state is kept, and whether the place was chosen by default.
+    pub state_dir: StateDirChoice,
+    /// Checked `[sampling]`.
+    pub sampling: SamplingSettings,
+    /// Checked `[detection]`.
+    pub detection: DetectionSettings,
+    /// Checked `[federation]`.
+    pub federation: FederationSettings,
+    /// Checked `[http]`.
+    pub http: HttpSettings,
+    /// Checked `[healing_budget]`.
+    pub healing_budget: NodeBudget,
+    /// Checked services.
+    pub services: Vec<ServiceConfig>,
+}
+
+/// The state directory and how it was chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateDirChoice {
+    /// The directory.
+    pub path: PathBuf,
+    /// Whether no one named it.
+    pub by_default: bool,
+}
+
+/// A checked service.
+#[derive(Debug, Clone)]
+pub struct ServiceConfig {
+    /// Its name.
+    pub name: NodeId,
+    /// Program and arguments, at least the program.
+    pub argv: Vec<String>,
+    /// Environment.
+    pub env: BTreeMap<String, String>,
+    /// Working directory.
+    pub cwd: Option<PathBuf>,
+    /// Time between TERM and KILL.
+    pub stop_grace: Duration,
+    /// Whether it goes on when the edge ends.
+    pub keep_running: bool,
+    /// Where its output goes.
+    pub output: Option<PathBuf>,
+    /// What may be done to it.
+    pub healing: HealPolicy,
+    /// How it is probed.
+    pub probe: Option<ProbeConfig>,
+    /// Its durable state.
+    pub state: Option<StateSettings>,
+}
+
+/// A checked probe.
+#[derive(Debug, Clone)]
+pub struct ProbeConfig {
+    /// Where to ask.
+    pub url: ProbeUrl,
+    /// Time between probes.
+    pub interval: Duration,
+    /// Longest wait.
+    pub timeout: Duration,
+}
+
+impl EdgeConfig {
+    /// Loads and checks the configuration: defaults, then `file`, then the environment.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the key, the value and what to do.
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let environment: BTreeMap<String, String> = environment.into_iter().collect();
+        let settings: EdgeSettings = settings::load(file, ENVIRONMENT_PREFIX, environment.clone())?;
+        Self::check(settings, &|name| environment.get(name).cloned())
+    }
+
+    /// Checks ranges and how values fit together. `variable` looks up an environment variable (for the default state
+    /// directory).
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for the first value that is out of range.
+    pub fn check(
+        settings: EdgeSettings,
+        variable: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigError> {
+        let node = settings
+            .node
+            .map(|name| name.parse::<NodeId>().map_err(|error| wrong("node", error)))
+            .transpose()?;
+        let state_dir = match settings.state_dir {
+            Some(path) if path.as_os_str().is_empty() => {
+                return Err(wrong("state_dir", "is empty: name a directory"));
+            }
+            Some(path) => StateDirChoice {
+                path,
+                by_default: false,
+            },
+            None => StateDirChoice {
+                path: default_state_dir(variable),
+                by_default: true,
+            },
+        };
+        check_sampling(&settings.sampling)?;
+        check_detection(&settings.detection, &settings.sampling)?;
+        check_federation(&settings.federation)?;
+        if !settings.http.listen.ip().is_loopback() {
+            let got = settings.http.listen;
+            return Err(wrong(
+                "http.listen",
+                format!("{got} is no loopback address: use 127.0.0.1 or [::1]"),
+            ));
+        }
+        // Also without a service: a wrong policy must not wait for the first one.
+        settings
+            .healing
+            .check()
+            .map_err(|error| wrong("healing", error))?;
+        let healing_budget = settings
+            .healing_budget
+            .check()
+            .map_err(|error| wrong("healing_budget", error))?;
+        Ok(Self {
+            node,
+            state_dir,
+            sampling: settings.sampling,
+            detection: settings.detection,
+            federation: settings.federation,
+            http: settings.http,
+            healing_budget,
+            services: check_services(settings.service, &settings.healing)?,
+        })
+    }
+}
+
+impl Default for EdgeConfig {
+    /// What `theriac-edge run` without a file runs on.
+    #[expect(
+        clippy::expect_used,
+        reason = "the defaults satisfy the checks: a test holds it"
+    )]
+    fn default() -> Self {
+        Self::check(EdgeSettings::default(), &|name| std::env::var(name).ok())
+            .expect("the defaults are in range")
+    }
+}
+
+fn wrong(key: impl Into<String>, reason: impl std::fmt::Display) -> ConfigError {
+    ConfigError::Value {
+        key: key.into(),
+        reason: reason.to_string(),
+    }
+}
+
+fn default_state_dir(variable: &dyn Fn(&str) -> Option<String>) -> PathBuf {
+    let set = |name: &str| {
+        variable(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    // systemd lists several directories separated by colons; the first is ours.
+    if let Some(listed) = set("STATE_DIRECTORY") {
+        let listed = listed.to_string_lossy().into_owned();
+        return PathBuf::from(listed.split(':').next().unwrap_or_default());
+    }
+    set("XDG_STATE_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".local/state")))
+        .map_or_else(
+            || PathBuf::from("theriac-edge-state"),
+            |base| base.join("theriac-edge"),
+        )
+}
+
+fn span(key: &str, got: Duration, low: Duration, high: Duration) -> Result<(), ConfigError> {
+    if (low..=high).contains(&got) {
+        return Ok(());
+    }
+    let text = humantime::format_duration;
+    Err(wrong(
+        key,
+        format!("{} is outside {} to {}", text(got), text(low), text(high)),
+    ))
+}
+
+fn count(key: &str, got: usize, low: usize, high: usize) -> Result<(), ConfigError> {
+    if (low..=high).contains(&got) {
+        Ok(())
+    } else {
+        Err(wrong(key, format!("{got} is outside {low} to {high}")))
+    }
+}
+
+fn check_sampling(sampling: &SamplingSettings) -> Result<(), ConfigError> {
+    span(
+        "sampling.interval",
+        sampling.interval,
+        Duration::from_millis(100),
+        Duration::from_mins(1),
+    )?;
+    count("sampling.history_rows", sampling.history_rows, 600, 200_000)
+}
+
+fn check_detection(detection: &DetectionSettings, sampling: &SamplingSettings) -> Result<(), ConfigError> {
+    count(
+        "detection.warm_up_rows",
+        detection.warm_up_rows,
+        60,
+        100_000.min(sampling.history_rows),
+    )?;
+    count("detection.fit_rows", detection.fit_rows, 60, 100_000)?;
+    for half_life in detection.half_lives {
+        span(
+            "detection.half_lives",
+            half_life,
+            Duration::from_millis(1),
+            Duration::from_hours(1),
+        )?;
+    }
+    if detection.half_lives[0] >= detection.half_lives[1] {
+        return Err(wrong(
+            "detection.half_lives",
+            "the second must be longer than the first",
+        ));
+    }
+    span(
+        "detection.refit",
+        detection.refit,
+        Duration::from_secs(10),
+        Duration::from_hours(168),
+    )?;
+    let alarms = detection.false_alarms_per_day;
+    if !(0.01..=1_000.0).contains(&alarms) {
+        return Err(wrong(
+            "detection.false_alarms_per_day",
+            format!("{alarms} is outside 0.01 to 1000"),
+        ));
+    }
+    let factor = detection.threshold_factor;
+    if !(0.5..=20.0).contains(&factor) {
+        return Err(wrong(
+            "detection.threshold_factor",
+            format!("{factor} is outside 0.5 to 20"),
+        ));
+    }
+    Ok(())
+}
+
+fn check_federation(federation: &FederationSettings) -> Result<(), ConfigError> {
+    span(
+        "federation.retry_base",
+        federation.retry_base,
+        Duration::from_millis(50),
+        Duration::from_mins(1),
+    )?;
+    span(
+        "federation.retry_max",
+        federation.retry_max,
+        federation.retry_base,
+        Duration::from_hours(1),
+    )?;
+    count("federation.local_steps", federation.local_steps, 1, 1_000)?;
+    match &federation.aggregator {
+        Some(address) if host_and_port(address).is_none() => Err(wrong(
+            "federation.aggregator",
+            format!("`{address}` is not HOST:PORT, for example 10.0.0.5:9443"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Splits `HOST:PORT`; an IPv6 address stands in brackets, which are taken off.
+pub(crate) fn host_and_port(address: &str) -> Option<(String, u16)> {
+    let (host, port) = address.rsplit_once(':')?;
+    let bare = host
+        .strip_prefix('[')
+        .map_or(Some(host), |rest| rest.strip_suffix(']'))?;
+    if bare.is_empty() || (host == bare && host.contains(':')) {
+        return None;
+    }
+    Some((bare.to_owned(), port.parse().ok().filter(|port| *port != 0)?))
+}
+
+fn check_services(
+    settings: Vec<ServiceSettings>,
+    healing: &HealingSection,
+) -> Result<Vec<ServiceConfig>, ConfigError> {
+    count("service", settings.len(), 0, 16)?;
+    let mut services: Vec<ServiceConfig> = Vec::new();
+    for service in settings {
+        let service = check_service(service, healing)?;
+        if services.iter().any(|other| other.name == service.name) {
+            return Err(wrong("service.name", format!("`{}` is used twice", service.name)));
+        }
+        services.push(service);
+    }
+    Ok(services)
+}
+
+fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<ServiceConfig, ConfigError> {
+    let key = |field: &str| format!("service `{}`, {field}", service.name);
+    let name = service
+        .name
+        .parse::<NodeId>()
+        .map_err(|error| wrong("service.name", error))?;
+    if service.name == crate::HOST {
+        return Err(wrong(
+            "service.name",
+            "`host` stands for the host itself: choose another name",
+        ));
+    }
+    if service.argv.first().is_none_or(String::is_empty) {
+        return Err(wrong(key("argv"), "is empty: name the program and its arguments"));
+    }
+    span(
+        &key("stop_grace"),
+        service.stop_grace,
+        Duration::ZERO,
+        Duration::from_mins(10),
+    )?;
+    let probe = service
+        .probe
+        .as_ref()
+        .map(|probe| {
+            span(
+                &key("probe.interval"),
+                probe.interval,
+                Duration::from_millis(50),
+                Duration::from_mins(1),
+            )?;
+            span(
+                &key("probe.timeout"),
+                probe.timeout,
+                Duration::from_millis(10),
+                Duration::from_mins(1),
+            )?;
+            let url = probe
+                .url
+                .parse()
+                .map_err(|error| wrong(key("probe.url"), error))?;
+            Ok::<_, ConfigError>(ProbeConfig {
+                url,
+                interval: probe.interval,
+                timeout: probe.timeout,
+            })
+        })
+        .transpose()?;
+    if let Some(state) = &service.state {
+        if state.dir.as_os_str().is_empty() {
+            return Err(wrong(key("state.dir"), "is empty: name the directory"));
+        }
+        span(
+            &key("state.interval"),
+            state.interval,
+            Duration::from_secs(1),
+            Duration::from_hours(168),
+        )?;
+        span(
+            &key("state.check_timeout"),
+            state.check_timeout,
+            Duration::from_millis(10),
+            Duration::from_mins(10),
+        )?;
+        count(&key("state.keep"), state.keep, 1, 100)?;
+    }
+    let healing = service
+        .healing
+        .over(above)
+        .check()
+        .map_err(|error| wrong(key("healing"), error))?;
+    Ok(ServiceConfig {
+        name,
+        healing,
+        argv: service.argv,
+        env: service.env,
+        cwd: service.cwd,
+        stop_grace: service.stop_grace,
+        keep_running: service.keep_running,
+        output: service.output,
+        probe,
+        state: service.state,
+    })
+}
+
+/// `["3s", "12s"]`
+mod duration_pair {
+    use std::time::Duration;
+
+    use serde::ser::SerializeTuple as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use theriac_command::settings;
+
+    #[derive(Deserialize, Serialize)]
+    struct Span(#[serde(with = "settings::duration")] Duration);
+
+    pub(super) fn serialize<S: Serializer>(pair: &[Duration; 2], serializer: S) -> Result<S::Ok, S::Error> {
+        let mut tuple = serializer.serialize_tuple(2)?;
+        tuple.serialize_element(&Span(pair[0]))?;
+        tuple.serialize_element(&Span(pair[1]))?;
+        tuple.end()
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[Duration; 2], D::Error> {
+        let [first, second] = <[Span; 2]>::deserialize(deserializer)?;
+        Ok([first.0, second.0])
+    }
+}
+
+/// A complete `edge.toml` with every key at its default or at a typical value.
+pub fn example() -> &'static str {
+    include_str!("../edge.example.toml")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check_text(text: &str) -> Result<EdgeConfig, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("edge.toml");
+        std::fs::write(&path, text).unwrap();
+        EdgeConfig::load(Some(&path), [])
+    }
+
+    #[test]
+    fn no_file_at_all_is_a_configuration() {
+        let config = EdgeConfig::load(None, [("HOME".to_owned(), "/home/a".to_owned())]).unwrap();
+        assert_eq!(
+            config.state_dir.path,
+            Path::new("/home/a/.local/state/theriac-edge")
+        );
+        assert!(config.state_dir.by_default && config.services.is_empty() && config.node.is_none());
+        let bare = EdgeConfig::load(None, []).unwrap();
+        assert_eq!(bare.state_dir.path, Path::new("theriac-edge-state"));
+    }
+
+    #[test]
+    fn example_is_a_valid_configuration_that_names_every_section() {
+        let config = check_text(example()).unwrap();
+        assert_eq!(config.services.len(), 1);
+        assert!(config.services[0].probe.is_some() && config.services[0].state.is_some());
+        for section in [
+            "[sampling]",
+            "[detection]",
+            "[federation]",
+            "[http]",
+            "[healing]",
+            "[healing_budget]",
+            "[[service]]",
+        ] {
+            assert!(example().contains(section), "{section} is missing");
+        }
+    }
+
+    #[test]
+    fn example_shows_the_defaults() {
+        let table: toml::Table = example().parse().unwrap();
+        let defaults = toml::Table::try_from(EdgeSettings::default()).unwrap();
+        for section in ["sampling", "detection", "federation", "http", "healing_budget"] {
+            let shown = table[section].as_table().unwrap();
+            for (key, value) in defaults[section].as_table().unwrap() {
+                assert_eq!(shown.get(key), Some(value), "{section}.{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_key_and_value() {
+        let cases = [
+            ("node = 'Site 1'", "Site 1"),
+            ("[sampling]\ninterval = '1ms'", "1ms"),
+            ("[sampling]\nhistory_rows = 5", "600"),
+            ("[detection]\nwarm_up_rows = 20000", "14400"),
+            ("[detection]\nhalf_lives = ['12s', '3s']", "second"),
+            ("[detection]\nthreshold_factor = nan", "NaN"),
+            ("[federation]\naggregator = 'nowhere'", "nowhere"),
+            ("[federation]\nretry_base = '10s'\nretry_max = '1s'", "1s"),
+            ("[http]\nlisten = '0.0.0.0:80'", "0.0.0.0:80"),
+            ("[[service]]\nname = 'a'\nargv = []", "argv"),
+            ("[[service]]\nname = 'host'\nargv = ['x']", "host"),
+            ("[healing]\nprobe_failures = 0", "probe_failures"),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nhealing.max_actions = 0",
+                "max_actions",
+            ),
+            ("[healing_budget]\nmax_actions = 0", "max_actions"),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\n[[service]]\nname = 'a'\nargv = ['x']",
+                "twice",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nprobe.url = 'https://a/'",
+                "https",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nstate = { dir = 'd', keep = 0 }",
+                "keep",
+            ),
+        ];
+        for (text, expected) in cases {
+            let error = check_text(text).expect_err(text).to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn misspelt_key_names_the_right_one() {
+        let ConfigError::Settings(error) = check_text("[detection]\nwarmup_rows = 100").unwrap_err() else {
+            panic!("not a settings error");
+        };
+        assert_eq!(error.hint(), "did you mean `warm_up_rows`?");
+    }
+
+    #[test]
+    fn environment_overrides_the_file() {
+        let set = [("THERIAC__SAMPLING__INTERVAL".to_owned(), "250ms".to_owned())];
+        let config = EdgeConfig::load(None, set).unwrap();
+        assert_eq!(config.sampling.interval, Duration::from_millis(250));
+    }
+
+    #[test]
+    fn addresses_are_split_or_refused() {
+        assert_eq!(
+            host_and_port("a.example:9443"),
+            Some(("a.example".to_owned(), 9443))
+        );
+        assert_eq!(host_and_port("[::1]:9443"), Some(("::1".to_owned(), 9443)));
+        for bad in ["", "a", "a:", ":1", "a:0", "::1:9443", "[::1:9443", "a:70000"] {
+            assert_eq!(host_and_port(bad), None, "{bad}");
+        }
+    }
+}

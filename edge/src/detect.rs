@@ -1,0 +1,643 @@
+//! Row in, verdict out: one lane for each service, or one for the bare host.
+//!
+//! A lane gathers rows until its warm-up is full, then fits a detector off the async threads, and from then on scores
+//! every row. It refits from time to time on its quiet rows. The federation's gate may put another detector in its
+//! place at any time ([`LaneShared::replace`]).
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use theriac_heal::types::Cause;
+use theriac_model::detector::{Detector, DetectorError, FitOptions, Scored, Scorer};
+use theriac_model::feature::FeatureSchema;
+use theriac_model::global::{GlobalModel, OwnLagWeights};
+use theriac_model::sample::Sample;
+use theriac_model::series::Series;
+use theriac_model::threshold::{AlarmState, Verdict};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::config::DetectionSettings;
+use crate::history::History;
+
+/// Rows that a new scorer is led through, so that it scores from its first row on.
+const LEAD_IN_ROWS: usize = 60;
+/// Normal rows after a restart of the service before its alarm counts as gone.
+const CALM_ROWS: u32 = 5;
+/// A resource channel of the service is to blame from this share of the largest contribution on.
+const BLAME_SHARE: f32 = 0.5;
+/// Smallest contribution that is named as a cause, in units of the channel's usual residual.
+const CAUSE_MIN: f32 = 2.0;
+/// Most causes named.
+const CAUSES_MAX: usize = 5;
+
+/// What lanes share with the federation and the page.
+#[derive(Debug)]
+pub struct LaneShared {
+    /// The service's name, or `host`.
+    pub name: String,
+    /// What the columns mean.
+    pub schema: FeatureSchema,
+    // Both locks are held for a copy at most, never across an await.
+    history: Mutex<History>,
+    model: Mutex<Model>,
+}
+
+#[derive(Debug, Default)]
+struct Model {
+    detector: Option<Arc<Detector>>,
+    global: Option<Arc<GlobalModel>>,
+}
+
+impl LaneShared {
+    /// A lane that has seen nothing.
+    pub fn new(name: &str, schema: FeatureSchema, rows_max: usize) -> Self {
+        let history = Mutex::new(History::new(schema.channels(), rows_max));
+        Self {
+            name: name.to_owned(),
+            schema,
+            history,
+            model: Mutex::default(),
+        }
+    }
+
+    /// The rows.
+    pub fn history(&self) -> MutexGuard<'_, History> {
+        // A row is pushed whole or not at all, so a poisoned lock still guards a sound ring.
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The detector in use.
+    pub fn detector(&self) -> Option<Arc<Detector>> {
+        self.model().detector.clone()
+    }
+
+    /// Puts a detector in use; the lane takes it up at its next row.
+    pub fn replace(&self, detector: Arc<Detector>) {
+        self.model().detector = Some(detector);
+    }
+
+    /// The accepted global model, which later refits lean on.
+    pub fn global(&self) -> Option<Arc<GlobalModel>> {
+        self.model().global.clone()
+    }
+
+    /// Makes later refits lean on `global`.
+    pub fn set_global(&self, global: Arc<GlobalModel>) {
+        self.model().global = Some(global);
+    }
+
+    fn model(&self) -> MutexGuard<'_, Model> {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What became of a row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowVerdict {
+    /// Its score; NaN while there is none.
+    pub score: f32,
+    /// The alarm's level then; NaN while there is none.
+    pub threshold: f32,
+    /// What that means.
+    pub signal: Signal,
+}
+
+/// What a row means for the incident machine.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Signal {
+    /// Nothing.
+    Quiet,
+    /// The alarm is on (told again for each row).
+    Anomaly {
+        /// Whether it began with this row.
+        raised: bool,
+        /// Whose trouble it is.
+        blame: Blame,
+        /// Leading channels, greatest first.
+        causes: Vec<Cause>,
+    },
+    /// The alarm is over.
+    Cleared,
+}
+
+/// Whose trouble an anomaly is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blame {
+    /// The service's own channels lead.
+    Service,
+    /// The host as a whole; nothing that restarting a service would mend.
+    Host,
+}
+
+/// One lane: its rows, its detector and its alarm.
+#[derive(Debug)]
+pub struct Lane {
+    shared: Arc<LaneShared>,
+    settings: DetectionSettings,
+    step: Duration,
+    running: Option<Running>,
+    fit: Option<JoinHandle<Result<Arc<Detector>, DetectorError>>>,
+    fitted: Option<Instant>,
+    alarm_open: bool,
+    calm: u32,
+}
+
+#[derive(Debug)]
+struct Running {
+    detector: Arc<Detector>,
+    scorer: Scorer,
+    alarm: AlarmState,
+}
+
+/// How a fit ended.
+#[derive(Debug)]
+pub enum FitEvent {
+    /// A detector is in use.
+    Fitted(Arc<Detector>),
+    /// There is none, and why; the former one stays.
+    Failed(String),
+}
+
+impl Lane {
+    /// A lane over `shared`, whose rows are `step` apart.
+    pub fn new(shared: Arc<LaneShared>, settings: DetectionSettings, step: Duration) -> Self {
+        Self {
+            shared,
+            settings,
+            step,
+            running: None,
+            fit: None,
+            fitted: None,
+            alarm_open: false,
+            calm: 0,
+        }
+    }
+
+    /// What it shares.
+    pub fn shared(&self) -> &Arc<LaneShared> {
+        &self.shared
+    }
+
+    /// Takes a row. `disturbed` says that an incident of the service is open: such rows are no example of normal.
+    pub fn push(&mut self, sample: Sample, disturbed: bool) -> RowVerdict {
+        self.take_up_detector();
+        let Some(running) = &mut self.running else {
+            self.shared.history().push(sample, !disturbed);
+            return RowVerdict {
+                score: f32::NAN,
+                threshold: f32::NAN,
+                signal: Signal::Quiet,
+            };
+        };
+        let Scored { score, contributions } = running.scorer.push(&sample);
+        let verdict = running.alarm.push(score / self.settings.threshold_factor);
+        let threshold = running.alarm.level() * self.settings.threshold_factor;
+        let signal = if verdict.alarmed() {
+            self.alarm_open = true;
+            self.calm = 0;
+            let (blame, causes) = blame(&self.shared, &sample, &contributions);
+            Signal::Anomaly {
+                raised: verdict == Verdict::Raised,
+                blame,
+                causes,
+            }
+        } else {
+            self.calm = if score.is_nan() {
+                0
+            } else {
+                self.calm.saturating_add(1)
+            };
+            if self.alarm_open && (verdict == Verdict::Cleared || self.calm >= CALM_ROWS) {
+                self.alarm_open = false;
+                Signal::Cleared
+            } else {
+                Signal::Quiet
+            }
+        };
+        self.shared.history().push(sample, !disturbed && !self.alarm_open);
+        RowVerdict {
+            score,
+            threshold,
+            signal,
+        }
+    }
+
+    /// The service has a new process: what the old one did says nothing about it. Scoring begins anew; the alarm is told
+    /// as over only after some normal rows.
+    pub fn restarted(&mut self) {
+        if let Some(running) = &mut self.running {
+            running.scorer = Scorer::new(Arc::clone(&running.detector));
+            running.alarm = AlarmState::new(running.detector.threshold());
+            self.calm = 0;
+        }
+    }
+
+    /// Begins a fit when one is due, and hands over the result of one that has ended. Call once a row.
+    pub async fn tend(&mut self) -> Option<FitEvent> {
+        if let Some(fit) = &mut self.fit {
+            if !fit.is_finished() {
+                return None;
+            }
+            let ended = fit.await;
+            self.fit = None;
+            return Some(match ended {
+                Ok(Ok(detector)) => {
+                    self.shared.replace(Arc::clone(&detector));
+                    FitEvent::Fitted(detector)
+                }
+                Ok(Err(error)) => FitEvent::Failed(error.to_string()),
+                Err(join) => FitEvent::Failed(join.to_string()),
+            });
+        }
+        if self.fit_due() {
+            self.fitted = Some(Instant::now());
+            let (shared, options) = (Arc::clone(&self.shared), self.fit_options());
+            let rows = self.settings.fit_rows.max(self.settings.warm_up_rows);
+            self.fit = Some(tokio::task::spawn_blocking(move || fit(&shared, &options, rows)));
+        }
+        None
+    }
+
+    /// Whether a detector scores the rows.
+    pub fn watching(&self) -> bool {
+        self.running.is_some()
+    }
+
+    fn fit_due(&self) -> bool {
+        if self.alarm_open {
+            return false;
+        }
+        let wait = if self.shared.detector().is_some() {
+            self.settings.refit
+        } else {
+            self.step * 10
+        };
+        // A detector that was loaded from disk is refitted after the usual time, not at once.
+        let waited = self.fitted.is_none_or(|fitted| fitted.elapsed() >= wait);
+        waited && self.shared.history().quiet_len() >= self.settings.warm_up_rows
+    }
+
+    fn fit_options(&self) -> FitOptions {
+        FitOptions {
+            half_lives: self.settings.half_lives,
+            prior: Some(OwnLagWeights::public_constant(self.shared.schema.channels())),
+            false_alarms_per_day: self.settings.false_alarms_per_day,
+            ..FitOptions::new(self.step)
+        }
+    }
+
+    fn take_up_detector(&mut self) {
+        let Some(detector) = self.shared.detector() else {
+            return;
+        };
+        if self
+            .running
+            .as_ref()
+            .is_some_and(|running| Arc::ptr_eq(&running.detector, &detector))
+        {
+            return;
+        }
+        let mut scorer = Scorer::new(Arc::clone(&detector));
+        let tail = self.shared.history().tail(LEAD_IN_ROWS);
+        for row in tail.iter_rows() {
+            scorer.push(&Sample {
+                at_ms: 0,
+                values: row.to_vec(),
+            });
+        }
+        let alarm = AlarmState::new(detector.threshold());
+        self.running = Some(Running {
+            detector,
+            scorer,
+            alarm,
+        });
+        self.fitted.get_or_insert_with(Instant::now);
+    }
+}
+
+fn fit(shared: &LaneShared, options: &FitOptions, rows: usize) -> Result<Arc<Detector>, DetectorError> {
+    let series: Series = shared.history().quiet(rows);
+    let (former, global) = (shared.detector(), shared.global());
+    let fitted = match (&former, &global) {
+        (Some(former), Some(global)) => former.refit_with_global(&series, global)?,
+        (former, _) => {
+            let mut fitted = Detector::fit(&shared.schema, &series, options)?;
+            if let Some(former) = former {
+                fitted.set_provenance(former.provenance().clone());
+            }
+            fitted
+        }
+    };
+    Ok(Arc::new(fitted))
+}
+
+/// Where a lane's detector is kept.
+pub fn detector_name(lane: &str) -> String {
+    format!("detector-{lane}")
+}
+
+/// Loads the detector of an earlier run, if there is a sound one of the same profile.
+pub fn load_detector(dir: PathBuf, shared: &LaneShared) -> Option<Arc<Detector>> {
+    let name = detector_name(&shared.name);
+    if !dir.join(format!("{name}.json")).exists() {
+        return None;
+    }
+    match Detector::load(&dir, &name) {
+        Ok(detector) if detector.schema().digest() == shared.schema.digest() => Some(Arc::new(detector)),
+        Ok(detector) => {
+            let found = &detector.schema().name;
+            tracing::warn!(
+                lane = shared.name,
+                found,
+                "the kept model is for another feature profile: warming up anew"
+            );
+            None
+        }
+        Err(error) => {
+            tracing::warn!(lane = shared.name, %error, "the kept model cannot be read: warming up anew");
+            None
+        }
+    }
+}
+
+/// Whose trouble it is and which channels say so.
+///
+/// A hog or leak of the service moves the host's channels too, often more strongly; so a *resource* channel of the
+/// service leads as soon as it has half the weight of the largest. Probe latency is a symptom that a busy host causes
+/// as well: it leads only when nothing else does.
+fn blame(shared: &LaneShared, sample: &Sample, contributions: &[f32]) -> (Blame, Vec<Cause>) {
+    let features = &shared.schema.features;
+    let weight = |wanted: &dyn Fn(&str) -> bool| {
+        features
+            .iter()
+            .zip(contributions)
+            .filter(|(feature, _)| wanted(&feature.name))
+            .fold(0.0_f32, |most, (_, weight)| most.max(*weight))
+    };
+    let symptom = |name: &str| name.starts_with("service_probe");
+    let own = |name: &str| name.starts_with("service_");
+    let resources = weight(&|name| own(name) && !symptom(name));
+    let symptoms = weight(&symptom);
+    let host = weight(&|name| !own(name));
+    let blame = if resources > 0.0 && resources >= BLAME_SHARE * host.max(symptoms) || symptoms > host {
+        Blame::Service
+    } else {
+        Blame::Host
+    };
+    let usual = usual_values(shared);
+    let mut causes: Vec<Cause> = features
+        .iter()
+        .zip(contributions)
+        .enumerate()
+        .filter(|(_, (feature, weight))| {
+            **weight >= CAUSE_MIN && (blame == Blame::Host || own(&feature.name))
+        })
+        .map(|(channel, (feature, weight))| Cause {
+            channel: feature.name.clone(),
+            contribution: *weight,
+            rising: usual
+                .get(channel)
+                .and_then(|usual| rising(sample.values[channel], *usual)),
+        })
+        .collect();
+    causes.sort_by(|a, b| {
+        b.contribution
+            .total_cmp(&a.contribution)
+            .then_with(|| a.channel.cmp(&b.channel))
+    });
+    causes.truncate(CAUSES_MAX);
+    (blame, causes)
+}
+
+/// Medians of the latest quiet rows.
+fn usual_values(shared: &LaneShared) -> Vec<f32> {
+    let series = shared.history().quiet(120);
+    (0..series.channels())
+        .map(|channel| {
+            let mut column: Vec<f32> = series
+                .iter_rows()
+                .map(|row| row[channel])
+                .filter(|v| v.is_finite())
+                .collect();
+            column.sort_by(f32::total_cmp);
+            column.get(column.len() / 2).copied().unwrap_or(f32::NAN)
+        })
+        .collect()
+}
+
+fn rising(value: f32, usual: f32) -> Option<bool> {
+    (value.is_finite() && usual.is_finite()).then_some(value > usual)
+}
+
+#[cfg(test)]
+mod tests {
+    use theriac_model::detector::WARM_UP_ROWS;
+
+    use super::*;
+
+    const STEP: Duration = Duration::from_secs(1);
+
+    /// A calm host with a little seeded flicker.
+    fn sample(shared: &LaneShared, row: u32, edit: impl FnOnce(&mut dyn FnMut(&str, f32))) -> Sample {
+        let mut noise = u64::from(row).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut flicker = || {
+            noise ^= noise << 13;
+            noise ^= noise >> 7;
+            noise ^= noise << 17;
+            (noise >> 40) as f32 / (1_u32 << 24) as f32
+        };
+        let mut values: Vec<f32> = shared
+            .schema
+            .features
+            .iter()
+            .map(|feature| match feature.name.as_str() {
+                "service_memory" => 50e6 * (1.0 + 0.01 * flicker()),
+                "service_probe_latency" => 2.0 + flicker(),
+                "service_threads" => 4.0,
+                "service_file_descriptors" => 20.0,
+                "host_swap_used" | "service_probe_errors" => 0.0,
+                name if name.contains("disk") || name.contains("network") => 1000.0 * (1.0 + flicker()),
+                _ => 0.2 + 0.05 * flicker(),
+            })
+            .collect();
+        edit(&mut |name, value| values[shared.schema.position(name).unwrap()] = value);
+        Sample {
+            at_ms: u64::from(row) * 1000,
+            values,
+        }
+    }
+
+    fn settings() -> DetectionSettings {
+        DetectionSettings {
+            warm_up_rows: 120,
+            threshold_factor: 2.0,
+            ..DetectionSettings::default()
+        }
+    }
+
+    fn lane() -> Lane {
+        let shared = Arc::new(LaneShared::new("kv", FeatureSchema::host_service_v1(), 2000));
+        Lane::new(shared, settings(), STEP)
+    }
+
+    async fn warm(rows: u32) -> Lane {
+        let mut lane = lane();
+        for row in 0..rows {
+            let sample = sample(lane.shared(), row, |_| {});
+            lane.push(sample, false);
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match lane.tend().await {
+                Some(FitEvent::Fitted(_)) => return lane,
+                Some(FitEvent::Failed(reason)) => panic!("{reason}"),
+                None => tokio::task::yield_now().await,
+            }
+            assert!(Instant::now() < deadline, "no fit within 20 s");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_scored_before_the_warm_up_and_everything_after() {
+        let mut lane = lane();
+        for row in 0..119 {
+            let sample = sample(lane.shared(), row, |_| {});
+            assert!(lane.push(sample, false).score.is_nan());
+            assert!(lane.tend().await.is_none());
+        }
+        assert!(lane.fit.is_none() && !lane.watching());
+        let mut lane = warm(120).await;
+        let next = sample(lane.shared(), 120, |_| {});
+        let verdict = lane.push(next, false);
+        assert!(lane.watching() && verdict.score.is_finite() && verdict.threshold > 0.0);
+        assert_eq!(verdict.signal, Signal::Quiet);
+    }
+
+    #[tokio::test]
+    async fn a_leak_is_blamed_on_the_service_and_names_memory() {
+        let mut lane = warm(400).await;
+        let mut found = None;
+        for row in 400..430_u32 {
+            let leaked = 50e6 + 5e6 * (row - 399) as f32;
+            let next = sample(lane.shared(), row, |set| set("service_memory", leaked));
+            if let Signal::Anomaly { blame, causes, .. } = lane.push(next, false).signal {
+                found = Some((row, blame, causes));
+                break;
+            }
+        }
+        let (row, blame, causes) = found.expect("the leak was not found within 30 rows");
+        assert!(row < 425, "found at row {row}");
+        assert_eq!(blame, Blame::Service);
+        assert_eq!(
+            (causes[0].channel.as_str(), causes[0].rising),
+            ("service_memory", Some(true))
+        );
+        assert!(causes.iter().all(|cause| cause.channel.starts_with("service_")));
+    }
+
+    #[tokio::test]
+    async fn a_hog_moves_the_host_too_and_is_still_blamed_on_the_service() {
+        let mut lane = warm(400).await;
+        let mut blamed = None;
+        for row in 400..420 {
+            let next = sample(lane.shared(), row, |set| {
+                set("service_cpu", 1.0);
+                set("host_cpu_used", 0.95);
+                set("host_load_per_core", 0.9);
+            });
+            if let Signal::Anomaly { blame, causes, .. } = lane.push(next, false).signal {
+                blamed = Some((blame, causes[0].channel.clone()));
+                break;
+            }
+        }
+        assert_eq!(blamed, Some((Blame::Service, "service_cpu".to_owned())));
+    }
+
+    #[tokio::test]
+    async fn a_busy_host_is_not_blamed_on_the_service() {
+        let mut lane = warm(400).await;
+        let mut blamed = None;
+        for row in 400..420 {
+            let next = sample(lane.shared(), row, |set| {
+                set("host_cpu_used", 0.98);
+                set("host_load_per_core", 2.0);
+                set("service_probe_latency", 6.0);
+            });
+            if let Signal::Anomaly { blame, .. } = lane.push(next, false).signal {
+                blamed = Some(blame);
+                break;
+            }
+        }
+        assert_eq!(blamed, Some(Blame::Host));
+    }
+
+    #[tokio::test]
+    async fn alarm_rows_are_no_example_of_normal_and_a_restart_clears_only_after_calm() {
+        let mut lane = warm(400).await;
+        let before = lane.shared().history().quiet_len();
+        for row in 400..420 {
+            let next = sample(lane.shared(), row, |set| set("service_cpu", 1.0));
+            lane.push(next, false);
+        }
+        let learnt = lane.shared().history().quiet_len() - before;
+        assert!(learnt <= 3, "{learnt} rows of the hog count as normal");
+        lane.restarted();
+        let mut cleared = None;
+        for row in 420..450 {
+            let next = sample(lane.shared(), row, |_| {});
+            if lane.push(next, false).signal == Signal::Cleared {
+                cleared = Some(row);
+                break;
+            }
+        }
+        let first_scored = 420 + u32::try_from(WARM_UP_ROWS).unwrap();
+        assert_eq!(
+            cleared,
+            Some(first_scored + CALM_ROWS - 1),
+            "the new process's ring fills, then some normal rows"
+        );
+    }
+
+    #[tokio::test]
+    async fn calm_rows_raise_few_alarms() {
+        let mut lane = warm(400).await;
+        let mut raised = 0;
+        for row in 400..1400 {
+            let next = sample(lane.shared(), row, |_| {});
+            raised += u32::from(matches!(
+                lane.push(next, false).signal,
+                Signal::Anomaly { raised: true, .. }
+            ));
+        }
+        assert!(raised <= 1, "{raised} alarms in 1000 calm rows");
+    }
+
+    #[tokio::test]
+    async fn a_kept_detector_scores_in_the_next_run_without_a_new_warm_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let lane = warm(200).await;
+        let detector = lane.shared().detector().unwrap();
+        detector.save(dir.path(), &detector_name("kv")).unwrap();
+        let shared = Arc::new(LaneShared::new("kv", FeatureSchema::host_service_v1(), 2000));
+        shared.replace(load_detector(dir.path().to_owned(), &shared).unwrap());
+        let mut lane = Lane::new(Arc::clone(&shared), settings(), STEP);
+        for row in 0..30_u32 {
+            let next = sample(&shared, row, |_| {});
+            let verdict = lane.push(next, false);
+            assert_eq!(
+                verdict.score.is_finite(),
+                row as usize >= WARM_UP_ROWS,
+                "row {row}"
+            );
+        }
+        let file = dir.path().join("detector-kv.safetensors");
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+        assert!(
+            load_detector(dir.path().to_owned(), &shared).is_none(),
+            "a truncated model was taken"
+        );
+    }
+}

@@ -1,0 +1,267 @@
+//! Drives the incident machine: observations in, durable intents and actions out.
+//!
+//! The machine decides and reads no clock; this task hands it inputs with the time, makes every intent durable before
+//! it answers that it is, and passes actions to the one task that owns the service's process.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use theriac_heal::executor::clock;
+use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output};
+use theriac_heal::policy::{Autonomy, HealPolicy, HealingSection, NodeBudget, PolicyError};
+use theriac_heal::types::{Incident, Intent, Notice};
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+
+use crate::HOST;
+use crate::metrics::{Metrics, kind};
+use crate::service::{Command, ServiceShared};
+use crate::status::Board;
+use crate::storage::StorageWatch;
+use crate::store::{Store, StoreError};
+use crate::supervise::Shutdown;
+
+/// Time between two looks for what people approved.
+const APPROVALS_EVERY: Duration = Duration::from_secs(1);
+
+/// One service as the responder knows it.
+#[derive(Debug, Clone)]
+pub struct Hand {
+    /// What is shared with its tasks.
+    pub shared: Arc<ServiceShared>,
+    /// To the task that owns its process.
+    pub commands: mpsc::Sender<Command>,
+}
+
+/// What the task works with.
+#[derive(Debug, Clone)]
+pub struct Responder {
+    /// The services by name.
+    pub hands: BTreeMap<String, Hand>,
+    /// The budget over all of them.
+    pub budget: NodeBudget,
+    /// Where intents become durable.
+    pub store: Store,
+    /// Told of failed writes.
+    pub storage: StorageWatch,
+    /// The page's picture.
+    pub board: Board,
+    /// The counters.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Observations on their way to the machine; they outlive the task.
+pub type Events = Arc<tokio::sync::Mutex<mpsc::Receiver<Input>>>;
+
+/// Runs the machine until the signal to stop.
+///
+/// # Errors
+/// When the machine's state cannot be read.
+pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -> Result<(), StoreError> {
+    let mut events = events.lock().await;
+    let state = responder.store.machine().await?;
+    let fresh = state.is_none();
+    let mut machine = responder.machine(state.unwrap_or_default(), fresh);
+    for incident in machine.open_incidents() {
+        responder.board.show_incident(incident);
+    }
+    responder.begin(&machine).await;
+    let mut approvals = tokio::time::interval(APPROVALS_EVERY);
+    approvals.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        responder.carry_out(&mut machine).await;
+        let due = machine
+            .poll_timeout()
+            .map(|due| due.saturating_sub(clock::now().monotonic));
+        let timeout = async {
+            match due {
+                Some(due) => tokio::time::sleep(due).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shutdown.wait() => return Ok(()),
+            event = events.recv() => match event {
+                Some(input) => machine.handle(clock::now(), input),
+                None => return Ok(()),
+            },
+            () = timeout => machine.handle_timeout(clock::now()),
+            _ = approvals.tick() => responder.take_approvals(&mut machine).await,
+        }
+    }
+}
+
+impl Responder {
+    fn machine(&self, state: MachineState, fresh: bool) -> IncidentMachine {
+        let mut services: BTreeMap<String, HealPolicy> = self
+            .hands
+            .iter()
+            .map(|(name, hand)| (name.clone(), hand.shared.config.healing.clone()))
+            .collect();
+        match host_policy() {
+            Ok(policy) => drop(services.insert(HOST.to_owned(), policy)),
+            Err(error) => tracing::error!(%error, "anomalies of the host itself open no incident"),
+        }
+        let config = HealConfig {
+            services,
+            node: self.budget,
+            clock_id: clock::clock_id(),
+        };
+        if fresh {
+            IncidentMachine::new(config)
+        } else {
+            IncidentMachine::restore(config, state, clock::now())
+        }
+    }
+
+    /// Starts what no open incident speaks about; what one does is the machine's to decide.
+    async fn begin(&self, machine: &IncidentMachine) {
+        for (name, hand) in &self.hands {
+            if machine
+                .open_incident(name)
+                .is_none_or(|incident| incident.actions.is_empty())
+            {
+                self.command(hand, Command::Begin).await;
+            }
+        }
+    }
+
+    /// Does what the machine asks for until it asks for nothing more.
+    async fn carry_out(&self, machine: &mut IncidentMachine) {
+        let mut changed = false;
+        while let Some(output) = machine.poll_output() {
+            match output {
+                Output::Opened(incident) => {
+                    self.metrics
+                        .incidents
+                        .get_or_create(&kind(incident.class.as_str()))
+                        .inc();
+                    tracing::warn!(
+                        incident = incident.id.0,
+                        service = incident.service,
+                        class = %incident.class,
+                        "incident opened"
+                    );
+                    self.keep(&incident).await;
+                    changed = true;
+                }
+                Output::Updated(incident) => {
+                    self.keep(&incident).await;
+                    changed = true;
+                }
+                Output::Closed(incident) => {
+                    let word = incident
+                        .verdict
+                        .map_or_else(|| "none".to_owned(), |verdict| verdict.to_string());
+                    self.metrics.verdicts.get_or_create(&kind(word)).inc();
+                    tracing::info!(
+                        incident = incident.id.0,
+                        service = incident.service,
+                        class = %incident.class,
+                        state = %incident.state,
+                        "incident closed"
+                    );
+                    self.keep(&incident).await;
+                    changed = true;
+                }
+                Output::RecordIntent(intent) => self.record(machine, intent).await,
+                Output::Execute(intent) => {
+                    self.metrics
+                        .actions
+                        .get_or_create(&kind(intent.action.as_str()))
+                        .inc();
+                    self.pass_on(intent, Command::Execute).await;
+                }
+                Output::Reconcile(intent) => self.pass_on(intent, Command::Reconcile).await,
+                Output::Notify(notice) => notify(&notice),
+            }
+        }
+        if changed {
+            for (name, hand) in &self.hands {
+                hand.shared
+                    .disturbed
+                    .store(machine.open_incident(name).is_some(), Ordering::Relaxed);
+            }
+            if let Err(error) = self.store.save_machine(&machine.export()).await {
+                self.storage.failed("keep the state of healing", &error);
+            }
+        }
+    }
+
+    async fn keep(&self, incident: &Incident) {
+        self.board.show_incident(incident);
+        if let Err(error) = self.store.save_incident(incident).await {
+            self.storage.failed("keep an incident", &error);
+        }
+    }
+
+    async fn record(&self, machine: &mut IncidentMachine, intent: Intent) {
+        let input = match self.store.record_intent(&machine.export(), &intent).await {
+            Ok(()) => Input::IntentDurable { id: intent.id },
+            Err(error) => {
+                self.storage.failed("record an intent", &error);
+                Input::IntentFailed {
+                    id: intent.id,
+                    detail: error.to_string(),
+                }
+            }
+        };
+        machine.handle(clock::now(), input);
+    }
+
+    async fn pass_on(&self, intent: Intent, command: fn(Intent) -> Command) {
+        if let Some(hand) = self.hands.get(&intent.service) {
+            self.command(hand, command(intent)).await;
+        } else {
+            tracing::error!(service = intent.service, "no hands for this service");
+        }
+    }
+
+    async fn command(&self, hand: &Hand, command: Command) {
+        // The receiver outlives its task; it is gone only while the process ends.
+        let _heard = hand.commands.send(command).await.is_ok();
+    }
+
+    async fn take_approvals(&self, machine: &mut IncidentMachine) {
+        if !machine
+            .open_incidents()
+            .any(|incident| !incident.state.is_closed())
+        {
+            return;
+        }
+        match self.store.take_approvals().await {
+            Ok(taken) => {
+                for (incident, approve) in taken {
+                    tracing::info!(incident = incident.0, approve, "a person decided");
+                    let input = if approve {
+                        Input::Approve { incident }
+                    } else {
+                        Input::Deny { incident }
+                    };
+                    machine.handle(clock::now(), input);
+                }
+            }
+            Err(error) => self.storage.failed("read approvals", &error),
+        }
+    }
+}
+
+/// Trouble of the host as a whole is recorded; nothing is done about it.
+fn host_policy() -> Result<HealPolicy, PolicyError> {
+    HealingSection {
+        autonomy: Some(Autonomy::Observe),
+        ..HealingSection::default()
+    }
+    .check()
+}
+
+fn notify(notice: &Notice) {
+    tracing::warn!(
+        incident = notice.incident.0,
+        service = notice.service,
+        kind = ?notice.kind,
+        "{}", notice.words
+    );
+}

@@ -1,0 +1,459 @@
+//! The whole edge: configure, open, bind, announce, run, drain. What is wrong is found before a port opens.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use theriac_command::problem::{Exit, Problem};
+use theriac_heal::incident::Input;
+use theriac_model::feature::FeatureSchema;
+use theriac_privacy::ledger::Ledger;
+use theriac_privacy::noise::OpenDpGaussian;
+use theriac_privacy::policy::{Policy, PolicyError};
+use theriac_protocol::units::{NodeId, Timestamp};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+use crate::client::{self, Client};
+use crate::config::EdgeConfig;
+use crate::detect::{LaneShared, load_detector};
+use crate::http::{self, Page};
+use crate::metrics::Metrics;
+use crate::respond::{self, Events, Hand, Responder};
+use crate::service::{self, Command, Commands, ServiceContext, ServiceShared};
+use crate::state_dir::{Joined, Lock, StateDir, StateDirError, write_durably};
+use crate::status::{Board, Federation};
+use crate::storage::StorageWatch;
+use crate::store::{Store, StoreError};
+use crate::supervise::{Pace, Tasks, shutdown};
+use crate::update::Releaser;
+use crate::watch::{self, Watch};
+use crate::{HOST, Tamper, checkpoints};
+
+/// Observations that may wait for the incident machine.
+const EVENTS: usize = 512;
+/// Commands that may wait for one service.
+const COMMANDS: usize = 16;
+/// Incidents of earlier runs that the page shows.
+const INCIDENTS_SHOWN: u32 = 200;
+/// Rows of one block that the first privacy policy is written for.
+const BLOCK_ROWS: u32 = 60;
+/// Samples that may be missing before the process counts as unhealthy.
+const TICKS_MISSED_MAX: u32 = 10;
+
+/// Why the edge does not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EdgeError {
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The configured name is not the enrolled one.
+    #[error("edge.toml calls this node `{configured}`, but it joined as `{enrolled}`")]
+    OtherName {
+        /// In the configuration.
+        configured: NodeId,
+        /// In the certificate.
+        enrolled: NodeId,
+    },
+    /// The page's address cannot be bound.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// The privacy policy cannot be used.
+    #[error("{path}: {source}")]
+    Policy {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: PolicyError,
+    },
+}
+
+impl From<EdgeError> for Problem {
+    fn from(error: EdgeError) -> Self {
+        let text = error.to_string();
+        match error {
+            EdgeError::StateDir(StateDirError::InUse { .. }) => Self::failed("TH-E0304", text)
+                .hint("stop that process, or give this one a state_dir of its own"),
+            EdgeError::StateDir(_) => Self::failed("TH-E0303", text)
+                .hint("set state_dir in edge.toml to a directory that only this user can read and write"),
+            EdgeError::Store(StoreError::Full { .. }) => Self {
+                exit: Exit::Temporary,
+                ..Self::failed("TH-E0305", text)
+            }
+            .hint("make room on that disk"),
+            EdgeError::Store(_) => Self::failed("TH-E0305", text).hint("run `theriac-edge doctor`"),
+            EdgeError::OtherName { enrolled, .. } => Self::config("TH-E0308", text).hint(format!(
+                "set node = \"{enrolled}\", or leave it out; another name needs another state_dir"
+            )),
+            EdgeError::Listen { .. } => Self::failed("TH-E0306", text)
+                .hint("stop what uses the port, or set http.listen (127.0.0.1:0 takes a free one)"),
+            EdgeError::Policy { .. } => Self::config("TH-E0307", text)
+                .hint("correct the policy, or set federation.enabled = false to run without the federation"),
+        }
+    }
+}
+
+/// Runs an edge until `shutdown` resolves, then drains it.
+///
+/// `tamper` makes it hostile: see [`Tamper`]. The `theriac-edge` binary always passes `None`.
+///
+/// # Errors
+/// [`EdgeError`] when it cannot start. Once it runs, a failing part is restarted and told in `/healthz`, not returned.
+pub async fn run(
+    config: EdgeConfig,
+    tamper: Option<Tamper>,
+    until: impl Future<Output = ()> + Send,
+) -> Result<(), EdgeError> {
+    let edge = Box::pin(Edge::open(config, tamper)).await?;
+    let (stop, signal) = shutdown();
+    let tasks = edge.start(Tasks::new(signal, Pace::default()));
+    until.await;
+    tracing::info!("stopping");
+    stop.stop();
+    tasks.finish().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Everything open and bound, nothing running yet.
+struct Edge {
+    config: EdgeConfig,
+    dir: StateDir,
+    _lock: Lock,
+    store: Store,
+    storage: StorageWatch,
+    board: Board,
+    metrics: Arc<Metrics>,
+    listener: Arc<TcpListener>,
+    services: Vec<Arc<ServiceShared>>,
+    lanes: Vec<Arc<LaneShared>>,
+    client: Option<Client>,
+}
+
+impl Edge {
+    async fn open(config: EdgeConfig, tamper: Option<Tamper>) -> Result<Self, EdgeError> {
+        let dir = StateDir::open(&config.state_dir.path)?;
+        let lock = dir.lock()?;
+        if config.state_dir.by_default {
+            tracing::info!(path = %dir.root().display(), "no state_dir is set, keeping state here");
+        }
+        let joined = dir.joined()?;
+        let node = node_name(config.node.clone(), joined.as_ref())?;
+        let store = Store::open(&dir)?;
+        let board = Board::new(node.as_str(), config.detection.warm_up_rows);
+        let metrics = Arc::new(Metrics::new());
+        let storage = StorageWatch::new(dir.clone(), board.clone(), Arc::clone(&metrics));
+        for incident in store.incidents(INCIDENTS_SHOWN).await? {
+            board.show_incident(&incident);
+        }
+        let services: Vec<Arc<ServiceShared>> = config
+            .services
+            .iter()
+            .map(|service| Arc::new(ServiceShared::new(service.clone())))
+            .collect();
+        let lanes = lanes(&config, &dir, &board);
+        let client = federation(&config, &dir, &node, joined)?.map(|(joined, ledger)| Client {
+            settings: config.federation.clone(),
+            joined,
+            dir: dir.clone(),
+            lane: Arc::clone(&lanes[0]),
+            lanes: lanes.clone(),
+            releaser: Arc::new(Mutex::new(Releaser::new(
+                ledger,
+                Arc::clone(&lanes[0]),
+                config.sampling.interval,
+                config.federation.local_steps,
+                Box::new(OpenDpGaussian),
+                tamper,
+            ))),
+            store: store.clone(),
+            storage: storage.clone(),
+            board: board.clone(),
+            metrics: Arc::clone(&metrics),
+        });
+        if client.is_none() {
+            board.update(|status| {
+                status.federation = Federation::Off;
+                status.federation_detail = Some(off_because(&config, &dir));
+            });
+        }
+        let listener = bind(config.http.listen).await?;
+        let address = listener.local_addr().map_err(|source| EdgeError::Listen {
+            address: config.http.listen,
+            source,
+        })?;
+        dir.save_http_address(address)?;
+        announce(&node, &config, address, client.as_ref(), &board);
+        Ok(Self {
+            config,
+            dir,
+            _lock: lock,
+            store,
+            storage,
+            board,
+            metrics,
+            listener: Arc::new(listener),
+            services,
+            lanes,
+            client,
+        })
+    }
+
+    fn start(&self, mut tasks: Tasks) -> Tasks {
+        let (events, received) = mpsc::channel(EVENTS);
+        let received: Events = Arc::new(tokio::sync::Mutex::new(received));
+        self.start_page(&mut tasks);
+        let (storage, store) = (self.storage.clone(), self.store.clone());
+        tasks.spawn("storage", move |shutdown| {
+            storage.clone().run(store.clone(), shutdown)
+        });
+        let hands = self.start_services(&mut tasks, &events);
+        let responder = Responder {
+            hands,
+            budget: self.config.healing_budget,
+            store: self.store.clone(),
+            storage: self.storage.clone(),
+            board: self.board.clone(),
+            metrics: Arc::clone(&self.metrics),
+        };
+        tasks.spawn("respond", move |shutdown| {
+            respond::run(responder.clone(), Arc::clone(&received), shutdown)
+        });
+        let watch = Watch {
+            sampling: self.config.sampling.clone(),
+            detection: self.config.detection.clone(),
+            lanes: self.lanes.iter().cloned().zip(self.services_of_lanes()).collect(),
+            dir: self.dir.clone(),
+            events,
+            storage: self.storage.clone(),
+            board: self.board.clone(),
+            metrics: Arc::clone(&self.metrics),
+        };
+        tasks.spawn("watch", move |shutdown| watch::run(watch.clone(), shutdown));
+        if let Some(client) = self.client.clone() {
+            tasks.spawn("federation", move |shutdown| {
+                Box::pin(client::run(client.clone(), shutdown))
+            });
+        }
+        tasks
+    }
+
+    fn start_page(&self, tasks: &mut Tasks) {
+        let page = Page {
+            board: self.board.clone(),
+            metrics: Arc::clone(&self.metrics),
+            tasks: tasks.board(),
+            tick_max: self.config.sampling.interval * TICKS_MISSED_MAX + Duration::from_secs(1),
+        };
+        let listener = Arc::clone(&self.listener);
+        tasks.spawn("page", move |shutdown| {
+            http::serve(Arc::clone(&listener), page.clone(), shutdown)
+        });
+    }
+
+    fn start_services(&self, tasks: &mut Tasks, events: &mpsc::Sender<Input>) -> BTreeMap<String, Hand> {
+        let mut hands = BTreeMap::new();
+        for shared in &self.services {
+            let (commands, received) = mpsc::channel::<Command>(COMMANDS);
+            let received: Commands = Arc::new(tokio::sync::Mutex::new(received));
+            let context = ServiceContext {
+                shared: Arc::clone(shared),
+                dir: self.dir.clone(),
+                events: events.clone(),
+                board: self.board.clone(),
+                metrics: Arc::clone(&self.metrics),
+            };
+            self.board.update_service(&shared.name, |_| {});
+            let own = context.clone();
+            tasks.spawn(format!("service {}", shared.name), move |shutdown| {
+                service::own(own.clone(), Arc::clone(&received), shutdown)
+            });
+            let probe = context.clone();
+            tasks.spawn(format!("probe {}", shared.name), move |shutdown| {
+                service::watch(probe.clone(), shutdown)
+            });
+            if let Some(state) = shared.config.state.clone() {
+                let (store, storage) = (self.store.clone(), self.storage.clone());
+                tasks.spawn(format!("checkpoint {}", shared.name), move |shutdown| {
+                    checkpoints::run(
+                        context.clone(),
+                        state.clone(),
+                        store.clone(),
+                        storage.clone(),
+                        shutdown,
+                    )
+                });
+            }
+            hands.insert(
+                shared.name.clone(),
+                Hand {
+                    shared: Arc::clone(shared),
+                    commands,
+                },
+            );
+        }
+        hands
+    }
+
+    fn services_of_lanes(&self) -> impl Iterator<Item = Option<Arc<ServiceShared>>> {
+        let services: Vec<_> = self.services.iter().cloned().map(Some).collect();
+        if services.is_empty() { vec![None] } else { services }.into_iter()
+    }
+}
+
+/// One lane for each service; without services one for the bare host.
+fn lanes(config: &EdgeConfig, dir: &StateDir, board: &Board) -> Vec<Arc<LaneShared>> {
+    let mut names: Vec<String> = config
+        .services
+        .iter()
+        .map(|service| service.name.to_string())
+        .collect();
+    if names.is_empty() {
+        names.push(HOST.to_owned());
+    }
+    let schema = FeatureSchema::host_service_v1();
+    let lane = |name: String| {
+        let lane = LaneShared::new(&name, schema.clone(), config.sampling.history_rows);
+        if let Some(detector) = load_detector(dir.model(), &lane) {
+            tracing::info!(
+                lane = name,
+                rows = detector.rows(),
+                "the model of the last run is in use"
+            );
+            let version = detector.provenance().model_version;
+            board.update(|status| status.model_version = status.model_version.max(version));
+            lane.replace(detector);
+        }
+        Arc::new(lane)
+    };
+    names.into_iter().map(lane).collect()
+}
+
+fn node_name(configured: Option<NodeId>, joined: Option<&Joined>) -> Result<NodeId, EdgeError> {
+    match (configured, joined) {
+        (Some(configured), Some(joined)) if configured != joined.node => Err(EdgeError::OtherName {
+            configured,
+            enrolled: joined.node.clone(),
+        }),
+        (_, Some(joined)) => Ok(joined.node.clone()),
+        (Some(configured), None) => Ok(configured),
+        (None, None) => Ok(host_name()),
+    }
+}
+
+/// The host's name as far as it can be a node id.
+#[expect(clippy::expect_used, reason = "the constant is a node id")]
+fn host_name() -> NodeId {
+    let name = sysinfo::System::host_name().unwrap_or_default().to_lowercase();
+    let label = name.split('.').next().unwrap_or_default();
+    let kept: String = label
+        .chars()
+        .filter(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || *c == '-')
+        .collect();
+    let kept = kept
+        .trim_matches('-')
+        .chars()
+        .take(NodeId::LEN_MAX)
+        .collect::<String>();
+    kept.parse()
+        .unwrap_or_else(|_| "edge".parse().expect("a letter word is a node id"))
+}
+
+/// Opens the ledger of a joined edge. `None`: federation stays off, and the log says why.
+fn federation(
+    config: &EdgeConfig,
+    dir: &StateDir,
+    node: &NodeId,
+    joined: Option<Joined>,
+) -> Result<Option<(Joined, Ledger)>, EdgeError> {
+    let Some(joined) = joined.filter(|_| config.federation.enabled) else {
+        return Ok(None);
+    };
+    let path = config
+        .federation
+        .privacy_policy
+        .clone()
+        .unwrap_or_else(|| dir.privacy_policy());
+    if config.federation.privacy_policy.is_none() && !path.exists() {
+        write_first_policy(&path, node, config.sampling.interval)?;
+    }
+    let policy = Policy::load(&path).map_err(|source| EdgeError::Policy { path, source })?;
+    match Ledger::open(&dir.ledger(), node, policy, now()) {
+        Ok(ledger) => Ok(Some((joined, ledger))),
+        Err(error) => {
+            // Detection and healing must not stand still for a ledger that needs a person.
+            tracing::error!(%error, "the privacy ledger cannot be used: federation is off");
+            Ok(None)
+        }
+    }
+}
+
+/// The policy of an edge to which compliance has given none: the documented default, as a file that can be seen.
+fn write_first_policy(path: &Path, node: &NodeId, interval: Duration) -> Result<(), EdgeError> {
+    let block = humantime::format_duration(interval * BLOCK_ROWS);
+    let text = format!(
+        "# Written by theriac-edge because there was none. It belongs to whoever answers for privacy: review it.\n\
+         # docs/privacy.md explains every key. A block is {BLOCK_ROWS} samples of this edge.\n\
+         site = \"{node}\"\nunit = \"block\"\nblock = \"{block}\"\nepsilon = 4.0\ndelta = 1e-6\n\
+         noise_multiplier_min = 1.0\nmechanisms = [\"moments\"]\n"
+    );
+    tracing::warn!(path = %path.display(), "there is no privacy policy: wrote the default one, review it");
+    write_durably(path, text.as_bytes()).map_err(|source| {
+        StateDirError::Io {
+            path: path.to_owned(),
+            source,
+        }
+        .into()
+    })
+}
+
+fn off_because(config: &EdgeConfig, dir: &StateDir) -> String {
+    if !config.federation.enabled {
+        return "federation.enabled is false".to_owned();
+    }
+    match dir.joined() {
+        Ok(None) => "this edge has not joined: run `theriac-edge join`".to_owned(),
+        _ => "the privacy ledger cannot be used: run `theriac-edge doctor`".to_owned(),
+    }
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, EdgeError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| EdgeError::Listen { address, source })
+}
+
+fn announce(node: &NodeId, config: &EdgeConfig, address: SocketAddr, client: Option<&Client>, board: &Board) {
+    let federation = match client {
+        Some(client) => format!("federation {}", client.joined.federation),
+        None => format!(
+            "federation off ({})",
+            board.status().federation_detail.unwrap_or_default()
+        ),
+    };
+    tracing::info!(
+        node = node.as_str(),
+        services = config.services.len(),
+        page = %format_args!("http://{address}/status"),
+        warm_up_rows = config.detection.warm_up_rows,
+        interval_ms = u64::try_from(config.sampling.interval.as_millis()).unwrap_or(u64::MAX),
+        "watching; {federation}"
+    );
+}
+
+fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,461 @@
+//! One supervised service: the task that owns its process, the task that probes it, and what others may know of it.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
+use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLimits};
+use theriac_heal::executor::process::{
+    Leftover, OutputTo, ServiceExit, ServiceSpec, Supervisor, process_state,
+};
+use theriac_heal::executor::service::{ServiceHands, ServiceState};
+use theriac_heal::incident::Input;
+use theriac_heal::types::{ActionKind, Intent};
+use tokio::sync::{Notify, mpsc};
+
+use crate::config::{ProbeConfig, ServiceConfig, StateSettings};
+use crate::metrics::{Metrics, service as label};
+use crate::probe;
+use crate::sample::ProbeWindow;
+use crate::state_dir::StateDir;
+use crate::status::Board;
+use crate::supervise::Shutdown;
+
+/// Largest output file of a service, in bytes.
+const OUTPUT_BYTES_MAX: u64 = 16 << 20;
+/// Most output of a state check that is kept as evidence, in bytes.
+const CHECK_OUTPUT_BYTES_MAX: usize = 4 << 10;
+/// Time between two looks at the state of the process.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Time between probes right after an action, so that its effect is known soon.
+const HURRIED_EVERY: Duration = Duration::from_millis(50);
+/// Longest time that probes are hurried after an action.
+const HURRY_FOR: Duration = Duration::from_secs(5);
+/// Good probes in a row after which there is no hurry any more.
+const HURRY_GOOD: u32 = 5;
+
+/// What others may know and say.
+#[derive(Debug)]
+pub struct ServiceShared {
+    /// Its name.
+    pub name: String,
+    /// Its configuration.
+    pub config: ServiceConfig,
+    /// Whether an incident of it is open.
+    pub disturbed: AtomicBool,
+    /// Held while its state is being copied or replaced, so that the two never meet.
+    pub state_in_use: tokio::sync::Mutex<()>,
+    pid: AtomicU32,
+    answers: AtomicBool,
+    hurry: Notify,
+    // Held for one addition or copy, never across an await.
+    probes: Mutex<ProbeWindow>,
+}
+
+impl ServiceShared {
+    /// A service of which nothing is known yet.
+    pub fn new(config: ServiceConfig) -> Self {
+        Self {
+            name: config.name.to_string(),
+            config,
+            disturbed: AtomicBool::new(false),
+            state_in_use: tokio::sync::Mutex::new(()),
+            pid: AtomicU32::new(0),
+            answers: AtomicBool::new(false),
+            hurry: Notify::new(),
+            probes: Mutex::default(),
+        }
+    }
+
+    /// Its process, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        Some(self.pid.load(Ordering::Acquire)).filter(|pid| *pid != 0)
+    }
+
+    /// Whether it runs, answers its probes, and no incident of it is open.
+    pub fn is_well(&self) -> bool {
+        self.pid().is_some()
+            && !self.disturbed.load(Ordering::Relaxed)
+            && (self.config.probe.is_none() || self.answers.load(Ordering::Relaxed))
+    }
+
+    /// The probes since the last call.
+    pub fn take_probes(&self) -> ProbeWindow {
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn set_pid(&self, pid: Option<u32>) {
+        self.pid.store(pid.unwrap_or(0), Ordering::Release);
+    }
+}
+
+/// What the owner of the process is told.
+#[derive(Debug)]
+pub enum Command {
+    /// Carry a durable intent out, then report [`Input::Executed`].
+    Execute(Intent),
+    /// Find out what became of an intent before the restart of the edge, then report [`Input::Reconciled`].
+    Reconcile(Intent),
+    /// Start it unless it runs; its incident machine knows of no open incident.
+    Begin,
+}
+
+/// The receiving end of [`Command`]s; it outlives the task, so that a restarted task misses none.
+pub type Commands = Arc<tokio::sync::Mutex<mpsc::Receiver<Command>>>;
+
+/// What the tasks of one service work with.
+#[derive(Debug, Clone)]
+pub struct ServiceContext {
+    /// The service.
+    pub shared: Arc<ServiceShared>,
+    /// Where files are kept.
+    pub dir: StateDir,
+    /// To the incident machine.
+    pub events: mpsc::Sender<Input>,
+    /// The page's picture.
+    pub board: Board,
+    /// The counters.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Owns the process until the signal to stop.
+///
+/// # Errors
+/// When the state of an earlier run cannot be taken over.
+pub async fn own(
+    context: ServiceContext,
+    commands: Commands,
+    mut shutdown: Shutdown,
+) -> Result<(), CheckpointError> {
+    let mut commands = commands.lock().await;
+    let mut hands = hands(&context)?;
+    take_over(&context, &mut hands).await;
+    loop {
+        tokio::select! {
+            // First of all: an exit must not wait for a command that would find it anyway.
+            biased;
+            exit = hands.supervisor.exited() => context.exited(exit).await,
+            command = commands.recv() => match command {
+                Some(command) => carry_out(&context, &mut hands, command).await,
+                None => break,
+            },
+            () = shutdown.wait() => break,
+        }
+    }
+    if context.shared.config.keep_running {
+        tracing::info!(
+            service = context.shared.name,
+            "left running: the next run takes it over"
+        );
+    } else if let Err(error) = hands.supervisor.stop().await {
+        tracing::error!(service = context.shared.name, %error, "cannot stop the service");
+    }
+    context.shared.set_pid(None);
+    Ok(())
+}
+
+async fn take_over(context: &ServiceContext, hands: &mut ServiceHands) {
+    let service = context.shared.name.clone();
+    match hands.supervisor.take_over().await {
+        Ok(Leftover::Adopted { pid }) => {
+            tracing::info!(service, pid, "took over the running service");
+            context.runs(pid, hands.supervisor.starts()).await;
+        }
+        Ok(Leftover::Cleared { processes }) => {
+            tracing::warn!(service, processes, "ended what an earlier run left behind");
+        }
+        Ok(Leftover::None) => {}
+        Err(error) => {
+            context
+                .tell(Input::Exited {
+                    service,
+                    status: error.to_string(),
+                })
+                .await;
+        }
+    }
+}
+
+async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: Command) {
+    let shared = &context.shared;
+    match command {
+        Command::Begin => begin(context, hands).await,
+        Command::Reconcile(intent) => {
+            let running = hands.supervisor.pid().is_some();
+            let took_effect = running && hands.supervisor.started_for() == Some(intent.id.0);
+            context
+                .tell(Input::Reconciled {
+                    id: intent.id,
+                    running,
+                    took_effect,
+                })
+                .await;
+        }
+        Command::Execute(intent) => {
+            tracing::info!(service = shared.name, intent = intent.id.0, action = %intent.action, "acting");
+            context
+                .board
+                .update_service(&shared.name, |line| "acting".clone_into(&mut line.state));
+            // A copy of the state that is under way would see it change.
+            let in_use = match intent.action {
+                ActionKind::RestoreAndStart => Some(shared.state_in_use.lock().await),
+                _ => None,
+            };
+            let outcome = hands.execute(&intent).await;
+            drop(in_use);
+            context.show(hands.supervisor.pid(), hands.supervisor.starts());
+            context
+                .tell(Input::Executed {
+                    id: intent.id,
+                    outcome,
+                })
+                .await;
+            shared.hurry.notify_one();
+        }
+    }
+}
+
+/// The first start: state check, then the process.
+async fn begin(context: &ServiceContext, hands: &mut ServiceHands) {
+    if hands.supervisor.pid().is_some() {
+        return;
+    }
+    let service = context.shared.name.clone();
+    context
+        .board
+        .update_service(&service, |line| "starting".clone_into(&mut line.state));
+    if let Some(state) = &hands.state
+        && let Some(check) = &state.check
+        && state.dir.exists()
+        && let StateVerdict::Corrupt(detail) = check.run(&state.dir).await
+    {
+        return context.tell(Input::StateCorrupt { service, detail }).await;
+    }
+    match hands.supervisor.start().await {
+        Ok(pid) => {
+            context.runs(pid, hands.supervisor.starts()).await;
+            context.shared.hurry.notify_one();
+        }
+        Err(error) => {
+            context.show(None, hands.supervisor.starts());
+            context
+                .tell(Input::Exited {
+                    service,
+                    status: error.to_string(),
+                })
+                .await;
+        }
+    }
+}
+
+impl ServiceContext {
+    async fn exited(&self, exit: ServiceExit) {
+        let status = match exit {
+            ServiceExit::Code(code) => format!("exit code {code}"),
+            ServiceExit::Signal(signal) => format!("killed by signal {signal}"),
+            ServiceExit::Unknown => "it is gone; how is not known".to_owned(),
+        };
+        tracing::warn!(service = self.shared.name, status, "the service ended");
+        self.shared.set_pid(None);
+        self.board.update_service(&self.shared.name, |line| {
+            "stopped".clone_into(&mut line.state);
+            line.pid = None;
+            line.healthy = false;
+        });
+        self.metrics
+            .service_up
+            .get_or_create(&label(&self.shared.name))
+            .set(0);
+        self.tell(Input::Exited {
+            service: self.shared.name.clone(),
+            status,
+        })
+        .await;
+    }
+
+    async fn runs(&self, pid: u32, starts: u64) {
+        self.show(Some(pid), starts);
+        self.tell(Input::Started {
+            service: self.shared.name.clone(),
+            pid,
+        })
+        .await;
+    }
+
+    fn show(&self, pid: Option<u32>, starts: u64) {
+        self.shared.set_pid(pid);
+        let restarts = starts.saturating_sub(1);
+        let probed = self.shared.config.probe.is_some();
+        self.board.update_service(&self.shared.name, |line| {
+            if pid.is_some() { "running" } else { "stopped" }.clone_into(&mut line.state);
+            line.pid = pid;
+            line.restarts = restarts;
+            line.healthy = line.healthy && pid.is_some() || !probed && pid.is_some();
+        });
+        crate::metrics::raise_to(
+            &self
+                .metrics
+                .service_restarts
+                .get_or_create(&label(&self.shared.name)),
+            restarts,
+        );
+    }
+
+    async fn tell(&self, input: Input) {
+        // Only while the process ends is nobody listening.
+        let _heard = self.events.send(input).await.is_ok();
+    }
+}
+
+/// Asks the service whether it is well, and looks whether its process is stopped, until the signal to stop.
+///
+/// # Errors
+/// Never; the signature is the one of a task.
+pub async fn watch(context: ServiceContext, mut shutdown: Shutdown) -> Result<(), std::convert::Infallible> {
+    let probes = async {
+        match &context.shared.config.probe {
+            Some(config) => probe_again_and_again(&context, config).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = probes => Ok(()),
+        () = look_again_and_again(&context) => Ok(()),
+        () = shutdown.wait() => Ok(()),
+    }
+}
+
+async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
+    let shared = &context.shared;
+    let mut hurry_until: Option<Instant> = None;
+    let mut good = 0_u32;
+    loop {
+        let begun = Instant::now();
+        let answer = probe::status(&config.url, config.timeout).await;
+        let latency = begun.elapsed();
+        let (ok, detail) = match answer {
+            Ok(code @ 200..=299) => (true, format!("status {code}")),
+            Ok(code) => (false, format!("status {code}")),
+            Err(error) => (false, error.to_string()),
+        };
+        good = if ok { good.saturating_add(1) } else { 0 };
+        context.note_probe(ok, latency);
+        context
+            .tell(Input::Probe {
+                service: shared.name.clone(),
+                ok,
+                latency,
+                detail,
+            })
+            .await;
+        let hurried = hurry_until.is_some_and(|until| Instant::now() < until) && good < HURRY_GOOD;
+        let pause = if hurried {
+            HURRIED_EVERY
+        } else {
+            config.interval.saturating_sub(begun.elapsed())
+        };
+        tokio::select! {
+            () = tokio::time::sleep(pause.max(HURRIED_EVERY)) => {}
+            () = shared.hurry.notified() => {
+                hurry_until = Some(Instant::now() + HURRY_FOR);
+                good = 0;
+            }
+        }
+    }
+}
+
+async fn look_again_and_again(context: &ServiceContext) {
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(pid) = context.shared.pid() else { continue };
+        let Some(state) = process_state(pid) else { continue };
+        context
+            .tell(Input::Process {
+                service: context.shared.name.clone(),
+                state,
+            })
+            .await;
+    }
+}
+
+impl ServiceContext {
+    fn note_probe(&self, ok: bool, latency: Duration) {
+        let shared = &self.shared;
+        let (up, was_up) = (
+            ok && shared.pid().is_some(),
+            shared.answers.swap(ok, Ordering::Relaxed),
+        );
+        shared
+            .probes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .record(ok, latency);
+        let name = label(&shared.name);
+        self.metrics.probes.get_or_create(&name).inc();
+        if !ok {
+            self.metrics.probe_failures.get_or_create(&name).inc();
+        }
+        self.metrics.service_up.get_or_create(&name).set(i64::from(up));
+        if ok != was_up {
+            self.board.update_service(&shared.name, |line| line.healthy = ok);
+        }
+    }
+}
+
+fn hands(context: &ServiceContext) -> Result<ServiceHands, CheckpointError> {
+    let config = &context.shared.config;
+    let mut spec = ServiceSpec::new(config.name.as_str(), config.argv.clone());
+    spec.env.clone_from(&config.env);
+    spec.cwd.clone_from(&config.cwd);
+    spec.stop_grace = config.stop_grace;
+    if let Some(path) = &config.output {
+        spec.output = OutputTo::File {
+            path: path.clone(),
+            bytes_max: OUTPUT_BYTES_MAX,
+        };
+    }
+    let record = context.dir.root().join(format!("service-{}.json", config.name));
+    let state = config
+        .state
+        .as_ref()
+        .map(|state| {
+            let checkpoints = open_checkpoints(&context.dir, config.name.as_str(), state)?;
+            Ok(ServiceState {
+                dir: state.dir.clone(),
+                check: state_check(state),
+                checkpoints,
+            })
+        })
+        .transpose()?;
+    Ok(ServiceHands {
+        supervisor: Supervisor::new(spec, record),
+        state,
+    })
+}
+
+/// The store of one service's checkpoints.
+pub(crate) fn open_checkpoints(
+    dir: &StateDir,
+    service: &str,
+    state: &StateSettings,
+) -> Result<CheckpointStore, CheckpointError> {
+    let limits = StoreLimits {
+        keep: state.keep,
+        ..StoreLimits::default()
+    };
+    let path: &Path = &dir.checkpoints().join(service);
+    CheckpointStore::open(path, limits)
+}
+
+/// The command that says whether the state is sound, where there is one.
+pub(crate) fn state_check(state: &StateSettings) -> Option<StateCheck> {
+    (!state.check.is_empty()).then(|| StateCheck {
+        argv: state.check.clone(),
+        timeout: state.check_timeout,
+        output_bytes_max: CHECK_OUTPUT_BYTES_MAX,
+    })
+}

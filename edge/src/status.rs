@@ -1,0 +1,340 @@
+//! What the edge is doing, as `/status` and `/incidents` show it. Scores and counts, never samples.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use theriac_heal::types::Incident;
+
+/// Most incidents that the page shows; older ones are in the store.
+const INCIDENTS_SHOWN: usize = 200;
+
+/// `/status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Name of this site.
+    pub node: String,
+    /// `warming_up` until the first model is fitted, then `watching`.
+    pub phase: Phase,
+    /// Samples in memory.
+    pub rows: u64,
+    /// Samples needed for the first model.
+    pub warm_up_rows: u64,
+    /// Latest score of the part that is worst off; absent during warm-up.
+    pub score: Option<f32>,
+    /// Its alarm threshold.
+    pub threshold: Option<f32>,
+    /// Whether an alarm is on anywhere.
+    pub alarm: bool,
+    /// Published model in use as prior; 0 for none.
+    pub model_version: u64,
+    /// What the gate made of the latest published model: `none`, `accepted`, `worse_on_tail`, …
+    pub gate: String,
+    /// Link to the aggregator.
+    pub federation: Federation,
+    /// Why federation is off or refused, in words.
+    pub federation_detail: Option<String>,
+    /// Latest round heard of.
+    pub round: u64,
+    /// ε spent so far; absent without a ledger.
+    pub epsilon_spent: Option<f64>,
+    /// The policy's limit.
+    pub epsilon_limit: Option<f64>,
+    /// δ of both.
+    pub delta: Option<f64>,
+    /// Updates that the aggregator has acknowledged.
+    pub updates_accepted: u64,
+    /// Updates that it refused.
+    pub updates_refused: u64,
+    /// Latest refusal's word.
+    pub last_refusal: Option<String>,
+    /// Whether the state directory can be written and has room: `ok`, `full` or `failing`. Unless `ok`, nothing is trained
+    /// or sent.
+    pub storage: Storage,
+    /// Services that are watched.
+    pub services: Vec<ServiceStatus>,
+    /// Seconds since the start.
+    pub uptime_s: f64,
+}
+
+/// See [`Status::phase`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// No model yet: probes and exits are acted on, anomalies are not seen.
+    WarmingUp,
+    /// Every sample is scored.
+    Watching,
+}
+
+/// See [`Status::federation`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Federation {
+    /// Never joined, or switched off.
+    Off,
+    /// Not connected now; trying.
+    Connecting,
+    /// Welcomed.
+    Connected,
+    /// Turned away; trying again rarely.
+    Refused,
+}
+
+/// See [`Status::storage`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// It can be written.
+    Ok,
+    /// The disk is full.
+    Full,
+    /// Writing fails for another reason.
+    Failing,
+}
+
+/// One service in [`Status::services`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Its name.
+    pub name: String,
+    /// `running`, `stopped`, `starting`, `acting`.
+    pub state: String,
+    /// Its process, while it runs.
+    pub pid: Option<u32>,
+    /// How often this edge started it beyond the first time.
+    pub restarts: u64,
+    /// Whether the latest probe was answered well; without a probe, whether it runs.
+    pub healthy: bool,
+    /// Latest score of its detector.
+    pub score: Option<f32>,
+    /// Its alarm threshold.
+    pub threshold: Option<f32>,
+    /// Whether its alarm is on.
+    pub alarm: bool,
+    /// Complete checkpoints of its state.
+    pub checkpoints: u64,
+}
+
+/// One incident as `/incidents` shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct IncidentView {
+    /// Its number on this host.
+    pub id: u64,
+    /// The service, or `host`.
+    pub service: String,
+    /// What kind of trouble.
+    pub class: String,
+    /// Where it stands.
+    pub state: String,
+    /// Highest anomaly score seen, if an anomaly took part.
+    pub score: Option<f32>,
+    /// Leading channels, greatest first.
+    pub causes: Vec<String>,
+    /// First sign, milliseconds since the Unix epoch.
+    pub opened_unix_ms: u64,
+    /// The sign was confirmed.
+    pub detected_unix_ms: u64,
+    /// The first action began.
+    pub acted_unix_ms: Option<u64>,
+    /// The service was verified healthy.
+    pub healed_unix_ms: Option<u64>,
+    /// The latest action.
+    pub action: Option<String>,
+    /// What verification found.
+    pub verdict: Option<String>,
+    /// Why a person has to look.
+    pub handed_over: Option<String>,
+}
+
+impl From<&Incident> for IncidentView {
+    fn from(incident: &Incident) -> Self {
+        Self {
+            id: incident.id.0,
+            service: incident.service.clone(),
+            class: incident.class.to_string(),
+            state: incident.state.to_string(),
+            score: incident.score,
+            causes: incident
+                .causes
+                .iter()
+                .map(|cause| cause.channel.clone())
+                .collect(),
+            opened_unix_ms: incident.opened.unix_ms,
+            detected_unix_ms: incident.detected.unix_ms,
+            acted_unix_ms: incident.acted.map(|when| when.unix_ms),
+            healed_unix_ms: incident.healed.map(|when| when.unix_ms),
+            action: incident
+                .actions
+                .last()
+                .map(|record| record.intent.action.to_string()),
+            verdict: incident.verdict.map(|verdict| verdict.to_string()),
+            handed_over: incident.handed_over.clone(),
+        }
+    }
+}
+
+/// The one shared picture. Tasks write their part, the page reads all of it.
+#[derive(Debug, Clone)]
+pub struct Board(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    started: Instant,
+    // Held for a few assignments only, never across an await.
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    status: Status,
+    incidents: VecDeque<IncidentView>,
+    services: BTreeMap<String, ServiceStatus>,
+    last_tick: Option<Instant>,
+}
+
+impl Board {
+    /// A picture in which nothing has happened yet.
+    pub fn new(node: &str, warm_up_rows: usize) -> Self {
+        let status = Status {
+            node: node.to_owned(),
+            phase: Phase::WarmingUp,
+            rows: 0,
+            warm_up_rows: warm_up_rows as u64,
+            score: None,
+            threshold: None,
+            alarm: false,
+            model_version: 0,
+            gate: "none".to_owned(),
+            federation: Federation::Off,
+            federation_detail: None,
+            round: 0,
+            epsilon_spent: None,
+            epsilon_limit: None,
+            delta: None,
+            updates_accepted: 0,
+            updates_refused: 0,
+            last_refusal: None,
+            storage: Storage::Ok,
+            services: Vec::new(),
+            uptime_s: 0.0,
+        };
+        let state = State {
+            status,
+            incidents: VecDeque::new(),
+            services: BTreeMap::new(),
+            last_tick: None,
+        };
+        Self(Arc::new(Inner {
+            started: Instant::now(),
+            state: Mutex::new(state),
+        }))
+    }
+
+    /// Changes the status.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.lock().status);
+    }
+
+    /// Changes one service's line, adding it where it is missing.
+    pub fn update_service(&self, name: &str, change: impl FnOnce(&mut ServiceStatus)) {
+        let fresh = || ServiceStatus {
+            name: name.to_owned(),
+            state: "stopped".to_owned(),
+            pid: None,
+            restarts: 0,
+            healthy: false,
+            score: None,
+            threshold: None,
+            alarm: false,
+            checkpoints: 0,
+        };
+        change(self.lock().services.entry(name.to_owned()).or_insert_with(fresh));
+    }
+
+    /// Shows an incident's latest state.
+    pub fn show_incident(&self, incident: &Incident) {
+        let view = IncidentView::from(incident);
+        let incidents = &mut self.lock().incidents;
+        if let Some(known) = incidents.iter_mut().find(|known| known.id == view.id) {
+            *known = view;
+            return;
+        }
+        incidents.push_back(view);
+        if incidents.len() > INCIDENTS_SHOWN {
+            incidents.pop_front();
+        }
+    }
+
+    /// The status now.
+    pub fn status(&self) -> Status {
+        let state = self.lock();
+        let mut status = state.status.clone();
+        status.services = state.services.values().cloned().collect();
+        status.uptime_s = self.0.started.elapsed().as_secs_f64();
+        status
+    }
+
+    /// Incidents, oldest first.
+    pub fn incidents(&self) -> Vec<IncidentView> {
+        self.lock().incidents.iter().cloned().collect()
+    }
+
+    /// A sample was taken: the sample loop feeds this, not a timer, so that a stuck loop shows.
+    pub fn tick(&self) {
+        self.lock().last_tick = Some(Instant::now());
+    }
+
+    /// Time since the latest sample (since the start when there was none).
+    pub fn since_tick(&self) -> std::time::Duration {
+        self.lock().last_tick.unwrap_or(self.0.started).elapsed()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each change is one assignment or push, so a poisoned lock still guards a whole picture.
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_has_the_documented_keys() {
+        let board = Board::new("site-a", 300);
+        board.update_service("kv", |service| service.pid = Some(7));
+        let json = serde_json::to_value(board.status()).unwrap();
+        for key in [
+            "node",
+            "phase",
+            "rows",
+            "warm_up_rows",
+            "score",
+            "threshold",
+            "alarm",
+            "model_version",
+            "gate",
+            "federation",
+            "round",
+            "epsilon_spent",
+            "epsilon_limit",
+            "delta",
+            "updates_accepted",
+            "updates_refused",
+            "last_refusal",
+            "services",
+            "uptime_s",
+        ] {
+            assert!(json.get(key).is_some(), "{key} is missing");
+        }
+        assert_eq!(json["federation"], "off");
+        assert_eq!(json["services"][0]["pid"], 7);
+        for key in ["name", "state", "pid", "restarts", "healthy"] {
+            assert!(json["services"][0].get(key).is_some(), "{key} is missing");
+        }
+        let back: Status = serde_json::from_value(json).unwrap();
+        assert_eq!(back.node, "site-a");
+    }
+}

@@ -1,0 +1,524 @@
+//! The only way out of the host: charge, read, clip, noise, compress, encode.
+//!
+//! ```text
+//! announcement → complete, uncharged blocks → Ledger::reserve (durable) → LocalUpdate → clip → noise → compress → OutboxRow
+//! ```
+//!
+//! The charge is durable before a row is read, and the stored bytes are the ones that are sent, however often. A round
+//! that was charged and whose bytes were lost in a crash is declined: noise is never drawn twice for one charge.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::{Bytes, BytesMut};
+use rand::Rng as _;
+use theriac_model::global::{GlobalModel, delta_layout, moments_layout};
+use theriac_model::{moments, train};
+use theriac_privacy::ledger::{
+    Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError, Reserved,
+};
+use theriac_privacy::noise::NoiseMechanism;
+use theriac_privacy::update::{LocalUpdate, UpdateError};
+use theriac_protocol::codec::{CodecError, decode_to_aggregator, encode_to_aggregator};
+use theriac_protocol::frame::{HEADER_BYTES, kind};
+use theriac_protocol::message::{AnnounceV1, DeclineReason, ToAggregator, UpdateKind};
+use theriac_protocol::units::{Digest, Timestamp};
+
+use crate::Tamper;
+use crate::detect::LaneShared;
+use crate::store::OutboxRow;
+
+/// Most rows that one `delta` training looks at.
+const DELTA_ROWS_MAX: usize = 7_200;
+
+/// Why there is no update for a round.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unreleased {
+    /// Too few blocks are complete and uncharged.
+    #[error("{found} complete, uncharged blocks are at hand, the round wants {needed}")]
+    TooFewBlocks {
+        /// The round's minimum.
+        needed: u32,
+        /// Blocks at hand.
+        found: usize,
+    },
+    /// The ledger refused.
+    #[error(transparent)]
+    Reserve(#[from] ReserveError),
+    /// The round was charged before and its bytes are not there any more.
+    #[error(
+        "the round was charged before a crash and its bytes are lost; noise is never drawn twice for one charge"
+    )]
+    BytesLost,
+    /// The charge stays, but no update came of it.
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    /// The update cannot be written down.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// The layout is not the one of this edge.
+    #[error("the round asks for {announced} values, this edge's layout has {own}")]
+    Layout {
+        /// The announcement's number.
+        announced: u32,
+        /// Ours.
+        own: usize,
+    },
+}
+
+impl Unreleased {
+    /// What the aggregator is told: one word that depends on nothing measured.
+    pub fn decline_reason(&self) -> DeclineReason {
+        match self {
+            Self::TooFewBlocks { .. } => DeclineReason::TooFewBlocks,
+            Self::Reserve(error) => error.decline_reason(),
+            Self::Layout { .. } => DeclineReason::UnknownLayout,
+            Self::BytesLost | Self::Update(_) | Self::Codec(_) => DeclineReason::StorageUnavailable,
+        }
+    }
+}
+
+/// What became of a request for an update.
+#[derive(Debug)]
+pub enum Release {
+    /// Fresh bytes: put them into the outbox, then [`Releaser::mark_released`].
+    Fresh {
+        /// The row for the outbox.
+        row: OutboxRow,
+        /// The charge that paid for it.
+        id: ReservationId,
+    },
+    /// The same round was charged before; the outbox may still hold its bytes.
+    Stored,
+}
+
+/// Makes updates of one lane's history under one ledger.
+#[derive(Debug)]
+pub struct Releaser {
+    ledger: Ledger,
+    lane: Arc<LaneShared>,
+    step: Duration,
+    local_steps: usize,
+    mechanism: Box<dyn NoiseMechanism + Send>,
+    tamper: Hook,
+}
+
+/// See [`Tamper`].
+struct Hook(Option<Tamper>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hook({})", if self.0.is_some() { "hostile" } else { "none" })
+    }
+}
+
+impl Releaser {
+    /// A releaser over an open ledger. Rows of `lane` are `step` apart.
+    pub fn new(
+        ledger: Ledger,
+        lane: Arc<LaneShared>,
+        step: Duration,
+        local_steps: usize,
+        mechanism: Box<dyn NoiseMechanism + Send>,
+        tamper: Option<Tamper>,
+    ) -> Self {
+        Self {
+            ledger,
+            lane,
+            step,
+            local_steps,
+            mechanism,
+            tamper: Hook(tamper),
+        }
+    }
+
+    /// The ledger.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Makes the update of a round: blocks the thread for the ledger's sync and the arithmetic. `base` is the model that the
+    /// round builds on.
+    ///
+    /// # Errors
+    /// [`Unreleased`]; unless it is [`Unreleased::Update`] or later, nothing was charged.
+    pub fn release(&mut self, announce: &AnnounceV1, base: &GlobalModel) -> Result<Release, Unreleased> {
+        let plan = self.plan(announce)?;
+        let reservation = match self.ledger.reserve(plan, now())? {
+            Reserved::Fresh(reservation) => reservation,
+            Reserved::AlreadyCharged { .. } => return Ok(Release::Stored),
+        };
+        let id = reservation.id();
+        let row = self.make(reservation, announce, base)?;
+        Ok(Release::Fresh { row, id })
+    }
+
+    /// Notes that the bytes are in the outbox and may be sent.
+    ///
+    /// # Errors
+    /// [`LedgerError`]; then they must not be sent.
+    pub fn mark_released(&mut self, id: ReservationId, payload_digest: Digest) -> Result<(), LedgerError> {
+        self.ledger.mark_released(id, payload_digest, now())
+    }
+
+    /// Whether the ledger knows of the charge for these bytes. Where it does not, the ledger wins: nothing may be sent.
+    ///
+    /// # Errors
+    /// [`LedgerError`] when the ledger knows other bytes or no charge.
+    pub fn confirm(&mut self, row: &OutboxRow) -> Result<(), LedgerError> {
+        let id = ReservationId {
+            round: row.round,
+            nonce: row.nonce,
+        };
+        match self.ledger.reservation(id) {
+            Some(Some(released)) if released == row.payload_digest => Ok(()),
+            // Not yet marked: the crash came between the outbox and the mark. Other bytes are refused in there.
+            _ => self.mark_released(id, row.payload_digest),
+        }
+    }
+
+    fn plan(&self, announce: &AnnounceV1) -> Result<ReleasePlan, Unreleased> {
+        let channels = self.lane.schema.channels();
+        let own = match announce.kind {
+            UpdateKind::Moments => moments_layout(channels).len(),
+            UpdateKind::Delta => delta_layout(channels).len(),
+        };
+        if announce.values as usize != own {
+            return Err(Unreleased::Layout {
+                announced: announce.values,
+                own,
+            });
+        }
+        let mut plan = ReleasePlan {
+            round: announce.round,
+            nonce: announce.nonce,
+            kind: announce.kind,
+            values: announce.values,
+            block_span: self.ledger.policy().block_span(),
+            blocks: Vec::new(),
+            clip_norm: announce.clip_norm,
+            noise_multiplier: announce.noise_multiplier,
+        };
+        if announce.kind == UpdateKind::Moments {
+            // The round's blocks in time; the ledger refuses blocks of another length than the policy's.
+            plan.block_span = self.step * announce.block_rows;
+            let span_ms = u64::try_from(plan.block_span.as_millis()).unwrap_or(u64::MAX);
+            let mut blocks = self.lane.history().complete_blocks(span_ms, announce.block_rows);
+            blocks.retain(|block| self.ledger.is_chargeable(*block));
+            // The newest ones: they say most about now.
+            blocks.drain(..blocks.len().saturating_sub(announce.blocks_max as usize));
+            if blocks.len() < announce.blocks_min.max(1) as usize {
+                return Err(Unreleased::TooFewBlocks {
+                    needed: announce.blocks_min.max(1),
+                    found: blocks.len(),
+                });
+            }
+            plan.blocks = blocks;
+        }
+        Ok(plan)
+    }
+
+    fn make(
+        &self,
+        reservation: Reservation,
+        announce: &AnnounceV1,
+        base: &GlobalModel,
+    ) -> Result<OutboxRow, Unreleased> {
+        let layout = announce.layout_digest;
+        let local = match announce.kind {
+            UpdateKind::Moments => LocalUpdate::moments(reservation, layout, |blocks| {
+                self.moments(blocks, announce.block_rows)
+            })?,
+            UpdateKind::Delta => LocalUpdate::delta(reservation, layout, || self.delta(announce, base))?,
+        };
+        let noisy = local.clip().noise(self.mechanism.as_ref())?;
+        let noisy = match &self.tamper.0 {
+            Some(tamper) => noisy.post_process(|values| tamper(announce.round, values)),
+            None => noisy,
+        };
+        let mut rng = rand::rng();
+        let compressed = noisy.compress(|| rng.random::<f32>());
+        let payload_digest = compressed.payload_digest();
+        let (header, payload) = compressed.into_message(announce.base_digest, announce.blocks_max);
+        let body = encode_body(&ToAggregator::Update(header, payload))?;
+        Ok(OutboxRow {
+            round: announce.round,
+            nonce: announce.nonce,
+            payload_digest,
+            body,
+        })
+    }
+
+    /// One vector for each charged block, from that block's rows alone.
+    fn moments(&self, blocks: &[u64], block_rows: u32) -> Vec<Vec<f32>> {
+        let span_ms = u64::try_from((self.step * block_rows).as_millis()).unwrap_or(u64::MAX);
+        let schema = &self.lane.schema;
+        blocks
+            .iter()
+            .map(|block| {
+                let series = self.lane.history().block(*block, span_ms, block_rows);
+                moments::block(&moments::public_values(schema, &series), series.rows())
+            })
+            .collect()
+    }
+
+    fn delta(&self, announce: &AnnounceV1, base: &GlobalModel) -> Vec<f32> {
+        let series = self.lane.history().quiet(DELTA_ROWS_MAX);
+        let schema = &self.lane.schema;
+        train::delta(base, schema, &series, self.local_steps, announce.round.0).unwrap_or_else(|error| {
+            // The charge is made, so something must be said; a zero update says nothing about the data.
+            tracing::warn!(round = announce.round.0, %error, "no weight change could be trained, sending noise only");
+            vec![0.0; announce.values as usize]
+        })
+    }
+}
+
+/// The message as it goes over the wire, without the frame's header.
+fn encode_body(message: &ToAggregator) -> Result<Bytes, CodecError> {
+    let encoded = encode_to_aggregator(message)?;
+    let mut body = BytesMut::with_capacity(encoded.len() - HEADER_BYTES);
+    body.extend_from_slice(&encoded.head[HEADER_BYTES..]);
+    body.extend_from_slice(&encoded.payload);
+    Ok(body.freeze())
+}
+
+/// The message that an outbox row holds; encoding it again gives the same bytes.
+///
+/// # Errors
+/// [`CodecError`] when the row is damaged.
+pub fn message_of(row: &OutboxRow) -> Result<ToAggregator, CodecError> {
+    decode_to_aggregator(kind::UPDATE_V1, row.body.clone())
+}
+
+fn now() -> Timestamp {
+    // Written for people; nothing is decided by it.
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use theriac_model::feature::FeatureSchema;
+    use theriac_model::sample::Sample;
+    use theriac_privacy::noise::OpenDpGaussian;
+    use theriac_privacy::policy::Policy;
+    use theriac_protocol::units::{L2Norm, ModelVersion, NodeId, NoiseMultiplier, Round};
+
+    use super::*;
+
+    const STEP: Duration = Duration::from_secs(1);
+
+    fn lane(rows: u32) -> Arc<LaneShared> {
+        let lane = LaneShared::new("kv", FeatureSchema::host_service_v1(), 10_000);
+        for row in 0..rows {
+            let values = (0..16)
+                .map(|c| 0.1 * c as f32 + 0.01 * (row % 7) as f32)
+                .collect();
+            lane.history().push(
+                Sample {
+                    at_ms: 1_000_000_020_000 + u64::from(row) * 1000,
+                    values,
+                },
+                row % 50 != 0,
+            );
+        }
+        Arc::new(lane)
+    }
+
+    fn ledger(dir: &std::path::Path, epsilon: f64) -> Ledger {
+        let policy =
+            format!("site = 'site-a'\nepsilon = {epsilon:?}\nblock = '1m'\nnoise_multiplier_min = 0.7\n");
+        let node: NodeId = "site-a".parse().unwrap();
+        Ledger::open(
+            &dir.join("ledger.log"),
+            &node,
+            Policy::parse(&policy).unwrap(),
+            Timestamp(1),
+        )
+        .unwrap()
+    }
+
+    fn releaser(dir: &std::path::Path, rows: u32, epsilon: f64, tamper: Option<Tamper>) -> Releaser {
+        Releaser::new(
+            ledger(dir, epsilon),
+            lane(rows),
+            STEP,
+            2,
+            Box::new(OpenDpGaussian),
+            tamper,
+        )
+    }
+
+    fn announce(round: u64) -> AnnounceV1 {
+        AnnounceV1 {
+            round: Round(round),
+            nonce: round * 7,
+            kind: UpdateKind::Moments,
+            values: 320,
+            layout_digest: Digest(moments_layout(16).digest()),
+            base_version: ModelVersion(0),
+            base_digest: Digest([1; 32]),
+            clip_norm: L2Norm::new(588.0).unwrap(),
+            noise_multiplier: NoiseMultiplier::new(1.27).unwrap(),
+            block_rows: 60,
+            blocks_min: 2,
+            blocks_max: 3,
+            deadline_ms: 10_000,
+        }
+    }
+
+    fn base() -> GlobalModel {
+        GlobalModel::initial(16, 1)
+    }
+
+    fn fresh(release: Release) -> (OutboxRow, ReservationId) {
+        match release {
+            Release::Fresh { row, id } => (row, id),
+            Release::Stored => panic!("charged before"),
+        }
+    }
+
+    #[test]
+    fn a_release_is_charged_bounded_and_readable() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut releaser = releaser(dir.path(), 400, 4.0, None);
+        let (row, id) = fresh(releaser.release(&announce(1), &base()).unwrap());
+        releaser.mark_released(id, row.payload_digest).unwrap();
+        let ToAggregator::Update(header, payload) = message_of(&row).unwrap() else {
+            panic!("no update")
+        };
+        assert_eq!((header.round, header.values, payload.len()), (Round(1), 320, 320));
+        assert_eq!(Digest::of(&payload), header.payload_digest);
+        assert_eq!(
+            header.blocks_bound, 3,
+            "the public bound, not the number of blocks"
+        );
+        let charged: Vec<u64> = releaser.ledger().charged_blocks().into_iter().flatten().collect();
+        assert_eq!(charged.len(), 3, "the newest three of the complete blocks");
+        assert!(releaser.ledger().spent().epsilon > 0.0);
+        assert_eq!(
+            encode_body(&message_of(&row).unwrap()).unwrap(),
+            row.body,
+            "a retry sends the same bytes"
+        );
+    }
+
+    #[test]
+    fn blocks_are_charged_once_until_none_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        // Blocks begin at a whole minute: 400 rows from second 20 on hold six complete ones.
+        let mut releaser = releaser(dir.path(), 400, 4.0, None);
+        let _first = fresh(releaser.release(&announce(1), &base()).unwrap());
+        let spent = releaser.ledger().spent().epsilon;
+        let _second = fresh(releaser.release(&announce(2), &base()).unwrap());
+        assert!(
+            (releaser.ledger().spent().epsilon - spent).abs() < 1e-12,
+            "disjoint blocks compose in parallel"
+        );
+        let error = releaser.release(&announce(3), &base()).unwrap_err();
+        assert!(
+            matches!(error, Unreleased::TooFewBlocks { needed: 2, found: 0 }),
+            "{error}"
+        );
+        assert_eq!(error.decline_reason(), DeclineReason::TooFewBlocks);
+    }
+
+    #[test]
+    fn the_same_round_is_never_noised_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut releaser = releaser(dir.path(), 800, 4.0, None);
+        let (row, _) = fresh(releaser.release(&announce(1), &base()).unwrap());
+        let again = AnnounceV1 {
+            blocks_min: 1,
+            ..announce(1)
+        };
+        assert!(matches!(
+            releaser.release(&again, &base()).unwrap(),
+            Release::Stored
+        ));
+        drop(releaser);
+        let mut reopened = Releaser::new(
+            ledger(dir.path(), 4.0),
+            lane(800),
+            STEP,
+            2,
+            Box::new(OpenDpGaussian),
+            None,
+        );
+        assert!(matches!(
+            reopened.release(&again, &base()).unwrap(),
+            Release::Stored
+        ));
+        reopened.confirm(&row).unwrap();
+        let foreign = OutboxRow {
+            payload_digest: Digest([9; 32]),
+            ..row.clone()
+        };
+        assert!(
+            reopened.confirm(&foreign).is_err(),
+            "other bytes for the same charge were confirmed"
+        );
+        let uncharged = OutboxRow {
+            round: Round(77),
+            ..row
+        };
+        assert!(
+            reopened.confirm(&uncharged).is_err(),
+            "bytes without a charge were confirmed"
+        );
+    }
+
+    #[test]
+    fn a_spent_budget_refuses_and_reads_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut releaser = releaser(dir.path(), 400, 0.5, None);
+        let error = releaser.release(&announce(1), &base()).unwrap_err();
+        assert_eq!(error.decline_reason(), DeclineReason::BudgetSpent, "{error}");
+        assert_eq!(releaser.ledger().spent().releases, 0);
+    }
+
+    #[test]
+    fn foreign_block_lengths_and_layouts_are_declined_before_any_charge() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut releaser = releaser(dir.path(), 400, 4.0, None);
+        let longer = AnnounceV1 {
+            block_rows: 120,
+            blocks_min: 1,
+            ..announce(1)
+        };
+        assert_eq!(
+            releaser.release(&longer, &base()).unwrap_err().decline_reason(),
+            DeclineReason::TermsTooWeak
+        );
+        let wider = AnnounceV1 {
+            values: 760,
+            ..announce(1)
+        };
+        assert_eq!(
+            releaser.release(&wider, &base()).unwrap_err().decline_reason(),
+            DeclineReason::UnknownLayout
+        );
+        assert_eq!(releaser.ledger().spent().releases, 0);
+    }
+
+    #[test]
+    fn a_hostile_edge_changes_noised_values_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let tamper: Tamper =
+            Arc::new(|_, values| values.into_iter().map(|value| value * 0.0 + 5.0).collect());
+        let mut releaser = releaser(dir.path(), 400, 4.0, Some(tamper));
+        let (row, _) = fresh(releaser.release(&announce(1), &base()).unwrap());
+        let ToAggregator::Update(header, payload) = message_of(&row).unwrap() else {
+            panic!("no update")
+        };
+        assert!(
+            payload.iter().all(|byte| *byte == payload[0]),
+            "all values are the same"
+        );
+        assert!(
+            header.privacy.epsilon_spent.value() > 0.0,
+            "the charge was made all the same"
+        );
+    }
+}

@@ -1,0 +1,381 @@
+//! The same fault again and again on one edge with one service, measured from outside: medians instead of anecdotes.
+
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::demo::DemoError;
+use crate::demo::record::{FaultRecord, median};
+use crate::demo::report::markup::{maybe_seconds, seconds};
+use crate::demo::stage::{Member, Stage};
+use crate::demo::trial::{self, Course};
+use crate::demo::view::View;
+use crate::demo::{machine, rfc3339};
+use crate::fleet::fault::Fault;
+use crate::fleet::place::{EdgeTerms, Site};
+use crate::fleet::process::{Processes, end_leftovers};
+use crate::fleet::{free_addresses, interruption};
+use crate::traffic::Traffic;
+
+/// What heals in a campaign.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Healer {
+    /// An edge.
+    Theriac,
+}
+
+impl Healer {
+    /// Its name on the command line and in summaries.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Theriac => "theriac",
+        }
+    }
+}
+
+/// Why a name on the command line is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// A healer that this build does not have.
+    #[error("the healer `{0}` is not part of this build: only `theriac` is measured so far")]
+    Healer(String),
+    /// A fault that this build does not have.
+    #[error("the fault `{got}` is not part of this build: it has {known}")]
+    Fault {
+        /// What was asked for.
+        got: String,
+        /// What there is.
+        known: String,
+    },
+}
+
+impl FromStr for Healer {
+    type Err = NameError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        if name == Self::Theriac.name() {
+            Ok(Self::Theriac)
+        } else {
+            Err(NameError::Healer(name.to_owned()))
+        }
+    }
+}
+
+impl FromStr for Fault {
+    type Err = NameError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|fault| fault.name() == name)
+            .ok_or_else(|| NameError::Fault {
+                got: name.to_owned(),
+                known: Self::ALL.map(Self::name).join(", "),
+            })
+    }
+}
+
+/// How the campaign is to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Which faults.
+    pub faults: Vec<Fault>,
+    /// Who heals.
+    pub healers: Vec<Healer>,
+    /// How often each.
+    pub runs: u32,
+    /// Where `report.html`, `summary.json` and `logs/` go.
+    pub out: PathBuf,
+    /// No live view even on a terminal.
+    pub plain: bool,
+}
+
+/// `summary.json`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// One row a fault and healer.
+    pub results: Vec<ResultRow>,
+    /// Faults that were left out.
+    pub skipped: Vec<Skipped>,
+    /// When it began, RFC 3339.
+    pub started: String,
+    /// The machine in one line.
+    pub machine: String,
+}
+
+/// Medians over the runs of one fault under one healer; nothing where nothing was detected or healed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ResultRow {
+    /// The fault.
+    pub fault: &'static str,
+    /// The healer.
+    pub healer: &'static str,
+    /// Number of runs.
+    pub runs: usize,
+    /// Seconds from injection to detection.
+    pub detect_s: Option<f64>,
+    /// Seconds from injection to verified healing.
+    pub heal_s: Option<f64>,
+    /// Requests that failed in the fault's window.
+    pub failed_requests: Option<f64>,
+    /// Acknowledged writes that could not be read back.
+    pub lost_transactions: Option<f64>,
+    /// Actions taken.
+    pub actions: Option<f64>,
+    /// Actions after which the service was worse than before.
+    pub harmful_actions: Option<f64>,
+    /// Runs that were healed.
+    pub healed_runs: usize,
+    /// Every run's seconds to verified healing, in order.
+    pub each_heal_s: Vec<Option<f64>>,
+}
+
+/// A fault that was left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Skipped {
+    /// The fault.
+    pub fault: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// One run.
+#[derive(Debug, Clone, PartialEq)]
+struct Run {
+    record: FaultRecord,
+    actions: u64,
+    harmful: u64,
+    lost_transactions: u64,
+}
+
+/// Requests a second against the service.
+const REQUESTS_PER_S: f64 = 40.0;
+/// Time that an edge may take for one fault.
+const HEAL_LIMIT: Duration = Duration::from_mins(1);
+/// Samples before the first model.
+const WARM_UP_ROWS: usize = 120;
+/// Name of the site.
+const SITE: &str = "amber";
+
+/// Runs the campaign and leaves `report.html` and `summary.json`.
+///
+/// # Errors
+/// [`DemoError`] when it could not go on; every process is stopped then.
+pub async fn run(options: &Options) -> Result<Summary, DemoError> {
+    let file = |what: &str| {
+        let what = what.to_owned();
+        move |error| DemoError::File(what, error)
+    };
+    std::fs::create_dir_all(&options.out).map_err(file("cannot make the output directory"))?;
+    let out = std::fs::canonicalize(&options.out).map_err(file("cannot find the output directory"))?;
+    let state = tempfile::Builder::new().prefix("theriac-campaign-").tempdir();
+    let state = state.map_err(file("no room for state"))?;
+    let root = std::fs::canonicalize(state.path()).map_err(file("no room for state"))?;
+    let processes = Processes::new(&out.join("logs")).map_err(file("cannot make the log directory"))?;
+    let free = free_addresses(3).map_err(file("no free ports"))?;
+    let site = Site::new(&root, SITE, [free[0], free[1], free[2]]);
+    let planned_s = 35.0 + options.faults.len() as f64 * f64::from(options.runs) * 8.0;
+    let view = View::open(options.plain, 1);
+    let sites = vec![(site.clone(), false)];
+    let mut stage = Stage::new(processes, view, None, sites, planned_s, interruption());
+    let played = play(&mut stage, &site, options).await;
+    let (_, mut processes, _) = stage.end();
+    processes.stop_all(Duration::from_secs(8));
+    end_leftovers(processes.program(), &site.service_state());
+    let summary = Summary {
+        results: played?,
+        skipped: Vec::new(),
+        started: rfc3339(std::time::SystemTime::now()),
+        machine: machine(),
+    };
+    write(&out, &summary).map_err(file("cannot write the results"))?;
+    Ok(summary)
+}
+
+async fn play(stage: &mut Stage, site: &Site, options: &Options) -> Result<Vec<ResultRow>, DemoError> {
+    let file = |error| DemoError::File("cannot write a configuration".to_owned(), error);
+    let program = stage.processes.program().to_owned();
+    let terms = EdgeTerms {
+        warm_up_rows: WARM_UP_ROWS,
+        cooldown: Duration::from_secs(1),
+        actions_max: 1_000,
+    };
+    site.write(&program, terms).map_err(file)?;
+    let config = site.config().to_string_lossy().into_owned();
+    stage
+        .processes
+        .start(SITE, ["__edge", "run", "--config", &config])?;
+    let steady = |stage: &Stage| stage.cast.iter().all(Member::is_steady);
+    if !stage.until("starting", Duration::from_secs(30), steady).await? {
+        return Err(DemoError::Unexpected(
+            "the service was not healthy within 30 s".to_owned(),
+        ));
+    }
+    let warm = Traffic::start(site.service, REQUESTS_PER_S, 0);
+    let learnt = |stage: &Stage| stage.cast.iter().all(Member::is_watching);
+    let watching = stage
+        .until("learning what is normal", Duration::from_secs(90), learnt)
+        .await;
+    warm.stop().await;
+    if !watching? {
+        return Err(DemoError::Unexpected(
+            "the edge had not learnt what is normal within 90 s".to_owned(),
+        ));
+    }
+    let mut results = Vec::new();
+    for healer in &options.healers {
+        for fault in &options.faults {
+            let mut runs = Vec::new();
+            for number in 1..=options.runs {
+                runs.extend(once(stage, site, *fault, number).await?);
+            }
+            results.push(row(*fault, *healer, &runs));
+        }
+    }
+    Ok(results)
+}
+
+/// One run: its own load, a moment of calm, the fault, and the check that nothing acknowledged was lost.
+async fn once(stage: &mut Stage, site: &Site, fault: Fault, number: u32) -> Result<Option<Run>, DemoError> {
+    stage.cast[0].traffic = Some(Traffic::start(site.service, REQUESTS_PER_S, u64::from(number)));
+    // Not always at the same moment between two probes: run k of a fault comes k/7 of a second later.
+    let calm = Duration::from_millis(1_500) + Duration::from_secs(1) * (number % 7) / 7;
+    let begins = Instant::now() + calm;
+    stage
+        .until(&format!("{}, run {number}", fault.title()), calm * 2, |_| {
+            Instant::now() >= begins
+        })
+        .await?;
+    let course = trial::run(stage, 0, fault, HEAL_LIMIT).await?;
+    let traffic = stage.cast[0].traffic.take();
+    let lost_transactions = match traffic {
+        Some(traffic) => traffic.stop().await.lost_writes,
+        None => 0,
+    };
+    let Some((Course { actions, harmful, .. }, record)) = course.zip(stage.record.faults.last().cloned())
+    else {
+        return Ok(None);
+    };
+    Ok(Some(Run {
+        record,
+        actions,
+        harmful,
+        lost_transactions,
+    }))
+}
+
+fn row(fault: Fault, healer: Healer, runs: &[Run]) -> ResultRow {
+    let of = |pick: &dyn Fn(&Run) -> Option<f64>| median(runs.iter().filter_map(pick).collect());
+    ResultRow {
+        fault: fault.name(),
+        healer: healer.name(),
+        runs: runs.len(),
+        detect_s: of(&|run| run.record.detected_s),
+        heal_s: of(&|run| run.record.healed_s),
+        failed_requests: of(&|run| Some(run.record.failed_requests as f64)),
+        lost_transactions: of(&|run| Some(run.lost_transactions as f64)),
+        actions: of(&|run| Some(run.actions as f64)),
+        harmful_actions: of(&|run| Some(run.harmful as f64)),
+        healed_runs: runs.iter().filter(|run| run.record.is_healed()).count(),
+        each_heal_s: runs.iter().map(|run| run.record.healed_s).collect(),
+    }
+}
+
+fn write(out: &Path, summary: &Summary) -> std::io::Result<()> {
+    std::fs::write(out.join("report.html"), report::render(summary))?;
+    std::fs::write(
+        out.join("summary.json"),
+        serde_json::to_string_pretty(summary)? + "\n",
+    )
+}
+
+/// The figures for people.
+pub fn results(summary: &Summary) -> String {
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.0}"));
+    let rows: Vec<Vec<String>> = summary
+        .results
+        .iter()
+        .map(|row| {
+            let worst = row.each_heal_s.iter().flatten().copied().fold(0.0, f64::max);
+            vec![
+                row.fault.to_owned(),
+                row.healer.to_owned(),
+                format!("{} of {}", row.healed_runs, row.runs),
+                maybe_seconds(row.detect_s),
+                maybe_seconds(row.heal_s),
+                seconds(worst),
+                number(row.failed_requests),
+                number(row.lost_transactions),
+                number(row.harmful_actions),
+            ]
+        })
+        .collect();
+    let header = [
+        "Fault",
+        "Healer",
+        "Healed",
+        "Detected",
+        "Healthy",
+        "Worst",
+        "Failed requests",
+        "Lost writes",
+        "Harm",
+    ];
+    theriac_command::output::table(&header, &rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run_of(healed_s: Option<f64>, failed_requests: u64) -> Run {
+        let record = FaultRecord {
+            detected_s: healed_s.map(|s| s / 2.0),
+            healed_s,
+            failed_requests,
+            ..FaultRecord::default()
+        };
+        Run {
+            record,
+            actions: 1,
+            harmful: 0,
+            lost_transactions: 0,
+        }
+    }
+
+    #[test]
+    fn medians_are_over_what_was_healed_and_null_where_nothing_was() {
+        let runs = [run_of(Some(1.0), 10), run_of(None, 500), run_of(Some(2.0), 20)];
+        let healed = row(Fault::Kill9, Healer::Theriac, &runs);
+        assert_eq!((healed.heal_s, healed.detect_s), (Some(1.5), Some(0.75)));
+        assert_eq!(
+            (healed.runs, healed.healed_runs, healed.failed_requests),
+            (3, 2, Some(20.0))
+        );
+        let json = serde_json::to_value(row(Fault::Hang, Healer::Theriac, &[run_of(None, 9)])).unwrap();
+        assert!(json["heal_s"].is_null() && json["detect_s"].is_null());
+        for field in [
+            "fault",
+            "healer",
+            "runs",
+            "failed_requests",
+            "lost_transactions",
+            "actions",
+            "harmful_actions",
+        ] {
+            assert!(!json[field].is_null(), "{field} is missing");
+        }
+    }
+
+    #[test]
+    fn other_healers_and_faults_are_refused_with_what_there_is() {
+        let monit = "monit".parse::<Healer>().unwrap_err().to_string();
+        assert!(monit.contains("only `theriac`"), "{monit}");
+        let disk = "disk_full".parse::<Fault>().unwrap_err().to_string();
+        assert!(disk.contains("kill9, hang"), "{disk}");
+    }
+}

@@ -1,0 +1,329 @@
+//! `theriac-lab`: arguments, the experiment, an exit code.
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use theriac_command::output::{self, Format, Output};
+use theriac_command::problem::{self, Problem};
+use theriac_command::telemetry::{self, LogFormat};
+use theriac_edge::config::EdgeConfig;
+use theriac_lab::attack::Attack;
+use theriac_lab::campaign::{self, Healer};
+use theriac_lab::demo;
+use theriac_lab::fleet::fault::Fault;
+use theriac_lab::fleet::lifeline;
+use theriac_lab::hostile;
+use theriac_lab::load;
+use theriac_lab::service;
+
+/// Experiments: a demo of everything, simulations, attacks, faults and load. Never install it on a production host.
+#[derive(Debug, Parser)]
+#[command(
+    name = "theriac-lab",
+    version,
+    arg_required_else_help = true,
+    propagate_version = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the main job on this machine: real processes, real faults; ends by itself.
+    #[command(after_help = "Example: theriac-lab demo --out theriac-demo")]
+    Demo(DemoArgs),
+    /// The small HTTP key-value service that the demo breaks and heals.
+    #[command(
+        after_help = "Example: theriac-lab service --listen 127.0.0.1:8080 --control 127.0.0.1:8081 --state kv"
+    )]
+    Service(service::Args),
+    /// Repeats single faults on one edge and reports medians.
+    #[command(
+        after_help = "Example: theriac-lab campaign --faults kill9,hang --runs 10 --out theriac-campaign"
+    )]
+    Campaign(CampaignArgs),
+    /// Measures the aggregator alone, with light edges that train nothing.
+    #[command(
+        after_help = "Example: theriac-lab load --edges 10 --dimension 10000 --rounds 100 --format json"
+    )]
+    Load(LoadArgs),
+    /// A real edge that changes its updates after they were clipped and noised.
+    #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
+    HostileEdge(HostileArgs),
+    /// What a hostile edge can do.
+    Attack {
+        #[command(subcommand)]
+        command: AttackCommand,
+    },
+    /// `theriac-edge`, ending with its parent.
+    #[command(name = "__edge", hide = true)]
+    Edge(Passed),
+    /// `theriac-aggregator`, ending with its parent.
+    #[command(name = "__aggregator", hide = true)]
+    Aggregator(Passed),
+    /// `service`, ending with its parent.
+    #[command(name = "__service", hide = true)]
+    SupervisedService(service::Args),
+}
+
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// Directory for report.html, summary.json and logs.
+    #[arg(long, default_value = "theriac-demo")]
+    out: PathBuf,
+    /// About how long it takes, in seconds.
+    #[arg(long, default_value_t = demo::SECONDS_DEFAULT, value_parser = clap::value_parser!(u64).range(demo::SECONDS_MIN..=demo::SECONDS_MAX))]
+    seconds: u64,
+    /// As short as still shows everything.
+    #[arg(long, conflicts_with = "seconds")]
+    quick: bool,
+    /// Plain lines even on a terminal.
+    #[arg(long)]
+    plain: bool,
+    /// Keeps the state directories of all processes.
+    #[arg(long)]
+    keep: bool,
+    /// `human`, or `json` for the summary on standard output.
+    #[arg(long, default_value = "human")]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+struct CampaignArgs {
+    /// Directory for report.html, summary.json and logs.
+    #[arg(long, default_value = "theriac-campaign")]
+    out: PathBuf,
+    /// Which faults: kill9, hang, memory_leak, cpu_hog.
+    #[arg(long, value_delimiter = ',', default_value = "kill9,hang")]
+    faults: Vec<Fault>,
+    /// Who heals; only `theriac` so far.
+    #[arg(long, value_delimiter = ',', default_value = "theriac")]
+    healers: Vec<Healer>,
+    /// How often each fault comes.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    runs: u32,
+    /// Two runs of each.
+    #[arg(long, conflicts_with = "runs")]
+    quick: bool,
+    /// Plain lines even on a terminal.
+    #[arg(long)]
+    plain: bool,
+    /// `human`, or `json` for the summary on standard output.
+    #[arg(long, default_value = "human")]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+struct LoadArgs {
+    /// Number of edges, 1 to 20000.
+    #[arg(long)]
+    edges: usize,
+    /// Number of values in the model and in an update.
+    #[arg(long, default_value_t = 10_000)]
+    dimension: u32,
+    /// Number of rounds.
+    #[arg(long, default_value_t = 100)]
+    rounds: u64,
+    /// Instead of rounds: stay connected for so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    idle: Option<u64>,
+    /// `human` or `json`.
+    #[arg(long, default_value = "human")]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+struct HostileArgs {
+    /// Configuration of the edge.
+    #[arg(long)]
+    config: PathBuf,
+    /// What it does to its updates; `theriac-lab attack list` shows them.
+    #[arg(long)]
+    attack: Attack,
+    /// Ends when the process that started it is gone.
+    #[arg(long, hide = true)]
+    follow_parent: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum AttackCommand {
+    /// Lists every attack.
+    List {
+        /// `human` or `json`.
+        #[arg(long, default_value = "human")]
+        format: Format,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+struct Passed {
+    /// Arguments of the other program.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(problem) => problem::report(&problem, &mut std::io::stderr()),
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode, Problem> {
+    match command {
+        Command::Demo(args) => run_demo(args),
+        Command::Service(args) => run_service(args),
+        Command::SupervisedService(args) => {
+            lifeline::follow_parent();
+            run_service(args)
+        }
+        Command::Campaign(args) => run_campaign(args),
+        Command::Load(args) => run_load(args),
+        Command::HostileEdge(args) => run_hostile(args),
+        Command::Attack {
+            command: AttackCommand::List { format },
+        } => list_attacks(format),
+        Command::Edge(_passed) => Ok(ExitCode::FAILURE),
+        Command::Aggregator(_passed) => Ok(ExitCode::FAILURE),
+    }
+}
+
+fn run_demo(args: DemoArgs) -> Result<ExitCode, Problem> {
+    telemetry::init("warn", LogFormat::Human);
+    let seconds = if args.quick {
+        demo::SECONDS_QUICK
+    } else {
+        args.seconds
+    };
+    let plain = args.plain || args.format == Format::Json;
+    let options = demo::Options {
+        out: args.out,
+        seconds,
+        plain,
+        keep: args.keep,
+    };
+    let outcome = runtime()?.block_on(demo::run(&options)).map_err(|error| {
+        let hint = format!(
+            "the logs of every process are in {}",
+            options.out.join("logs").display()
+        );
+        Problem::failed("TH-E0801", error).hint(hint)
+    })?;
+    print(args.format, &outcome.record.summary(), demo::results(&outcome))?;
+    Ok(if outcome.record.shortfalls.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn run_campaign(args: CampaignArgs) -> Result<ExitCode, Problem> {
+    telemetry::init("warn", LogFormat::Human);
+    let options = campaign::Options {
+        faults: args.faults,
+        healers: args.healers,
+        runs: if args.quick { 2 } else { args.runs },
+        plain: args.plain || args.format == Format::Json,
+        out: args.out,
+    };
+    let summary = runtime()?.block_on(campaign::run(&options)).map_err(|error| {
+        let hint = format!(
+            "the logs of every process are in {}",
+            options.out.join("logs").display()
+        );
+        Problem::failed("TH-E0805", error).hint(hint)
+    })?;
+    print(args.format, &summary, campaign::results(&summary))?;
+    let healed = summary
+        .results
+        .iter()
+        .all(|row| row.runs > 0 && row.healed_runs == row.runs);
+    Ok(if healed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn run_load(args: LoadArgs) -> Result<ExitCode, Problem> {
+    telemetry::init("warn", LogFormat::Human);
+    let idle = args.idle.map(Duration::from_secs);
+    let options = load::Options {
+        edges: args.edges,
+        dimension: args.dimension,
+        rounds: args.rounds,
+        idle,
+    };
+    let measured = runtime()?.block_on(load::run(options)).map_err(|error| {
+        Problem::failed("TH-E0806", error)
+            .hint("with thousands of edges, raise the limit of open files: ulimit -n 20000")
+    })?;
+    print(args.format, &measured, load::results(&measured))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_service(args: service::Args) -> Result<ExitCode, Problem> {
+    telemetry::init("info", LogFormat::Auto);
+    match runtime()?.block_on(service::run(args)) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) => {
+            writeln!(std::io::stderr(), "error[TH-E0802]: {error}").ok();
+            Ok(ExitCode::from(error.exit_code()))
+        }
+    }
+}
+
+fn run_hostile(args: HostileArgs) -> Result<ExitCode, Problem> {
+    telemetry::init("info", LogFormat::Auto);
+    if args.follow_parent {
+        lifeline::follow_parent();
+    }
+    let config = EdgeConfig::load(Some(&args.config), std::env::vars())
+        .map_err(|error| Problem::config("TH-E0807", error).hint("`theriac-edge check-config` says more"))?;
+    runtime()?.block_on(hostile::run(config, args.attack))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list_attacks(format: Format) -> Result<ExitCode, Problem> {
+    let listed: Vec<_> = Attack::ALL
+        .iter()
+        .map(|attack| serde_json::json!({ "name": attack.name(), "description": attack.description() }))
+        .collect();
+    let rows: Vec<Vec<String>> = Attack::ALL
+        .iter()
+        .map(|attack| vec![attack.name().to_owned(), attack.description().to_owned()])
+        .collect();
+    print(format, &listed, output::table(&["Attack", "What it does"], &rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(format: Format, value: &impl serde::Serialize, human: String) -> Result<(), Problem> {
+    Output::new(format, std::io::stdout().lock())
+        .result(value, human)
+        .map_err(|error| Problem::failed("TH-E0803", format!("cannot write the result: {error}")))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Problem::failed("TH-E0804", format!("cannot start the runtime: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Cli::command().debug_assert();
+    }
+}

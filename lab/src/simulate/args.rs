@@ -1,0 +1,296 @@
+//! The command line of `theriac-lab simulate`, and the same once checked.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde::Serialize;
+use theriac_aggregator::robust::RuleName;
+use theriac_model::detector::ROWS_MIN;
+use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS, RECORD_CLIP_NORM};
+use theriac_privacy::accountant::noise_multiplier_for;
+use theriac_privacy::policy::PrivacyUnit;
+use theriac_protocol::message::UpdateKind;
+use theriac_protocol::units::{Delta, Epsilon, L2Norm, NoiseMultiplier, UnitError};
+
+use crate::attack::Attack;
+
+/// How sites learn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Together, through rounds.
+    Federated,
+    /// Each from its own rows alone.
+    Local,
+    /// From everybody's rows in one place, without clipping, noise or rule: what plain federation aims at.
+    Central,
+}
+
+/// What the noise of a site's updates hides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Privacy {
+    /// Nothing: no noise. For measurement; no edge can do this.
+    Off,
+    /// One row of metrics.
+    Record,
+    /// Everything within one block of 60 rows.
+    Block,
+}
+
+/// Trains on recorded metrics, many sites in parallel, and scores their test parts.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Directory with NAME.train.npy.gz and NAME.test.npy.gz, float32 [time, channel]; every NAME is a site.
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// Directory for scores/, alarms/, causes/, model/, rounds.jsonl and summary.json; what is there is replaced.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Which sites, separated by commas [default: all].
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    pub sites: Vec<String>,
+    /// Rounds; each releases its own part of the history, so every block is charged once.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+    /// Seed of nonces, rounding and initial weights. Privacy noise is never seeded.
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub seed: u64,
+    /// Threads [default: one for each processor].
+    #[arg(long, value_name = "T")]
+    pub threads: Option<NonZeroUsize>,
+    /// How sites learn.
+    #[arg(long, value_enum, default_value_t = Mode::Federated)]
+    pub mode: Mode,
+    /// Each site in turn is new: its last K train rows only, and the model of the others.
+    #[arg(long, value_name = "K")]
+    pub cold_start: Option<usize>,
+    /// What the noise of a site's updates hides.
+    #[arg(long, value_enum, default_value_t = Privacy::Block)]
+    pub privacy: Privacy,
+    /// Each site's ε over the whole run.
+    #[arg(long, value_name = "E", default_value_t = 4.0)]
+    pub epsilon: f64,
+    /// Each site's δ.
+    #[arg(long, value_name = "D", default_value_t = 1e-6)]
+    pub delta: f64,
+    /// How the aggregator combines updates: mean, median or trimmed_mean.
+    #[arg(long, value_name = "NAME", default_value_t = RuleName::TrimmedMean)]
+    pub rule: RuleName,
+    /// Hostile sites that the rule withstands [default: as many as there are].
+    #[arg(long, value_name = "F")]
+    pub byzantine: Option<usize>,
+    /// What hostile sites do; `theriac-lab attack list` shows all.
+    #[arg(long, value_name = "NAME", requires = "malicious")]
+    pub attack: Option<Attack>,
+    /// The first K sites by name are hostile.
+    #[arg(long, value_name = "K", requires = "attack")]
+    pub malicious: Option<usize>,
+    /// Time between two rows, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub step: u32,
+}
+
+/// Why the command line cannot be carried out.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ArgsError {
+    /// A number is out of range.
+    #[error("--{0}")]
+    Unit(UnitError),
+    /// Too few rows to fit on.
+    #[error("--cold-start must be at least {ROWS_MIN}, got {0}")]
+    ColdStart(usize),
+    /// No noise is strong enough.
+    #[error("no noise reaches --epsilon {epsilon} at --delta {delta}: ask for a larger epsilon")]
+    NoNoise {
+        /// What was asked.
+        epsilon: f64,
+        /// What was asked.
+        delta: f64,
+    },
+    /// Too many hostile sites.
+    #[error("--malicious {malicious}: of {sites} sites at most {} can be hostile", sites.saturating_sub(1))]
+    TooManyMalicious {
+        /// What was asked.
+        malicious: usize,
+        /// Sites of one federation.
+        sites: usize,
+    },
+    /// The rule needs more sites.
+    #[error("--byzantine {byzantine}: {sites} sites in a federation withstand at most {}", (sites.saturating_sub(1)) / 2)]
+    TooManyByzantine {
+        /// What was asked.
+        byzantine: usize,
+        /// Sites of one federation.
+        sites: usize,
+    },
+    /// Cold start and rounds need somebody else.
+    #[error("{mode} training{cold} needs at least {needed} sites, found {found}; --mode local needs one")]
+    TooFewSites {
+        /// The mode's word.
+        mode: &'static str,
+        /// ` from a cold start`, or nothing.
+        cold: &'static str,
+        /// Fewest sites.
+        needed: usize,
+        /// Sites found.
+        found: usize,
+    },
+}
+
+impl From<UnitError> for ArgsError {
+    fn from(error: UnitError) -> Self {
+        Self::Unit(error)
+    }
+}
+
+/// What is charged and noised in every release.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Terms {
+    /// What one release hides.
+    pub unit: PrivacyUnit,
+    /// ε of one site over the run.
+    pub epsilon: Epsilon,
+    /// δ of it.
+    pub delta: Delta,
+    /// Rows of one charged unit of time.
+    pub block_rows: usize,
+    /// Clipping norm C of what a charged unit of time adds.
+    pub clip_norm: L2Norm,
+    /// Noise multiplier σ.
+    pub noise_multiplier: NoiseMultiplier,
+}
+
+/// Checked arguments.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// As they came.
+    pub args: Args,
+    /// `None`: no noise.
+    pub terms: Option<Terms>,
+    /// Time between rows.
+    pub step: Duration,
+    /// Hostile sites and what they do.
+    pub malicious: Option<(usize, Attack)>,
+    /// Hostile sites that the rule withstands.
+    pub byzantine: usize,
+}
+
+impl Settings {
+    /// Checks everything that does not depend on the data.
+    ///
+    /// # Errors
+    /// [`ArgsError`]
+    pub fn check(args: Args) -> Result<Self, ArgsError> {
+        let (epsilon, delta) = (Epsilon::new(args.epsilon)?, Delta::new(args.delta)?);
+        if let Some(rows) = args.cold_start.filter(|rows| *rows < ROWS_MIN) {
+            return Err(ArgsError::ColdStart(rows));
+        }
+        let terms = match args.privacy {
+            Privacy::Off => None,
+            Privacy::Block => Some(terms(PrivacyUnit::Block, BLOCK_ROWS, BLOCK_CLIP_NORM, epsilon, delta)?),
+            // The release is made of single regression rows, each of norm at most C/3 = RECORD_CLIP_NORM/6: one record is part
+            // of six of them and so moves the sum by at most RECORD_CLIP_NORM = 2C, which is what the ledger charges.
+            Privacy::Record => Some(terms(PrivacyUnit::Record, 1, RECORD_CLIP_NORM / 2.0, epsilon, delta)?),
+        };
+        let malicious = args.malicious.zip(args.attack).filter(|(count, _)| *count > 0);
+        let byzantine = args.byzantine.unwrap_or(malicious.map_or(0, |(count, _)| count));
+        let step = Duration::from_secs(args.step.into());
+        Ok(Self { args, terms, step, malicious, byzantine })
+    }
+
+    /// Checks what depends on the number of sites.
+    ///
+    /// # Errors
+    /// [`ArgsError`]
+    pub fn check_sites(&self, found: usize) -> Result<(), ArgsError> {
+        let cold = self.args.cold_start.is_some();
+        let (mode, needed) = match (self.args.mode, cold) {
+            (Mode::Local, _) => return Ok(()),
+            (Mode::Federated, false) => ("federated", 1),
+            (Mode::Federated, true) => ("federated", 2),
+            (Mode::Central, false) => ("central", 1),
+            (Mode::Central, true) => ("central", 2),
+        };
+        if found < needed {
+            let cold = if cold { " from a cold start" } else { "" };
+            return Err(ArgsError::TooFewSites { mode, cold, needed, found });
+        }
+        let sites = found - usize::from(cold);
+        match self.malicious {
+            Some((malicious, _)) if malicious >= sites => {
+                return Err(ArgsError::TooManyMalicious { malicious, sites });
+            }
+            _ => {}
+        }
+        if 2 * self.byzantine >= sites {
+            return Err(ArgsError::TooManyByzantine { byzantine: self.byzantine, sites });
+        }
+        Ok(())
+    }
+}
+
+fn terms(
+    unit: PrivacyUnit,
+    block_rows: usize,
+    clip_norm: f64,
+    epsilon: Epsilon,
+    delta: Delta,
+) -> Result<Terms, ArgsError> {
+    // Every unit is read once in the whole run, however many rounds there are.
+    let noise_multiplier = noise_multiplier_for(epsilon, delta, 1, unit.sensitivity(UpdateKind::Moments))
+        .ok_or(ArgsError::NoNoise { epsilon: epsilon.value(), delta: delta.value() })?;
+    Ok(Terms { unit, epsilon, delta, block_rows, clip_norm: L2Norm::new(clip_norm)?, noise_multiplier })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn settings(line: &str) -> Settings {
+        Settings::check(parse(line)).unwrap()
+    }
+
+    fn parse(line: &str) -> Args {
+        let words = ["x", "--data", "d", "--out", "o"].into_iter().chain(line.split_whitespace());
+        Cli::try_parse_from(words).unwrap().args
+    }
+
+    #[test]
+    fn one_release_is_noised_as_the_accountant_says() {
+        let terms = settings("--epsilon 4 --delta 1e-6").terms.unwrap();
+        assert!((1.2..1.4).contains(&terms.noise_multiplier.value()), "σ = {}", terms.noise_multiplier);
+        assert_eq!(settings("--epsilon 4 --rounds 10").terms, Some(terms), "disjoint blocks compose in parallel");
+        assert_eq!(settings("--privacy off").terms, None);
+    }
+
+    #[test]
+    fn refuses_what_makes_no_sense() {
+        for line in ["--epsilon 0", "--epsilon nan", "--delta 1", "--cold-start 19"] {
+            assert!(Settings::check(parse(line)).is_err(), "{line}");
+        }
+        let words = |line: &str| {
+            let words = ["x", "--data", "d", "--out", "o"].into_iter().chain(line.split_whitespace());
+            Cli::try_parse_from(words.collect::<Vec<_>>())
+        };
+        for line in ["--rule best", "--attack nope --malicious 1", "--malicious 2", "--rounds 0", "--threads 0"] {
+            assert!(words(line).is_err(), "{line}");
+        }
+        let hostile = settings("--attack nan --malicious 4");
+        assert_eq!(hostile.byzantine, 4);
+        assert!(hostile.check_sites(9).is_ok());
+        assert!(matches!(hostile.check_sites(8), Err(ArgsError::TooManyByzantine { byzantine: 4, sites: 8 })));
+        assert!(matches!(hostile.check_sites(4), Err(ArgsError::TooManyMalicious { .. })));
+        assert!(matches!(settings("--cold-start 60").check_sites(1), Err(ArgsError::TooFewSites { .. })));
+    }
+}

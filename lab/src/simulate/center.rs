@@ -1,0 +1,431 @@
+//! The aggregator of a simulated federation: the round machine, validation, the robust rule and the solve, without sockets and
+//! disks.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+use theriac_aggregator::robust::{PayloadRows, RowEvidence, Rule, RuleError, rule};
+use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, validate};
+use theriac_model::global::{GlobalError, GlobalModel, moments_layout};
+use theriac_model::moments;
+use theriac_protocol::compress::encode_f32;
+use theriac_protocol::message::{
+    AnnounceV1, DeclineReason, GateVerdict, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateKind, UpdateV1, WelcomeV1,
+};
+use theriac_protocol::refusal::{RefusalCode, RefusalV1};
+use theriac_protocol::round::{BaseModel, Input, Output, RoundConfig, RoundMachine, RoundTerms};
+use theriac_protocol::units::{
+    Digest, L2Norm, ModelVersion, Moment, NodeId, NoiseMultiplier, Round, Timestamp, UnitError,
+};
+
+use super::args::Settings;
+
+/// A row stands out when it is this many times as far from the rule's result as the median row.
+const OUTVOTED_DISTANCE: f64 = 3.0;
+
+/// Longest time of a round, on virtual time.
+const DEADLINE: Duration = Duration::from_mins(10);
+
+/// One update that was turned away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Refused {
+    /// Whose.
+    pub site: NodeId,
+    /// The protocol's word.
+    pub reason: &'static str,
+}
+
+/// What the rule's view of one update was.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Evidence {
+    /// Whose.
+    pub site: NodeId,
+    /// Norm, distance and share of trimmed coordinates.
+    #[serde(flatten)]
+    pub row: RowEvidence,
+    /// Whether it stood out: three times as far from the result as the median update.
+    pub outvoted: bool,
+}
+
+/// What a round left behind.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct RoundRecord {
+    /// Its number.
+    pub round: u64,
+    /// `published`, or why not.
+    pub outcome: String,
+    /// Version of the model that it made, or left.
+    pub model_version: u64,
+    /// Digest of that model.
+    pub model_digest: String,
+    /// Updates in the model.
+    pub contributors: Vec<NodeId>,
+    /// Updates turned away.
+    pub refused: Vec<Refused>,
+    /// Sites that took no part.
+    pub declined: Vec<Refused>,
+    /// What the rule saw.
+    pub evidence: Vec<Evidence>,
+    /// What gates said of the model.
+    pub verdicts: BTreeMap<NodeId, String>,
+    /// Seconds from opening to end, on virtual time.
+    pub virtual_seconds: f64,
+}
+
+/// The aggregator.
+#[derive(Debug)]
+pub struct Center {
+    machine: RoundMachine,
+    terms: RoundTerms,
+    rule: Box<dyn Rule>,
+    model: GlobalModel,
+    header: ModelV1,
+    payload: Bytes,
+    candidate: Option<(GlobalModel, Bytes)>,
+    open: Option<AnnounceV1>,
+    opened_at: Moment,
+    held: BTreeMap<NodeId, ValidatedUpdate>,
+    stored: BTreeMap<NodeId, ValidatedUpdate>,
+    /// Sum over all rounds and sites, and how many releases are in it.
+    sum: Vec<f64>,
+    releases: usize,
+    records: Vec<RoundRecord>,
+}
+
+impl Center {
+    /// An aggregator for `sites` sites that holds the initial model. `blocks_max` bounds the units of one release.
+    ///
+    /// # Errors
+    /// [`UnitError`] for terms out of range.
+    pub fn new(settings: &Settings, channels: usize, sites: usize, blocks_max: u32) -> Result<Self, UnitError> {
+        let layout = moments_layout(channels);
+        let (clip_norm, noise_multiplier, block_rows) = match &settings.terms {
+            Some(terms) => (terms.clip_norm, terms.noise_multiplier, terms.block_rows),
+            None => (
+                L2Norm::new(moments::BLOCK_CLIP_NORM)?,
+                NoiseMultiplier::new(f64::MIN_POSITIVE)?,
+                moments::BLOCK_ROWS,
+            ),
+        };
+        let terms = RoundTerms {
+            kind: UpdateKind::Moments,
+            values: u32::try_from(layout.len()).unwrap_or(u32::MAX),
+            layout_digest: Digest(layout.digest()),
+            clip_norm,
+            noise_multiplier,
+            block_rows: u32::try_from(block_rows).unwrap_or(u32::MAX),
+            blocks_min: 1,
+            blocks_max,
+        };
+        let config = RoundConfig {
+            quorum: sites / 2 + 1,
+            deadline: DEADLINE,
+            pause: Duration::ZERO,
+            rounds_max: Some(settings.args.rounds.into()),
+            terms: terms.clone(),
+        };
+        let model = GlobalModel::initial(channels, settings.args.seed);
+        let payload = Bytes::from(encode_f32(model.values()));
+        let header = ModelV1 {
+            version: ModelVersion(0),
+            round: Round(0),
+            layout_digest: Digest(model.layout().digest()),
+            values: u32::try_from(model.values().len()).unwrap_or(u32::MAX),
+            payload_digest: Digest::of(&payload),
+            rule: settings.args.rule.word().to_owned(),
+            contributors: 0,
+        };
+        let base = BaseModel { version: header.version, digest: header.payload_digest };
+        let nonce_seed = Sha256::digest(settings.args.seed.to_le_bytes()).into();
+        Ok(Self {
+            machine: RoundMachine::new(config, base, Round(0), nonce_seed, Moment::default()),
+            terms,
+            rule: rule(settings.args.rule, settings.byzantine),
+            model,
+            header,
+            payload,
+            candidate: None,
+            open: None,
+            opened_at: Moment::default(),
+            held: BTreeMap::new(),
+            stored: BTreeMap::new(),
+            sum: vec![0.0; layout.len()],
+            releases: 0,
+            records: Vec::new(),
+        })
+    }
+
+    /// The model as every edge holds it before the first round.
+    pub fn base(&self) -> BaseModel {
+        BaseModel { version: self.header.version, digest: self.header.payload_digest }
+    }
+
+    /// Admits a site; what it is told.
+    pub fn admit(&mut self, now: Moment, node: &NodeId) -> WelcomeV1 {
+        self.machine.handle(now, Input::Admitted { node: node.clone() });
+        self.welcome(now, node)
+    }
+
+    /// What a site is told that only fetches the model and takes part in no round.
+    pub fn welcome(&self, now: Moment, node: &NodeId) -> WelcomeV1 {
+        WelcomeV1 {
+            protocol: theriac_protocol::message::PROTOCOL_MAX,
+            federation: "simulation".to_owned(),
+            node: node.clone(),
+            time: Timestamp(0),
+            frame_bytes_max: u32::MAX,
+            model_version: self.header.version,
+            model_digest: self.header.payload_digest,
+            audit_checkpoint: (0, Digest::default()),
+            audit_consistency: Vec::new(),
+            round: self.machine.announcement(now),
+        }
+    }
+
+    /// Takes a message of a site; answers that do not come from the machine are returned.
+    pub fn handle(&mut self, now: Moment, node: &NodeId, message: ToAggregator) -> Option<ToEdge> {
+        match message {
+            ToAggregator::Update(header, payload) => self.update(now, node, header, payload),
+            ToAggregator::Decline(decline) => {
+                let reason = decline_word(decline.reason);
+                self.record(|record| record.declined.push(Refused { site: node.clone(), reason }));
+                let (round, reason) = (decline.round, decline.reason);
+                self.machine.handle(now, Input::Declined { node: node.clone(), round, reason });
+                None
+            }
+            ToAggregator::FetchModel(fetch) if fetch.version == self.header.version => {
+                Some(ToEdge::Model(self.header.clone(), self.payload.clone()))
+            }
+            ToAggregator::Verdict(verdict) => {
+                let word = verdict_word(verdict.verdict).to_owned();
+                self.record(|record| {
+                    record.verdicts.insert(node.clone(), word);
+                });
+                None
+            }
+            ToAggregator::FetchModel(_) | ToAggregator::Hello(_) | ToAggregator::Goodbye => {
+                Some(refusal(RefusalCode::OutOfTurn, None))
+            }
+        }
+    }
+
+    fn update(&mut self, now: Moment, node: &NodeId, header: UpdateV1, payload: Bytes) -> Option<ToEdge> {
+        let (round, nonce, base_digest) = (header.round, header.nonce, header.base_digest);
+        let Some(terms) = &self.open else {
+            return Some(refusal(RefusalCode::RoundClosed, Some(round)));
+        };
+        match validate(RawUpdate { node: node.clone(), header, payload }, terms) {
+            Ok(update) => {
+                let payload_digest = update.header().payload_digest;
+                self.held.insert(node.clone(), update);
+                let node = node.clone();
+                self.machine.handle(now, Input::Update { node, round, nonce, base_digest, payload_digest });
+                None
+            }
+            Err(error) => {
+                self.refused(node, error.code());
+                Some(refusal(error.code(), Some(round)))
+            }
+        }
+    }
+
+    /// Carries out what the machine asks for; what is to be sent.
+    pub fn poll(&mut self, now: Moment) -> Vec<(NodeId, ToEdge)> {
+        let mut messages = Vec::new();
+        while let Some(output) = self.machine.poll_output() {
+            match output {
+                Output::Open { announce, .. } => self.begin(now, announce),
+                Output::Announce { to, announce } => {
+                    messages.extend(to.into_iter().map(|node| (node, ToEdge::Announce(announce.clone()))));
+                }
+                Output::Refuse { node, round, code } => {
+                    self.held.remove(&node);
+                    self.refused(&node, code);
+                    messages.push((node, refusal(code, Some(round))));
+                }
+                Output::Store { node, round, .. } => {
+                    let input = match self.held.remove(&node) {
+                        Some(update) => {
+                            self.stored.insert(node.clone(), update);
+                            Input::Stored { node, round }
+                        }
+                        None => Input::StoreFailed { node, round },
+                    };
+                    self.machine.handle(now, input);
+                }
+                Output::Receipt { node, round, payload_digest } => {
+                    let receipt = ReceiptV1 {
+                        round,
+                        payload_digest,
+                        leaf_index: 0,
+                        ledger_head: Digest::default(),
+                        signature: vec![0; 64],
+                    };
+                    messages.push((node, ToEdge::Receipt(receipt)));
+                }
+                Output::Aggregate { round, members, .. } => {
+                    let input = match self.aggregate(&members) {
+                        Ok((version, digest)) => Input::Aggregated { round, version, digest },
+                        Err(error) => {
+                            self.record(|record| record.outcome = error.to_string());
+                            Input::AggregationFailed { round }
+                        }
+                    };
+                    self.machine.handle(now, input);
+                }
+                Output::Publish { round, version, digest, members } => {
+                    self.publish(now, round, version, digest, members.len());
+                    self.machine.handle(now, Input::Published { round });
+                }
+                Output::Abort { round, reason } => {
+                    self.end(now, &format!("{reason:?}"));
+                    self.machine.handle(now, Input::Aborted { round });
+                }
+                Output::Closed { to, closed } => {
+                    messages.extend(to.into_iter().map(|node| (node, ToEdge::Closed(closed.clone()))));
+                }
+            }
+        }
+        messages
+    }
+
+    /// When something is due.
+    pub fn timeout(&self) -> Option<Moment> {
+        self.machine.poll_timeout()
+    }
+
+    /// Lets time pass.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        self.machine.handle_timeout(now);
+    }
+
+    /// Number of the latest round, 0 before the first.
+    pub fn round(&self) -> u64 {
+        self.records.last().map_or(0, |record| record.round)
+    }
+
+    /// The latest model with its header.
+    pub fn model(&self) -> (&ModelV1, &GlobalModel) {
+        (&self.header, &self.model)
+    }
+
+    /// What the rounds left behind.
+    pub fn into_records(self) -> (GlobalModel, Vec<RoundRecord>) {
+        (self.model, self.records)
+    }
+
+    fn begin(&mut self, now: Moment, announce: AnnounceV1) {
+        let round = announce.round;
+        self.records.push(RoundRecord { round: round.0, ..RoundRecord::default() });
+        self.open = Some(announce);
+        self.opened_at = now;
+        self.held.clear();
+        self.stored.clear();
+        self.machine.handle(now, Input::Opened { round });
+    }
+
+    /// The rule over the sites' sums, times their number; what earlier rounds gave is added, since every round reads other
+    /// blocks; then the solve.
+    fn aggregate(&mut self, members: &[(NodeId, Digest)]) -> Result<(ModelVersion, Digest), CombineError> {
+        let rows = members.iter().filter_map(|(node, _)| self.stored.get(node)).map(ValidatedUpdate::row);
+        let rows = PayloadRows::new(rows.collect(), self.terms.values)?;
+        self.rule.check(members.len())?;
+        let combined = self.rule.combine(&rows)?;
+        for (sum, value) in self.sum.iter_mut().zip(&combined.values) {
+            *sum += f64::from(*value) * members.len() as f64;
+        }
+        self.releases += members.len();
+        #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
+        let sum: Vec<f32> = self.sum.iter().map(|value| *value as f32).collect();
+        let (sigma, clip_norm) = (self.terms.noise_multiplier.value(), self.terms.clip_norm.value());
+        let weights = moments::solve(&sum, self.releases, sigma, clip_norm, self.model.channels());
+        let next = self.model.with_own_lag(&weights)?;
+        let payload = Bytes::from(encode_f32(next.values()));
+        let digest = Digest::of(&payload);
+        self.candidate = Some((next, payload));
+        let mut distances: Vec<f64> = combined.evidence.iter().map(|row| row.distance).collect();
+        let middle = distances.len() / 2;
+        let median = *distances.select_nth_unstable_by(middle, f64::total_cmp).1;
+        let evidence = members.iter().zip(combined.evidence).map(|((site, _), row)| Evidence {
+            site: site.clone(),
+            row,
+            outvoted: row.distance > OUTVOTED_DISTANCE * median,
+        });
+        let evidence: Vec<Evidence> = evidence.collect();
+        let contributors = members.iter().map(|(node, _)| node.clone()).collect();
+        self.record(|record| (record.evidence, record.contributors) = (evidence, contributors));
+        Ok((self.header.version.next(), digest))
+    }
+
+    fn publish(&mut self, now: Moment, round: Round, version: ModelVersion, digest: Digest, contributors: usize) {
+        if let Some((model, payload)) = self.candidate.take() {
+            self.header.version = version;
+            self.header.round = round;
+            self.header.payload_digest = digest;
+            self.header.contributors = u32::try_from(contributors).unwrap_or(u32::MAX);
+            (self.model, self.payload) = (model, payload);
+        }
+        self.end(now, "published");
+    }
+
+    fn end(&mut self, now: Moment, outcome: &str) {
+        self.open = None;
+        let (version, digest) = (self.header.version.0, self.header.payload_digest.to_string());
+        let seconds = now.since(self.opened_at).as_secs_f64();
+        self.record(|record| {
+            if record.outcome.is_empty() {
+                outcome.clone_into(&mut record.outcome);
+            }
+            (record.model_version, record.model_digest, record.virtual_seconds) = (version, digest, seconds);
+        });
+    }
+
+    fn refused(&mut self, node: &NodeId, code: RefusalCode) {
+        self.record(|record| record.refused.push(Refused { site: node.clone(), reason: code.word() }));
+    }
+
+    fn record(&mut self, change: impl FnOnce(&mut RoundRecord)) {
+        if let Some(record) = self.records.last_mut() {
+            change(record);
+        }
+    }
+}
+
+/// Why validated updates gave no model.
+#[derive(Debug, thiserror::Error)]
+enum CombineError {
+    #[error(transparent)]
+    Rule(#[from] RuleError),
+    #[error(transparent)]
+    Model(#[from] GlobalError),
+}
+
+fn decline_word(reason: DeclineReason) -> &'static str {
+    match reason {
+        DeclineReason::BudgetSpent => "budget_spent",
+        DeclineReason::TermsTooWeak => "terms_too_weak",
+        DeclineReason::TooFewBlocks => "too_few_blocks",
+        DeclineReason::UnknownLayout => "unknown_layout",
+        DeclineReason::StorageUnavailable => "storage_unavailable",
+        DeclineReason::ReceiveOnly => "receive_only",
+    }
+}
+
+/// A verdict's word for records.
+pub fn verdict_word(verdict: GateVerdict) -> &'static str {
+    match verdict {
+        GateVerdict::Accepted => "accepted",
+        GateVerdict::WorseOnTail => "worse_on_tail",
+        GateVerdict::NonFinite => "non_finite",
+        GateVerdict::LayoutMismatch => "layout_mismatch",
+        GateVerdict::Stale => "stale",
+        GateVerdict::TooFewRows => "too_few_rows",
+    }
+}
+
+fn refusal(code: RefusalCode, round: Option<Round>) -> ToEdge {
+    ToEdge::Refusal(RefusalV1 { code, round, retry_after_ms: 0 })
+}

@@ -1,0 +1,283 @@
+//! Sites and centre together, until the last round is over.
+//!
+//! Messages lie in one queue, in the order of sending. Time stands still while any message, output or judgement is left, and
+//! then jumps to the next deadline. So the same arguments give the same rounds; only privacy noise differs.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::{Bytes, BytesMut};
+use rayon::prelude::*;
+use theriac_model::feature::FeatureSchema;
+use theriac_model::global::GlobalModel;
+use theriac_protocol::codec::{self, CodecError, Encoded};
+use theriac_protocol::frame::{FrameError, FrameHeader, HEADER_BYTES};
+use theriac_protocol::message::{FetchModelV1, ModelV1, ToAggregator, ToEdge};
+use theriac_protocol::participant::{Input, Output};
+use theriac_protocol::units::{Moment, NodeId};
+
+use super::args::Settings;
+use super::center::{Center, RoundRecord};
+use super::member::{Member, MemberError};
+
+/// Why a simulated federation cannot go on. Nothing that a hostile site sends is among it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FederationError {
+    /// A site cannot make its update.
+    #[error("site `{site}`: {source}")]
+    Member {
+        /// Which.
+        site: NodeId,
+        /// Why.
+        source: MemberError,
+    },
+    /// A message of the program itself does not pass the codec.
+    #[error("a message cannot be carried: {0}")]
+    Codec(#[from] CodecError),
+    /// A frame of the program itself is refused.
+    #[error("a frame cannot be carried: {0}")]
+    Frame(#[from] FrameError),
+}
+
+/// Bytes of one site in one round.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// From the site.
+    pub up: u64,
+    /// To the site.
+    pub down: u64,
+}
+
+/// What came of the rounds.
+#[derive(Debug)]
+pub struct Outcome<'a> {
+    /// Header of the last published model.
+    pub header: ModelV1,
+    /// That model.
+    pub model: GlobalModel,
+    /// The rounds in order.
+    pub records: Vec<RoundRecord>,
+    /// Bytes by round and site.
+    pub traffic: BTreeMap<(u64, NodeId), Traffic>,
+    /// The sites, with their detectors, verdicts and ledgers.
+    pub members: BTreeMap<NodeId, Member<'a>>,
+}
+
+/// Runs all rounds among `members`; a `newcomer` then fetches the model and judges it.
+///
+/// # Errors
+/// [`FederationError`]
+pub fn run<'a>(
+    center: Center,
+    members: Vec<Member<'a>>,
+    newcomer: Option<Member<'a>>,
+    settings: &Settings,
+    schema: &FeatureSchema,
+) -> Result<Outcome<'a>, FederationError> {
+    let mut federation = Federation {
+        center,
+        members: BTreeMap::new(),
+        queue: VecDeque::new(),
+        judging: Vec::new(),
+        traffic: BTreeMap::new(),
+        now: Moment::default(),
+        settings,
+        schema,
+    };
+    for member in members {
+        let node = member.site.name.clone();
+        let welcome = federation.center.admit(federation.now, &node);
+        federation.join(node, member, welcome)?;
+    }
+    federation.run()?;
+    if let Some(member) = newcomer {
+        let node = member.site.name.clone();
+        let welcome = federation.center.welcome(federation.now, &node);
+        federation.join(node, member, welcome)?;
+        federation.run()?;
+    }
+    let header = federation.center.model().0.clone();
+    let (model, records) = federation.center.into_records();
+    Ok(Outcome { header, model, records, traffic: federation.traffic, members: federation.members })
+}
+
+/// A message on its way.
+#[derive(Debug)]
+enum Message {
+    Up(Encoded),
+    Down(Encoded),
+}
+
+struct Federation<'a, 'b> {
+    center: Center,
+    members: BTreeMap<NodeId, Member<'a>>,
+    queue: VecDeque<(NodeId, Message)>,
+    /// Sites with a model to judge.
+    judging: Vec<NodeId>,
+    traffic: BTreeMap<(u64, NodeId), Traffic>,
+    now: Moment,
+    settings: &'b Settings,
+    schema: &'b FeatureSchema,
+}
+
+impl<'a> Federation<'a, '_> {
+    fn join(
+        &mut self,
+        node: NodeId,
+        mut member: Member<'a>,
+        welcome: theriac_protocol::message::WelcomeV1,
+    ) -> Result<(), FederationError> {
+        member.participant.handle(self.now, Input::Connected);
+        self.send(&node, &ToEdge::Welcome(welcome))?;
+        self.members.insert(node, member);
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), FederationError> {
+        loop {
+            let messages = self.center.poll(self.now);
+            for (node, message) in messages {
+                self.send(&node, &message)?;
+            }
+            self.poll_members()?;
+            if let Some((node, message)) = self.queue.pop_front() {
+                self.deliver(node, message)?;
+            } else if !self.judging.is_empty() {
+                self.judge();
+            } else if !self.pass_time() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Carries out what the participants ask for.
+    fn poll_members(&mut self) -> Result<(), FederationError> {
+        let mut up = Vec::new();
+        for (node, member) in &mut self.members {
+            while let Some(output) = member.participant.poll_output() {
+                match output {
+                    Output::Train { announce } => {
+                        let (round, nonce) = (announce.round, announce.nonce);
+                        let made = member
+                            .train(&announce, self.settings, self.schema)
+                            .map_err(|source| FederationError::Member { site: node.clone(), source })?;
+                        let input = match made {
+                            Ok(payload_digest) => Input::Trained { round, nonce, payload_digest },
+                            Err(reason) => Input::CannotTrain { round, nonce, reason },
+                        };
+                        member.participant.handle(self.now, input);
+                    }
+                    Output::SendUpdate { .. } => {
+                        let update = member.outbox.clone();
+                        up.extend(update.map(|(h, p)| (node.clone(), ToAggregator::Update(h, p))));
+                    }
+                    Output::SendDecline(decline) => up.push((node.clone(), ToAggregator::Decline(decline))),
+                    Output::FetchModel { version } => {
+                        up.push((node.clone(), ToAggregator::FetchModel(FetchModelV1 { version })));
+                    }
+                    Output::Judge { .. } => self.judging.push(node.clone()),
+                    Output::SendVerdict(verdict) => up.push((node.clone(), ToAggregator::Verdict(verdict))),
+                    Output::DropOutbox { .. } => member.outbox = None,
+                    Output::CancelTraining { .. } | Output::Report(_) => {}
+                }
+            }
+        }
+        for (node, message) in up {
+            let message = codec::encode_to_aggregator(&message)?;
+            let round = self.center.round();
+            self.traffic.entry((round, node.clone())).or_default().up += message.len() as u64;
+            self.queue.push_back((node, Message::Up(message)));
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, node: &NodeId, message: &ToEdge) -> Result<(), FederationError> {
+        let message = codec::encode_to_edge(message)?;
+        let round = self.center.round();
+        self.traffic.entry((round, node.clone())).or_default().down += message.len() as u64;
+        self.queue.push_back((node.clone(), Message::Down(message)));
+        Ok(())
+    }
+
+    fn deliver(&mut self, node: NodeId, message: Message) -> Result<(), FederationError> {
+        match message {
+            Message::Up(frame) => {
+                let (kind, body) = open(frame)?;
+                let message = codec::decode_to_aggregator(kind, body)?;
+                if let Some(answer) = self.center.handle(self.now, &node, message) {
+                    self.send(&node, &answer)?;
+                }
+            }
+            Message::Down(frame) => {
+                let (kind, body) = open(frame)?;
+                let message = codec::decode_to_edge(kind, body)?;
+                if let Some(member) = self.members.get_mut(&node)
+                    && let Some(input) = input(member, message)
+                {
+                    member.participant.handle(self.now, input);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every gate on its own rows, in parallel.
+    fn judge(&mut self) {
+        let nodes = std::mem::take(&mut self.judging);
+        let judged: Vec<_> = self
+            .members
+            .par_iter_mut()
+            .filter(|(node, _)| nodes.contains(node))
+            .map(|(node, member)| (node.clone(), member.judge()))
+            .collect();
+        for (node, verdict) in judged {
+            if let Some(member) = self.members.get_mut(&node)
+                && let Some((header, _)) = &member.model
+            {
+                let version = header.version;
+                member.participant.handle(self.now, Input::Judged { version, verdict });
+            }
+        }
+    }
+
+    /// Jumps to the next deadline; `false` when there is none and all is over.
+    fn pass_time(&mut self) -> bool {
+        let members = self.members.values().filter_map(|member| member.participant.poll_timeout());
+        let Some(next) = members.chain(self.center.timeout()).min() else { return false };
+        self.now = self.now.max(next);
+        self.center.handle_timeout(self.now);
+        for member in self.members.values_mut() {
+            member.participant.handle_timeout(self.now);
+        }
+        true
+    }
+}
+
+/// What a site's machine is told of a message.
+fn input(member: &mut Member<'_>, message: ToEdge) -> Option<Input> {
+    Some(match message {
+        ToEdge::Welcome(welcome) => Input::Welcome(welcome),
+        ToEdge::Refusal(refusal) => Input::Refusal(refusal),
+        ToEdge::Announce(announce) => Input::Announce(announce),
+        ToEdge::Receipt(receipt) => Input::Receipt(receipt),
+        ToEdge::Model(header, payload) => {
+            member.receive(header.clone(), &payload);
+            Input::Model { header }
+        }
+        ToEdge::Closed(closed) => Input::Closed(closed),
+        ToEdge::Goodbye(_) => return None,
+    })
+}
+
+/// What a reader does with a frame: its header, then its body.
+fn open(frame: Encoded) -> Result<(u16, Bytes), FederationError> {
+    let mut bytes = BytesMut::with_capacity(frame.len());
+    bytes.extend_from_slice(&frame.head);
+    bytes.extend_from_slice(&frame.payload);
+    let mut bytes = bytes.freeze();
+    let head = bytes.split_to(HEADER_BYTES.min(bytes.len()));
+    let mut header = [0; HEADER_BYTES];
+    header[..head.len()].copy_from_slice(&head);
+    let header = FrameHeader::parse(&header, u32::MAX)?;
+    Ok((header.kind, bytes))
+}

@@ -1,0 +1,303 @@
+//! A site in a federation: the edge's participant machine, its ledger, and what it releases.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha20Rng;
+use sha2::{Digest as _, Sha256};
+use theriac_model::detector::Detector;
+use theriac_model::feature::FeatureSchema;
+use theriac_model::gate::{self, GateOutcome};
+use theriac_model::global::{GlobalModel, delta_layout, model_layout, moments_layout};
+use theriac_model::series::Series;
+use theriac_privacy::ledger::{Ledger, LedgerError, ReleasePlan, Reserved};
+use theriac_privacy::noise::OpenDpGaussian;
+use theriac_privacy::policy::{Policy, PolicyError, PrivacyUnit};
+use theriac_privacy::update::{LocalUpdate, UpdateError};
+use theriac_protocol::compress::{decode_range, encode_f32};
+use theriac_protocol::message::{
+    AnnounceV1, DeclineReason, Encoding, GateVerdict, ModelV1, PrivacyClaimV1, UpdateKind, UpdateV1,
+};
+use theriac_protocol::participant::{LayoutDigests, Participant, ParticipantConfig};
+use theriac_protocol::round::BaseModel;
+use theriac_protocol::units::{Delta, Digest, Epsilon, Moment, NoiseMultiplier, Timestamp, UnitError};
+
+use super::args::{Settings, Terms};
+use super::data::Site;
+use crate::attack::Attack;
+
+/// Why a site cannot take part.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemberError {
+    /// The ledger cannot be used.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// The policy made of the arguments is refused.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// An update cannot be made.
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    /// The ledger's directory cannot be made.
+    #[error("cannot make {path}: {source}")]
+    Directory {
+        /// Which.
+        path: std::path::PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A number of the unprotected arm is out of range.
+    #[error(transparent)]
+    Unit(#[from] UnitError),
+}
+
+/// A site while rounds run.
+#[derive(Debug)]
+pub struct Member<'a> {
+    /// Its rows.
+    pub site: &'a Site,
+    /// The edge's half of the rounds.
+    pub participant: Participant,
+    /// What it does to its updates.
+    pub attack: Option<Attack>,
+    /// The update of the running round: exactly these bytes are sent.
+    pub outbox: Option<(UpdateV1, Bytes)>,
+    /// The detector in use and the rows that its gate looks at; `None`: this site's gate is not asked.
+    pub detector: Option<(Detector, Arc<Series>)>,
+    /// What its gate decided last.
+    pub verdict: Option<GateVerdict>,
+    /// The published model that came last: its header, and its values when they fit the layout.
+    pub model: Option<(ModelV1, Option<GlobalModel>)>,
+    ledger: Option<Ledger>,
+    rng: ChaCha20Rng,
+    channels: usize,
+}
+
+impl<'a> Member<'a> {
+    /// A site that holds the initial model. Its ledger, if there is noise, is begun in `dir`.
+    ///
+    /// # Errors
+    /// [`MemberError`]
+    pub fn new(
+        site: &'a Site,
+        settings: &Settings,
+        channels: usize,
+        base: BaseModel,
+        dir: &Path,
+    ) -> Result<Self, MemberError> {
+        let ledger = match &settings.terms {
+            Some(terms) => Some(open_ledger(site, terms, settings, dir)?),
+            None => None,
+        };
+        let config = ParticipantConfig {
+            noise_multiplier_min: NoiseMultiplier::new(f64::MIN_POSITIVE)?,
+            clip_norm_max: None,
+            layout_digests: LayoutDigests {
+                model: Digest(model_layout(channels).digest()),
+                moments: Digest(moments_layout(channels).digest()),
+                delta: Digest(delta_layout(channels).digest()),
+            },
+        };
+        let seed = Sha256::new()
+            .chain_update(settings.args.seed.to_le_bytes())
+            .chain_update(site.name.as_str())
+            .finalize();
+        Ok(Self {
+            site,
+            participant: Participant::new(config, base, None, Moment::default()),
+            attack: None,
+            outbox: None,
+            detector: None,
+            verdict: None,
+            model: None,
+            ledger,
+            rng: ChaCha20Rng::from_seed(seed.into()),
+            channels,
+        })
+    }
+
+    /// ε spent so far; `None` when there is no noise.
+    pub fn epsilon(&self) -> Option<f64> {
+        self.ledger.as_ref().map(|ledger| ledger.spent().epsilon)
+    }
+
+    /// Makes the update of a round and puts it into the outbox: charge, read, clip, noise, compress.
+    ///
+    /// # Errors
+    /// The reason to decline with, or [`MemberError`] when something is wrong here.
+    pub fn train(
+        &mut self,
+        announce: &AnnounceV1,
+        settings: &Settings,
+        schema: &FeatureSchema,
+    ) -> Result<Result<Digest, DeclineReason>, MemberError> {
+        let rounds = u64::from(settings.args.rounds);
+        let block_rows = usize::try_from(announce.block_rows).unwrap_or(usize::MAX);
+        let ids = self.site.units(block_rows, announce.round.0.saturating_sub(1), rounds);
+        if ids.end - ids.start < u64::from(announce.blocks_min) {
+            return Ok(Err(DeclineReason::TooFewBlocks));
+        }
+        let (header, payload) = match &mut self.ledger {
+            None => self.unprotected(announce, schema, ids)?,
+            Some(ledger) => {
+                let plan = ReleasePlan {
+                    round: announce.round,
+                    nonce: announce.nonce,
+                    kind: announce.kind,
+                    values: announce.values,
+                    block_span: ledger.policy().block_span(),
+                    blocks: ids.collect(),
+                    clip_norm: announce.clip_norm,
+                    noise_multiplier: announce.noise_multiplier,
+                };
+                let unit = ledger.policy().unit();
+                let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
+                    Ok(Reserved::Fresh(reservation)) => reservation,
+                    // Nothing is lost in this link, so nothing is trained twice.
+                    Ok(Reserved::AlreadyCharged { .. }) => return Ok(Err(DeclineReason::BudgetSpent)),
+                    Err(error) => return Ok(Err(error.decline_reason())),
+                };
+                let id = reservation.id();
+                let read = |blocks: &[u64]| read_units(self.site, schema, unit, blocks, announce);
+                let local = LocalUpdate::moments(reservation, announce.layout_digest, read)?;
+                let noisy = local.clip().noise(&OpenDpGaussian)?;
+                let tampered = self.attack.map(|attack| attack.apply(announce.round, noisy.values().to_vec()));
+                let rng = &mut self.rng;
+                let compressed = noisy.compress(|| rng.random());
+                ledger.mark_released(id, compressed.payload_digest(), Timestamp(announce.round.0))?;
+                let message = compressed.into_message(announce.base_digest, announce.blocks_max);
+                match tampered {
+                    Some(values) => exact(message.0, &values),
+                    None => message,
+                }
+            }
+        };
+        let digest = header.payload_digest;
+        self.outbox = Some((header, payload));
+        Ok(Ok(digest))
+    }
+
+    /// An update without noise, for measurement: the sum of the clipped blocks as it is. No edge has such a path.
+    fn unprotected(
+        &self,
+        announce: &AnnounceV1,
+        schema: &FeatureSchema,
+        ids: std::ops::Range<u64>,
+    ) -> Result<(UpdateV1, Bytes), MemberError> {
+        let blocks: Vec<u64> = ids.collect();
+        let units = read_units(self.site, schema, PrivacyUnit::Block, &blocks, announce);
+        let mut sum = vec![0.0_f64; moments_layout(self.channels).len()];
+        for unit in units {
+            let norm = unit.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+            let scale = (announce.clip_norm.value() / norm).min(1.0);
+            sum.iter_mut().zip(&unit).for_each(|(sum, value)| *sum += scale * f64::from(*value));
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
+        let values: Vec<f32> = sum.into_iter().map(|value| value as f32).collect();
+        let values = match self.attack {
+            Some(attack) => attack.apply(announce.round, values),
+            None => values,
+        };
+        let header = UpdateV1 {
+            round: announce.round,
+            nonce: announce.nonce,
+            kind: UpdateKind::Moments,
+            base_digest: announce.base_digest,
+            layout_digest: announce.layout_digest,
+            values: announce.values,
+            encoding: Encoding::F32,
+            payload_digest: Digest::default(),
+            blocks_bound: announce.blocks_max,
+            privacy: PrivacyClaimV1 {
+                clip_norm: announce.clip_norm,
+                noise_multiplier: announce.noise_multiplier,
+                // Nothing is promised.
+                epsilon_spent: Epsilon::new(f64::MAX)?,
+                delta: Delta::new(1.0 - f64::EPSILON)?,
+                ledger_head: Digest::default(),
+                ledger_records: 0,
+            },
+        };
+        Ok(exact(header, &values))
+    }
+
+    /// Takes a published model. Values that do not fit are kept as "not a model" for the gate to refuse.
+    pub fn receive(&mut self, header: ModelV1, payload: &Bytes) {
+        let fits = payload.len() == model_layout(self.channels).len() * 4
+            && Digest::of(payload) == header.payload_digest;
+        let model = fits.then(|| {
+            let mut values = vec![0.0; payload.len() / 4];
+            decode_range(Encoding::F32, payload, 0, &mut values);
+            GlobalModel::from_values(self.channels, values).ok()
+        });
+        self.model = Some((header, model.flatten()));
+    }
+
+    /// Runs the edge's gate on the model that came last; an accepted detector is in use from then on. A site whose gate is
+    /// not asked takes every model that fits.
+    pub fn judge(&mut self) -> GateVerdict {
+        let verdict = match (&self.model, &mut self.detector) {
+            (None | Some((_, None)), _) => GateVerdict::NonFinite,
+            (Some((_, Some(_))), None) => GateVerdict::Accepted,
+            (Some((_, Some(model))), Some((detector, rows))) => match gate::judge(detector, rows, model) {
+                GateOutcome::Accepted(accepted) => {
+                    *detector = *accepted;
+                    GateVerdict::Accepted
+                }
+                GateOutcome::WorseOnTail => GateVerdict::WorseOnTail,
+                GateOutcome::LayoutMismatch => GateVerdict::LayoutMismatch,
+                GateOutcome::TooFewRows => GateVerdict::TooFewRows,
+                _ => GateVerdict::NonFinite,
+            },
+        };
+        self.verdict = Some(verdict);
+        verdict
+    }
+}
+
+/// The vectors of the charged units, unclipped by the block's norm.
+fn read_units(
+    site: &Site,
+    schema: &FeatureSchema,
+    unit: PrivacyUnit,
+    ids: &[u64],
+    announce: &AnnounceV1,
+) -> Vec<Vec<f32>> {
+    let index = |id: &u64| usize::try_from(*id).unwrap_or(usize::MAX);
+    match (unit, ids) {
+        (_, []) => Vec::new(),
+        (PrivacyUnit::Block, ids) => {
+            let blocks = site.blocks(schema);
+            ids.iter().filter_map(|id| blocks.get(index(id)).cloned()).collect()
+        }
+        (PrivacyUnit::Record, [first, .., last]) => {
+            // Announced is half of what one record can move.
+            site.records(schema, &(index(first)..index(last) + 1), 2.0 * announce.clip_norm.value())
+        }
+        (PrivacyUnit::Record, [_]) => Vec::new(),
+    }
+}
+
+/// The same update with these values, written exactly.
+fn exact(header: UpdateV1, values: &[f32]) -> (UpdateV1, Bytes) {
+    let payload = Bytes::from(encode_f32(values));
+    let header = UpdateV1 { encoding: Encoding::F32, payload_digest: Digest::of(&payload), ..header };
+    (header, payload)
+}
+
+fn open_ledger(site: &Site, terms: &Terms, settings: &Settings, dir: &Path) -> Result<Ledger, MemberError> {
+    let span = settings.step.as_secs() * terms.block_rows as u64;
+    let policy = Policy::parse(&format!(
+        "site = \"{}\"\nunit = \"{}\"\nblock = \"{span}s\"\nepsilon = {:?}\ndelta = {:?}\nnoise_multiplier_min = 1e-3\n",
+        site.name,
+        terms.unit,
+        terms.epsilon.value(),
+        terms.delta.value(),
+    ))?;
+    let directory = |source| MemberError::Directory { path: dir.to_owned(), source };
+    std::fs::create_dir_all(dir).map_err(directory)?;
+    Ok(Ledger::open(&dir.join(format!("{}.log", site.name)), &site.name, policy, Timestamp(0))?)
+}
