@@ -4,13 +4,12 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use axum::extract::{Query, State};
+use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use prometheus_client::registry::Registry;
-use serde::Deserialize;
 use theriac_transport::Endpoint;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -121,16 +120,13 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
     }
 }
 
-#[derive(Debug, Deserialize)]
-struct RoundsQuery {
-    limit: Option<u32>,
-}
-
-async fn list_rounds(State(page): State<Arc<Page>>, Query(query): Query<RoundsQuery>, headers: HeaderMap) -> Response {
+/// `?limit=N` gives the newest N rounds.
+async fn list_rounds(State(page): State<Arc<Page>>, RawQuery(query): RawQuery, headers: HeaderMap) -> Response {
     if !is_local(&headers) {
         return foreign();
     }
-    let limit = query.limit.unwrap_or(ROUNDS_DEFAULT).min(ROUNDS_MAX);
+    let asked = query.and_then(|query| query.strip_prefix("limit=").and_then(|limit| limit.parse().ok()));
+    let limit = asked.unwrap_or(ROUNDS_DEFAULT).min(ROUNDS_MAX);
     match page.store.read(move |connection| rounds::list(connection, limit)).await {
         Ok(rows) => Json(rows).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),

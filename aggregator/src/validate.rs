@@ -4,7 +4,8 @@
 //! concerns the round (number, nonce, base model, duplicates) is the round machine's.
 
 use bytes::Bytes;
-use theriac_protocol::compress::{payload_len, scan};
+use theriac_model::moments::MOMENTS_PER_CHANNEL;
+use theriac_protocol::compress::{decode_range, payload_len, scan};
 use theriac_protocol::message::{AnnounceV1, Encoding, UpdateKind, UpdateV1};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::{Digest, NodeId};
@@ -226,10 +227,189 @@ fn rounding_slack(encoding: Encoding) -> f64 {
     }
 }
 
-/// Moments of any series have non-negative squares on the diagonal. Their sum carries noise of a known standard deviation, so
-/// a sum more than six of them below zero comes from no series: a sign flip, for example. (The ratio of cross to own
-/// moments would say more, but only for a centred scaler, which the public one is not.)
+/// Moments of any series have non-negative squares on the diagonal of `Σ p pᵀ`. Their sum carries Gaussian noise of a known
+/// standard deviation, σC√(number of entries), so a sum more than six of them below zero comes from no series: a strong
+/// sign flip, for example. (The ratio of cross to own moments would say more, but only for a centred scaler, which
+/// the public one is not: see `theriac_model::moments::plausible`.)
 fn plausible(header: &UpdateV1, payload: &[u8], terms: &AnnounceV1) -> Result<(), UpdateError> {
-    let _ = (header, payload, terms);
+    let mut channel = [0.0_f32; MOMENTS_PER_CHANNEL];
+    let channels = usize::try_from(header.values).unwrap_or(usize::MAX) / MOMENTS_PER_CHANNEL;
+    let mut found = 0.0;
+    for index in 0..channels {
+        decode_range(header.encoding, payload, index * MOMENTS_PER_CHANNEL, &mut channel);
+        found += DIAGONAL.map(|entry| f64::from(channel[entry])).iter().sum::<f64>();
+    }
+    let entries = (channels * DIAGONAL.len()) as f64;
+    let bound = -6.0 * terms.noise_multiplier.value() * terms.clip_norm.value() * entries.sqrt();
+    if found < bound {
+        return Err(UpdateError::Implausible { what: "the sum of squares", bound, found });
+    }
     Ok(())
+}
+
+/// Places of the squares among a channel's moments: the diagonal of a 5 × 5 upper triangle, row after row.
+const DIAGONAL: [usize; 5] = [0, 5, 9, 12, 14];
+
+#[cfg(test)]
+mod tests {
+    use theriac_protocol::compress::{encode_f32, encode_int8};
+    use theriac_protocol::message::PrivacyClaimV1;
+    use theriac_protocol::units::{Delta, Epsilon, L2Norm, ModelVersion, NoiseMultiplier, Round};
+
+    use super::*;
+
+    fn terms(kind: UpdateKind, values: u32) -> AnnounceV1 {
+        AnnounceV1 {
+            round: Round(3),
+            nonce: 7,
+            kind,
+            values,
+            layout_digest: Digest::of(b"layout"),
+            base_version: ModelVersion(2),
+            base_digest: Digest::of(b"base"),
+            clip_norm: L2Norm::new(2.0).unwrap(),
+            noise_multiplier: NoiseMultiplier::new(1.5).unwrap(),
+            block_rows: 60,
+            blocks_min: 1,
+            blocks_max: 4,
+            deadline_ms: 1_000,
+        }
+    }
+
+    fn raw(values: &[f32], encoding: Encoding, payload: Vec<u8>, terms: &AnnounceV1) -> RawUpdate {
+        let header = UpdateV1 {
+            round: terms.round,
+            nonce: terms.nonce,
+            kind: terms.kind,
+            base_digest: terms.base_digest,
+            layout_digest: terms.layout_digest,
+            values: u32::try_from(values.len()).unwrap(),
+            encoding,
+            payload_digest: Digest::of(&payload),
+            blocks_bound: terms.blocks_max,
+            privacy: PrivacyClaimV1 {
+                clip_norm: terms.clip_norm,
+                noise_multiplier: terms.noise_multiplier,
+                epsilon_spent: Epsilon::new(1.0).unwrap(),
+                delta: Delta::new(1e-6).unwrap(),
+                ledger_head: Digest::of(b"ledger"),
+                ledger_records: 1,
+            },
+        };
+        RawUpdate { node: NodeId::new("a").unwrap(), header, payload: payload.into() }
+    }
+
+    fn f32_update(values: &[f32], terms: &AnnounceV1) -> RawUpdate {
+        raw(values, Encoding::F32, encode_f32(values), terms)
+    }
+
+    fn code(raw: RawUpdate, terms: &AnnounceV1) -> Option<RefusalCode> {
+        validate(raw, terms).err().map(|error| error.code())
+    }
+
+    #[test]
+    fn takes_an_honest_update_in_both_encodings() {
+        let terms = terms(UpdateKind::Delta, 3);
+        let values = [1.0, -2.0, 2.0];
+        let valid = validate(f32_update(&values, &terms), &terms).unwrap();
+        assert!((valid.norm() - 3.0).abs() < 1e-9);
+        let (encoding, payload) = encode_int8(&values, || 0.5);
+        assert!(validate(raw(&values, encoding, payload, &terms), &terms).is_ok());
+    }
+
+    #[test]
+    fn refuses_each_defect_with_its_own_code() {
+        let terms = terms(UpdateKind::Delta, 2);
+        let good = || f32_update(&[1.0, 1.0], &terms);
+        type Break = fn(&mut RawUpdate);
+        let cases: [(Break, RefusalCode); 10] = [
+            (|u| u.header.kind = UpdateKind::Moments, RefusalCode::LayoutMismatch),
+            (|u| u.header.layout_digest = Digest::of(b"x"), RefusalCode::LayoutMismatch),
+            (|u| u.header.values = 3, RefusalCode::WrongLength),
+            (|u| u.payload = u.payload.slice(..7), RefusalCode::WrongLength),
+            (|u| u.header.encoding = Encoding::Int8 { scale: 1.0 }, RefusalCode::WrongLength),
+            (|u| u.header.payload_digest = Digest::of(b"x"), RefusalCode::DigestMismatch),
+            (|u| u.header.privacy.noise_multiplier = NoiseMultiplier::new(1.4).unwrap(), RefusalCode::PrivacyTooWeak),
+            (|u| u.header.privacy.clip_norm = L2Norm::new(2.1).unwrap(), RefusalCode::PrivacyTooWeak),
+            (|u| u.header.blocks_bound = 5, RefusalCode::PrivacyTooWeak),
+            (|u| u.header.values = u32::MAX, RefusalCode::WrongLength),
+        ];
+        assert_eq!(code(good(), &terms), None);
+        for (index, (break_it, expected)) in cases.into_iter().enumerate() {
+            let mut update = good();
+            break_it(&mut update);
+            assert_eq!(code(update, &terms), Some(expected), "case {index}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_no_arithmetic_should_meet() {
+        let terms = terms(UpdateKind::Delta, 2);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(code(f32_update(&[0.0, bad], &terms), &terms), Some(RefusalCode::NonFinite));
+        }
+        for huge in [1e30, f32::MAX, -1e30] {
+            assert_eq!(code(f32_update(&[huge, 0.0], &terms), &terms), Some(RefusalCode::NormExceeded));
+        }
+        let scale = Encoding::Int8 { scale: f32::NAN };
+        assert_eq!(code(raw(&[0.0; 2], scale, vec![1, 1], &terms), &terms), Some(RefusalCode::NonFinite));
+        let tiny = f32_update(&[f32::from_bits(1), 0.0], &terms);
+        assert_eq!(code(tiny, &terms), None, "a subnormal value is a value");
+    }
+
+    #[test]
+    fn norm_bound_is_units_times_clip_plus_noise() {
+        let delta = terms(UpdateKind::Delta, 100);
+        assert!((norm_bound(&delta) - (2.0 + 1.5 * 2.0 * 15.0)).abs() < 1e-9);
+        let moments = terms(UpdateKind::Moments, 100);
+        assert!((norm_bound(&moments) - (4.0 * 2.0 + 1.5 * 2.0 * 15.0)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn honest_noise_stays_below_the_bound() {
+        use rand::{Rng as _, SeedableRng as _};
+        let terms = terms(UpdateKind::Delta, 400);
+        let mut rng = rand::rngs::StdRng::seed_from_u64(5);
+        for _ in 0..200 {
+            // Box and Muller; the signal is at its clip norm.
+            let mut values: Vec<f32> = (0..400)
+                .map(|_| {
+                    let (u, v): (f32, f32) = (rng.random_range(f32::EPSILON..1.0), rng.random());
+                    3.0 * (-2.0 * u.ln()).sqrt() * (std::f32::consts::TAU * v).cos()
+                })
+                .collect();
+            values[0] += 2.0;
+            assert_eq!(code(f32_update(&values, &terms), &terms), None);
+            let (encoding, payload) = encode_int8(&values, || rng.random());
+            assert_eq!(code(raw(&values, encoding, payload, &terms), &terms), None);
+        }
+    }
+
+    #[test]
+    fn sums_of_squares_far_below_zero_come_from_no_series() {
+        let mut terms = terms(UpdateKind::Moments, 20);
+        terms.blocks_max = 100;
+        let moments = |square: f32| {
+            let mut values = [0.0_f32; 20];
+            DIAGONAL.iter().for_each(|index| values[*index] = square);
+            f32_update(&values, &terms)
+        };
+        // Six standard deviations: 6 · 1.5 · 2 · √5 = 40.2 over five entries.
+        assert_eq!(code(moments(-8.5), &terms), Some(RefusalCode::Implausible));
+        assert_eq!(code(moments(-7.5), &terms), None, "noise alone can do that");
+        assert_eq!(code(moments(50.0), &terms), None);
+    }
+
+    #[test]
+    fn squares_lie_where_the_model_puts_them() {
+        // One row of history 1, 2, 4, 8, … makes every square distinct; squares are the only moments of a single lag.
+        let rows = theriac_model::LAG_MAX + 1;
+        for (entry, lag) in DIAGONAL.into_iter().zip(theriac_model::LAGS) {
+            let mut values = vec![0.0_f32; rows];
+            values[rows - 1 - lag] = 1.0;
+            let block = theriac_model::moments::block(&values, rows);
+            let set: Vec<usize> = (0..block.len()).filter(|index| block[*index] != 0.0).collect();
+            assert_eq!(set, [entry], "lag {lag}");
+        }
+    }
 }

@@ -230,6 +230,10 @@ pub struct ProbeSettings {
     /// Longest wait for an answer. Default `1s`, range 10 ms to 60 s. Too short restarts a busy service.
     #[serde(default = "default_probe_timeout", with = "settings::duration")]
     pub timeout: Duration,
+    /// Longest time from the start of a process to its first good answer. Default `10s`, range 0 to 10 min; failed probes
+    /// count only after it. Too short restarts a service that is still starting; too long finds one late that never does.
+    #[serde(default = "default_start_grace", with = "settings::duration")]
+    pub start_grace: Duration,
 }
 
 /// `[service.state]`
@@ -266,6 +270,10 @@ fn default_probe_timeout() -> Duration {
 }
 
 fn default_check_timeout() -> Duration {
+    Duration::from_secs(10)
+}
+
+fn default_start_grace() -> Duration {
     Duration::from_secs(10)
 }
 
@@ -341,6 +349,8 @@ pub struct ProbeConfig {
     pub interval: Duration,
     /// Longest wait.
     pub timeout: Duration,
+    /// Longest time from start to first good answer.
+    pub start_grace: Duration,
 }
 
 impl EdgeConfig {
@@ -615,6 +625,12 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
                 Duration::from_millis(10),
                 Duration::from_mins(1),
             )?;
+            span(
+                &key("probe.start_grace"),
+                probe.start_grace,
+                Duration::ZERO,
+                Duration::from_mins(10),
+            )?;
             let url = probe
                 .url
                 .parse()
@@ -623,6 +639,7 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
                 url,
                 interval: probe.interval,
                 timeout: probe.timeout,
+                start_grace: probe.start_grace,
             })
         })
         .transpose()?;

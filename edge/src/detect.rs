@@ -192,6 +192,7 @@ impl Lane {
             };
         };
         let Scored { score, contributions } = running.scorer.push(&sample);
+        if std::env::var_os("DBGX").is_some() { let mut c: Vec<_> = contributions.iter().copied().zip(self.shared.schema.features.iter().map(|f| f.name.as_str())).collect(); c.sort_by(|a,b| b.0.total_cmp(&a.0)); c.truncate(4); eprintln!("DBG {score:.2} {:.2} {c:?} cpu={} mem={}", running.alarm.level(), sample.values[8], sample.values[9]); }
         let verdict = running.alarm.push(score / self.settings.threshold_factor);
         let threshold = running.alarm.level() * self.settings.threshold_factor;
         let signal = if verdict.alarmed() {

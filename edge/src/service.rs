@@ -331,8 +331,15 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
     let shared = &context.shared;
     let mut hurry_until: Option<Instant> = None;
     let mut good = 0_u32;
+    // Since when the present process runs without having answered.
+    let mut starting: Option<Instant> = None;
+    let mut process = None;
     loop {
         let begun = Instant::now();
+        if shared.pid() != process {
+            process = shared.pid();
+            starting = Some(begun);
+        }
         let answer = probe::status(&config.url, config.timeout).await;
         let latency = begun.elapsed();
         let (ok, detail) = match answer {
@@ -341,15 +348,21 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
             Err(error) => (false, error.to_string()),
         };
         good = if ok { good.saturating_add(1) } else { 0 };
-        context.note_probe(ok, latency);
-        context
-            .tell(Input::Probe {
-                service: shared.name.clone(),
-                ok,
-                latency,
-                detail,
-            })
-            .await;
+        if ok || starting.is_some_and(|since| since.elapsed() >= config.start_grace) {
+            starting = None;
+        }
+        if starting.is_none() {
+            context.note_probe(ok, latency);
+            let service = shared.name.clone();
+            context
+                .tell(Input::Probe {
+                    service,
+                    ok,
+                    latency,
+                    detail,
+                })
+                .await;
+        }
         let hurried = hurry_until.is_some_and(|until| Instant::now() < until) && good < HURRY_GOOD;
         let pause = if hurried {
             HURRIED_EVERY

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use theriac_command::output::{self, Format, Output};
 use theriac_command::problem::{self, Problem};
 use theriac_command::telemetry::{self, LogFormat};
@@ -99,7 +99,7 @@ struct CampaignArgs {
     /// Directory for report.html, summary.json and logs.
     #[arg(long, default_value = "theriac-campaign")]
     out: PathBuf,
-    /// Which faults: kill9, hang, memory_leak, cpu_hog.
+    /// Which faults: `kill9`, `hang`, `memory_leak`, `cpu_hog`.
     #[arg(long, value_delimiter = ',', default_value = "kill9,hang")]
     faults: Vec<Fault>,
     /// Who heals; only `theriac` so far.
@@ -191,8 +191,12 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Attack {
             command: AttackCommand::List { format },
         } => list_attacks(format),
-        Command::Edge(_passed) => Ok(ExitCode::FAILURE),
-        Command::Aggregator(_passed) => Ok(ExitCode::FAILURE),
+        Command::Edge(passed) => run_edge(passed),
+        Command::Aggregator(passed) => {
+            lifeline::follow_parent();
+            let words = std::iter::once("theriac-aggregator".into()).chain(passed.arguments);
+            Ok(theriac_aggregator::commands::main(words))
+        }
     }
 }
 
@@ -292,6 +296,16 @@ fn run_hostile(args: HostileArgs) -> Result<ExitCode, Problem> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What `theriac-edge` does with these arguments.
+fn run_edge(passed: Passed) -> Result<ExitCode, Problem> {
+    lifeline::follow_parent();
+    let words = std::iter::once("theriac-edge".into()).chain(passed.arguments);
+    let arguments = theriac_edge::commands::Arguments::parse_from(words);
+    let mut out = std::io::stdout();
+    let run = theriac_edge::commands::execute(arguments, &mut out);
+    theriac_edge::commands::runtime()?.block_on(Box::pin(run))
+}
+
 fn list_attacks(format: Format) -> Result<ExitCode, Problem> {
     let listed: Vec<_> = Attack::ALL
         .iter()
@@ -321,6 +335,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::CommandFactory as _;
 
     #[test]
     fn the_command_line_holds_together() {

@@ -9,13 +9,13 @@
 //!
 //! A [`CompressedUpdate`] cannot be made without a reservation:
 //!
-//! ```compile_fail
+//! ```compile_fail,E0451
 //! let update = theriac_privacy::update::CompressedUpdate { payload: bytes::Bytes::new() };
 //! ```
 //!
 //! nor can a reservation be made without the ledger:
 //!
-//! ```compile_fail
+//! ```compile_fail,E0451
 //! # fn forge(plan: theriac_privacy::ledger::ReleasePlan) {
 //! let reservation = theriac_privacy::ledger::Reservation { plan };
 //! # }

@@ -491,7 +491,8 @@ fn receipt(update: &UpdateV1) -> ReceiptV1 {
     }
 }
 
-fn model(bytes: usize) -> ToEdge {
+/// A model with `bytes` of payload.
+pub(crate) fn model(bytes: usize) -> ToEdge {
     let payload = Bytes::from(vec![3; bytes]);
     let header = ModelV1 {
         version: ModelVersion(1),

@@ -2,13 +2,16 @@
 
 use std::time::Duration;
 
+use theriac_certs::trust;
 use theriac_protocol::frame::{FrameError, kind};
-use theriac_protocol::message::{FetchModelV1, ToAggregator, ToEdge};
+use theriac_protocol::message::{FetchModelV1, GoodbyeV1, ToAggregator, ToEdge};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::{Digest, ModelVersion};
-use theriac_transport::{CloseCode, EdgeSession, Limits, SessionError, bind_client, connect};
+use theriac_transport::{
+    CloseCode, EdgeSession, Endpoint, Limits, SessionError, bind_client, bind_server, connect,
+};
 
-use crate::fleet::{Aggregator, FRAME_BYTES_MAX, Federation, Raw, Seen, hello, knock, limits, update};
+use crate::fleet::{Aggregator, FRAME_BYTES_MAX, Federation, Raw, Seen, hello, knock, limits, model, update};
 
 /// Asserts that the session still does its work.
 async fn expect_alive(raw: &mut Raw) {
@@ -33,6 +36,11 @@ async fn update_and_receipt(session: &mut EdgeSession, bytes: usize) {
         ToEdge::Receipt(receipt) => assert_eq!(receipt.payload_digest, Digest::of(&payload)),
         other => panic!("expected a receipt, got {other:?}"),
     }
+}
+
+fn bind(plant: &Federation, limits: &Limits) -> Endpoint {
+    let tls = trust::server_config(&plant.aggregator(), plant.edges.certificate_der()).unwrap();
+    bind_server("127.0.0.1:0".parse().unwrap(), tls, limits).unwrap()
 }
 
 #[tokio::test]
@@ -267,14 +275,12 @@ async fn a_peer_that_never_reads_is_dropped() {
 #[tokio::test]
 async fn receiving_survives_being_cancelled_in_the_middle_of_a_frame() {
     let plant = Federation::new();
-    let tls =
-        theriac_certs::trust::server_config(&plant.aggregator(), plant.edges.certificate_der()).unwrap();
     let generous = Limits {
         frame_timeout: Duration::from_secs(10),
         hello_timeout: Duration::from_secs(10),
         ..limits()
     };
-    let server = theriac_transport::bind_server("127.0.0.1:0".parse().unwrap(), tls, &generous).unwrap();
+    let server = bind(&plant, &generous);
     let mut raw = Raw::connect(server.local_addr().unwrap(), plant.tls(&plant.edge("press-1"))).await;
     let frame = theriac_protocol::codec::encode_to_aggregator(&ToAggregator::Hello(hello())).unwrap();
     let dribble = tokio::spawn(async move {
@@ -296,6 +302,60 @@ async fn receiving_survives_being_cancelled_in_the_middle_of_a_frame() {
     assert_eq!(message, ToAggregator::Hello(hello()));
     assert!(cancelled > 10, "cancelled {cancelled} times");
     drop(dribble.await.unwrap());
+}
+
+#[tokio::test]
+async fn sending_survives_being_cancelled_in_the_middle_of_a_frame() {
+    let plant = Federation::new();
+    let server = bind(&plant, &limits());
+    let addr = server.local_addr().unwrap();
+    let mut raw = Raw::connect(addr, plant.tls(&plant.edge("press-1"))).await;
+    raw.say(&ToAggregator::Hello(hello())).await;
+    let mut session = server.accept().await.unwrap();
+    session.recv().await.unwrap();
+    let (large, small) = (
+        model(12_000_000),
+        ToEdge::Goodbye(GoodbyeV1 { retry_after_ms: 1 }),
+    );
+    // The peer's window is far smaller than the model, and it does not read yet.
+    let cancelled = tokio::time::timeout(Duration::from_millis(50), session.send(&large)).await;
+    assert!(cancelled.is_err(), "{cancelled:?}");
+    let sending = async {
+        session.send(&small).await.unwrap();
+        session.split().0.finish(CloseCode::Done, "").await;
+    };
+    let receiving = async {
+        assert_eq!(raw.hear().await, large);
+        assert_eq!(raw.hear().await, small);
+    };
+    tokio::join!(sending, receiving);
+}
+
+#[tokio::test]
+async fn before_admission_there_is_little_time() {
+    let plant = Federation::new();
+    let waited = Duration::from_millis(300);
+    let patient = Limits {
+        hello_timeout: waited,
+        frame_timeout: Duration::from_mins(1),
+        ..limits()
+    };
+    let server = bind(&plant, &patient);
+    let addr = server.local_addr().unwrap();
+
+    let mut slow = Raw::connect(addr, plant.tls(&plant.edge("press-1"))).await;
+    slow.announce(kind::HELLO_V1, 300).await;
+    let mut session = server.accept().await.unwrap();
+    assert_eq!(
+        session.recv().await.unwrap_err(),
+        SessionError::TooSlow { done: 0, of: 300 }
+    );
+
+    let mut silent = Raw::connect(addr, plant.tls(&plant.edge("press-2"))).await;
+    silent.announce(0x7f01, 0).await;
+    let mut session = server.accept().await.unwrap();
+    assert!(!session.recv().await.unwrap_err().is_fatal());
+    assert_eq!(session.recv().await.unwrap_err(), SessionError::Silent { waited });
 }
 
 #[tokio::test]

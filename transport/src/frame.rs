@@ -265,7 +265,6 @@ impl FrameWriter {
 
     /// Hands one frame to QUIC, whose buffers hold it until it is acknowledged. The payload is shared, not copied.
     pub(crate) async fn write(&mut self, frame: &Encoded) -> Result<(), SessionError> {
-        self.flush().await?;
         self.pending.push(frame.head.clone());
         if !frame.payload.is_empty() {
             self.pending.push(frame.payload.clone());

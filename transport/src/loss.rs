@@ -204,7 +204,7 @@ fn tls_hint(side: TlsSide, alert: u8) -> Option<&'static str> {
         }
         (_, 40 | 70 | 71) => Some("no common version or key exchange: is one side too old?"),
         (TlsSide::Us, 42) => Some(
-            "the aggregator's certificate is not for the name that was dialled: dial one of its names, or add the name with `theriac-aggregator init --host`",
+            "the aggregator's certificate is not for the name that was dialled: dial one of its names, or list the name in `theriac-aggregator init --hosts`",
         ),
         (TlsSide::Us, 45) => Some(
             "the aggregator's certificate is expired or not yet valid: check the clocks of both hosts, else its operator must renew it",

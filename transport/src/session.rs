@@ -119,7 +119,8 @@ impl SessionError {
 }
 
 /// A session seen from outside its two halves: who is there, how much went over it, and the way to end it. Cheap to
-/// clone; holding it does not keep a session alive that both halves have left, except its connection's bookkeeping.
+/// clone. Holding one keeps the connection open, also when both halves are dropped: whoever keeps a table of handles
+/// must [close](Self::close) them.
 #[derive(Debug, Clone)]
 pub struct SessionHandle {
     connection: quinn::Connection,

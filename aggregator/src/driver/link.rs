@@ -101,7 +101,9 @@ impl Driver {
             round,
         };
         link.send(&ToEdge::Welcome(welcome));
-        self.with_status(|status| drop(status.connected.insert(node.clone())));
+        self.with_status(|status| {
+            status.connected.insert(node.clone());
+        });
         self.links.insert(node.clone(), link);
         self.count_links();
         tracing::info!(%node, "connected");
@@ -130,7 +132,9 @@ impl Driver {
         }
         self.links.remove(node);
         self.count_links();
-        self.with_status(|status| drop(status.connected.remove(node)));
+        self.with_status(|status| {
+            status.connected.remove(node);
+        });
         tracing::info!(%node, "left");
         let now = self.now();
         self.machine.handle(now, Input::Left { node: node.clone() });

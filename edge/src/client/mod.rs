@@ -348,7 +348,7 @@ impl Driver {
                 () = tokio::time::sleep_until(until) => return true,
                 () = shutdown.wait() => return false,
                 answer = next_answer(&mut self.training, &mut self.judging) => {
-                    if let Some(input) = self.answered(answer).await {
+                    if let Some(input) = self.answered(answer) {
                         self.participant.handle(self.now(), input);
                     }
                     if let Err(reason) = self.carry_out(None).await {
@@ -454,7 +454,7 @@ impl Driver {
                     },
                     Err(error) => break Ended::Lost(error.to_string()),
                 },
-                answer = next_answer(&mut self.training, &mut self.judging) => self.answered(answer).await,
+                answer = next_answer(&mut self.training, &mut self.judging) => self.answered(answer),
                 () = timeout => None,
                 _ = rejudge.tick() => {
                     self.judge_held();

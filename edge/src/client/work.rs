@@ -163,7 +163,7 @@ impl Driver {
     }
 
     /// What ended work means for the participant.
-    pub(super) async fn answered(&mut self, answer: Answer) -> Option<Input> {
+    pub(super) fn answered(&mut self, answer: Answer) -> Option<Input> {
         match answer {
             Answer::Trained { round, nonce, result } => {
                 self.client.show_budget();

@@ -293,7 +293,9 @@ async fn finish(record: &mut Record, processes: &mut Processes, cast: Vec<Member
     let mut states = Vec::new();
     for member in cast {
         states.push(member.site.service_state());
-        let Some(traffic) = member.traffic else { continue };
+        let Some(traffic) = member.traffic.filter(|_| !interrupted) else {
+            continue;
+        };
         let seen = traffic.stop().await;
         if seen.lost_writes > 0 {
             let lost = counted(seen.lost_writes, "acknowledged write");

@@ -14,7 +14,7 @@ use super::view::{Now, View};
 use crate::fleet::http::{Client, HttpError};
 use crate::fleet::place::{Centre, SERVICE, Site};
 use crate::fleet::process::{ProcessError, Processes};
-use crate::fleet::status::{AggregatorStatus, RoundRow};
+use crate::fleet::status::RoundRow;
 use crate::traffic::Traffic;
 
 /// Time between two looks.
@@ -227,7 +227,9 @@ impl Stage {
         if let Some(page) = self.centre.as_ref().map(|centre| centre.page) {
             let client = self.client.clone();
             pages.spawn(async move {
-                let status = client.json::<AggregatorStatus>(page, "/status").await;
+                let status = client
+                    .json::<theriac_aggregator::status::Status>(page, "/status")
+                    .await;
                 let rounds = client.json::<Vec<RoundRow>>(page, "/rounds").await;
                 Page::Aggregator(status, rounds)
             });
@@ -332,7 +334,7 @@ impl Stage {
         member.incidents = incidents;
     }
 
-    fn take_aggregator(&mut self, status: AggregatorStatus, lines: &mut Vec<String>) {
+    fn take_aggregator(&mut self, status: theriac_aggregator::status::Status, lines: &mut Vec<String>) {
         let at_s = self.now_s();
         self.record.model_version = status.model_version;
         (self.record.bytes_up, self.record.bytes_down) = (status.bytes_up, status.bytes_down);
@@ -398,7 +400,7 @@ enum Page {
         Result<Vec<IncidentView>, HttpError>,
     ),
     Aggregator(
-        Result<AggregatorStatus, HttpError>,
+        Result<theriac_aggregator::status::Status, HttpError>,
         Result<Vec<RoundRow>, HttpError>,
     ),
 }

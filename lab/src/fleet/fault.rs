@@ -75,8 +75,8 @@ impl Fault {
         match self {
             Self::Kill9 => signal(site, pid, Signal::KILL),
             Self::Hang => signal(site, pid, Signal::STOP),
-            Self::MemoryLeak => Ok(client.post(site.control, "/leak").await?),
-            Self::CpuHog => Ok(client.post(site.control, "/hog").await?),
+            Self::MemoryLeak => Ok(client.post(site.control, "/fault/leak?mib_per_s=24").await?),
+            Self::CpuHog => Ok(client.post(site.control, "/fault/cpu?threads=1").await?),
         }
     }
 
@@ -85,9 +85,10 @@ impl Fault {
         let undone = match self {
             Self::Kill9 => return,
             Self::Hang => signal(site, pid, Signal::CONT),
-            Self::MemoryLeak | Self::CpuHog => {
-                client.post(site.control, "/stop").await.map_err(FaultError::from)
-            }
+            Self::MemoryLeak | Self::CpuHog => client
+                .post(site.control, "/fault/none")
+                .await
+                .map_err(FaultError::from),
         };
         if let Err(error) = undone {
             tracing::info!(%error, fault = self.name(), "nothing to take back");

@@ -167,6 +167,7 @@ impl Site {
                 url: format!("http://{}/healthz", self.service),
                 interval: Duration::from_millis(250),
                 timeout: Duration::from_secs(1),
+                start_grace: Duration::from_secs(5),
             }),
             state: Some(edge::StateSettings {
                 dir: self.service_state(),

@@ -10,8 +10,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use theriac_aggregator::config::{ModelSettings, RoundKind, RoundSettings};
+use theriac_aggregator::InitOptions;
+use theriac_aggregator::config::{ModelSettings, RoundKind, RoundSettings, Settings};
 use theriac_aggregator::layout::{LayoutError, ModelSpec};
+use theriac_aggregator::robust::RuleName;
 use theriac_certs::trust::TrustError;
 use theriac_certs::{Authority, AuthorityError, Identity};
 use theriac_protocol::units::{NodeId, UnitError};
@@ -266,8 +268,51 @@ impl Fleet {
 }
 
 /// Makes a data directory in which every edge is already enrolled.
-fn enrol(_centre: &Centre, _options: &Options) -> Result<Vec<Identity>, LoadError> {
-    Ok(Vec::new())
+fn enrol(centre: &Centre, options: &Options) -> Result<Vec<Identity>, LoadError> {
+    let prepare = |error: &dyn std::fmt::Display| LoadError::Prepare(error.to_string());
+    let mut init = InitOptions::new(&centre.dir, "load");
+    init.site = None;
+    init.settings = Settings {
+        rounds: terms(options),
+        model: model(options),
+        ..init.settings
+    };
+    theriac_aggregator::init(init).map_err(|error| prepare(&error))?;
+    centre
+        .configure("load", terms(options), model(options))
+        .map_err(|error| LoadError::System("cannot write the configuration", error))?;
+    let nodes: Result<Vec<NodeId>, _> = (0..options.edges)
+        .map(|index| NodeId::new(format!("edge-{index}")))
+        .collect();
+    theriac_aggregator::enrol_directly(&centre.dir, &nodes?).map_err(|error| prepare(&error))
+}
+
+/// Rounds without a pause that wait for every edge; none at all when the edges only stay connected.
+fn terms(options: &Options) -> RoundSettings {
+    let idle = options.idle.is_some();
+    RoundSettings {
+        kind: RoundKind::Delta,
+        quorum: options.edges + usize::from(idle),
+        deadline: Duration::from_mins(1),
+        pause: Duration::ZERO,
+        rounds_max: (!idle).then_some(options.rounds),
+        clip_norm: 1.0,
+        noise_multiplier: 1.0,
+        rule: if options.edges >= 3 {
+            RuleName::TrimmedMean
+        } else {
+            RuleName::Mean
+        },
+        byzantine: usize::from(options.edges >= 3),
+        ..RoundSettings::default()
+    }
+}
+
+fn model(options: &Options) -> ModelSettings {
+    ModelSettings {
+        dimension: Some(options.dimension),
+        ..ModelSettings::default()
+    }
 }
 
 async fn wait_until_open(centre: &Centre, processes: &mut Processes) -> Result<(), LoadError> {

@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Bytes, BytesMut};
 use rayon::prelude::*;
+use theriac_model::detector::Detector;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::GlobalModel;
 use theriac_protocol::codec::{self, CodecError, Encoded};
 use theriac_protocol::frame::{FrameError, FrameHeader, HEADER_BYTES};
-use theriac_protocol::message::{FetchModelV1, ModelV1, ToAggregator, ToEdge};
+use theriac_protocol::message::{FetchModelV1, GateVerdict, ModelV1, ToAggregator, ToEdge, WelcomeV1};
 use theriac_protocol::participant::{Input, Output};
 use theriac_protocol::units::{Moment, NodeId};
 
@@ -50,7 +51,7 @@ pub struct Traffic {
 
 /// What came of the rounds.
 #[derive(Debug)]
-pub struct Outcome<'a> {
+pub struct Outcome {
     /// Header of the last published model.
     pub header: ModelV1,
     /// That model.
@@ -59,21 +60,32 @@ pub struct Outcome<'a> {
     pub records: Vec<RoundRecord>,
     /// Bytes by round and site.
     pub traffic: BTreeMap<(u64, NodeId), Traffic>,
-    /// The sites, with their detectors, verdicts and ledgers.
-    pub members: BTreeMap<NodeId, Member<'a>>,
+    /// How each site stands.
+    pub sites: BTreeMap<NodeId, Settled>,
+}
+
+/// How a site stands after the last round.
+#[derive(Debug)]
+pub struct Settled {
+    /// The detector in use; `None` for a site whose gate was not asked.
+    pub detector: Option<Detector>,
+    /// What its gate decided last.
+    pub verdict: Option<GateVerdict>,
+    /// ε spent; `None` without noise.
+    pub epsilon: Option<f64>,
 }
 
 /// Runs all rounds among `members`; a `newcomer` then fetches the model and judges it.
 ///
 /// # Errors
 /// [`FederationError`]
-pub fn run<'a>(
+pub fn run(
     center: Center,
-    members: Vec<Member<'a>>,
-    newcomer: Option<Member<'a>>,
+    members: Vec<Member<'_>>,
+    newcomer: Option<Member<'_>>,
     settings: &Settings,
     schema: &FeatureSchema,
-) -> Result<Outcome<'a>, FederationError> {
+) -> Result<Outcome, FederationError> {
     let mut federation = Federation {
         center,
         members: BTreeMap::new(),
@@ -98,7 +110,13 @@ pub fn run<'a>(
     }
     let header = federation.center.model().0.clone();
     let (model, records) = federation.center.into_records();
-    Ok(Outcome { header, model, records, traffic: federation.traffic, members: federation.members })
+    let settled = |(node, member): (NodeId, Member<'_>)| {
+        let epsilon = member.epsilon();
+        let detector = member.detector.map(|(detector, _)| detector);
+        (node, Settled { detector, verdict: member.verdict, epsilon })
+    };
+    let sites = federation.members.into_iter().map(settled).collect();
+    Ok(Outcome { header, model, records, traffic: federation.traffic, sites })
 }
 
 /// A message on its way.
@@ -125,7 +143,7 @@ impl<'a> Federation<'a, '_> {
         &mut self,
         node: NodeId,
         mut member: Member<'a>,
-        welcome: theriac_protocol::message::WelcomeV1,
+        welcome: WelcomeV1,
     ) -> Result<(), FederationError> {
         member.participant.handle(self.now, Input::Connected);
         self.send(&node, &ToEdge::Welcome(welcome))?;

@@ -255,22 +255,19 @@ impl<'a> Run<'a> {
         self.fleet.sites.par_iter().map(|site| Ok((site.name.clone(), one(site)?))).collect()
     }
 
-    fn score_member(&self, site: &Site, outcome: &Outcome<'_>) -> Result<SiteReport, SimulateError> {
-        let Some(member) = outcome.members.get(&site.name) else {
-            return self.score(site, &self.local(site)?.0, None, None);
-        };
-        let Some((detector, _)) = &member.detector else {
+    fn score_member(&self, site: &Site, outcome: &Outcome) -> Result<SiteReport, SimulateError> {
+        let settled = outcome.sites.get(&site.name);
+        let Some((settled, detector)) = settled.and_then(|settled| settled.detector.as_ref().map(|d| (settled, d)))
+        else {
             return self.score(site, &self.local(site)?.0, None, None);
         };
         let mut detector = detector.clone();
-        if member.verdict == Some(GateVerdict::Accepted) {
-            detector.set_provenance(provenance(outcome, member.epsilon(), self.settings));
+        if settled.verdict == Some(GateVerdict::Accepted) {
+            detector.set_provenance(provenance(outcome, settled.epsilon, self.settings));
         }
-        self.score(site, &detector, member.verdict, Some(outcome)).map(|report| SiteReport {
-            epsilon: member.epsilon(),
-            delta: member.epsilon().and(self.settings.terms).map(|terms| terms.delta.value()),
-            ..report
-        })
+        let report = self.score(site, &detector, settled.verdict, Some(outcome))?;
+        let delta = settled.epsilon.and(self.settings.terms).map(|terms| terms.delta.value());
+        Ok(SiteReport { epsilon: settled.epsilon, delta, ..report })
     }
 
     /// Scores a site's test part and writes what came of it.
@@ -279,7 +276,7 @@ impl<'a> Run<'a> {
         site: &Site,
         detector: &Detector,
         verdict: Option<GateVerdict>,
-        outcome: Option<&Outcome<'_>>,
+        outcome: Option<&Outcome>,
     ) -> Result<SiteReport, SimulateError> {
         let (scores, causes) = detector.explain_series(&site.test).map_err(|source| self.failed(site, source))?;
         let (alarms, raised) = alarms(detector, &scores);
@@ -339,7 +336,7 @@ fn alarms(detector: &Detector, scores: &[f32]) -> (Vec<u8>, u64) {
     (alarms.collect(), raised)
 }
 
-fn provenance(outcome: &Outcome<'_>, epsilon: Option<f64>, settings: &Settings) -> Provenance {
+fn provenance(outcome: &Outcome, epsilon: Option<f64>, settings: &Settings) -> Provenance {
     let header = &outcome.header;
     let delta = settings.terms.filter(|_| epsilon.is_some()).map(|terms| Delta::value(terms.delta));
     Provenance {
@@ -352,12 +349,12 @@ fn provenance(outcome: &Outcome<'_>, epsilon: Option<f64>, settings: &Settings) 
     }
 }
 
-fn report(outcome: &Outcome<'_>, newcomer: Option<&NodeId>, hostile: BTreeSet<NodeId>) -> FederationReport {
+fn report(outcome: &Outcome, newcomer: Option<&NodeId>, hostile: BTreeSet<NodeId>) -> FederationReport {
     FederationReport {
         newcomer: newcomer.cloned(),
         records: outcome.records.clone(),
         traffic: outcome.traffic.clone(),
-        epsilon: outcome.members.iter().map(|(node, member)| (node.clone(), member.epsilon())).collect(),
+        epsilon: outcome.sites.iter().map(|(node, settled)| (node.clone(), settled.epsilon)).collect(),
         hostile,
     }
 }

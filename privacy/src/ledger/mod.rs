@@ -1,7 +1,7 @@
 //! The durable ledger of privacy charges.
 //!
 //! A charge is written and synced **before** data are read, so a crash can only over-count. Nothing is ever refunded. The file
-//! ([`chain`]) is append-only and hash-chained; its records ([`record`]) are JSON that a third party can recompute.
+//! (`chain.rs`) is append-only and hash-chained; its records (`record.rs`) are JSON that a third party can recompute.
 //!
 //! Only one damage is repaired: an incomplete *last* record, whose write had not returned, so nothing was read for it. Any
 //! other damage is an error naming file and offset, and nothing is trained until a person has looked.
@@ -481,7 +481,7 @@ impl State {
                     .iter()
                     .for_each(|(first, last)| self.blocks.add(*first..=*last, rho));
             }
-            UpdateKind::Delta => self.rho_node = rho,
+            UpdateKind::Delta => self.rho_node = self.rho_node.plus(rho),
         }
         self.rho_lifetime = self.rho_lifetime.plus(rho);
         self.releases += 1;

@@ -1,0 +1,183 @@
+//! The command line: arguments to results and exit codes. `main.rs` and the lab call [`main`].
+
+mod aggregate;
+mod records;
+mod server;
+mod setup;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
+use theriac_command::output::{Format, Output};
+use theriac_command::problem::{self, Problem};
+
+use crate::config::{self, CheckedConfig};
+use crate::data_dir::DataDir;
+use crate::store::{Database, StoreError};
+
+/// The fleet: rounds with many edges, none of them trusted.
+#[derive(Debug, Parser)]
+#[command(name = "theriac-aggregator", version, arg_required_else_help = true, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Makes a new federation: authorities, identity, store, configuration, and a first join token.
+    #[command(after_help = "Example: theriac-aggregator init --dir /var/lib/theriac --federation plant --hosts agg.example.org")]
+    Init(setup::InitArgs),
+    /// Runs the aggregator until it is asked to stop (Ctrl-C, TERM).
+    #[command(after_help = "Example: theriac-aggregator serve --config /var/lib/theriac/aggregator.toml")]
+    Serve(server::ServeArgs),
+    /// Join tokens for new edges.
+    Token {
+        #[command(subcommand)]
+        command: setup::TokenCommand,
+    },
+    /// The registry of sites; changes take effect on a running server within a second.
+    Sites {
+        #[command(subcommand)]
+        command: records::SitesCommand,
+    },
+    /// Rounds and what they decided about each edge.
+    Rounds {
+        #[command(subcommand)]
+        command: records::RoundsCommand,
+    },
+    /// Published models.
+    Models {
+        #[command(subcommand)]
+        command: records::ModelsCommand,
+    },
+    /// The audit log.
+    Audit {
+        #[command(subcommand)]
+        command: records::AuditCommand,
+    },
+    /// What the server does now; exit code 1 when it does not run.
+    #[command(after_help = "Example: theriac-aggregator status --config aggregator.toml --format json")]
+    Status(Common),
+    /// Loads the configuration exactly as `serve` does, and opens no port.
+    #[command(after_help = "Example: theriac-aggregator check-config --config aggregator.toml")]
+    CheckConfig(Common),
+    /// Applies a robust rule to an [n, d] matrix of updates.
+    #[command(
+        after_help = "Example: theriac-aggregator aggregate --rule trimmed_mean --byzantine 3 --input u.npy --output a.npy"
+    )]
+    Aggregate(aggregate::AggregateArgs),
+}
+
+/// What every command takes that looks at a data directory.
+#[derive(Debug, Clone, Args)]
+struct Common {
+    /// The configuration file.
+    #[arg(long, default_value = "aggregator.toml")]
+    config: PathBuf,
+    /// `human`, or `json` for programs.
+    #[arg(long, default_value = "human")]
+    format: Format,
+}
+
+/// Runs one command line, the program's name first, and gives its exit code: 0 done, 1 failed, 2 usage, 75 try again, 78 bad
+/// configuration. Results go to standard output, everything else to standard error.
+pub fn main(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to standard output with code 0, mistakes to standard error with code 2.
+            let code = if error.use_stderr() { 2 } else { 0 };
+            drop(error.print());
+            return ExitCode::from(code);
+        }
+    };
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(problem) => problem::report(&problem, &mut std::io::stderr()),
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode, Problem> {
+    match command {
+        Command::Init(args) => setup::init(args),
+        Command::Serve(args) => server::serve(args),
+        Command::Token { command } => setup::token(command),
+        Command::Sites { command } => records::sites(command),
+        Command::Rounds { command } => records::rounds(command),
+        Command::Models { command } => records::models(command),
+        Command::Audit { command } => records::audit(command),
+        Command::Status(common) => server::status(&common),
+        Command::CheckConfig(common) => server::check_config(&common),
+        Command::Aggregate(args) => aggregate::aggregate(args),
+    }
+}
+
+/// Loads the configuration: the one loader of every command.
+fn load(path: &Path) -> Result<CheckedConfig, Problem> {
+    config::load(path, std::env::vars()).map_err(|error| Problem::config("TH-E0701", &error).hint(error.hint()))
+}
+
+/// Opens the store that a configuration names.
+fn open(config: &CheckedConfig) -> Result<(DataDir, Database), Problem> {
+    let dir = DataDir::new(&config.data_dir);
+    dir.check().map_err(|error| Problem::config("TH-E0702", &error).hint(error.hint()))?;
+    let database = Database::open(&dir).map_err(|error| store_problem(&error))?;
+    Ok((dir, database))
+}
+
+fn store_problem(error: &StoreError) -> Problem {
+    let problem = match error {
+        StoreError::Locked | StoreError::Full(_) => Problem::temporary("TH-E0704", error),
+        _ => Problem::failed("TH-E0704", error),
+    };
+    problem.hint(error.hint())
+}
+
+/// Prints one result.
+fn print<T: Serialize>(format: Format, value: &T, human: impl std::fmt::Display) -> Result<(), Problem> {
+    let mut output = Output::new(format, std::io::stdout().lock());
+    output.result(value, human).map_err(|error| output_problem(&error))?;
+    output.into_inner().flush().map_err(|error| output_problem(&error))
+}
+
+fn output_problem(error: &std::io::Error) -> Problem {
+    Problem::failed("TH-E0710", format!("cannot write the result: {error}"))
+}
+
+/// For `--ttl 30m`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}: use for example 30m or 2h"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        fn check(command: &clap::Command) {
+            for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+                if sub.has_subcommands() {
+                    check(sub);
+                } else {
+                    let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+                    assert!(help.starts_with("Example: theriac-aggregator "), "{} has no example", sub.get_name());
+                }
+            }
+        }
+        check(&Cli::command());
+    }
+}

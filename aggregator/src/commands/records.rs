@@ -1,0 +1,352 @@
+//! `sites`, `rounds`, `models`, `audit`: what the store holds.
+
+use std::fs::File;
+use std::io::{BufReader, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Subcommand;
+use serde_json::json;
+use theriac_audit::checkpoint::LogPublicKey;
+use theriac_audit::leaf::SiteStanding;
+use theriac_audit::verify;
+use theriac_command::output::{Format, table};
+use theriac_command::problem::Problem;
+use theriac_protocol::units::{ModelVersion, NodeId, Round};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::{Common, load, open, output_problem, print, store_problem};
+use crate::audit::{AuditKey, AuditLog, lines};
+use crate::serve::ServeError;
+use crate::status::SiteStatus;
+use crate::store::records as stored;
+use crate::store::rounds::{self as stored_rounds, RoundRow};
+
+/// How often `rounds follow` looks.
+const FOLLOW_EVERY: Duration = Duration::from_millis(250);
+
+#[derive(Debug, Subcommand)]
+pub(super) enum SitesCommand {
+    /// Lists every enrolled site.
+    #[command(after_help = "Example: theriac-aggregator sites list --format json")]
+    List(Common),
+    /// Keeps a site out until it is resumed; its open connection is closed within a second.
+    #[command(after_help = "Example: theriac-aggregator sites suspend plant-7 --reason 'odd updates'")]
+    Suspend(SiteArgs),
+    /// Lets a suspended site take part again.
+    #[command(after_help = "Example: theriac-aggregator sites resume plant-7")]
+    Resume(SiteArgs),
+    /// Never takes this site's key again; it can only be enrolled anew with another key.
+    #[command(after_help = "Example: theriac-aggregator sites revoke plant-7 --reason 'disk stolen'")]
+    Revoke(SiteArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SiteArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Name of the site.
+    name: NodeId,
+    /// Why, for the audit log; at most 200 characters.
+    #[arg(long, default_value = "")]
+    reason: String,
+}
+
+pub(super) fn sites(command: SitesCommand) -> Result<ExitCode, Problem> {
+    let (args, state) = match command {
+        SitesCommand::List(common) => return list_sites(&common),
+        SitesCommand::Suspend(args) => (args, SiteStanding::Suspended),
+        SitesCommand::Resume(args) => (args, SiteStanding::Active),
+        SitesCommand::Revoke(args) => (args, SiteStanding::Revoked),
+    };
+    let (_, mut database) = open(&load(&args.common.config)?)?;
+    let reason: String = args.reason.chars().take(200).collect();
+    database
+        .write(|work| stored::set_standing(work, &args.name, state, &reason))
+        .map_err(|error| store_problem(&error))?;
+    let word = crate::store::word(state);
+    let value = json!({ "site": args.name.as_str(), "state": word });
+    print(args.common.format, &value, format!("{} is {word}; a running server knows within a second", args.name))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
+    let (_, database) = open(&load(&common.config)?)?;
+    let rows = stored::sites(database.read()).map_err(|error| store_problem(&error))?;
+    let cells: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| {
+            vec![
+                row.node.to_string(),
+                crate::store::word(row.state),
+                rfc3339(row.enrolled.0),
+                row.accepted.to_string(),
+                row.refusals.values().sum::<u64>().to_string(),
+                row.epsilon.map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
+                row.last_verdict.clone().unwrap_or_default(),
+            ]
+        })
+        .collect();
+    let values: Vec<SiteStatus> = rows.into_iter().map(|row| SiteStatus::new(row, false)).collect();
+    let header = ["site", "state", "enrolled", "accepted", "refused", "epsilon", "gate"];
+    print(common.format, &values, table(&header, &cells))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum RoundsCommand {
+    /// Lists rounds, newest first.
+    #[command(after_help = "Example: theriac-aggregator rounds list --limit 20")]
+    List {
+        #[command(flatten)]
+        common: Common,
+        /// How many.
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+    },
+    /// One round: its terms and what it decided about each edge.
+    #[command(after_help = "Example: theriac-aggregator rounds show 12 --format json")]
+    Show {
+        #[command(flatten)]
+        common: Common,
+        /// Number of the round.
+        round: u64,
+    },
+    /// Prints each round as it ends.
+    #[command(after_help = "Example: theriac-aggregator rounds follow --count 3")]
+    Follow {
+        #[command(flatten)]
+        common: Common,
+        /// Ends after this many; default: never.
+        #[arg(long)]
+        count: Option<u64>,
+    },
+}
+
+pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
+    match command {
+        RoundsCommand::List { common, limit } => {
+            let (_, database) = open(&load(&common.config)?)?;
+            let rows = stored_rounds::list(database.read(), limit).map_err(|error| store_problem(&error))?;
+            let header = ["round", "outcome", "base", "rule", "accepted", "refused", "declined", "opened"];
+            let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
+            print(common.format, &rows, table(&header, &cells))?;
+        }
+        RoundsCommand::Show { common, round } => {
+            let (_, database) = open(&load(&common.config)?)?;
+            let detail =
+                stored_rounds::detail(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
+            let header = ["site", "norm", "distance", "trimmed", "bytes", "leaf"];
+            let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
+            let uploads: Vec<Vec<String>> = detail
+                .uploads
+                .iter()
+                .map(|upload| {
+                    vec![
+                        upload.node.clone(),
+                        number(Some(upload.norm)),
+                        number(upload.distance),
+                        number(upload.trimmed_share),
+                        upload.bytes.to_string(),
+                        upload.leaf_index.to_string(),
+                    ]
+                })
+                .collect();
+            let declines: Vec<String> =
+                detail.declines.iter().map(|(node, reason)| format!("{node} declined: {reason}")).collect();
+            let human = format!(
+                "round {round}: {}\n\n{}\n{}",
+                outcome(&detail.round),
+                table(&header, &uploads),
+                declines.join("\n")
+            );
+            print(common.format, &detail, human.trim_end())?;
+        }
+        RoundsCommand::Follow { common, count } => follow(&common, count)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn follow(common: &Common, count: Option<u64>) -> Result<(), Problem> {
+    let (_, database) = open(&load(&common.config)?)?;
+    let latest = |limit| stored_rounds::list(database.read(), limit).map_err(|error| store_problem(&error));
+    let mut told = latest(2)?.iter().filter(|row| row.ended_unix_ms.is_some()).map(|row| row.round).max().unwrap_or(0);
+    let mut left = count;
+    while left != Some(0) {
+        let mut ended: Vec<RoundRow> =
+            latest(100)?.into_iter().filter(|row| row.ended_unix_ms.is_some() && row.round > told).collect();
+        ended.reverse();
+        for row in ended {
+            told = row.round;
+            print(common.format, &row, format!("round {}: {}", row.round, outcome(&row)))?;
+            left = left.map(|left| left.saturating_sub(1));
+            if left == Some(0) {
+                return Ok(());
+            }
+        }
+        std::thread::sleep(FOLLOW_EVERY);
+    }
+    Ok(())
+}
+
+fn cells(row: &RoundRow) -> Vec<String> {
+    vec![
+        row.round.to_string(),
+        outcome(row),
+        row.base_version.to_string(),
+        format!("{} f={}", row.rule, row.byzantine),
+        row.accepted.to_string(),
+        row.refused.to_string(),
+        row.declined.to_string(),
+        rfc3339(row.opened_unix_ms),
+    ]
+}
+
+fn outcome(row: &RoundRow) -> String {
+    match (row.published, &row.abort_reason) {
+        (Some(version), _) => format!("published model {version}"),
+        (None, Some(reason)) => format!("aborted: {reason}"),
+        (None, None) => row.state.clone(),
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ModelsCommand {
+    /// Lists models, newest first; the first one is in force.
+    #[command(after_help = "Example: theriac-aggregator models list --limit 10")]
+    List {
+        #[command(flatten)]
+        common: Common,
+        /// How many.
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+    },
+    /// Releases an older model again, under a new version. A round that is open ends without a model.
+    #[command(after_help = "Example: theriac-aggregator models rollback 41")]
+    Rollback {
+        #[command(flatten)]
+        common: Common,
+        /// The version to go back to.
+        #[arg(value_name = "VERSION")]
+        back_to: u64,
+    },
+}
+
+pub(super) fn models(command: ModelsCommand) -> Result<ExitCode, Problem> {
+    match command {
+        ModelsCommand::List { common, limit } => {
+            let (_, database) = open(&load(&common.config)?)?;
+            let rows = stored::models(database.read(), limit).map_err(|error| store_problem(&error))?;
+            let cells: Vec<Vec<String>> = rows
+                .iter()
+                .map(|row| {
+                    vec![
+                        row.version.to_string(),
+                        row.round.to_string(),
+                        row.rule.clone(),
+                        row.contributors.to_string(),
+                        row.digest.short(),
+                        rfc3339(row.released.0),
+                    ]
+                })
+                .collect();
+            let values: Vec<_> = rows
+                .iter()
+                .map(|row| {
+                    json!({
+                        "version": row.version.0, "round": row.round.0, "rule": row.rule,
+                        "contributors": row.contributors, "digest": row.digest.to_string(), "values": row.values,
+                        "rolled_back_to": row.rolled_back_to.map(|version| version.0),
+                        "released_unix_ms": row.released.0,
+                    })
+                })
+                .collect();
+            let header = ["version", "round", "rule", "updates", "digest", "released"];
+            print(common.format, &values, table(&header, &cells))?;
+        }
+        ModelsCommand::Rollback { common, back_to: version } => {
+            let (_, mut database) = open(&load(&common.config)?)?;
+            let blobs = std::sync::Arc::clone(database.blobs());
+            let row = database
+                .write(|work| stored::roll_back(work, &blobs, ModelVersion(version)))
+                .map_err(|error| store_problem(&error))?;
+            let value = json!({ "version": row.version.0, "rolled_back_to": version, "digest": row.digest.to_string() });
+            let human = format!("version {} is in force now and repeats version {version}", row.version);
+            print(common.format, &value, human)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum AuditCommand {
+    /// Writes the log with its signed head, and prints the public key that verifies it.
+    #[command(after_help = "Example: theriac-aggregator audit export --output log.txt")]
+    Export {
+        #[command(flatten)]
+        common: Common,
+        /// The file.
+        #[arg(long)]
+        output: PathBuf,
+    },
+    /// Checks an exported log offline, with the public key alone.
+    #[command(after_help = "Example: theriac-aggregator audit verify log.txt --key 'theriac/plant+5b2e1d5f+AbC…'")]
+    Verify {
+        /// The exported file.
+        file: PathBuf,
+        /// The public key that `audit export` printed.
+        #[arg(long)]
+        key: String,
+        /// `human`, or `json` for programs.
+        #[arg(long, default_value = "human")]
+        format: Format,
+    },
+}
+
+pub(super) fn audit(command: AuditCommand) -> Result<ExitCode, Problem> {
+    match command {
+        AuditCommand::Export { common, output } => {
+            let config = load(&common.config)?;
+            let (dir, database) = open(&config)?;
+            let key = AuditKey::load(&dir.audit_key(), &config.federation)
+                .map_err(|error| ServeError::from(error).problem())?;
+            let log = AuditLog::load(database.read()).map_err(|error| store_problem(&error))?;
+            let head = log.signed_head(&key);
+            let lines = lines(database.read()).map_err(|error| store_problem(&error))?;
+            let size = usize::try_from(head.size()).unwrap_or(usize::MAX);
+            // A server that runs may have appended since the head was signed.
+            let text = verify::export(&key.log_key().public(), lines.iter().take(size).map(String::as_str), &head);
+            let written = File::create(&output).and_then(|mut file| file.write_all(text.as_bytes()));
+            written.map_err(|error| output_problem(&error))?;
+            let public = key.log_key().public().to_string();
+            let value = json!({ "file": output, "records": head.size(), "root": head.root().to_string(), "key": public });
+            let human = format!("{} records in {}\nkey {public}", head.size(), output.display());
+            print(common.format, &value, human)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        AuditCommand::Verify { file, key, format } => {
+            let key: LogPublicKey = key.parse().map_err(|error| {
+                Problem::usage("TH-E0713", format!("`{key}` is no public key of a log: {error}"))
+                    .hint("use the line that `audit export` printed")
+            })?;
+            let open = File::open(&file).map_err(|error| {
+                Problem::failed("TH-E0714", format!("cannot read {}: {error}", file.display()))
+            })?;
+            let verified = verify::verify(BufReader::new(open), &key, &[]).map_err(|error| {
+                Problem::failed("TH-E0715", format!("{}: {error}", file.display()))
+                    .hint("the file was changed, or it was made by another federation")
+            })?;
+            let value = json!({ "file": file, "records": verified.size, "root": verified.root.to_string() });
+            print(format, &value, format!("{}: every record is as it was signed", file.display()))?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// A wall-clock time for people.
+fn rfc3339(unix_ms: u64) -> String {
+    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms / 1_000) * 1_000_000_000);
+    time.ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| unix_ms.to_string())
+}

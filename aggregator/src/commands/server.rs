@@ -1,0 +1,160 @@
+//! `serve`, `status`, `check-config`.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+use theriac_command::output::table;
+use theriac_command::problem::Problem;
+use theriac_command::telemetry::{self, LogFormat};
+use tokio::sync::watch;
+
+use super::{Common, load, open, print, store_problem};
+use crate::config::CheckedConfig;
+use crate::data_dir::DataDir;
+use crate::serve::{Addresses, serve as start};
+use crate::status::Status;
+
+/// Longest answer of our own page that is taken.
+const STATUS_BYTES_MAX: u64 = 16 << 20;
+/// How long our own page may take.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// The configuration file.
+    #[arg(long, default_value = "aggregator.toml")]
+    config: PathBuf,
+    /// What is logged, as in RUST_LOG.
+    #[arg(long, default_value = "info")]
+    log: String,
+}
+
+pub(super) fn serve(args: ServeArgs) -> Result<ExitCode, Problem> {
+    telemetry::init(&args.log, LogFormat::Auto);
+    let config = load(&args.config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Problem::failed("TH-E0709", format!("cannot start the runtime: {error}")))?;
+    runtime.block_on(async {
+        let (stop, stopped) = watch::channel(false);
+        tokio::spawn(async move {
+            asked_to_stop().await;
+            stop.send_replace(true);
+        });
+        let running = start(config, stopped).await.map_err(|error| error.problem())?;
+        running.wait().await.map_err(|error| error.problem())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ctrl-C or TERM.
+async fn asked_to_stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminate) => {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%error, "TERM is not handled; its ordinary effect loses nothing that was acknowledged");
+            drop(tokio::signal::ctrl_c().await);
+        }
+    }
+}
+
+pub(super) fn check_config(common: &Common) -> Result<ExitCode, Problem> {
+    let config = load(&common.config)?;
+    let rounds = &config.rounds;
+    let value = json!({
+        "config": common.config, "ok": true, "federation": config.federation, "data_dir": config.data_dir,
+        "listen": config.listen, "join_listen": config.join_listen, "http": config.http,
+        "rule": rounds.rule, "byzantine": rounds.byzantine, "quorum": rounds.quorum,
+    });
+    let human = format!(
+        "{} is good: federation {}, {} with quorum {} and f = {}, data in {}",
+        common.config.display(),
+        config.federation,
+        rounds.rule,
+        rounds.quorum,
+        rounds.byzantine,
+        config.data_dir.display()
+    );
+    print(common.format, &value, human)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn status(common: &Common) -> Result<ExitCode, Problem> {
+    let config = load(&common.config)?;
+    let status = match running(&config) {
+        Some(status) => status,
+        None => {
+            let (_, database) = open(&config)?;
+            Status::at_rest(database.read(), &config.federation).map_err(|error| store_problem(&error))?
+        }
+    };
+    print(common.format, &status, human(&status))?;
+    Ok(if status.running { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn human(status: &Status) -> String {
+    let rows: Vec<Vec<String>> = status
+        .sites
+        .iter()
+        .map(|site| {
+            vec![
+                site.name.clone(),
+                site.state.clone(),
+                if site.connected { "yes" } else { "no" }.to_owned(),
+                site.accepted.to_string(),
+                site.refused.to_string(),
+                site.epsilon.map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
+                site.last_verdict.clone().unwrap_or_default(),
+            ]
+        })
+        .collect();
+    let header = ["site", "state", "connected", "accepted", "refused", "epsilon", "gate"];
+    format!(
+        "federation {}: {} in round {}, model {}, {} rounds published, {} aborted, {} of {} sites connected\n\n{}",
+        status.federation,
+        status.phase,
+        status.round,
+        status.model_version,
+        status.rounds_published,
+        status.rounds_aborted,
+        status.connected.len(),
+        status.sites.len(),
+        table(&header, &rows)
+    )
+}
+
+/// What the running server's own page says.
+fn running(config: &CheckedConfig) -> Option<Status> {
+    let text = std::fs::read(DataDir::new(&config.data_dir).addresses()).ok()?;
+    let addresses: Addresses = serde_json::from_slice(&text).ok()?;
+    let body = get(addresses.http, "/status").ok()?;
+    let status: Status = serde_json::from_slice(&body).ok()?;
+    // Another program may have the port by now.
+    (status.federation == config.federation).then_some(status)
+}
+
+/// One plain HTTP request to our own page on loopback.
+fn get(address: SocketAddr, path: &str) -> std::io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect_timeout(&address, STATUS_TIMEOUT)?;
+    stream.set_read_timeout(Some(STATUS_TIMEOUT))?;
+    stream.set_write_timeout(Some(STATUS_TIMEOUT))?;
+    // HTTP/1.0, so that the answer ends with the connection and is never chunked.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.take(STATUS_BYTES_MAX).read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n");
+    let body = end.filter(|_| answer.starts_with(b"HTTP/1") && answer.get(9..12) == Some(b"200"));
+    body.map(|end| answer.split_off(end + 4)).ok_or_else(|| std::io::Error::other("no good answer"))
+}

@@ -1,0 +1,214 @@
+//! Matrices in NumPy's `.npy` format, for `aggregate`: format versions 1 and 2, little-endian `f4` or `f8`, C order.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use crate::robust::{MatrixRows, RuleError};
+
+const MAGIC: &[u8; 6] = b"\x93NUMPY";
+/// Longest header taken: those that NumPy writes have a few hundred bytes.
+const HEADER_BYTES_MAX: usize = 64 * 1_024;
+
+/// Why a matrix cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NpyError {
+    /// The file system refused.
+    #[error("cannot {what} {path}: {source}")]
+    Io {
+        /// `read` or `write`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is no matrix that we take.
+    #[error("{path}: {reason}; an [n, d] array of float32 or float64 in C order is needed")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        reason: String,
+    },
+    /// A value that no rule may see.
+    #[error("{path}: value {index} is not finite")]
+    NonFinite {
+        /// The file.
+        path: PathBuf,
+        /// Which value, row after row.
+        index: usize,
+    },
+    /// Its shape holds no rows.
+    #[error(transparent)]
+    Shape(#[from] RuleError),
+}
+
+/// A matrix as it is in the file.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Matrix {
+    /// `<f4`
+    F32(MatrixRows<f32>),
+    /// `<f8`
+    F64(MatrixRows<f64>),
+}
+
+/// Reads an `[n, d]` matrix of finite values.
+///
+/// # Errors
+/// [`NpyError`].
+pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
+    let io = |source| NpyError::Io { what: "read", path: path.to_owned(), source };
+    let format = |reason: String| NpyError::Format { path: path.to_owned(), reason };
+    let mut file = File::open(path).map_err(io)?;
+    let mut start = [0_u8; 8];
+    file.read_exact(&mut start).map_err(io)?;
+    if start[..6] != *MAGIC || !(1..=2).contains(&start[6]) {
+        return Err(format("no .npy file of version 1 or 2".into()));
+    }
+    let mut length = [0_u8; 4];
+    file.read_exact(&mut length[..if start[6] == 1 { 2 } else { 4 }]).map_err(io)?;
+    let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
+    if length > HEADER_BYTES_MAX {
+        return Err(format(format!("a header of {length} bytes")));
+    }
+    let mut header = vec![0_u8; length];
+    file.read_exact(&mut header).map_err(io)?;
+    let header = String::from_utf8_lossy(&header).into_owned();
+    let wide = match value(&header, "'descr':") {
+        Some("'<f4'") => false,
+        Some("'<f8'") => true,
+        other => return Err(format(format!("element type {}", other.unwrap_or("unknown")))),
+    };
+    if value(&header, "'fortran_order':") != Some("False") {
+        return Err(format("it is in Fortran order".into()));
+    }
+    let shape = shape(&header).ok_or_else(|| format("no shape".into()))?;
+    let [n, d] = shape[..] else { return Err(format(format!("shape {shape:?}"))) };
+    let width = if wide { 8 } else { 4 };
+    let bytes = n.checked_mul(d).and_then(|count| count.checked_mul(width)).ok_or_else(|| format("too large".into()))?;
+    let mut data = Vec::new();
+    file.take(bytes as u64 + 1).read_to_end(&mut data).map_err(io)?;
+    if data.len() != bytes {
+        return Err(format(format!("{} bytes of values where shape {shape:?} needs {bytes}", data.len())));
+    }
+    let finite = |index: Option<usize>| match index {
+        Some(index) => Err(NpyError::NonFinite { path: path.to_owned(), index }),
+        None => Ok(()),
+    };
+    if wide {
+        let values: Vec<f64> = data.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+        finite(values.iter().position(|value| !value.is_finite()))?;
+        Ok(Matrix::F64(MatrixRows::new(values, n, d)?))
+    } else {
+        let values: Vec<f32> = data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        finite(values.iter().position(|value| !value.is_finite()))?;
+        Ok(Matrix::F32(MatrixRows::new(values, n, d)?))
+    }
+}
+
+/// The text after a key of the header's dictionary, up to the next comma.
+fn value<'a>(header: &'a str, key: &str) -> Option<&'a str> {
+    let rest = &header[header.find(key)? + key.len()..];
+    rest.split([',', '}']).next().map(str::trim)
+}
+
+fn shape(header: &str) -> Option<Vec<usize>> {
+    let rest = &header[header.find("'shape':")?..];
+    let inner = &rest[rest.find('(')? + 1..rest.find(')')?];
+    inner.split(',').map(str::trim).filter(|part| !part.is_empty()).map(|part| part.parse().ok()).collect()
+}
+
+/// Writes a `[d]` vector of `f32`.
+///
+/// # Errors
+/// [`NpyError::Io`].
+pub fn write_f32(path: &Path, values: &[f32]) -> Result<(), NpyError> {
+    write(path, "<f4", values.len(), values.iter().map(|value| value.to_le_bytes()))
+}
+
+/// Writes a `[d]` vector of `f64`.
+///
+/// # Errors
+/// [`NpyError::Io`].
+pub fn write_f64(path: &Path, values: &[f64]) -> Result<(), NpyError> {
+    write(path, "<f8", values.len(), values.iter().map(|value| value.to_le_bytes()))
+}
+
+fn write<const W: usize>(
+    path: &Path,
+    kind: &str,
+    count: usize,
+    values: impl Iterator<Item = [u8; W]>,
+) -> Result<(), NpyError> {
+    let mut header = format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': ({count},), }}");
+    // The values begin at a multiple of 64 bytes, and the header ends with a newline.
+    let padding = 64 - (MAGIC.len() + 4 + header.len() + 1) % 64;
+    header.push_str(&" ".repeat(padding));
+    header.push('\n');
+    let written = (|| {
+        let mut file = BufWriter::new(File::create(path)?);
+        file.write_all(MAGIC)?;
+        file.write_all(&[1, 0])?;
+        let length = u16::try_from(header.len()).map_err(io::Error::other)?;
+        file.write_all(&length.to_le_bytes())?;
+        file.write_all(header.as_bytes())?;
+        for value in values {
+            file.write_all(&value)?;
+        }
+        file.flush()
+    })();
+    written.map_err(|source| NpyError::Io { what: "write", path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: &[u8]) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("u.npy");
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend([1, 0]);
+        bytes.extend(u16::try_from(header.len()).unwrap().to_le_bytes());
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        std::fs::write(&path, bytes).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn reads_what_numpy_writes() {
+        let data: Vec<u8> = [1.0_f64, 2.0, 3.0, 4.0, 5.0, 6.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let (_dir, path) = file("{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }      \n", &data);
+        let expected = MatrixRows::from_rows(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).unwrap();
+        assert_eq!(read_matrix(&path).unwrap(), Matrix::F64(expected));
+    }
+
+    #[test]
+    fn refuses_what_is_no_matrix_of_floats() {
+        let nan: Vec<u8> = f32::NAN.to_le_bytes().to_vec();
+        for (header, data, says) in [
+            ("{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1), }", vec![0; 4], "<i4"),
+            ("{'descr': '<f4', 'fortran_order': True, 'shape': (1, 1), }", vec![0; 4], "Fortran"),
+            ("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }", vec![0; 4], "[1]"),
+            ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2), }", vec![0; 4], "4 bytes"),
+            ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1), }", nan, "not finite"),
+        ] {
+            let (_dir, path) = file(header, &data);
+            let error = read_matrix(&path).unwrap_err().to_string();
+            assert!(error.contains(says), "{header}: {error}");
+        }
+    }
+
+    #[test]
+    fn header_of_a_written_vector_ends_at_a_multiple_of_64() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.npy");
+        write_f32(&path, &[1.0, 2.0]).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!((bytes.len() - 8) % 64, 0);
+        assert!(bytes.windows(12).any(|window| window == b"'shape': (2,"));
+    }
+}
