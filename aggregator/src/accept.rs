@@ -89,7 +89,14 @@ impl Sessions {
         if let Some((session, outbox, number)) = self.admit(session, &peer).await {
             let node = peer.node().clone();
             self.converse(session, peer, outbox).await;
-            drop(self.driver.send(DriverInput::Left { node, session: number }).await);
+            drop(
+                self.driver
+                    .send(DriverInput::Left {
+                        node,
+                        session: number,
+                    })
+                    .await,
+            );
         }
     }
 
@@ -127,10 +134,17 @@ impl Sessions {
         };
         let (outbox, waiting) = mpsc::channel(OUTBOX_MAX);
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let link = Link { session: number, outbox, handle: session.handle().clone() };
+        let link = Link {
+            session: number,
+            outbox,
+            handle: session.handle().clone(),
+        };
         let arrival = Box::new(arrival(node.clone(), link, protocol, &hello));
         let (reply, answer) = oneshot::channel();
-        self.driver.send(DriverInput::Arrived { arrival, reply }).await.ok()?;
+        self.driver
+            .send(DriverInput::Arrived { arrival, reply })
+            .await
+            .ok()?;
         match answer.await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
@@ -150,7 +164,12 @@ impl Sessions {
         let (sender, mut receiver) = session.split();
         let quota = Quota::new(&self.limits, self.update_bytes);
         let mut registry = self.registry.clone();
-        let mut session = Session { shared: self, peer, quota, sender };
+        let mut session = Session {
+            shared: self,
+            peer,
+            quota,
+            sender,
+        };
         let (code, reason) = loop {
             let flow = tokio::select! {
                 frame = outbox.recv() => match frame {
@@ -174,14 +193,22 @@ impl Sessions {
     }
 
     async fn turn_away(&self, session: AggregatorSession, code: RefusalCode) {
-        self.metrics.refusals.get_or_create(&Outcome { outcome: code.word() }).inc();
+        self.metrics
+            .refusals
+            .get_or_create(&Outcome { outcome: code.word() })
+            .inc();
         session.refuse(refusal(code, None)).await;
     }
 
     /// Counts a refusal on the site's record. Waiting for the store slows down nobody but the refused one.
     async fn count(&self, node: &NodeId, code: RefusalCode) {
         let node = node.clone();
-        let counted = self.store.write(Urgency::Lazy, move |work| records::count_refusal(work, &node, code)).await;
+        let counted = self
+            .store
+            .write(Urgency::Lazy, move |work| {
+                records::count_refusal(work, &node, code)
+            })
+            .await;
         if let Err(error) = counted {
             tracing::warn!(%error, "a refusal could not be counted");
         }
@@ -193,7 +220,10 @@ fn arrival(node: NodeId, link: Link, protocol: u16, hello: &HelloV1) -> Arrival 
         node,
         link,
         protocol,
-        ledger: LedgerHead { head: hello.ledger_head, records: hello.ledger_records },
+        ledger: LedgerHead {
+            head: hello.ledger_head,
+            records: hello.ledger_records,
+        },
         audit_size: hello.audit_checkpoint.map(|(size, _)| size),
         receipt_missing: hello.receipt_missing,
     }
@@ -225,14 +255,20 @@ impl Session<'_> {
     }
 
     async fn refuse(&mut self, code: RefusalCode) -> Flow {
-        self.shared.metrics.refusals.get_or_create(&Outcome { outcome: code.word() }).inc();
+        self.shared
+            .metrics
+            .refusals
+            .get_or_create(&Outcome { outcome: code.word() })
+            .inc();
         self.shared.count(&self.peer.node().clone(), code).await;
         self.say(&ToEdge::Refusal(refusal(code, None))).await
     }
 
     /// The registry's word, asked again for every message and whenever it changes.
     async fn check(&mut self, registry: &Registry) -> Flow {
-        let Err(error) = self.peer.check(registry) else { return Flow::Continue };
+        let Err(error) = self.peer.check(registry) else {
+            return Flow::Continue;
+        };
         tracing::warn!(node = %self.peer.node(), %error, "no longer welcome");
         match self.refuse(error.code()).await {
             Flow::Continue => Flow::End(CloseCode::Suspended, "the registry no longer admits this site"),
@@ -254,7 +290,12 @@ impl Session<'_> {
             ToAggregator::Update(_, payload) => payload.len() as u64,
             _ => 0,
         };
-        let round = self.shared.terms.borrow().as_ref().map_or(0, |terms| terms.round.0);
+        let round = self
+            .shared
+            .terms
+            .borrow()
+            .as_ref()
+            .map_or(0, |terms| terms.round.0);
         if !self.quota.take(round, bytes) {
             tracing::warn!(node = %self.peer.node(), round, "sends more than its quota");
             return match self.refuse(RefusalCode::Busy).await {
@@ -267,12 +308,19 @@ impl Session<'_> {
             ToAggregator::Update(header, payload) => self.update(header, payload).await,
             ToAggregator::Decline(decline) => {
                 let node = self.peer.node().clone();
-                self.tell(DriverInput::Declined { node, round: decline.round, reason: decline.reason }).await
+                self.tell(DriverInput::Declined {
+                    node,
+                    round: decline.round,
+                    reason: decline.reason,
+                })
+                .await
             }
             ToAggregator::FetchModel(fetch) => self.fetch(fetch.version).await,
             ToAggregator::Verdict(verdict) => {
                 let (node, version, verdict) = (self.peer.node().clone(), verdict.version, verdict.verdict);
-                let write = move |work: &crate::store::Work<'_>| records::record_verdict(work, &node, version, verdict);
+                let write = move |work: &crate::store::Work<'_>| {
+                    records::record_verdict(work, &node, version, verdict)
+                };
                 if let Err(error) = self.shared.store.write(Urgency::Lazy, write).await {
                     tracing::warn!(%error, "a gate's verdict could not be recorded");
                 }
@@ -286,24 +334,49 @@ impl Session<'_> {
         let fatal = error.is_fatal();
         tracing::info!(node = %self.peer.node(), %error, fatal, "a message was no good");
         if let Some(refusal) = error.refusal() {
-            self.shared.metrics.refusals.get_or_create(&Outcome { outcome: refusal.code.word() }).inc();
+            self.shared
+                .metrics
+                .refusals
+                .get_or_create(&Outcome {
+                    outcome: refusal.code.word(),
+                })
+                .inc();
             self.shared.count(&self.peer.node().clone(), refusal.code).await;
             let told = self.say(&ToEdge::Refusal(refusal)).await;
             if let end @ Flow::End(..) = told {
                 return end;
             }
         }
-        if fatal { Flow::End(error.close_code(), "the session cannot go on") } else { Flow::Continue }
+        if fatal {
+            Flow::End(error.close_code(), "the session cannot go on")
+        } else {
+            Flow::Continue
+        }
     }
 
     async fn update(&mut self, header: UpdateV1, payload: Bytes) -> Flow {
         let node = self.peer.node().clone();
-        let terms = self.shared.terms.borrow().clone().filter(|terms| terms.round == header.round);
+        let terms = self
+            .shared
+            .terms
+            .borrow()
+            .clone()
+            .filter(|terms| terms.round == header.round);
         let Some(terms) = terms else {
             // For another round than the open one: its bytes are of no interest, the machine knows what to answer.
-            return self.tell(DriverInput::Update { node, header: Box::new(header), validated: None }).await;
+            return self
+                .tell(DriverInput::Update {
+                    node,
+                    header: Box::new(header),
+                    validated: None,
+                })
+                .await;
         };
-        let raw = RawUpdate { node: node.clone(), header: header.clone(), payload };
+        let raw = RawUpdate {
+            node: node.clone(),
+            header: header.clone(),
+            payload,
+        };
         let judged = if raw.payload.len() > INLINE_BYTES_MAX {
             match tokio::task::spawn_blocking(move || validate(raw, &terms)).await {
                 Ok(judged) => judged,
@@ -318,14 +391,27 @@ impl Session<'_> {
         match judged {
             Ok(validated) => {
                 let validated = Some(Box::new(validated));
-                self.tell(DriverInput::Update { node, header: Box::new(header), validated }).await
+                self.tell(DriverInput::Update {
+                    node,
+                    header: Box::new(header),
+                    validated,
+                })
+                .await
             }
             Err(error) => {
                 let (code, round, rule) = (error.code(), header.round, self.shared.rule);
                 tracing::warn!(%node, round = round.0, %error, "an update was refused");
-                self.shared.metrics.uploads.get_or_create(&Verdict { verdict: "refused", reason: code.word() }).inc();
-                let write =
-                    move |work: &crate::store::Work<'_>| rounds::refuse_upload(work, &node, &header, code, rule);
+                self.shared
+                    .metrics
+                    .uploads
+                    .get_or_create(&Verdict {
+                        verdict: "refused",
+                        reason: code.word(),
+                    })
+                    .inc();
+                let write = move |work: &crate::store::Work<'_>| {
+                    rounds::refuse_upload(work, &node, &header, code, rule)
+                };
                 if let Err(error) = self.shared.store.write(Urgency::Lazy, write).await {
                     tracing::error!(%error, "a refusal could not be recorded");
                 }

@@ -24,7 +24,9 @@ pub enum AdmitError {
         max: u16,
     },
     /// Another feature profile.
-    #[error("the edge has feature profile {found} ({found_digest}), this federation uses {expected} ({expected_digest})")]
+    #[error(
+        "the edge has feature profile {found} ({found_digest}), this federation uses {expected} ({expected_digest})"
+    )]
     Profile {
         /// Ours.
         expected: String,
@@ -74,7 +76,10 @@ impl AdmitError {
 pub fn check_hello(hello: &HelloV1, spec: &ModelSpec) -> Result<u16, AdmitError> {
     let protocol = hello.protocol_max.min(PROTOCOL_MAX);
     if protocol < hello.protocol_min.max(PROTOCOL_MIN) {
-        return Err(AdmitError::Version { min: hello.protocol_min, max: hello.protocol_max });
+        return Err(AdmitError::Version {
+            min: hello.protocol_min,
+            max: hello.protocol_max,
+        });
     }
     if hello.profile_digest != spec.profile_digest() {
         return Err(AdmitError::Profile {
@@ -85,7 +90,10 @@ pub fn check_hello(hello: &HelloV1, spec: &ModelSpec) -> Result<u16, AdmitError>
         });
     }
     if hello.layout_digest != spec.layout_digest() {
-        return Err(AdmitError::Layout { expected: spec.layout_digest(), found: hello.layout_digest });
+        return Err(AdmitError::Layout {
+            expected: spec.layout_digest(),
+            found: hello.layout_digest,
+        });
     }
     Ok(protocol)
 }
@@ -98,7 +106,11 @@ pub fn check_hello(hello: &HelloV1, spec: &ModelSpec) -> Result<u16, AdmitError>
 pub fn check_ledger(on_record: LedgerHead, offered: LedgerHead) -> Result<(), AdmitError> {
     let behind = offered.records < on_record.records;
     let forked = offered.records == on_record.records && offered.head != on_record.head;
-    if behind || forked { Err(AdmitError::Ledger { on_record, offered }) } else { Ok(()) }
+    if behind || forked {
+        Err(AdmitError::Ledger { on_record, offered })
+    } else {
+        Ok(())
+    }
 }
 
 /// What one site may still send in the round at hand.
@@ -115,8 +127,16 @@ impl Quota {
     /// A fresh quota. `update_bytes` is the largest update of this federation.
     pub fn new(limits: &LimitSettings, update_bytes: u64) -> Self {
         let plain = u64::from(limits.messages_per_round_max).saturating_mul(PLAIN_MESSAGE_BYTES);
-        let bytes_max = u64::from(limits.updates_per_round_max).saturating_mul(update_bytes).saturating_add(plain);
-        Self { messages_max: limits.messages_per_round_max, bytes_max, round: 0, messages: 0, bytes: 0 }
+        let bytes_max = u64::from(limits.updates_per_round_max)
+            .saturating_mul(update_bytes)
+            .saturating_add(plain);
+        Self {
+            messages_max: limits.messages_per_round_max,
+            bytes_max,
+            round: 0,
+            messages: 0,
+            bytes: 0,
+        }
     }
 
     /// Counts a message of `bytes` that came while `round` was at hand; false: it is beyond the quota.
@@ -136,7 +156,10 @@ mod tests {
     use super::*;
 
     fn head(records: u64, byte: u8) -> LedgerHead {
-        LedgerHead { head: Digest([byte; 32]), records }
+        LedgerHead {
+            head: Digest([byte; 32]),
+            records,
+        }
     }
 
     #[test]
@@ -144,17 +167,27 @@ mod tests {
         assert!(check_ledger(head(3, 1), head(3, 1)).is_ok());
         assert!(check_ledger(head(3, 1), head(4, 2)).is_ok());
         for wrong in [head(2, 1), head(3, 2), head(0, 0)] {
-            assert_eq!(check_ledger(head(3, 1), wrong).unwrap_err().code(), RefusalCode::LedgerRollback);
+            assert_eq!(
+                check_ledger(head(3, 1), wrong).unwrap_err().code(),
+                RefusalCode::LedgerRollback
+            );
         }
     }
 
     #[test]
     fn quota_is_renewed_by_the_next_round_only() {
-        let limits = LimitSettings { messages_per_round_max: 4, updates_per_round_max: 1, ..LimitSettings::default() };
+        let limits = LimitSettings {
+            messages_per_round_max: 4,
+            updates_per_round_max: 1,
+            ..LimitSettings::default()
+        };
         let mut quota = Quota::new(&limits, 1_000);
         assert!((0..4).all(|_| quota.take(1, 10)));
         assert!(!quota.take(1, 10), "a fifth message was taken");
         assert!(quota.take(2, 10));
-        assert!(!quota.take(2, 1_000 + 4 * PLAIN_MESSAGE_BYTES), "too many bytes were taken");
+        assert!(
+            !quota.take(2, 1_000 + 4 * PLAIN_MESSAGE_BYTES),
+            "too many bytes were taken"
+        );
     }
 }

@@ -47,9 +47,14 @@ impl AuditKey {
         let mut seed = [0_u8; 32];
         rand::rng().fill_bytes(&mut seed);
         let text = HEXLOWER_PERMISSIVE.encode(&seed);
-        replace_file(path, text.as_bytes())
-            .map_err(|source| DataDirError::Io { what: "write", path: path.to_owned(), source })?;
-        Ok(Self { key: LogKey::from_seed(&origin(federation), &seed)? })
+        replace_file(path, text.as_bytes()).map_err(|source| DataDirError::Io {
+            what: "write",
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            key: LogKey::from_seed(&origin(federation), &seed)?,
+        })
     }
 
     /// Loads the key.
@@ -61,10 +66,19 @@ impl AuditKey {
         let mut text = String::new();
         std::fs::File::open(path)
             .and_then(|mut file| file.read_to_string(&mut text))
-            .map_err(|source| DataDirError::Io { what: "read", path: path.to_owned(), source })?;
-        let seed = HEXLOWER_PERMISSIVE.decode(text.trim().as_bytes()).ok().and_then(|seed| seed.try_into().ok());
+            .map_err(|source| DataDirError::Io {
+                what: "read",
+                path: path.to_owned(),
+                source,
+            })?;
+        let seed = HEXLOWER_PERMISSIVE
+            .decode(text.trim().as_bytes())
+            .ok()
+            .and_then(|seed| seed.try_into().ok());
         let seed: [u8; 32] = seed.ok_or_else(|| AuditKeyError::Format(path.to_owned()))?;
-        Ok(Self { key: LogKey::from_seed(&origin(federation), &seed)? })
+        Ok(Self {
+            key: LogKey::from_seed(&origin(federation), &seed)?,
+        })
     }
 
     /// The log's private key.
@@ -104,7 +118,9 @@ impl AuditLog {
     /// # Errors
     /// [`StoreError::Corrupt`] when an index is missing.
     pub fn load(connection: &Connection) -> Result<Self, StoreError> {
-        let log = Self { tree: RwLock::new(MerkleTree::new()) };
+        let log = Self {
+            tree: RwLock::new(MerkleTree::new()),
+        };
         log.catch_up(connection)?;
         Ok(log)
     }
@@ -122,7 +138,10 @@ impl AuditLog {
             let (index, expected) = (from_sql(row.get(0)?), tree.size());
             if index != expected {
                 let reason = format!("the log goes on with leaf {index}");
-                return Err(StoreError::Corrupt { row: format!("audit leaf {expected}"), reason });
+                return Err(StoreError::Corrupt {
+                    row: format!("audit leaf {expected}"),
+                    reason,
+                });
             }
             tree.append(Digest(row.get(1)?));
         }
@@ -140,7 +159,9 @@ impl AuditLog {
     pub fn head_since(&self, seen: Option<u64>) -> ((u64, Digest), Vec<Digest>) {
         let tree = self.tree.read().unwrap_or_else(PoisonError::into_inner);
         let size = tree.size();
-        let proof = seen.filter(|seen| (1..size).contains(seen)).and_then(|seen| tree.consistency(seen, size));
+        let proof = seen
+            .filter(|seen| (1..size).contains(seen))
+            .and_then(|seen| tree.consistency(seen, size));
         ((size, tree.root()), proof.unwrap_or_default())
     }
 

@@ -60,9 +60,15 @@ impl Peer {
         let name = peer_name(certificate_der)?;
         if name.role != Role::Edge || name.federation != federation {
             let found = format!("{} {} of {}", name.role.word(), name.node, name.federation);
-            return Err(AuthenticateError::Name { expected: federation.to_owned(), found });
+            return Err(AuthenticateError::Name {
+                expected: federation.to_owned(),
+                found,
+            });
         }
-        Ok(Self { node: name.node, key_fingerprint: public_key_fingerprint(certificate_der)? })
+        Ok(Self {
+            node: name.node,
+            key_fingerprint: public_key_fingerprint(certificate_der)?,
+        })
     }
 
     /// The node's name.
@@ -76,7 +82,9 @@ impl Peer {
     /// [`AuthenticateError::Unknown`], [`AuthenticateError::Suspended`], [`AuthenticateError::Key`].
     pub fn check(&self, registry: &Registry) -> Result<(), AuthenticateError> {
         let node = || self.node.clone();
-        let entry = registry.get(&self.node).ok_or_else(|| AuthenticateError::Unknown(node()))?;
+        let entry = registry
+            .get(&self.node)
+            .ok_or_else(|| AuthenticateError::Unknown(node()))?;
         if entry.key_fingerprint != self.key_fingerprint {
             return Err(AuthenticateError::Key(node()));
         }
@@ -96,16 +104,35 @@ mod tests {
     #[test]
     fn registry_decides_by_state_and_key() {
         let node = NodeId::new("site-1").unwrap();
-        let peer = Peer { node: node.clone(), key_fingerprint: [1; 32] };
+        let peer = Peer {
+            node: node.clone(),
+            key_fingerprint: [1; 32],
+        };
         let registry = |state, key| {
             let ledger = LedgerHead::default();
-            Registry::from([(node.clone(), SiteEntry { state, key_fingerprint: key, ledger })])
+            Registry::from([(
+                node.clone(),
+                SiteEntry {
+                    state,
+                    key_fingerprint: key,
+                    ledger,
+                },
+            )])
         };
         let code = |registry: &Registry| peer.check(registry).map_err(|error| error.code());
         assert_eq!(code(&Registry::new()), Err(RefusalCode::UnknownSite));
         assert_eq!(code(&registry(SiteStanding::Active, [1; 32])), Ok(()));
-        assert_eq!(code(&registry(SiteStanding::Active, [2; 32])), Err(RefusalCode::Revoked));
-        assert_eq!(code(&registry(SiteStanding::Suspended, [1; 32])), Err(RefusalCode::Suspended));
-        assert_eq!(code(&registry(SiteStanding::Revoked, [1; 32])), Err(RefusalCode::Revoked));
+        assert_eq!(
+            code(&registry(SiteStanding::Active, [2; 32])),
+            Err(RefusalCode::Revoked)
+        );
+        assert_eq!(
+            code(&registry(SiteStanding::Suspended, [1; 32])),
+            Err(RefusalCode::Suspended)
+        );
+        assert_eq!(
+            code(&registry(SiteStanding::Revoked, [1; 32])),
+            Err(RefusalCode::Revoked)
+        );
     }
 }

@@ -136,8 +136,8 @@ impl Default for RoundSettings {
         Self {
             kind: RoundKind::Moments,
             quorum: 3,
-            deadline: Duration::from_secs(120),
-            pause: Duration::from_secs(600),
+            deadline: Duration::from_mins(2),
+            pause: Duration::from_mins(10),
             rounds_max: None,
             clip_norm: 588.0,
             noise_multiplier: 1.27,
@@ -184,7 +184,11 @@ pub struct ModelSettings {
 
 impl Default for ModelSettings {
     fn default() -> Self {
-        Self { profile: "host-service-v1".into(), dimension: None, seed: 1 }
+        Self {
+            profile: "host-service-v1".into(),
+            dimension: None,
+            seed: 1,
+        }
     }
 }
 
@@ -298,11 +302,17 @@ impl Settings {
     pub fn check(self, directory: &Path) -> Result<CheckedConfig, ConfigError> {
         NodeId::new(self.federation.clone()).map_err(|_| {
             let got = &self.federation;
-            wrong("federation", format!("`{got}` is no name: use 1 to 63 characters of a-z, 0-9 and -"))
+            wrong(
+                "federation",
+                format!("`{got}` is no name: use 1 to 63 characters of a-z, 0-9 and -"),
+            )
         })?;
         if !self.http.ip().is_loopback() {
             let got = self.http;
-            return Err(wrong("http", format!("{got} is no loopback address: use 127.0.0.1 or [::1]")));
+            return Err(wrong(
+                "http",
+                format!("{got} is no loopback address: use 127.0.0.1 or [::1]"),
+            ));
         }
         if let Some(advertise) = &self.advertise {
             let port = advertise.rsplit_once(':').filter(|(host, _)| !host.is_empty());
@@ -321,7 +331,10 @@ impl Settings {
         let limits = check_limits(self.limits)?;
         let rounds = check_rounds(&self.rounds)?;
         if self.model.dimension.is_some() && rounds.kind != UpdateKind::Delta {
-            return Err(wrong("model.dimension", "a model of bare numbers needs rounds.kind = \"delta\"".into()));
+            return Err(wrong(
+                "model.dimension",
+                "a model of bare numbers needs rounds.kind = \"delta\"".into(),
+            ));
         }
         let data_dir = std::path::absolute(directory.join(&self.data_dir))
             .map_err(|error| wrong("data_dir", format!("{}: {error}", self.data_dir.display())))?;
@@ -341,27 +354,46 @@ impl Settings {
 
 fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
     count("rounds.quorum", rounds.quorum as u64, 1, 100_000)?;
-    span("rounds.deadline", rounds.deadline, Duration::from_millis(100), days(7))?;
+    span(
+        "rounds.deadline",
+        rounds.deadline,
+        Duration::from_millis(100),
+        days(7),
+    )?;
     span("rounds.pause", rounds.pause, Duration::ZERO, days(30))?;
     if rounds.rounds_max == Some(0) {
-        return Err(wrong("rounds.rounds_max", "0 would open no round at all: leave it out or use 1 or more".into()));
+        return Err(wrong(
+            "rounds.rounds_max",
+            "0 would open no round at all: leave it out or use 1 or more".into(),
+        ));
     }
-    let clip_norm = L2Norm::new(rounds.clip_norm).map_err(|error| wrong("rounds.clip_norm", error.to_string()))?;
+    let clip_norm =
+        L2Norm::new(rounds.clip_norm).map_err(|error| wrong("rounds.clip_norm", error.to_string()))?;
     if !(0.1..=1_000.0).contains(&rounds.noise_multiplier) {
         let got = rounds.noise_multiplier;
-        return Err(wrong("rounds.noise_multiplier", format!("{got} is outside 0.1 to 1000")));
+        return Err(wrong(
+            "rounds.noise_multiplier",
+            format!("{got} is outside 0.1 to 1000"),
+        ));
     }
     let noise_multiplier = NoiseMultiplier::new(rounds.noise_multiplier)
         .map_err(|error| wrong("rounds.noise_multiplier", error.to_string()))?;
     count("rounds.block_rows", rounds.block_rows.into(), 11, 86_400)?;
     count("rounds.blocks_max", rounds.blocks_max.into(), 1, 100_000)?;
-    count("rounds.blocks_min", rounds.blocks_min.into(), 1, rounds.blocks_max.into())?;
+    count(
+        "rounds.blocks_min",
+        rounds.blocks_min.into(),
+        1,
+        rounds.blocks_max.into(),
+    )?;
     if rounds.rule != RuleName::Mean && rounds.byzantine.saturating_mul(2) >= rounds.quorum {
         let (f, quorum) = (rounds.byzantine, rounds.quorum);
         let need = f.saturating_mul(2).saturating_add(1);
         return Err(wrong(
             "rounds.byzantine",
-            format!("{f} of {quorum} is no minority: set rounds.quorum to {need} or more, or byzantine lower"),
+            format!(
+                "{f} of {quorum} is no minority: set rounds.quorum to {need} or more, or byzantine lower"
+            ),
         ));
     }
     Ok(CheckedRounds {
@@ -381,12 +413,37 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
 }
 
 fn check_limits(limits: LimitSettings) -> Result<LimitSettings, ConfigError> {
-    count("limits.connections_max", limits.connections_max as u64, 1, 100_000)?;
-    count("limits.upload_bytes_in_flight_max", limits.upload_bytes_in_flight_max as u64, 1 << 20, 64 << 30)?;
-    count("limits.messages_per_round_max", limits.messages_per_round_max.into(), 4, 1_000_000)?;
-    count("limits.updates_per_round_max", limits.updates_per_round_max.into(), 1, 1_000)?;
+    count(
+        "limits.connections_max",
+        limits.connections_max as u64,
+        1,
+        100_000,
+    )?;
+    count(
+        "limits.upload_bytes_in_flight_max",
+        limits.upload_bytes_in_flight_max as u64,
+        1 << 20,
+        64 << 30,
+    )?;
+    count(
+        "limits.messages_per_round_max",
+        limits.messages_per_round_max.into(),
+        4,
+        1_000_000,
+    )?;
+    count(
+        "limits.updates_per_round_max",
+        limits.updates_per_round_max.into(),
+        1,
+        1_000,
+    )?;
     count("limits.rounds_kept", limits.rounds_kept, 1, 1_000_000)?;
-    span("limits.write_timeout", limits.write_timeout, Duration::from_secs(1), Duration::from_secs(600))?;
+    span(
+        "limits.write_timeout",
+        limits.write_timeout,
+        Duration::from_secs(1),
+        Duration::from_mins(10),
+    )?;
     Ok(limits)
 }
 
@@ -395,7 +452,11 @@ fn wrong(key: &'static str, reason: String) -> ConfigError {
 }
 
 fn count(key: &'static str, got: u64, low: u64, high: u64) -> Result<(), ConfigError> {
-    if (low..=high).contains(&got) { Ok(()) } else { Err(wrong(key, format!("{got} is outside {low} to {high}"))) }
+    if (low..=high).contains(&got) {
+        Ok(())
+    } else {
+        Err(wrong(key, format!("{got} is outside {low} to {high}")))
+    }
 }
 
 fn span(key: &'static str, got: Duration, low: Duration, high: Duration) -> Result<(), ConfigError> {
@@ -403,11 +464,14 @@ fn span(key: &'static str, got: Duration, low: Duration, high: Duration) -> Resu
         return Ok(());
     }
     let text = humantime::format_duration;
-    Err(wrong(key, format!("{} is outside {} to {}", text(got), text(low), text(high))))
+    Err(wrong(
+        key,
+        format!("{} is outside {} to {}", text(got), text(low), text(high)),
+    ))
 }
 
 fn days(count: u64) -> Duration {
-    Duration::from_secs(count * 86_400)
+    Duration::from_hours(count * 24)
 }
 
 /// The commented file that `init` writes, with every key at the value of `settings`.
@@ -495,7 +559,11 @@ rounds_kept = {rounds_kept}
         listen = settings.listen,
         join_listen = settings.join_listen,
         http = settings.http,
-        advertise = or_comment("advertise", settings.advertise.as_deref().map(text), "\"localhost:7700\""),
+        advertise = or_comment(
+            "advertise",
+            settings.advertise.as_deref().map(text),
+            "\"localhost:7700\""
+        ),
         quorum = rounds.quorum,
         deadline = time(rounds.deadline),
         pause = time(rounds.pause),
@@ -524,14 +592,22 @@ mod tests {
     use super::*;
 
     fn good() -> Settings {
-        Settings { federation: "demo".into(), ..Settings::default() }
+        Settings {
+            federation: "demo".into(),
+            ..Settings::default()
+        }
     }
 
     fn load_text(text: &str, environment: &[(&str, &str)]) -> Result<CheckedConfig, ConfigError> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("aggregator.toml");
         std::fs::write(&path, text).unwrap();
-        load(&path, environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())))
+        load(
+            &path,
+            environment
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned())),
+        )
     }
 
     #[test]
@@ -554,7 +630,7 @@ mod tests {
         let mut sections = vec![&table];
         while let Some(section) = sections.pop() {
             for (key, value) in section {
-                assert!(text.contains(&format!("{key}")), "{key} is not in the example");
+                assert!(text.contains(key.as_str()), "{key} is not in the example");
                 sections.extend(value.as_table());
             }
         }
@@ -578,19 +654,58 @@ mod tests {
         let cases: [(&str, &str, &str); 11] = [
             ("federation = \"De mo\"", "federation", "De mo"),
             ("federation = \"demo\"\nhttp = \"0.0.0.0:1\"", "http", "0.0.0.0:1"),
-            ("federation = \"demo\"\nadvertise = \"nohost\"", "advertise", "nohost"),
-            ("federation = \"demo\"\n[rounds]\nquorum = 0", "rounds.quorum", "0"),
-            ("federation = \"demo\"\n[rounds]\nbyzantine = 2\nquorum = 4", "rounds.byzantine", "2 of 4"),
-            ("federation = \"demo\"\n[rounds]\ndeadline = \"1ms\"", "rounds.deadline", "1ms"),
-            ("federation = \"demo\"\n[rounds]\nclip_norm = -1.0", "rounds.clip_norm", "-1"),
-            ("federation = \"demo\"\n[rounds]\nnoise_multiplier = 0.0", "rounds.noise_multiplier", "0"),
-            ("federation = \"demo\"\n[rounds]\nblocks_min = 99", "rounds.blocks_min", "99"),
-            ("federation = \"demo\"\n[model]\nprofile = \"x\"", "model.profile", "x"),
-            ("federation = \"demo\"\n[model]\ndimension = 5", "model.dimension", "delta"),
+            (
+                "federation = \"demo\"\nadvertise = \"nohost\"",
+                "advertise",
+                "nohost",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nquorum = 0",
+                "rounds.quorum",
+                "0",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nbyzantine = 2\nquorum = 4",
+                "rounds.byzantine",
+                "2 of 4",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\ndeadline = \"1ms\"",
+                "rounds.deadline",
+                "1ms",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nclip_norm = -1.0",
+                "rounds.clip_norm",
+                "-1",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nnoise_multiplier = 0.0",
+                "rounds.noise_multiplier",
+                "0",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nblocks_min = 99",
+                "rounds.blocks_min",
+                "99",
+            ),
+            (
+                "federation = \"demo\"\n[model]\nprofile = \"x\"",
+                "model.profile",
+                "x",
+            ),
+            (
+                "federation = \"demo\"\n[model]\ndimension = 5",
+                "model.dimension",
+                "delta",
+            ),
         ];
         for (text, key, value) in cases {
             let error = load_text(text, &[]).unwrap_err().to_string();
-            assert!(error.starts_with(key) && error.contains(value), "{text}\n→ {error}");
+            assert!(
+                error.starts_with(key) && error.contains(value),
+                "{text}\n→ {error}"
+            );
         }
     }
 

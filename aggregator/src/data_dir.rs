@@ -63,9 +63,14 @@ impl DataDirError {
     pub fn hint(&self) -> String {
         match self {
             Self::NotInitialised { path, .. } => {
-                format!("make one with `theriac-aggregator init --dir {}`, or correct data_dir", path.display())
+                format!(
+                    "make one with `theriac-aggregator init --dir {}`, or correct data_dir",
+                    path.display()
+                )
             }
-            Self::Occupied { .. } => "choose another --dir; an existing federation is never overwritten".into(),
+            Self::Occupied { .. } => {
+                "choose another --dir; an existing federation is never overwritten".into()
+            }
             Self::Locked { holder, .. } => {
                 format!("stop process {holder} first; two aggregators on one directory would break rounds")
             }
@@ -137,7 +142,10 @@ impl DataDir {
             (self.audit_key(), "audit.key"),
         ] {
             if !path.exists() {
-                return Err(DataDirError::NotInitialised { path: self.root.clone(), missing });
+                return Err(DataDirError::NotInitialised {
+                    path: self.root.clone(),
+                    missing,
+                });
             }
         }
         refuse_wider(&self.root, 0o700)?;
@@ -150,7 +158,11 @@ impl DataDir {
     /// [`DataDirError::Locked`] when another process has it.
     pub fn lock(&self) -> Result<DataDirLock, DataDirError> {
         let path = self.root.join("lock");
-        let io = |source| DataDirError::Io { what: "lock", path: path.clone(), source };
+        let io = |source| DataDirError::Io {
+            what: "lock",
+            path: path.clone(),
+            source,
+        };
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -166,8 +178,15 @@ impl DataDir {
                 // Only for the message: an unreadable lock file changes nothing.
                 drop(file.read_to_string(&mut holder));
                 let holder = holder.trim().to_owned();
-                let holder = if holder.is_empty() { "unknown".to_owned() } else { holder };
-                return Err(DataDirError::Locked { path: self.root.clone(), holder });
+                let holder = if holder.is_empty() {
+                    "unknown".to_owned()
+                } else {
+                    holder
+                };
+                return Err(DataDirError::Locked {
+                    path: self.root.clone(),
+                    holder,
+                });
             }
             Err(fs::TryLockError::Error(source)) => return Err(io(source)),
         }
@@ -188,10 +207,21 @@ pub struct DataDirLock {
 /// # Errors
 /// [`DataDirError::Mode`], [`DataDirError::Io`].
 pub fn refuse_wider(path: &Path, wanted: u32) -> Result<(), DataDirError> {
-    let metadata = fs::metadata(path)
-        .map_err(|source| DataDirError::Io { what: "look at", path: path.to_owned(), source })?;
+    let metadata = fs::metadata(path).map_err(|source| DataDirError::Io {
+        what: "look at",
+        path: path.to_owned(),
+        source,
+    })?;
     let mode = metadata.permissions().mode() & 0o777;
-    if mode & !wanted == 0 { Ok(()) } else { Err(DataDirError::Mode { path: path.to_owned(), mode, wanted }) }
+    if mode & !wanted == 0 {
+        Ok(())
+    } else {
+        Err(DataDirError::Mode {
+            path: path.to_owned(),
+            mode,
+            wanted,
+        })
+    }
 }
 
 /// Makes a directory (and its parents) that only its owner can enter.
@@ -201,7 +231,11 @@ pub(crate) fn make_private(path: &Path) -> io::Result<()> {
 
 /// Makes a new file that only its owner can read.
 pub(crate) fn create_private(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
 }
 
 /// Replaces a small file in one step: write, sync, rename, sync the directory.
@@ -215,7 +249,8 @@ pub(crate) fn replace_file(path: &Path, text: &[u8]) -> io::Result<()> {
         fs::rename(&temporary, path)
     };
     write().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
-    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+    path.parent()
+        .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }
 
 #[cfg(test)]
@@ -228,7 +263,9 @@ mod tests {
         let data = DataDir::new(dir.path());
         let held = data.lock().unwrap();
         let error = data.lock().unwrap_err();
-        assert!(matches!(&error, DataDirError::Locked { holder, .. } if *holder == std::process::id().to_string()));
+        assert!(
+            matches!(&error, DataDirError::Locked { holder, .. } if *holder == std::process::id().to_string())
+        );
         assert!(error.hint().contains(&std::process::id().to_string()));
         drop(held);
         assert!(data.lock().is_ok());
@@ -242,13 +279,25 @@ mod tests {
         assert!(refuse_wider(&path, 0o600).is_ok());
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         let error = refuse_wider(&path, 0o600).unwrap_err();
-        assert!(error.to_string().contains("640") && error.hint().contains("chmod 600"), "{error}");
+        assert!(
+            error.to_string().contains("640") && error.hint().contains("chmod 600"),
+            "{error}"
+        );
     }
 
     #[test]
     fn directory_without_init_says_so() {
         let dir = tempfile::tempdir().unwrap();
         let error = DataDir::new(dir.path()).check().unwrap_err();
-        assert!(matches!(error, DataDirError::NotInitialised { missing: "aggregator.db", .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                DataDirError::NotInitialised {
+                    missing: "aggregator.db",
+                    ..
+                }
+            ),
+            "{error}"
+        );
     }
 }

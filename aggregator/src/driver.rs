@@ -53,7 +53,9 @@ pub enum DriverError {
     #[error(transparent)]
     Layout(#[from] crate::layout::LayoutError),
     /// The model in force has another layout than the configuration.
-    #[error("the store's model has layout {found}, the configuration makes {expected}: [model] was changed after `init`")]
+    #[error(
+        "the store's model has layout {found}, the configuration makes {expected}: [model] was changed after `init`"
+    )]
     OtherModel {
         /// Of the configuration.
         expected: Digest,
@@ -66,14 +68,25 @@ pub enum DriverError {
 #[derive(Debug)]
 pub(crate) enum DriverInput {
     /// A site said Hello and fits; the driver decides on its ledger and answers with a Welcome through the link.
-    Arrived { arrival: Box<Arrival>, reply: oneshot::Sender<Result<(), AdmitError>> },
+    Arrived {
+        arrival: Box<Arrival>,
+        reply: oneshot::Sender<Result<(), AdmitError>>,
+    },
     /// A session has ended.
     Left { node: NodeId, session: u64 },
     /// An update for the round that is open when it passed validation; without a validated form only the header, for the
     /// machine to refuse it by its round.
-    Update { node: NodeId, header: Box<UpdateV1>, validated: Option<Box<ValidatedUpdate>> },
+    Update {
+        node: NodeId,
+        header: Box<UpdateV1>,
+        validated: Option<Box<ValidatedUpdate>>,
+    },
     /// A node takes no part.
-    Declined { node: NodeId, round: Round, reason: DeclineReason },
+    Declined {
+        node: NodeId,
+        round: Round,
+        reason: DeclineReason,
+    },
 }
 
 /// The driver at a glance, for the page.
@@ -168,11 +181,18 @@ impl Driver {
             rounds_max: rounds.rounds_max,
             terms,
         };
-        let rule = RoundRule { rule: rounds.rule, byzantine: rounds.byzantine, quorum: rounds.quorum };
+        let rule = RoundRule {
+            rule: rounds.rule,
+            byzantine: rounds.byzantine,
+            quorum: rounds.quorum,
+        };
         let found = store.read(Found::read).await?;
         if found.model.layout_digest != config.model.layout_digest() {
             let expected = config.model.layout_digest();
-            return Err(DriverError::OtherModel { expected, found: found.model.layout_digest });
+            return Err(DriverError::OtherModel {
+                expected,
+                found: found.model.layout_digest,
+            });
         }
         models.load(&store, &found.model).await?;
         let start = Instant::now();
@@ -188,7 +208,11 @@ impl Driver {
             aborted: found.outcomes.1,
             storage_full: false,
         }));
-        let ledgers = found.registry.iter().map(|(node, entry)| (node.clone(), entry.ledger)).collect();
+        let ledgers = found
+            .registry
+            .iter()
+            .map(|(node, entry)| (node.clone(), entry.ledger))
+            .collect();
         let (registry, registry_view) = watch::channel(Arc::new(found.registry));
         let (terms, terms_view) = watch::channel(machine.announcement(now).map(Arc::new));
         metrics.model_version.set(found.model.version.0);
@@ -220,11 +244,22 @@ impl Driver {
             registry,
             terms,
         };
-        Ok((driver, Views { status, registry: registry_view, terms: terms_view }))
+        Ok((
+            driver,
+            Views {
+                status,
+                registry: registry_view,
+                terms: terms_view,
+            },
+        ))
     }
 
     /// Runs until `shutdown` turns true, then says good-bye to every edge and finishes what is being written.
-    pub(crate) async fn run(mut self, mut inputs: mpsc::Receiver<DriverInput>, mut shutdown: watch::Receiver<bool>) {
+    pub(crate) async fn run(
+        mut self,
+        mut inputs: mpsc::Receiver<DriverInput>,
+        mut shutdown: watch::Receiver<bool>,
+    ) {
         let mut changes = self.store.changes();
         self.pump(None);
         loop {
@@ -264,23 +299,44 @@ impl Driver {
             DriverInput::Arrived { arrival, reply } => self.arrived(*arrival, reply),
             DriverInput::Left { node, session } => self.left(&node, session),
             DriverInput::Declined { node, round, reason } => self.declined(now, node, round, reason),
-            DriverInput::Update { node, header, validated } => self.update(now, node, *header, validated),
+            DriverInput::Update {
+                node,
+                header,
+                validated,
+            } => self.update(now, node, *header, validated),
         }
     }
 
-    fn update(&mut self, now: Moment, node: NodeId, header: UpdateV1, validated: Option<Box<ValidatedUpdate>>) {
+    fn update(
+        &mut self,
+        now: Moment,
+        node: NodeId,
+        header: UpdateV1,
+        validated: Option<Box<ValidatedUpdate>>,
+    ) {
         let claim = &header.privacy;
-        let offered = LedgerHead { head: claim.ledger_head, records: claim.ledger_records };
+        let offered = LedgerHead {
+            head: claim.ledger_head,
+            records: claim.ledger_records,
+        };
         let repeated = self.receipts.get(&(header.round, node.clone()));
         let is_repeat = repeated.is_some_and(|stored| stored.payload_digest == header.payload_digest);
         // A repeated upload shows the head of its own time, which is behind by design.
         if !is_repeat && let Err(error) = check_ledger(self.ledger(&node), offered) {
             return self.refuse_update(&node, &header, error.code(), &error.to_string());
         }
-        let open = self.terms.borrow().as_ref().is_some_and(|terms| terms.round == header.round);
+        let open = self
+            .terms
+            .borrow()
+            .as_ref()
+            .is_some_and(|terms| terms.round == header.round);
         if open && validated.is_none() && !is_repeat {
             // The round opened while the update was judged; nobody has looked at its bytes.
-            return self.send_refusal(&node, Some(header.round), theriac_protocol::refusal::RefusalCode::Busy);
+            return self.send_refusal(
+                &node,
+                Some(header.round),
+                theriac_protocol::refusal::RefusalCode::Busy,
+            );
         }
         let input = Input::Update {
             node,
@@ -295,9 +351,14 @@ impl Driver {
 
     fn declined(&mut self, now: Moment, node: NodeId, round: Round, reason: DeclineReason) {
         let outcome = rounds::decline_word(reason);
-        self.metrics.declines.get_or_create(&crate::metrics::Outcome { outcome }).inc();
+        self.metrics
+            .declines
+            .get_or_create(&crate::metrics::Outcome { outcome })
+            .inc();
         let name = node.clone();
-        self.write_later(Urgency::Lazy, move |work| rounds::decline(work, round, &name, reason));
+        self.write_later(Urgency::Lazy, move |work| {
+            rounds::decline(work, round, &name, reason)
+        });
         self.machine.handle(now, Input::Declined { node, round, reason });
         self.pump(None);
     }
@@ -311,7 +372,10 @@ impl Driver {
         let store = self.store.clone();
         self.work.spawn(async move {
             let read = |connection: &rusqlite::Connection| {
-                Ok((records::registry(connection)?, records::current_model(connection)?))
+                Ok((
+                    records::registry(connection)?,
+                    records::current_model(connection)?,
+                ))
             };
             Done::Refreshed(store.read(read).await.map(Box::new))
         });
@@ -320,14 +384,19 @@ impl Driver {
     fn refreshed(&mut self, registry: Registry, model: ModelRow) {
         let before = Arc::clone(&self.registry.borrow());
         for (node, entry) in &registry {
-            let same_key = before.get(node).is_some_and(|known| known.key_fingerprint == entry.key_fingerprint);
+            let same_key = before
+                .get(node)
+                .is_some_and(|known| known.key_fingerprint == entry.key_fingerprint);
             if !same_key {
                 self.ledgers.insert(node.clone(), entry.ledger);
             }
         }
         // Sessions look at the registry at every message and wake up for this.
         self.registry.send_replace(Arc::new(registry));
-        let ours = self.candidate.as_ref().is_some_and(|computed| computed.row.digest == model.digest);
+        let ours = self
+            .candidate
+            .as_ref()
+            .is_some_and(|computed| computed.row.digest == model.digest);
         if model.version > self.machine.status().base.version && !ours {
             self.roll_over(model);
         }
@@ -335,7 +404,11 @@ impl Driver {
 
     /// An operator released another model: the open round builds on the wrong one and ends; the next builds on the new one.
     fn roll_over(&mut self, model: ModelRow) {
-        tracing::info!(version = model.version.0, rule = model.rule, "another model is in force");
+        tracing::info!(
+            version = model.version.0,
+            rule = model.rule,
+            "another model is in force"
+        );
         let (store, models) = (self.store.clone(), Arc::clone(&self.models));
         let reason = AbortReason::Operator;
         self.work.spawn(async move {
@@ -345,7 +418,8 @@ impl Driver {
             }
             let aborted = work::until_it_works(&store, "end the open round", move |work| {
                 let open = rounds::unfinished(work.connection())?.map(|unfinished| unfinished.open.round);
-                open.map(|round| rounds::abort(work, round, reason).map(|()| round)).transpose()
+                open.map(|round| rounds::abort(work, round, reason).map(|()| round))
+                    .transpose()
             });
             let aborted = aborted.await.flatten();
             Done::RolledOver(Ok(Box::new((model, aborted))))
@@ -359,20 +433,26 @@ impl Driver {
         work: impl FnOnce(&crate::store::Work<'_>) -> Result<(), StoreError> + Send + 'static,
     ) {
         let store = self.store.clone();
-        self.work.spawn(async move { Done::Written(store.write(urgency, work).await) });
+        self.work
+            .spawn(async move { Done::Written(store.write(urgency, work).await) });
     }
 
     async fn good_bye(mut self) {
         let now = self.now();
         self.machine.handle(now, Input::Stop);
         let retry_after_ms = 2_000;
-        let message = theriac_protocol::message::ToEdge::Goodbye(theriac_protocol::message::GoodbyeV1 { retry_after_ms });
+        let message = theriac_protocol::message::ToEdge::Goodbye(theriac_protocol::message::GoodbyeV1 {
+            retry_after_ms,
+        });
         for (_, link) in std::mem::take(&mut self.links) {
             // Dropping the link ends the session after what is in its outbox.
             link.send(&message);
         }
         let last_writes = async { while self.work.join_next().await.is_some() {} };
-        if tokio::time::timeout(Duration::from_secs(5), last_writes).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(5), last_writes)
+            .await
+            .is_err()
+        {
             tracing::warn!("writes were still waiting at the end; they were not acknowledged to anybody");
         }
     }
@@ -424,19 +504,43 @@ async fn begin(
     found: &Found,
     now: Moment,
 ) -> Result<(RoundMachine, BTreeMap<(Round, NodeId), StoredUpload>), StoreError> {
-    let base = theriac_protocol::round::BaseModel { version: found.model.version, digest: found.model.digest };
+    let base = theriac_protocol::round::BaseModel {
+        version: found.model.version,
+        digest: found.model.digest,
+    };
     let fresh = || RoundMachine::new(config.clone(), base, found.last, found.nonce_seed, now);
-    let Some(unfinished) = &found.unfinished else { return Ok((fresh(), BTreeMap::new())) };
+    let Some(unfinished) = &found.unfinished else {
+        return Ok((fresh(), BTreeMap::new()));
+    };
     let round = unfinished.open.round;
     let same_terms = unfinished.terms_digest == rounds::terms_digest(&announcement(config, base), rule);
     if !same_terms || unfinished.open.base != base {
-        tracing::warn!(round = round.0, same_terms, "the open round was made for other terms or another model: it ends");
-        store.write(Urgency::Now, move |work| rounds::abort(work, round, AbortReason::Operator)).await?;
+        tracing::warn!(
+            round = round.0,
+            same_terms,
+            "the open round was made for other terms or another model: it ends"
+        );
+        store
+            .write(Urgency::Now, move |work| {
+                rounds::abort(work, round, AbortReason::Operator)
+            })
+            .await?;
         return Ok((fresh(), BTreeMap::new()));
     }
-    tracing::info!(round = round.0, updates = unfinished.open.stored.len(), "the open round goes on");
-    let receipts = unfinished.uploads.iter().map(|(node, upload)| ((round, node.clone()), *upload)).collect();
-    Ok((RoundMachine::resume(config.clone(), unfinished.open.clone(), found.nonce_seed, now), receipts))
+    tracing::info!(
+        round = round.0,
+        updates = unfinished.open.stored.len(),
+        "the open round goes on"
+    );
+    let receipts = unfinished
+        .uploads
+        .iter()
+        .map(|(node, upload)| ((round, node.clone()), *upload))
+        .collect();
+    Ok((
+        RoundMachine::resume(config.clone(), unfinished.open.clone(), found.nonce_seed, now),
+        receipts,
+    ))
 }
 
 /// An announcement under `config`, for comparing terms.

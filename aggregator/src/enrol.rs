@@ -15,7 +15,7 @@ use crate::store::tokens::{self, Issued, Redemption};
 use crate::store::{Store, StoreError, Urgency};
 
 /// How long an edge's certificate is good for.
-pub const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
+pub const CERTIFICATE_LIFETIME: Duration = Duration::from_hours(90 * 24);
 
 /// Answers join requests.
 #[derive(Debug)]
@@ -38,7 +38,14 @@ impl Enrolment {
         store: Store,
         metrics: Metrics,
     ) -> Self {
-        Self { federation, advertise, edge_authority, aggregator_authority_der, store, metrics }
+        Self {
+            federation,
+            advertise,
+            edge_authority,
+            aggregator_authority_der,
+            store,
+            metrics,
+        }
     }
 
     /// Answers one request. Look-up, certificate, and spending the token are one transaction: a crash leaves the token as it
@@ -48,17 +55,20 @@ impl Enrolment {
             return self.refused(JoinRefusal::BadRequest, "the certificate request does not parse");
         };
         let authority = Arc::clone(&self.edge_authority);
-        let redeem = move |work: &crate::store::Work<'_>| {
-            match tokens::look_up(work, &request.token_id, &request.secret, &key_fingerprint)? {
-                Redemption::Refused(reason) => Ok(Err(reason)),
-                Redemption::Repeated { node, certificate } => Ok(Ok((node, certificate))),
-                Redemption::Fresh { node } => {
-                    let Some(issued) = issue(&authority, &request.csr, &node, key_fingerprint) else {
-                        return Ok(Err(JoinRefusal::BadRequest));
-                    };
-                    tokens::spend(work, &request.token_id, &node, &issued)?;
-                    Ok(Ok((node, issued.certificate)))
-                }
+        let redeem = move |work: &crate::store::Work<'_>| match tokens::look_up(
+            work,
+            &request.token_id,
+            &request.secret,
+            &key_fingerprint,
+        )? {
+            Redemption::Refused(reason) => Ok(Err(reason)),
+            Redemption::Repeated { node, certificate } => Ok(Ok((node, certificate))),
+            Redemption::Fresh { node } => {
+                let Some(issued) = issue(&authority, &request.csr, &node, key_fingerprint) else {
+                    return Ok(Err(JoinRefusal::BadRequest));
+                };
+                tokens::spend(work, &request.token_id, &node, &issued)?;
+                Ok(Ok((node, issued.certificate)))
             }
         };
         match self.store.write(Urgency::Now, redeem).await {
@@ -77,7 +87,9 @@ impl Enrolment {
                 }
             }
             Ok(Err(reason)) => self.refused(reason, "by the token"),
-            Err(StoreError::Conflict(_)) => self.refused(JoinRefusal::Spent, "the token was used in the meantime"),
+            Err(StoreError::Conflict(_)) => {
+                self.refused(JoinRefusal::Spent, "the token was used in the meantime")
+            }
             Err(error) => {
                 tracing::error!(%error, hint = error.hint(), "an enrolment could not be recorded");
                 self.refused(JoinRefusal::Busy, "the store does not take it now")
@@ -113,12 +125,21 @@ fn issue(authority: &Authority, csr: &[u8], node: &NodeId, key_fingerprint: [u8;
     };
     let fingerprint = certificate_fingerprint(&certificate);
     let not_after = not_after(&certificate);
-    Some(Issued { certificate, fingerprint, key_fingerprint, not_after })
+    Some(Issued {
+        certificate,
+        fingerprint,
+        key_fingerprint,
+        not_after,
+    })
 }
 
 /// When a certificate ends; 0 when that cannot be read.
 pub(crate) fn not_after(certificate: &[u8]) -> Timestamp {
-    let end = certificate_validity(certificate).ok().map(|validity| validity.not_after);
-    let since = end.and_then(|end| end.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    let end = certificate_validity(certificate)
+        .ok()
+        .map(|validity| validity.not_after);
+    let since = end
+        .and_then(|end| end.duration_since(UNIX_EPOCH).ok())
+        .unwrap_or_default();
     Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

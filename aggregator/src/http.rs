@@ -55,7 +55,10 @@ pub(crate) async fn serve(listener: TcpListener, page: Arc<Page>, mut shutdown: 
 
 /// Another site's page could make a browser ask us under its own name; only loopback names are answered.
 fn is_local(headers: &HeaderMap) -> bool {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .unwrap_or_default();
     let address: Option<SocketAddr> = host.parse().ok();
     let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
     address.is_some_and(|address| address.ip().is_loopback())
@@ -63,7 +66,11 @@ fn is_local(headers: &HeaderMap) -> bool {
 }
 
 fn foreign() -> Response {
-    (StatusCode::FORBIDDEN, "this page answers only to loopback names\n").into_response()
+    (
+        StatusCode::FORBIDDEN,
+        "this page answers only to loopback names\n",
+    )
+        .into_response()
 }
 
 async fn health(State(page): State<Arc<Page>>) -> Response {
@@ -102,7 +109,11 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
         return foreign();
     }
     let federation = page.federation.clone();
-    match page.store.read(move |connection| Status::at_rest(connection, &federation)).await {
+    match page
+        .store
+        .read(move |connection| Status::at_rest(connection, &federation))
+        .await
+    {
         Ok(at_rest) => {
             let driver = page.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let (traffic, used) = (page.endpoint.traffic(), ProcessUse::now());
@@ -121,13 +132,21 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
 }
 
 /// `?limit=N` gives the newest N rounds.
-async fn list_rounds(State(page): State<Arc<Page>>, RawQuery(query): RawQuery, headers: HeaderMap) -> Response {
+async fn list_rounds(
+    State(page): State<Arc<Page>>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Response {
     if !is_local(&headers) {
         return foreign();
     }
     let asked = query.and_then(|query| query.strip_prefix("limit=").and_then(|limit| limit.parse().ok()));
     let limit = asked.unwrap_or(ROUNDS_DEFAULT).min(ROUNDS_MAX);
-    match page.store.read(move |connection| rounds::list(connection, limit)).await {
+    match page
+        .store
+        .read(move |connection| rounds::list(connection, limit))
+        .await
+    {
         Ok(rows) => Json(rows).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
@@ -138,8 +157,12 @@ impl Page {
     fn refresh(&self) {
         let m = &self.metrics;
         let traffic = self.endpoint.traffic();
-        m.bytes.get_or_create(&Direction { direction: "up" }).set(traffic.bytes_received);
-        m.bytes.get_or_create(&Direction { direction: "down" }).set(traffic.bytes_sent);
+        m.bytes
+            .get_or_create(&Direction { direction: "up" })
+            .set(traffic.bytes_received);
+        m.bytes
+            .get_or_create(&Direction { direction: "down" })
+            .set(traffic.bytes_sent);
         let accepts = self.endpoint.accept_stats();
         for (outcome, count) in [
             ("accepted", accepts.accepted),
@@ -152,11 +175,16 @@ impl Page {
         }
         let granted = self.endpoint.granted();
         for (buffer, bytes) in [("send", granted.send), ("receive", granted.receive)] {
-            m.socket_buffer.get_or_create(&Buffer { buffer }).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+            m.socket_buffer
+                .get_or_create(&Buffer { buffer })
+                .set(i64::try_from(bytes).unwrap_or(i64::MAX));
         }
         m.commits.set(self.store.commits());
         m.audit_leaves.set(self.store.audit_log().head().0);
-        let ends = *self.certificate_ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let ends = *self
+            .certificate_ends
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let left = ends.duration_since(SystemTime::now()).unwrap_or(Duration::ZERO);
         m.certificate_left.set(left.as_secs_f64());
         let used = ProcessUse::now();

@@ -36,7 +36,10 @@ impl InitOptions {
         Self {
             dir: dir.into(),
             hosts: ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec(),
-            settings: Settings { federation: federation.to_owned(), ..Settings::default() },
+            settings: Settings {
+                federation: federation.to_owned(),
+                ..Settings::default()
+            },
             site: NodeId::new("edge-1").ok(),
         }
     }
@@ -60,7 +63,9 @@ pub struct Initialised {
 impl Initialised {
     /// The command that enrols the first edge.
     pub fn join_line(&self) -> Option<String> {
-        self.token.as_ref().map(|(_, token)| join_line(&self.join_address, token))
+        self.token
+            .as_ref()
+            .map(|(_, token)| join_line(&self.join_address, token))
     }
 }
 
@@ -71,7 +76,11 @@ pub fn join_line(join_address: &str, token: &JoinToken) -> String {
 
 /// `HOST:PORT` of the join listener for people: an IPv6 address gets its brackets.
 pub fn join_address(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
 }
 
 /// Why there is no new federation.
@@ -106,7 +115,12 @@ impl From<StoreError> for InitError {
 /// # Errors
 /// [`InitError`]; an existing aggregator is never touched.
 pub fn init(options: InitOptions) -> Result<Initialised, InitError> {
-    let InitOptions { dir: root, hosts, mut settings, site } = options;
+    let InitOptions {
+        dir: root,
+        hosts,
+        mut settings,
+        site,
+    } = options;
     if hosts.is_empty() {
         return Err(InitError::NoHosts);
     }
@@ -118,7 +132,12 @@ pub fn init(options: InitOptions) -> Result<Initialised, InitError> {
     let dir = DataDir::new(root);
     refuse_occupied(&dir)?;
     let file = |what, path: PathBuf| move |source| DataDirError::Io { what, path, source };
-    for path in [dir.root().to_owned(), dir.aggregator_authority(), dir.edge_authority(), dir.identity()] {
+    for path in [
+        dir.root().to_owned(),
+        dir.aggregator_authority(),
+        dir.edge_authority(),
+        dir.identity(),
+    ] {
         make_private(&path).map_err(file("make", path))?;
     }
     let _lock = dir.lock()?;
@@ -126,16 +145,26 @@ pub fn init(options: InitOptions) -> Result<Initialised, InitError> {
     let now = SystemTime::now();
     let authority = |role| Authority::generate(federation, role, now).map_err(ServeError::from);
     let (aggregators, edges) = (authority(Role::Aggregator)?, authority(Role::Edge)?);
-    aggregators.save(&dir.aggregator_authority()).map_err(ServeError::from)?;
+    aggregators
+        .save(&dir.aggregator_authority())
+        .map_err(ServeError::from)?;
     edges.save(&dir.edge_authority()).map_err(ServeError::from)?;
-    let name = NodeId::new(IDENTITY).map_err(|error| ServeError::Store(StoreError::Conflict(error.to_string())))?;
-    let identity = aggregators.issue_aggregator(&name, &hosts).map_err(ServeError::from)?;
-    identity.save(&dir.identity(), IDENTITY).map_err(ServeError::from)?;
+    let name =
+        NodeId::new(IDENTITY).map_err(|error| ServeError::Store(StoreError::Conflict(error.to_string())))?;
+    let identity = aggregators
+        .issue_aggregator(&name, &hosts)
+        .map_err(ServeError::from)?;
+    identity
+        .save(&dir.identity(), IDENTITY)
+        .map_err(ServeError::from)?;
     AuditKey::generate(&dir.audit_key(), federation).map_err(ServeError::from)?;
     let mut database = Database::create(&dir)?;
     fill(&mut database, &checked, &hosts)?;
     let token = match site {
-        Some(site) => Some((site.clone(), create_token(&mut database, aggregators.fingerprint(), &site, tokens::LIFETIME)?)),
+        Some(site) => Some((
+            site.clone(),
+            create_token(&mut database, aggregators.fingerprint(), &site, tokens::LIFETIME)?,
+        )),
         None => None,
     };
     let path = dir.config();
@@ -158,7 +187,10 @@ fn refuse_occupied(dir: &DataDir) -> Result<(), DataDirError> {
         (dir.audit_key(), "audit.key"),
     ] {
         if path.exists() {
-            return Err(DataDirError::Occupied { path: dir.root().to_owned(), found });
+            return Err(DataDirError::Occupied {
+                path: dir.root().to_owned(),
+                found,
+            });
         }
     }
     Ok(())
@@ -231,10 +263,16 @@ pub fn enrol_directly(dir: &std::path::Path, nodes: &[NodeId]) -> Result<Vec<Ide
     let mut rows = Vec::with_capacity(nodes.len());
     for (node, identity) in nodes.iter().zip(&identities) {
         let der = identity.certificate_der();
-        rows.push((node, public_key_fingerprint(der)?, certificate_fingerprint(der), not_after(der)));
+        rows.push((
+            node,
+            public_key_fingerprint(der)?,
+            certificate_fingerprint(der),
+            not_after(der),
+        ));
     }
     Database::open(&dir)?.write(|work| {
-        rows.into_iter().try_for_each(|(node, key, certificate, end)| records::enrol(work, node, key, certificate, end))
+        rows.into_iter()
+            .try_for_each(|(node, key, certificate, end)| records::enrol(work, node, key, certificate, end))
     })?;
     Ok(identities)
 }

@@ -68,7 +68,9 @@ impl ModelSpec {
     pub fn profile(name: &str, seed: u64) -> Result<Self, LayoutError> {
         let schema = FeatureSchema::host_service_v1();
         if name != schema.name {
-            return Err(LayoutError::Profile { name: name.to_owned() });
+            return Err(LayoutError::Profile {
+                name: name.to_owned(),
+            });
         }
         let layout = model_layout(schema.channels());
         Ok(Self {
@@ -85,7 +87,11 @@ impl ModelSpec {
     pub fn raw(dimension: u32) -> Result<Self, LayoutError> {
         if (1..=DIMENSION_MAX).contains(&dimension) {
             let layout_digest = raw_layout_digest(dimension);
-            Ok(Self { shape: Shape::Raw { dimension }, layout_digest, values: dimension })
+            Ok(Self {
+                shape: Shape::Raw { dimension },
+                layout_digest,
+                values: dimension,
+            })
         } else {
             Err(LayoutError::Dimension { got: dimension })
         }
@@ -132,18 +138,26 @@ impl ModelSpec {
     pub fn update(&self, kind: UpdateKind) -> Result<UpdateLayout, LayoutError> {
         let layout = match (&self.shape, kind) {
             (Shape::Raw { dimension }, _) => {
-                return Ok(UpdateLayout { values: *dimension, digest: raw_layout_digest(*dimension) });
+                return Ok(UpdateLayout {
+                    values: *dimension,
+                    digest: raw_layout_digest(*dimension),
+                });
             }
             (Shape::Profile { schema, .. }, UpdateKind::Moments) => moments_layout(schema.channels()),
             (Shape::Profile { schema, .. }, UpdateKind::Delta) => delta_layout(schema.channels()),
         };
-        Ok(UpdateLayout { values: announced(layout.len())?, digest: Digest(layout.digest()) })
+        Ok(UpdateLayout {
+            values: announced(layout.len())?,
+            digest: Digest(layout.digest()),
+        })
     }
 
     /// The values of version 0, the same on every machine.
     pub fn initial(&self) -> Vec<f32> {
         match &self.shape {
-            Shape::Profile { schema, seed } => GlobalModel::initial(schema.channels(), *seed).values().to_vec(),
+            Shape::Profile { schema, seed } => {
+                GlobalModel::initial(schema.channels(), *seed).values().to_vec()
+            }
             Shape::Raw { dimension } => vec![0.0; usize::try_from(*dimension).unwrap_or(usize::MAX)],
         }
     }
@@ -173,6 +187,13 @@ mod tests {
     fn refuses_unknown_profiles_and_silly_dimensions() {
         assert!(ModelSpec::profile("nope", 1).is_err());
         assert!(ModelSpec::raw(0).is_err() && ModelSpec::raw(DIMENSION_MAX + 1).is_err());
-        assert_eq!(ModelSpec::raw(7).unwrap().update(UpdateKind::Delta).unwrap().digest, raw_layout_digest(7));
+        assert_eq!(
+            ModelSpec::raw(7)
+                .unwrap()
+                .update(UpdateKind::Delta)
+                .unwrap()
+                .digest,
+            raw_layout_digest(7)
+        );
     }
 }

@@ -122,28 +122,59 @@ impl Metrics {
         let help = "Time from a round's announcement to its end";
         registry.register_with_unit("round_duration", help, Unit::Seconds, m.round_seconds.clone());
         let help = "Time to combine the updates of a round";
-        registry.register_with_unit("aggregation_duration", help, Unit::Seconds, m.aggregation_seconds.clone());
+        registry.register_with_unit(
+            "aggregation_duration",
+            help,
+            Unit::Seconds,
+            m.aggregation_seconds.clone(),
+        );
         registry.register("uploads", "Uploads by verdict and reason", m.uploads.clone());
-        registry.register("refusals", "Peers and messages refused by reason", m.refusals.clone());
+        registry.register(
+            "refusals",
+            "Peers and messages refused by reason",
+            m.refusals.clone(),
+        );
         registry.register("declines", "Rounds declined by reason", m.declines.clone());
         registry.register("enrolments", "Enrolments by outcome", m.enrolments.clone());
         let help = "Sessions of one identity from two addresses at a time";
         registry.register("identity_alarms", help, m.identity_alarms.clone());
-        registry.register("slow_readers", "Sessions closed because they read too slowly", m.slow_readers.clone());
-        registry.register("store_retries", "Writes that failed and were tried again", m.store_retries.clone());
+        registry.register(
+            "slow_readers",
+            "Sessions closed because they read too slowly",
+            m.slow_readers.clone(),
+        );
+        registry.register(
+            "store_retries",
+            "Writes that failed and were tried again",
+            m.store_retries.clone(),
+        );
         registry.register_with_unit("traffic", "Bytes by direction", Unit::Bytes, m.bytes.clone());
         registry.register("handshakes", "Handshakes by outcome", m.handshakes.clone());
         registry.register("connected_nodes", "Nodes connected", m.connected.clone());
         let help = "Socket buffers that the kernel granted";
         registry.register_with_unit("socket_buffer", help, Unit::Bytes, m.socket_buffer.clone());
-        registry.register("model_version", "Version of the model in force", m.model_version.clone());
+        registry.register(
+            "model_version",
+            "Version of the model in force",
+            m.model_version.clone(),
+        );
         registry.register("round", "The round at hand", m.round.clone());
         registry.register("store_commits", "Transactions committed", m.commits.clone());
         registry.register("audit_leaves", "Leaves of the audit log", m.audit_leaves.clone());
         registry.register("storage_full", "1 while the disk is full", m.storage_full.clone());
         let help = "Time left on the aggregator's certificate";
-        registry.register_with_unit("certificate_left", help, Unit::Seconds, m.certificate_left.clone());
-        registry.register_with_unit("resident_memory", "Resident memory", Unit::Bytes, m.resident.clone());
+        registry.register_with_unit(
+            "certificate_left",
+            help,
+            Unit::Seconds,
+            m.certificate_left.clone(),
+        );
+        registry.register_with_unit(
+            "resident_memory",
+            "Resident memory",
+            Unit::Bytes,
+            m.resident.clone(),
+        );
         registry.register_with_unit("cpu", "CPU time used", Unit::Seconds, m.cpu_seconds.clone());
         (metrics, registry)
     }
@@ -176,13 +207,20 @@ impl ProcessUse {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let field = |name: &str| -> u64 {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
-            let kib = line.and_then(|rest| rest.split_whitespace().next()).and_then(|number| number.parse().ok());
+            let kib = line
+                .and_then(|rest| rest.split_whitespace().next())
+                .and_then(|number| number.parse().ok());
             kib.unwrap_or(0_u64).saturating_mul(1_024)
         };
         let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
         // Fields 14 and 15, in clock ticks of 1/100 s (proc(5)); the name before them may hold spaces.
         let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+        let ticks: u64 = after_name
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|n| n.parse::<u64>().ok())
+            .sum();
         Self {
             resident_bytes: field("VmRSS:"),
             peak_resident_bytes: field("VmHWM:"),
@@ -198,11 +236,24 @@ mod tests {
     #[test]
     fn prints_open_metrics_with_one_prefix() {
         let (metrics, registry) = Metrics::new();
-        metrics.uploads.get_or_create(&Verdict { verdict: "refused", reason: "non_finite" }).inc();
+        metrics
+            .uploads
+            .get_or_create(&Verdict {
+                verdict: "refused",
+                reason: "non_finite",
+            })
+            .inc();
         let text = text(&registry).unwrap();
-        assert!(text.contains("theriac_aggregator_uploads_total{verdict=\"refused\",reason=\"non_finite\"} 1"), "{text}");
+        assert!(
+            text.contains("theriac_aggregator_uploads_total{verdict=\"refused\",reason=\"non_finite\"} 1"),
+            "{text}"
+        );
         assert!(text.ends_with("# EOF\n"));
-        assert!(text.lines().filter(|l| !l.starts_with('#')).all(|line| line.starts_with("theriac_aggregator_")));
+        assert!(
+            text.lines()
+                .filter(|l| !l.starts_with('#'))
+                .all(|line| line.starts_with("theriac_aggregator_"))
+        );
     }
 
     #[test]

@@ -37,7 +37,9 @@ impl Models {
     /// [`ModelError`].
     pub async fn load(&self, store: &Store, row: &ModelRow) -> Result<(), ModelError> {
         let (inner, version) = (store.clone(), row.version);
-        let payload = store.read(move |connection| records::model_payload(connection, inner.blobs(), version)).await?;
+        let payload = store
+            .read(move |connection| records::model_payload(connection, inner.blobs(), version))
+            .await?;
         self.put(row.version, encode(row, payload)?);
         Ok(())
     }
@@ -74,13 +76,18 @@ impl Models {
     pub fn payload_blocking(&self, store: &Store, version: ModelVersion) -> Result<Bytes, StoreError> {
         match self.cached(version) {
             Some(frame) => Ok(frame.payload),
-            None => store.read_blocking(|connection| records::model_payload(connection, store.blobs(), version)),
+            None => {
+                store.read_blocking(|connection| records::model_payload(connection, store.blobs(), version))
+            }
         }
     }
 
     fn cached(&self, version: ModelVersion) -> Option<Encoded> {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        current.as_ref().filter(|(held, _)| *held == version).map(|(_, frame)| frame.clone())
+        current
+            .as_ref()
+            .filter(|(held, _)| *held == version)
+            .map(|(_, frame)| frame.clone())
     }
 
     fn put(&self, version: ModelVersion, frame: Encoded) {

@@ -59,8 +59,15 @@ pub enum Matrix {
 /// # Errors
 /// [`NpyError`].
 pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
-    let io = |source| NpyError::Io { what: "read", path: path.to_owned(), source };
-    let format = |reason: String| NpyError::Format { path: path.to_owned(), reason };
+    let io = |source| NpyError::Io {
+        what: "read",
+        path: path.to_owned(),
+        source,
+    };
+    let format = |reason: String| NpyError::Format {
+        path: path.to_owned(),
+        reason,
+    };
     let mut file = File::open(path).map_err(io)?;
     let mut start = [0_u8; 8];
     file.read_exact(&mut start).map_err(io)?;
@@ -68,7 +75,8 @@ pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
         return Err(format("no .npy file of version 1 or 2".into()));
     }
     let mut length = [0_u8; 4];
-    file.read_exact(&mut length[..if start[6] == 1 { 2 } else { 4 }]).map_err(io)?;
+    file.read_exact(&mut length[..if start[6] == 1 { 2 } else { 4 }])
+        .map_err(io)?;
     let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
     if length > HEADER_BYTES_MAX {
         return Err(format(format!("a header of {length} bytes")));
@@ -85,24 +93,45 @@ pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
         return Err(format("it is in Fortran order".into()));
     }
     let shape = shape(&header).ok_or_else(|| format("no shape".into()))?;
-    let [n, d] = shape[..] else { return Err(format(format!("shape {shape:?}"))) };
+    let [n, d] = shape[..] else {
+        return Err(format(format!("shape {shape:?}")));
+    };
     let width = if wide { 8 } else { 4 };
-    let bytes = n.checked_mul(d).and_then(|count| count.checked_mul(width)).ok_or_else(|| format("too large".into()))?;
+    let bytes = n
+        .checked_mul(d)
+        .and_then(|count| count.checked_mul(width))
+        .ok_or_else(|| format("too large".into()))?;
     let mut data = Vec::new();
     file.take(bytes as u64 + 1).read_to_end(&mut data).map_err(io)?;
     if data.len() != bytes {
-        return Err(format(format!("{} bytes of values where shape {shape:?} needs {bytes}", data.len())));
+        return Err(format(format!(
+            "{} bytes of values where shape {shape:?} needs {bytes}",
+            data.len()
+        )));
     }
     let finite = |index: Option<usize>| match index {
-        Some(index) => Err(NpyError::NonFinite { path: path.to_owned(), index }),
+        Some(index) => Err(NpyError::NonFinite {
+            path: path.to_owned(),
+            index,
+        }),
         None => Ok(()),
     };
     if wide {
-        let values: Vec<f64> = data.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+        let values: Vec<f64> = data
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|bytes| f64::from_le_bytes(*bytes))
+            .collect();
         finite(values.iter().position(|value| !value.is_finite()))?;
         Ok(Matrix::F64(MatrixRows::new(values, n, d)?))
     } else {
-        let values: Vec<f32> = data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let values: Vec<f32> = data
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|bytes| f32::from_le_bytes(*bytes))
+            .collect();
         finite(values.iter().position(|value| !value.is_finite()))?;
         Ok(Matrix::F32(MatrixRows::new(values, n, d)?))
     }
@@ -117,7 +146,12 @@ fn value<'a>(header: &'a str, key: &str) -> Option<&'a str> {
 fn shape(header: &str) -> Option<Vec<usize>> {
     let rest = &header[header.find("'shape':")?..];
     let inner = &rest[rest.find('(')? + 1..rest.find(')')?];
-    inner.split(',').map(str::trim).filter(|part| !part.is_empty()).map(|part| part.parse().ok()).collect()
+    inner
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+        .map(|part| part.parse().ok())
+        .collect()
 }
 
 /// Writes a `[d]` vector of `f32`.
@@ -125,7 +159,12 @@ fn shape(header: &str) -> Option<Vec<usize>> {
 /// # Errors
 /// [`NpyError::Io`].
 pub fn write_f32(path: &Path, values: &[f32]) -> Result<(), NpyError> {
-    write(path, "<f4", values.len(), values.iter().map(|value| value.to_le_bytes()))
+    write(
+        path,
+        "<f4",
+        values.len(),
+        values.iter().map(|value| value.to_le_bytes()),
+    )
 }
 
 /// Writes a `[d]` vector of `f64`.
@@ -133,7 +172,12 @@ pub fn write_f32(path: &Path, values: &[f32]) -> Result<(), NpyError> {
 /// # Errors
 /// [`NpyError::Io`].
 pub fn write_f64(path: &Path, values: &[f64]) -> Result<(), NpyError> {
-    write(path, "<f8", values.len(), values.iter().map(|value| value.to_le_bytes()))
+    write(
+        path,
+        "<f8",
+        values.len(),
+        values.iter().map(|value| value.to_le_bytes()),
+    )
 }
 
 fn write<const W: usize>(
@@ -159,7 +203,11 @@ fn write<const W: usize>(
         }
         file.flush()
     })();
-    written.map_err(|source| NpyError::Io { what: "write", path: path.to_owned(), source })
+    written.map_err(|source| NpyError::Io {
+        what: "write",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]
@@ -180,8 +228,14 @@ mod tests {
 
     #[test]
     fn reads_what_numpy_writes() {
-        let data: Vec<u8> = [1.0_f64, 2.0, 3.0, 4.0, 5.0, 6.0].iter().flat_map(|v| v.to_le_bytes()).collect();
-        let (_dir, path) = file("{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }      \n", &data);
+        let data: Vec<u8> = [1.0_f64, 2.0, 3.0, 4.0, 5.0, 6.0]
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
+        let (_dir, path) = file(
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }      \n",
+            &data,
+        );
         let expected = MatrixRows::from_rows(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).unwrap();
         assert_eq!(read_matrix(&path).unwrap(), Matrix::F64(expected));
     }
@@ -190,11 +244,31 @@ mod tests {
     fn refuses_what_is_no_matrix_of_floats() {
         let nan: Vec<u8> = f32::NAN.to_le_bytes().to_vec();
         for (header, data, says) in [
-            ("{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1), }", vec![0; 4], "<i4"),
-            ("{'descr': '<f4', 'fortran_order': True, 'shape': (1, 1), }", vec![0; 4], "Fortran"),
-            ("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }", vec![0; 4], "[1]"),
-            ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2), }", vec![0; 4], "4 bytes"),
-            ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1), }", nan, "not finite"),
+            (
+                "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1), }",
+                vec![0; 4],
+                "<i4",
+            ),
+            (
+                "{'descr': '<f4', 'fortran_order': True, 'shape': (1, 1), }",
+                vec![0; 4],
+                "Fortran",
+            ),
+            (
+                "{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }",
+                vec![0; 4],
+                "[1]",
+            ),
+            (
+                "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2), }",
+                vec![0; 4],
+                "4 bytes",
+            ),
+            (
+                "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1), }",
+                nan,
+                "not finite",
+            ),
         ] {
             let (_dir, path) = file(header, &data);
             let error = read_matrix(&path).unwrap_err().to_string();

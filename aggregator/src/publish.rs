@@ -77,23 +77,34 @@ pub fn next_model(
             let sum = times(&values, sites);
             let (sigma, clip) = (terms.noise_multiplier.value(), terms.clip_norm.value());
             let weights = moments::solve(&sum, sites, sigma, clip, channels);
-            GlobalModel::from_values(channels, base)?.with_own_lag(&weights)?.values().to_vec()
+            GlobalModel::from_values(channels, base)?
+                .with_own_lag(&weights)?
+                .values()
+                .to_vec()
         }
-        (UpdateKind::Delta, Some(channels)) => {
-            GlobalModel::from_values(channels, base)?.with_delta(&values)?.values().to_vec()
-        }
+        (UpdateKind::Delta, Some(channels)) => GlobalModel::from_values(channels, base)?
+            .with_delta(&values)?
+            .values()
+            .to_vec(),
         (UpdateKind::Delta, None) => add(base, &values)?,
         (UpdateKind::Moments, None) => return Err(PublishError::NoChannels),
     };
     let payload = Bytes::from(encode_f32(&next));
-    Ok(Candidate { digest: Digest::of(&payload), payload, evidence })
+    Ok(Candidate {
+        digest: Digest::of(&payload),
+        payload,
+        evidence,
+    })
 }
 
 fn decode_base(spec: &ModelSpec, payload: &[u8]) -> Result<Vec<f32>, PublishError> {
     let values = usize::try_from(spec.values()).unwrap_or(usize::MAX);
     let expected = values.saturating_mul(4);
     if payload.len() != expected {
-        return Err(PublishError::Base { expected, found: payload.len() });
+        return Err(PublishError::Base {
+            expected,
+            found: payload.len(),
+        });
     }
     let mut base = vec![0.0; values];
     decode_range(Encoding::F32, payload, 0, &mut base);
@@ -101,7 +112,10 @@ fn decode_base(spec: &ModelSpec, payload: &[u8]) -> Result<Vec<f32>, PublishErro
 }
 
 fn times(values: &[f32], sites: usize) -> Vec<f32> {
-    #[expect(clippy::cast_possible_truncation, reason = "the product is rounded once, here")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the product is rounded once, here"
+    )]
     let product = |value: &f32| (f64::from(*value) * sites as f64) as f32;
     values.iter().map(product).collect()
 }
@@ -138,20 +152,31 @@ mod tests {
     }
 
     fn row(values: &[f32]) -> Row {
-        Row { encoding: Encoding::F32, payload: encode_f32(values).into() }
+        Row {
+            encoding: Encoding::F32,
+            payload: encode_f32(values).into(),
+        }
     }
 
     #[test]
     fn delta_moves_the_base_by_the_combined_delta() {
         let spec = ModelSpec::raw(3).unwrap();
         let base = encode_f32(&[1.0, 2.0, 3.0]);
-        let rows = vec![row(&[0.0, 1.0, 2.0]), row(&[1.0, 1.0, 2.0]), row(&[1e30, 1.0, -1e30])];
+        let rows = vec![
+            row(&[0.0, 1.0, 2.0]),
+            row(&[1.0, 1.0, 2.0]),
+            row(&[1e30, 1.0, -1e30]),
+        ];
         let rule = rule(RuleName::Median, 1);
         let next = next_model(&spec, &terms(&spec, UpdateKind::Delta), &base, rows, &*rule).unwrap();
         assert_eq!(next.payload, encode_f32(&[2.0, 3.0, 5.0]));
         assert_eq!(next.digest, Digest::of(&next.payload));
         assert_eq!(next.evidence.len(), 3);
-        assert!((next.evidence[2].trimmed_share - 2.0 / 3.0).abs() < 1e-9, "{:?}", next.evidence);
+        assert!(
+            (next.evidence[2].trimmed_share - 2.0 / 3.0).abs() < 1e-9,
+            "{:?}",
+            next.evidence
+        );
     }
 
     #[test]
@@ -159,8 +184,17 @@ mod tests {
         let spec = ModelSpec::raw(1).unwrap();
         let rows = vec![row(&[f32::MAX])];
         let rule = rule(RuleName::Mean, 0);
-        let result = next_model(&spec, &terms(&spec, UpdateKind::Delta), &encode_f32(&[f32::MAX]), rows, &*rule);
-        assert!(matches!(result, Err(PublishError::NonFinite { index: 0 })), "{result:?}");
+        let result = next_model(
+            &spec,
+            &terms(&spec, UpdateKind::Delta),
+            &encode_f32(&[f32::MAX]),
+            rows,
+            &*rule,
+        );
+        assert!(
+            matches!(result, Err(PublishError::NonFinite { index: 0 })),
+            "{result:?}"
+        );
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::store::{Store, StoreError, StoreThread, records};
 /// Part of a certificate's life that must be left; below it the aggregator gives itself a new one.
 const RENEW_BELOW: f64 = 1.0 / 3.0;
 /// How often the certificate's age is looked at.
-const RENEW_CHECK: Duration = Duration::from_secs(3_600);
+const RENEW_CHECK: Duration = Duration::from_hours(1);
 /// Name of the meta row with the certificate's hosts.
 pub(crate) const META_HOSTS: &str = "hosts";
 
@@ -110,13 +110,19 @@ impl ServeError {
                      restore the data directory from a backup rather than making new authorities",
                 )
             }
-            Self::OtherFederation { found, .. } => Problem::config("TH-E0706", self)
-                .hint(format!("set federation = \"{found}\", or point data_dir at the right directory")),
+            Self::OtherFederation { found, .. } => Problem::config("TH-E0706", self).hint(format!(
+                "set federation = \"{found}\", or point data_dir at the right directory"
+            )),
             Self::Listen { address, .. } | Self::Http { address, .. } => Problem::temporary("TH-E0707", self)
-                .hint(format!("another program may use port {}: choose a free one, or 0 for any", address.port())),
+                .hint(format!(
+                    "another program may use port {}: choose a free one, or 0 for any",
+                    address.port()
+                )),
             Self::Driver(error) => Problem::config("TH-E0708", error)
                 .hint("restore the [model] section to what it was at `init`, or begin a new federation"),
-            Self::Ended(_) => Problem::failed("TH-E0709", self).hint("this is a bug: the log above says more"),
+            Self::Ended(_) => {
+                Problem::failed("TH-E0709", self).hint("this is a bug: the log above says more")
+            }
         }
     }
 }
@@ -166,8 +172,14 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
     let (store, thread) = Store::open(&dir)?;
     let (metrics, registry) = Metrics::new();
     let models = Arc::new(Models::default());
-    let resumed =
-        Driver::resume(&config, store.clone(), Arc::clone(&models), Arc::new(ground.audit_key), metrics.clone()).await;
+    let resumed = Driver::resume(
+        &config,
+        store.clone(),
+        Arc::clone(&models),
+        Arc::new(ground.audit_key),
+        metrics.clone(),
+    )
+    .await;
     let (driver, views) = match resumed {
         Ok(resumed) => resumed,
         Err(error) => {
@@ -177,22 +189,38 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
         }
     };
 
-    let mut limits = Limits { connections_max: config.limits.connections_max, ..Limits::default() };
-    limits.upload_bytes_in_flight_max = u32::try_from(config.limits.upload_bytes_in_flight_max).unwrap_or(u32::MAX);
+    let mut limits = Limits {
+        connections_max: config.limits.connections_max,
+        ..Limits::default()
+    };
+    limits.upload_bytes_in_flight_max =
+        u32::try_from(config.limits.upload_bytes_in_flight_max).unwrap_or(u32::MAX);
     limits.frame_timeout = config.limits.write_timeout;
     let edge_authority = ground.edge_authority.certificate_der().to_vec();
     let tls = theriac_certs::trust::server_config(&ground.identity, &edge_authority)?;
-    let endpoint = bind_server(config.listen, tls, &limits)
-        .map_err(|source| ServeError::Listen { what: "listen", address: config.listen, source })?;
+    let endpoint = bind_server(config.listen, tls, &limits).map_err(|source| ServeError::Listen {
+        what: "listen",
+        address: config.listen,
+        source,
+    })?;
     let join_tls = theriac_certs::trust::join_server_config(&ground.identity)?;
-    let join_error = |source| ServeError::Listen { what: "join_listen", address: config.join_listen, source };
+    let join_error = |source| ServeError::Listen {
+        what: "join_listen",
+        address: config.join_listen,
+        source,
+    };
     let joins = JoinListener::bind(config.join_listen, join_tls, &limits).map_err(join_error)?;
-    let http_error = |source| ServeError::Http { address: config.http, source };
+    let http_error = |source| ServeError::Http {
+        address: config.http,
+        source,
+    };
     let page_listener = TcpListener::bind(config.http).await.map_err(http_error)?;
     let addresses = Addresses {
-        listen: endpoint
-            .local_addr()
-            .map_err(|source| ServeError::Listen { what: "listen", address: config.listen, source })?,
+        listen: endpoint.local_addr().map_err(|source| ServeError::Listen {
+            what: "listen",
+            address: config.listen,
+            source,
+        })?,
         join_listen: joins.local_addr().map_err(join_error)?,
         http: page_listener.local_addr().map_err(http_error)?,
         pid: std::process::id(),
@@ -200,7 +228,10 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
     write_addresses(&dir, &addresses)?;
 
     let (inputs, queue) = mpsc::channel(INPUTS_MAX);
-    let layout = config.model.update(config.rounds.kind).map_err(DriverError::from)?;
+    let layout = config
+        .model
+        .update(config.rounds.kind)
+        .map_err(DriverError::from)?;
     let sessions = Arc::new(Sessions {
         federation: config.federation.clone(),
         spec: config.model.clone(),
@@ -216,8 +247,10 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
         metrics: metrics.clone(),
         numbers: AtomicU64::new(1),
     });
-    let advertise =
-        config.advertise.clone().unwrap_or_else(|| format!("localhost:{}", addresses.listen.port()));
+    let advertise = config
+        .advertise
+        .clone()
+        .unwrap_or_else(|| format!("localhost:{}", addresses.listen.port()));
     let enrolment = Arc::new(Enrolment::new(
         config.federation.clone(),
         advertise,
@@ -250,7 +283,19 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
         _lock: ground.lock,
     };
     drop(store);
-    let parts = Parts { driver, queue, endpoint, joins, enrolment, sessions, page, page_listener, renewal, alive, thread };
+    let parts = Parts {
+        driver,
+        queue,
+        endpoint,
+        joins,
+        enrolment,
+        sessions,
+        page,
+        page_listener,
+        renewal,
+        alive,
+        thread,
+    };
     let task = tokio::spawn(parts.run(shutdown));
     tracing::info!(listen = %addresses.listen, join = %addresses.join_listen, http = %addresses.http, "serving");
     Ok(Running { addresses, task })
@@ -275,7 +320,11 @@ impl Ground {
         let found = String::from_utf8_lossy(&found).into_owned();
         if found != config.federation {
             let (configured, data_dir) = (config.federation.clone(), config.data_dir.clone());
-            return Err(ServeError::OtherFederation { configured, found, data_dir });
+            return Err(ServeError::OtherFederation {
+                configured,
+                found,
+                data_dir,
+            });
         }
         let hosts = records::meta(database.read(), META_HOSTS)?;
         let hosts: Vec<String> = serde_json::from_slice(&hosts).unwrap_or_default();
@@ -285,7 +334,14 @@ impl Ground {
         let identity = renewed(&identity, &aggregator_authority, &hosts, dir)?.unwrap_or(identity);
         identity.check_valid(SystemTime::now())?;
         let audit_key = AuditKey::load(&dir.audit_key(), &config.federation)?;
-        Ok(Self { lock, aggregator_authority, edge_authority, identity, hosts, audit_key })
+        Ok(Self {
+            lock,
+            aggregator_authority,
+            edge_authority,
+            identity,
+            hosts,
+            audit_key,
+        })
     }
 }
 
@@ -297,8 +353,14 @@ fn renewed(
     dir: &DataDir,
 ) -> Result<Option<Identity>, ServeError> {
     let validity = identity.validity();
-    let life = validity.not_after.duration_since(validity.not_before).unwrap_or_default();
-    let left = validity.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+    let life = validity
+        .not_after
+        .duration_since(validity.not_before)
+        .unwrap_or_default();
+    let left = validity
+        .not_after
+        .duration_since(SystemTime::now())
+        .unwrap_or_default();
     if left.as_secs_f64() > life.as_secs_f64() * RENEW_BELOW {
         return Ok(None);
     }
@@ -311,7 +373,14 @@ fn renewed(
 fn write_addresses(dir: &DataDir, addresses: &Addresses) -> Result<(), ServeError> {
     let path = dir.addresses();
     let text = serde_json::to_vec_pretty(addresses).unwrap_or_default();
-    replace_file(&path, &text).map_err(|source| DataDirError::Io { what: "write", path, source }.into())
+    replace_file(&path, &text).map_err(|source| {
+        DataDirError::Io {
+            what: "write",
+            path,
+            source,
+        }
+        .into()
+    })
 }
 
 struct Renewal {
@@ -342,11 +411,13 @@ impl Renewal {
         if let Some(next) = renewed(&identity, &self.authority, &self.hosts, &self.dir)? {
             let tls = theriac_certs::trust::server_config(&next, &self.edge_authority)?;
             let address = self.endpoint.local_addr();
-            self.endpoint.set_server_tls(tls).map_err(|source| ServeError::Listen {
-                what: "listen",
-                address: address.unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0))),
-                source,
-            })?;
+            self.endpoint
+                .set_server_tls(tls)
+                .map_err(|source| ServeError::Listen {
+                    what: "listen",
+                    address: address.unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0))),
+                    source,
+                })?;
             *self.ends.lock().unwrap_or_else(PoisonError::into_inner) = next.expires();
         }
         Ok(())
@@ -371,7 +442,17 @@ struct Parts {
 impl Parts {
     async fn run(self, shutdown: watch::Receiver<bool>) -> Result<(), ServeError> {
         let Self {
-            driver, queue, endpoint, joins, enrolment, sessions, page, page_listener, renewal, alive, thread,
+            driver,
+            queue,
+            endpoint,
+            joins,
+            enrolment,
+            sessions,
+            page,
+            page_listener,
+            renewal,
+            alive,
+            thread,
         } = self;
         let join_endpoint = joins.endpoint().clone();
         // One signal for all parts: from the caller, or because the driver ended by itself.
@@ -393,7 +474,10 @@ impl Parts {
             endpoint.close(CloseCode::GoingDown, "the aggregator goes down");
         };
         let drained = async { drop(tokio::join!(accepting, endpoint_closes)) };
-        if tokio::time::timeout(Duration::from_secs(5), drained).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(5), drained)
+            .await
+            .is_err()
+        {
             tracing::warn!("some sessions did not end in time");
         }
         stop.send_replace(true);
@@ -402,7 +486,13 @@ impl Parts {
         drop(tokio::time::timeout(Duration::from_secs(2), joining).await);
         drop(tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await);
         drop(renewing.await);
-        drop(tokio::time::timeout(Duration::from_secs(5), tokio::task::spawn_blocking(move || thread.join())).await);
+        drop(
+            tokio::time::timeout(
+                Duration::from_secs(5),
+                tokio::task::spawn_blocking(move || thread.join()),
+            )
+            .await,
+        );
         match driving {
             Ok(()) if asked => Ok(()),
             _ => Err(ServeError::Ended("round driver")),

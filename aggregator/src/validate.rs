@@ -55,7 +55,10 @@ impl ValidatedUpdate {
 
     /// The row that a rule reads.
     pub fn row(&self) -> Row {
-        Row { encoding: self.header.encoding, payload: self.payload.clone() }
+        Row {
+            encoding: self.header.encoding,
+            payload: self.payload.clone(),
+        }
     }
 }
 
@@ -64,7 +67,9 @@ impl ValidatedUpdate {
 #[non_exhaustive]
 pub enum UpdateError {
     /// Another kind or layout of update than announced.
-    #[error("{found:?} with layout {found_layout}, the round collects {expected:?} with layout {expected_layout}")]
+    #[error(
+        "{found:?} with layout {found_layout}, the round collects {expected:?} with layout {expected_layout}"
+    )]
     Layout {
         /// Announced kind.
         expected: UpdateKind,
@@ -150,24 +155,35 @@ impl UpdateError {
 /// # Errors
 /// [`UpdateError`] for the first check that fails, cheap ones first.
 pub fn validate(raw: RawUpdate, terms: &AnnounceV1) -> Result<ValidatedUpdate, UpdateError> {
-    let RawUpdate { node, header, payload } = raw;
+    let RawUpdate {
+        node,
+        header,
+        payload,
+    } = raw;
     check_header(&header, payload.len(), terms)?;
     let found = Digest::of(&payload);
     if found != header.payload_digest {
-        return Err(UpdateError::Digest { expected: header.payload_digest, found });
+        return Err(UpdateError::Digest {
+            expected: header.payload_digest,
+            found,
+        });
     }
     let norm = scan(header.encoding, &payload)
         .map_err(|error| UpdateError::NonFinite { index: error.index })?
         .norm;
     let bound = norm_bound(terms) * rounding_slack(header.encoding);
-    // Written so that a norm that is not a number fails too.
-    if !(norm <= bound) {
+    if norm > bound || norm.is_nan() {
         return Err(UpdateError::Norm { bound, found: norm });
     }
     if terms.kind == UpdateKind::Moments {
         plausible(&header, &payload, terms)?;
     }
-    Ok(ValidatedUpdate { node, header, payload, norm })
+    Ok(ValidatedUpdate {
+        node,
+        header,
+        payload,
+        norm,
+    })
 }
 
 fn check_header(header: &UpdateV1, payload_bytes: usize, terms: &AnnounceV1) -> Result<(), UpdateError> {
@@ -179,16 +195,32 @@ fn check_header(header: &UpdateV1, payload_bytes: usize, terms: &AnnounceV1) -> 
             found_layout: header.layout_digest,
         });
     }
-    let length = |unit, expected, found| Err(UpdateError::Length { unit, expected, found });
+    let length = |unit, expected, found| {
+        Err(UpdateError::Length {
+            unit,
+            expected,
+            found,
+        })
+    };
     if header.values != terms.values {
         return length("values", terms.values.into(), header.values.into());
     }
     let expected = payload_len(header.encoding, header.values);
     if expected != Some(payload_bytes) {
-        return length("bytes", expected.unwrap_or(usize::MAX) as u64, payload_bytes as u64);
+        return length(
+            "bytes",
+            expected.unwrap_or(usize::MAX) as u64,
+            payload_bytes as u64,
+        );
     }
     let claim = &header.privacy;
-    let weak = |what, expected, found| Err(UpdateError::Privacy { what, expected, found });
+    let weak = |what, expected, found| {
+        Err(UpdateError::Privacy {
+            what,
+            expected,
+            found,
+        })
+    };
     let (sigma, claimed) = (terms.noise_multiplier.value(), claim.noise_multiplier.value());
     if claimed < sigma {
         return weak("the noise multiplier", sigma, claimed);
@@ -198,7 +230,11 @@ fn check_header(header: &UpdateV1, payload_bytes: usize, terms: &AnnounceV1) -> 
         return weak("the clipping norm", clip, claimed);
     }
     if header.blocks_bound > terms.blocks_max {
-        return weak("the bound on blocks", terms.blocks_max.into(), header.blocks_bound.into());
+        return weak(
+            "the bound on blocks",
+            terms.blocks_max.into(),
+            header.blocks_bound.into(),
+        );
     }
     Ok(())
 }
@@ -236,13 +272,25 @@ fn plausible(header: &UpdateV1, payload: &[u8], terms: &AnnounceV1) -> Result<()
     let channels = usize::try_from(header.values).unwrap_or(usize::MAX) / MOMENTS_PER_CHANNEL;
     let mut found = 0.0;
     for index in 0..channels {
-        decode_range(header.encoding, payload, index * MOMENTS_PER_CHANNEL, &mut channel);
-        found += DIAGONAL.map(|entry| f64::from(channel[entry])).iter().sum::<f64>();
+        decode_range(
+            header.encoding,
+            payload,
+            index * MOMENTS_PER_CHANNEL,
+            &mut channel,
+        );
+        found += DIAGONAL
+            .map(|entry| f64::from(channel[entry]))
+            .iter()
+            .sum::<f64>();
     }
     let entries = (channels * DIAGONAL.len()) as f64;
     let bound = -6.0 * terms.noise_multiplier.value() * terms.clip_norm.value() * entries.sqrt();
     if found < bound {
-        return Err(UpdateError::Implausible { what: "the sum of squares", bound, found });
+        return Err(UpdateError::Implausible {
+            what: "the sum of squares",
+            bound,
+            found,
+        });
     }
     Ok(())
 }
@@ -276,6 +324,8 @@ mod tests {
         }
     }
 
+    type Break = fn(&mut RawUpdate);
+
     fn raw(values: &[f32], encoding: Encoding, payload: Vec<u8>, terms: &AnnounceV1) -> RawUpdate {
         let header = UpdateV1 {
             round: terms.round,
@@ -296,7 +346,11 @@ mod tests {
                 ledger_records: 1,
             },
         };
-        RawUpdate { node: NodeId::new("a").unwrap(), header, payload: payload.into() }
+        RawUpdate {
+            node: NodeId::new("a").unwrap(),
+            header,
+            payload: payload.into(),
+        }
     }
 
     fn f32_update(values: &[f32], terms: &AnnounceV1) -> RawUpdate {
@@ -321,16 +375,33 @@ mod tests {
     fn refuses_each_defect_with_its_own_code() {
         let terms = terms(UpdateKind::Delta, 2);
         let good = || f32_update(&[1.0, 1.0], &terms);
-        type Break = fn(&mut RawUpdate);
         let cases: [(Break, RefusalCode); 10] = [
-            (|u| u.header.kind = UpdateKind::Moments, RefusalCode::LayoutMismatch),
-            (|u| u.header.layout_digest = Digest::of(b"x"), RefusalCode::LayoutMismatch),
+            (
+                |u| u.header.kind = UpdateKind::Moments,
+                RefusalCode::LayoutMismatch,
+            ),
+            (
+                |u| u.header.layout_digest = Digest::of(b"x"),
+                RefusalCode::LayoutMismatch,
+            ),
             (|u| u.header.values = 3, RefusalCode::WrongLength),
             (|u| u.payload = u.payload.slice(..7), RefusalCode::WrongLength),
-            (|u| u.header.encoding = Encoding::Int8 { scale: 1.0 }, RefusalCode::WrongLength),
-            (|u| u.header.payload_digest = Digest::of(b"x"), RefusalCode::DigestMismatch),
-            (|u| u.header.privacy.noise_multiplier = NoiseMultiplier::new(1.4).unwrap(), RefusalCode::PrivacyTooWeak),
-            (|u| u.header.privacy.clip_norm = L2Norm::new(2.1).unwrap(), RefusalCode::PrivacyTooWeak),
+            (
+                |u| u.header.encoding = Encoding::Int8 { scale: 1.0 },
+                RefusalCode::WrongLength,
+            ),
+            (
+                |u| u.header.payload_digest = Digest::of(b"x"),
+                RefusalCode::DigestMismatch,
+            ),
+            (
+                |u| u.header.privacy.noise_multiplier = NoiseMultiplier::new(1.4).unwrap(),
+                RefusalCode::PrivacyTooWeak,
+            ),
+            (
+                |u| u.header.privacy.clip_norm = L2Norm::new(2.1).unwrap(),
+                RefusalCode::PrivacyTooWeak,
+            ),
             (|u| u.header.blocks_bound = 5, RefusalCode::PrivacyTooWeak),
             (|u| u.header.values = u32::MAX, RefusalCode::WrongLength),
         ];
@@ -346,13 +417,22 @@ mod tests {
     fn refuses_what_no_arithmetic_should_meet() {
         let terms = terms(UpdateKind::Delta, 2);
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            assert_eq!(code(f32_update(&[0.0, bad], &terms), &terms), Some(RefusalCode::NonFinite));
+            assert_eq!(
+                code(f32_update(&[0.0, bad], &terms), &terms),
+                Some(RefusalCode::NonFinite)
+            );
         }
         for huge in [1e30, f32::MAX, -1e30] {
-            assert_eq!(code(f32_update(&[huge, 0.0], &terms), &terms), Some(RefusalCode::NormExceeded));
+            assert_eq!(
+                code(f32_update(&[huge, 0.0], &terms), &terms),
+                Some(RefusalCode::NormExceeded)
+            );
         }
         let scale = Encoding::Int8 { scale: f32::NAN };
-        assert_eq!(code(raw(&[0.0; 2], scale, vec![1, 1], &terms), &terms), Some(RefusalCode::NonFinite));
+        assert_eq!(
+            code(raw(&[0.0; 2], scale, vec![1, 1], &terms), &terms),
+            Some(RefusalCode::NonFinite)
+        );
         let tiny = f32_update(&[f32::from_bits(1), 0.0], &terms);
         assert_eq!(code(tiny, &terms), None, "a subnormal value is a value");
     }
@@ -391,7 +471,9 @@ mod tests {
         terms.blocks_max = 100;
         let moments = |square: f32| {
             let mut values = [0.0_f32; 20];
-            DIAGONAL.iter().for_each(|index| values[*index] = square);
+            for index in DIAGONAL {
+                values[index] = square;
+            }
             f32_update(&values, &terms)
         };
         // Six standard deviations: 6 · 1.5 · 2 · √5 = 40.2 over five entries.

@@ -1,14 +1,23 @@
 //! What the rules promise, over random rows and against recorded reference values.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a failed helper is a failed test"
+)]
+
 use proptest::prelude::*;
 use theriac_aggregator::robust::{
-    Combined, MatrixRows, PayloadRows, Row, RuleError, RuleName, Rows as _, rule,
+    Combined, MatrixRows, PayloadRows, Row, Rows as _, RuleError, RuleName, rule,
 };
 use theriac_protocol::compress::{encode_f32, encode_int8};
 use theriac_protocol::message::Encoding;
 
 fn combine(name: RuleName, f: usize, rows: &[Vec<f32>]) -> Combined<f32> {
-    rule(name, f).combine(&MatrixRows::from_rows(rows).unwrap()).unwrap()
+    rule(name, f)
+        .combine(&MatrixRows::from_rows(rows).unwrap())
+        .unwrap()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -102,7 +111,10 @@ fn one_thread_and_two_give_the_same_bits() {
         let rows = MatrixRows::from_rows(&rows).unwrap();
         for name in RuleName::ALL {
             let on = |threads| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
                 pool.install(|| rule(name, 4).combine(&rows)).unwrap()
             };
             let (one, two) = (on(1), on(2));
@@ -116,7 +128,9 @@ fn one_thread_and_two_give_the_same_bits() {
 fn network_and_plain_sort_agree() {
     let columns = 40;
     let row = |seed: u32| -> Vec<f32> {
-        (0..columns).map(|i: u32| (seed.wrapping_mul(2_654_435_761).wrapping_add(i * 977) >> 8) as f32).collect()
+        (0..columns)
+            .map(|i: u32| (seed.wrapping_mul(2_654_435_761).wrapping_add(i * 977) >> 8) as f32)
+            .collect()
     };
     let rows: Vec<Vec<f32>> = (0..257).map(row).collect();
     let combined = combine(RuleName::TrimmedMean, 60, &rows);
@@ -132,16 +146,33 @@ fn network_and_plain_sort_agree() {
 #[test]
 fn stored_payloads_and_plain_rows_give_the_same_bits() {
     let rows = [[1.0_f32, -2.0, 3.5], [0.5, 2.0, -3.0], [9.0, 9.0, 9.0]];
-    let payloads = rows.iter().map(|row| Row { encoding: Encoding::F32, payload: encode_f32(row).into() }).collect();
+    let payloads = rows
+        .iter()
+        .map(|row| Row {
+            encoding: Encoding::F32,
+            payload: encode_f32(row).into(),
+        })
+        .collect();
     let payloads = PayloadRows::new(payloads, 3).unwrap();
     let combined = rule(RuleName::TrimmedMean, 1).combine(&payloads).unwrap();
     let plain: Vec<Vec<f32>> = rows.iter().map(|row| row.to_vec()).collect();
     assert_eq!(combined, combine(RuleName::TrimmedMean, 1, &plain));
     let (encoding, payload) = encode_int8(&rows[0], || 0.5);
-    let int8 = PayloadRows::new(vec![Row { encoding, payload: payload.into() }], 3).unwrap();
+    let int8 = PayloadRows::new(
+        vec![Row {
+            encoding,
+            payload: payload.into(),
+        }],
+        3,
+    )
+    .unwrap();
     let mut read = [0.0; 3];
     int8.read(0, 0, &mut read);
-    assert!(read.iter().zip(rows[0]).all(|(got, sent)| (got - sent).abs() < 3.5 / 127.0));
+    assert!(
+        read.iter()
+            .zip(rows[0])
+            .all(|(got, sent)| (got - sent).abs() < 3.5 / 127.0)
+    );
 }
 
 #[test]
@@ -153,7 +184,11 @@ fn evidence_names_the_row_that_was_cut_away() {
     let liar = combined.evidence[4];
     assert!((liar.trimmed_share - 1.0).abs() < 1e-12 && (liar.norm - 500.0).abs() < 1e-9);
     assert!((liar.distance - 510.0).abs() < 1e-9, "{liar:?}");
-    assert!(combined.evidence[..4].iter().all(|row| row.trimmed_share == 0.0 && row.distance == 0.0));
+    assert!(
+        combined.evidence[..4]
+            .iter()
+            .all(|row| row.trimmed_share == 0.0 && row.distance == 0.0)
+    );
 }
 
 #[test]
@@ -163,49 +198,105 @@ fn impossible_rounds_are_errors() {
     let pair = MatrixRows::from_rows(&[[1.0_f32], [2.0]]).unwrap();
     for name in RuleName::ALL {
         assert_eq!(rule(name, 0).combine(&empty), Err(RuleError::NoRows), "{name}");
-        assert_eq!(rule(name, 0).combine(&narrow), Err(RuleError::NoColumns), "{name}");
+        assert_eq!(
+            rule(name, 0).combine(&narrow),
+            Err(RuleError::NoColumns),
+            "{name}"
+        );
     }
     for name in [RuleName::Median, RuleName::TrimmedMean] {
-        assert_eq!(rule(name, 1).combine(&pair), Err(RuleError::TooManyByzantine { f: 1, n: 2 }), "{name}");
-        assert_eq!(rule(name, usize::MAX).combine(&pair).unwrap_err(), RuleError::TooManyByzantine { f: usize::MAX, n: 2 });
+        assert_eq!(
+            rule(name, 1).combine(&pair),
+            Err(RuleError::TooManyByzantine { f: 1, n: 2 }),
+            "{name}"
+        );
+        assert_eq!(
+            rule(name, usize::MAX).combine(&pair).unwrap_err(),
+            RuleError::TooManyByzantine { f: usize::MAX, n: 2 }
+        );
     }
     let ragged = MatrixRows::from_rows(&[vec![1.0_f32], vec![1.0, 2.0]]);
-    assert_eq!(ragged.unwrap_err(), RuleError::Ragged { row: 1, expected: 1, found: 2 });
-    let short = Row { encoding: Encoding::F32, payload: vec![0; 7].into() };
-    assert!(matches!(PayloadRows::new(vec![short], 2), Err(RuleError::Ragged { row: 0, expected: 2, .. })));
+    assert_eq!(
+        ragged.unwrap_err(),
+        RuleError::Ragged {
+            row: 1,
+            expected: 1,
+            found: 2
+        }
+    );
+    let short = Row {
+        encoding: Encoding::F32,
+        payload: vec![0; 7].into(),
+    };
+    assert!(matches!(
+        PayloadRows::new(vec![short], 2),
+        Err(RuleError::Ragged {
+            row: 0,
+            expected: 2,
+            ..
+        })
+    ));
 }
 
-/// Values computed by NumPy and ByzFL; the file's own tolerances.
+/// Values computed by NumPy and `ByzFL`; the file's own tolerances.
 #[test]
 fn agrees_with_the_recorded_reference() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/reference/robust_aggregation.json");
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../shared/reference/robust_aggregation.json"
+    );
     let Ok(text) = std::fs::read_to_string(path) else {
         println!("left out: no recorded reference values beside the workspace");
         return;
     };
     let reference: serde_json::Value = serde_json::from_str(&text).unwrap();
     let vector = |value: &serde_json::Value| -> Vec<f64> {
-        value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+        value
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_f64().unwrap())
+            .collect()
     };
     let mut checked = 0;
     for case in reference["cases"].as_array().unwrap() {
-        let Ok(name) = case["rule"].as_str().unwrap().parse::<RuleName>() else { continue };
+        let Ok(name) = case["rule"].as_str().unwrap().parse::<RuleName>() else {
+            continue;
+        };
         let f = usize::try_from(case["params"]["f"].as_u64().unwrap_or(0)).unwrap();
         let input: Vec<Vec<f64>> = case["input"].as_array().unwrap().iter().map(vector).collect();
         let expected = vector(&case["output"]);
-        let largest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, |most: f64, v| most.max(v.abs()));
+        let largest =
+            |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, |most: f64, v| most.max(v.abs()));
         let (output, tolerance): (Vec<f64>, f64) = if case["dtype"] == "f32" {
-            #[expect(clippy::cast_possible_truncation, reason = "the case says that its values are f32")]
-            let rows: Vec<Vec<f32>> = input.iter().map(|row| row.iter().map(|v| *v as f32).collect()).collect();
-            let output = combine(name, f, &rows).values.iter().map(|v| f64::from(*v)).collect();
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "the case says that its values are f32"
+            )]
+            let rows: Vec<Vec<f32>> = input
+                .iter()
+                .map(|row| row.iter().map(|v| *v as f32).collect())
+                .collect();
+            let output = combine(name, f, &rows)
+                .values
+                .iter()
+                .map(|v| f64::from(*v))
+                .collect();
             (output, 2e-5 * largest(&mut input.iter().flatten().copied()))
         } else {
             let rows = MatrixRows::from_rows(&input).unwrap();
-            (rule(name, f).combine_f64(&rows).unwrap().values, 1e-9 * largest(&mut expected.iter().copied()))
+            (
+                rule(name, f).combine_f64(&rows).unwrap().values,
+                1e-9 * largest(&mut expected.iter().copied()),
+            )
         };
         assert_eq!(output.len(), expected.len());
         for (got, want) in output.iter().zip(&expected) {
-            assert!((got - want).abs() <= tolerance, "{}: {got} is not {want}", case["id"]);
+            assert!(
+                (got - want).abs() <= tolerance,
+                "{}: {got} is not {want}",
+                case["id"]
+            );
         }
         checked += 1;
     }

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use crate::config::DetectionSettings;
 use crate::history::History;
+use crate::level::Levels;
 
 /// Rows that a new scorer is led through, so that it scores from its first row on.
 const LEAD_IN_ROWS: usize = 60;
@@ -31,6 +32,9 @@ const BLAME_SHARE: f32 = 0.5;
 const CAUSE_MIN: f32 = 2.0;
 /// Most causes named.
 const CAUSES_MAX: usize = 5;
+/// Contribution of a channel whose lasting shift just counts, and the bound of it: the scale of the model's own.
+const SHIFT_WEIGHT: f32 = 10.0;
+const SHIFT_WEIGHT_MAX: f32 = 50.0;
 
 /// What lanes share with the federation and the page.
 #[derive(Debug)]
@@ -138,10 +142,19 @@ pub struct Lane {
     settings: DetectionSettings,
     step: Duration,
     running: Option<Running>,
-    fit: Option<JoinHandle<Result<Arc<Detector>, DetectorError>>>,
+    levels: Option<Levels>,
+    fit: Option<Fit>,
     fitted: Option<Instant>,
     alarm_open: bool,
     calm: u32,
+}
+
+/// A fit under way.
+#[derive(Debug)]
+struct Fit {
+    /// What it leans on.
+    global: Option<Arc<GlobalModel>>,
+    result: JoinHandle<Result<Arc<Detector>, DetectorError>>,
 }
 
 #[derive(Debug)]
@@ -168,6 +181,7 @@ impl Lane {
             settings,
             step,
             running: None,
+            levels: None,
             fit: None,
             fitted: None,
             alarm_open: false,
@@ -183,6 +197,13 @@ impl Lane {
     /// Takes a row. `disturbed` says that an incident of the service is open: such rows are no example of normal.
     pub fn push(&mut self, sample: Sample, disturbed: bool) -> RowVerdict {
         self.take_up_detector();
+        // A detector of the last run comes without levels: they are found as soon as there are rows.
+        if self.levels.is_none()
+            && self.running.is_some()
+            && self.shared.history().quiet_len() >= self.settings.warm_up_rows
+        {
+            self.levels = self.fit_levels();
+        }
         let Some(running) = &mut self.running else {
             self.shared.history().push(sample, !disturbed);
             return RowVerdict {
@@ -191,10 +212,23 @@ impl Lane {
                 signal: Signal::Quiet,
             };
         };
-        let Scored { score, contributions } = running.scorer.push(&sample);
-        if std::env::var_os("DBGX").is_some() { let mut c: Vec<_> = contributions.iter().copied().zip(self.shared.schema.features.iter().map(|f| f.name.as_str())).collect(); c.sort_by(|a,b| b.0.total_cmp(&a.0)); c.truncate(4); eprintln!("DBG {score:.2} {:.2} {c:?} cpu={} mem={}", running.alarm.level(), sample.values[8], sample.values[9]); }
-        let verdict = running.alarm.push(score / self.settings.threshold_factor);
-        let threshold = running.alarm.level() * self.settings.threshold_factor;
+        let Scored {
+            score,
+            mut contributions,
+        } = running.scorer.push(&sample);
+        let factor = self.settings.threshold_factor;
+        // A lasting shift is as bad as a score that many times the threshold.
+        let shift = self
+            .levels
+            .as_mut()
+            .map_or(0.0, |levels| shift(levels, &sample, &mut contributions));
+        let score = if shift >= 1.0 || !score.is_nan() {
+            score.max(shift * running.alarm.level() * factor)
+        } else {
+            score
+        };
+        let verdict = running.alarm.push(score / factor);
+        let threshold = running.alarm.level() * factor;
         let signal = if verdict.alarmed() {
             self.alarm_open = true;
             self.calm = 0;
@@ -233,32 +267,61 @@ impl Lane {
             running.alarm = AlarmState::new(running.detector.threshold());
             self.calm = 0;
         }
+        if let Some(levels) = &mut self.levels {
+            levels.restarted();
+        }
     }
 
     /// Begins a fit when one is due, and hands over the result of one that has ended. Call once a row.
     pub async fn tend(&mut self) -> Option<FitEvent> {
         if let Some(fit) = &mut self.fit {
-            if !fit.is_finished() {
+            if !fit.result.is_finished() {
                 return None;
             }
-            let ended = fit.await;
-            self.fit = None;
-            return Some(match ended {
-                Ok(Ok(detector)) => {
-                    self.shared.replace(Arc::clone(&detector));
-                    FitEvent::Fitted(detector)
-                }
-                Ok(Err(error)) => FitEvent::Failed(error.to_string()),
-                Err(join) => FitEvent::Failed(join.to_string()),
-            });
+            let ended = (&mut fit.result).await;
+            let leant_on = self.fit.take().and_then(|fit| fit.global);
+            return match ended {
+                Ok(Ok(detector)) => self.fitted(detector, leant_on.as_ref()),
+                Ok(Err(error)) => Some(FitEvent::Failed(error.to_string())),
+                Err(join) => Some(FitEvent::Failed(join.to_string())),
+            };
         }
         if self.fit_due() {
             self.fitted = Some(Instant::now());
             let (shared, options) = (Arc::clone(&self.shared), self.fit_options());
-            let rows = self.settings.fit_rows.max(self.settings.warm_up_rows);
-            self.fit = Some(tokio::task::spawn_blocking(move || fit(&shared, &options, rows)));
+            let (global, rows) = (self.shared.global(), self.fit_rows());
+            let lean_on = global.clone();
+            let result =
+                tokio::task::spawn_blocking(move || fit(&shared, &options, lean_on.as_deref(), rows));
+            self.fit = Some(Fit { global, result });
         }
         None
+    }
+
+    /// Puts a fitted detector in use, unless the gate has accepted a newer model meanwhile: then a new fit is due.
+    fn fitted(&mut self, detector: Arc<Detector>, leant_on: Option<&Arc<GlobalModel>>) -> Option<FitEvent> {
+        let global = self.shared.global();
+        let same = match (&global, leant_on) {
+            (Some(now), Some(then)) => Arc::ptr_eq(now, then),
+            (now, then) => now.is_none() && then.is_none(),
+        };
+        if !same {
+            self.fitted = None;
+            return None;
+        }
+        self.shared.replace(Arc::clone(&detector));
+        self.levels = self.fit_levels();
+        Some(FitEvent::Fitted(detector))
+    }
+
+    fn fit_rows(&self) -> usize {
+        self.settings.fit_rows.max(self.settings.warm_up_rows)
+    }
+
+    fn fit_levels(&self) -> Option<Levels> {
+        let half_life_rows = self.settings.half_lives[0].as_secs_f32() / self.step.as_secs_f32();
+        let quiet = self.shared.history().quiet(self.fit_rows());
+        Levels::fit(&self.shared.schema, &quiet, half_life_rows)
     }
 
     /// Whether a detector scores the rows.
@@ -318,10 +381,15 @@ impl Lane {
     }
 }
 
-fn fit(shared: &LaneShared, options: &FitOptions, rows: usize) -> Result<Arc<Detector>, DetectorError> {
+fn fit(
+    shared: &LaneShared,
+    options: &FitOptions,
+    global: Option<&GlobalModel>,
+    rows: usize,
+) -> Result<Arc<Detector>, DetectorError> {
     let series: Series = shared.history().quiet(rows);
-    let (former, global) = (shared.detector(), shared.global());
-    let fitted = match (&former, &global) {
+    let former = shared.detector();
+    let fitted = match (&former, global) {
         (Some(former), Some(global)) => former.refit_with_global(&series, global)?,
         (former, _) => {
             let mut fitted = Detector::fit(&shared.schema, &series, options)?;
@@ -332,6 +400,18 @@ fn fit(shared: &LaneShared, options: &FitOptions, rows: usize) -> Result<Arc<Det
         }
     };
     Ok(Arc::new(fitted))
+}
+
+/// The largest shift of any watched channel. Shifted channels lead the causes.
+fn shift(levels: &mut Levels, sample: &Sample, contributions: &mut [f32]) -> f32 {
+    let mut most = 0.0_f32;
+    for (channel, ratio) in levels.push(sample) {
+        most = most.max(ratio);
+        if ratio >= 1.0 {
+            contributions[channel] = contributions[channel].max((SHIFT_WEIGHT * ratio).min(SHIFT_WEIGHT_MAX));
+        }
+    }
+    most
 }
 
 /// Where a lane's detector is kept.

@@ -14,6 +14,7 @@ pub struct History {
     channels: usize,
     rows_max: usize,
     rows: VecDeque<(Sample, bool)>,
+    quiet: usize,
 }
 
 impl History {
@@ -23,6 +24,7 @@ impl History {
             channels,
             rows_max: rows_max.max(1),
             rows: VecDeque::new(),
+            quiet: 0,
         }
     }
 
@@ -33,8 +35,9 @@ impl History {
             return;
         }
         if self.rows.len() == self.rows_max {
-            self.rows.pop_front();
+            self.quiet -= usize::from(self.rows.pop_front().is_some_and(|(_, quiet)| quiet));
         }
+        self.quiet += usize::from(quiet);
         self.rows.push_back((sample, quiet));
     }
 
@@ -50,7 +53,7 @@ impl History {
 
     /// Rows held outside alarms and incidents.
     pub fn quiet_len(&self) -> usize {
-        self.rows.iter().filter(|(_, quiet)| *quiet).count()
+        self.quiet
     }
 
     /// The last `rows` quiet rows, oldest first: what a detector is fitted on and the gate judges by.

@@ -18,6 +18,7 @@ pub mod detect;
 pub mod global_store;
 pub mod history;
 pub mod http;
+mod level;
 pub mod metrics;
 pub mod probe;
 pub mod respond;

@@ -67,6 +67,14 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
     for incident in machine.open_incidents() {
         responder.board.show_incident(incident);
     }
+    // The host runs, or we would not: so its incidents can end.
+    machine.handle(
+        clock::now(),
+        Input::Started {
+            service: HOST.to_owned(),
+            pid: std::process::id(),
+        },
+    );
     responder.begin(&machine).await;
     let mut approvals = tokio::time::interval(APPROVALS_EVERY);
     approvals.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -252,6 +260,7 @@ impl Responder {
 fn host_policy() -> Result<HealPolicy, PolicyError> {
     HealingSection {
         autonomy: Some(Autonomy::Observe),
+        settle: Some(Duration::ZERO),
         ..HealingSection::default()
     }
     .check()

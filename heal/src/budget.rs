@@ -123,7 +123,7 @@ fn ceil_ms(at: Duration) -> u64 {
 mod tests {
     use super::*;
 
-    const HOUR: Duration = Duration::from_secs(3600);
+    const HOUR: Duration = Duration::from_hours(1);
 
     fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)

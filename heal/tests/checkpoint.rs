@@ -1,5 +1,11 @@
 //! Checkpoints against a disk that holds what a crash left, what rot changed, and no room.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and names what it left out"
+)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -168,10 +174,10 @@ fn every_kind_of_damage_is_refused_set_aside_and_the_one_before_is_restored() {
                 .unwrap();
         }),
         ("missing file", |path| {
-            fs::remove_file(path.join("tree/empty")).unwrap()
+            fs::remove_file(path.join("tree/empty")).unwrap();
         }),
         ("extra file", |path| {
-            fs::write(path.join("tree/deep/extra"), "x").unwrap()
+            fs::write(path.join("tree/deep/extra"), "x").unwrap();
         }),
         ("file become a folder", |path| {
             fs::remove_file(path.join("tree/empty")).unwrap();
@@ -182,7 +188,7 @@ fn every_kind_of_damage_is_refused_set_aside_and_the_one_before_is_restored() {
             std::os::unix::fs::symlink("/etc/passwd", path.join("tree/current")).unwrap();
         }),
         ("no manifest", |path| {
-            fs::remove_file(path.join("MANIFEST")).unwrap()
+            fs::remove_file(path.join("MANIFEST")).unwrap();
         }),
         ("no tree", |path| fs::remove_dir_all(path.join("tree")).unwrap()),
     ];

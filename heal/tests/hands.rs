@@ -1,5 +1,7 @@
 //! The whole loop on one real process: the machine decides, the hands act, storage remembers.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +17,7 @@ use theriac_heal::executor::service::{Boot, ServiceHands, ServiceState};
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output, ProcessState};
 use theriac_heal::policy::{Autonomy, HealPolicy, NodeBudget};
 use theriac_heal::types::{
-    ActionKind, FaultClass, Incident, IncidentState, Intent, IntentId, Outcome, Verdict, When,
+    ActionKind, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Outcome, Verdict, When,
 };
 
 /// A node with one service `kv`: a shell that needs `state/table` to say `good` and ends when it does not.
@@ -183,7 +185,7 @@ fn config() -> HealConfig {
 }
 
 fn intent(action: ActionKind) -> Intent {
-    let (id, incident, reason) = (IntentId(7), Default::default(), "a test".to_owned());
+    let (id, incident, reason) = (IntentId(7), IncidentId::default(), "a test".to_owned());
     Intent {
         id,
         incident,

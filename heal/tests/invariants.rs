@@ -1,6 +1,8 @@
 //! The incident machine's invariants under random operations: crashes of the node at the worst moments, new boots, jumping clocks,
 //! hostile scores, lost storage, impatient people. An oracle looks after every step.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -141,7 +143,7 @@ impl World {
         let policy = HealPolicy {
             autonomy: Autonomy::Act,
             max_actions: 4,
-            window: Duration::from_secs(600),
+            window: Duration::from_mins(10),
             cooldown: Duration::from_secs(5),
             settle: Duration::from_secs(2),
             ..HealPolicy::default()
@@ -152,7 +154,7 @@ impl World {
             .collect();
         let node = NodeBudget {
             max_actions: 6,
-            window: Duration::from_secs(900),
+            window: Duration::from_mins(15),
         };
         let config = HealConfig {
             services,

@@ -39,6 +39,10 @@ const ROWS_PER_RECORD: usize = LAG_COUNT + 1;
 /// Least strength of the pull towards the public constant.
 const LAMBDA_MIN: f64 = 1e4;
 
+/// Strength of that pull in units of the noise. Where a channel is nearly constant there is only noise: at 3 such a channel's
+/// weights sum to anything between 0.4 and 1.4 and every second gate refuses the model, at 9 none does, at the same accuracy.
+const LAMBDA_NOISE: f64 = 9.0;
+
 /// Entries of the upper triangle of `Σ p pᵀ`.
 const GRAM: usize = LAG_COUNT * (LAG_COUNT + 1) / 2;
 
@@ -109,11 +113,11 @@ pub fn record_rows(values: &[f32], rows: usize, clip_norm: f64) -> Vec<Vec<f32>>
 
 /// Own-lag weights `[channel, 5]` from the sum of `sites` sites' moments: per channel
 /// `(M + λI) w = h + λ·(.19, …, .19)`, `M` with negative eigenvalues set to 0 (noise makes some),
-/// `λ = max(1e4, 3 σ C √(10 · sites))` with the noise multiplier `sigma` (0 without noise) and the clipping norm C of one unit.
+/// `λ = max(1e4, 9 σ C √(10 · sites))` with the noise multiplier `sigma` (0 without noise) and the clipping norm C of one unit.
 /// Values that are not finite count as 0, so the result is always finite; numbers beyond `20·channels` are not looked
 /// at, missing ones count as 0.
 pub fn solve(sum: &[f32], sites: usize, sigma: f64, clip_norm: f64, channels: usize) -> Vec<f32> {
-    let lambda = (3.0 * sigma * clip_norm * (10.0 * sites as f64).sqrt()).max(LAMBDA_MIN);
+    let lambda = (LAMBDA_NOISE * sigma * clip_norm * (10.0 * sites as f64).sqrt()).max(LAMBDA_MIN);
     let constant = Cross::repeat(f64::from(PUBLIC_OWN_WEIGHT));
     let mut weights = Vec::with_capacity(channels * LAG_COUNT);
     for channel in 0..channels {

@@ -16,7 +16,7 @@ use crate::robust::{Rows, Rule, RuleError, RuleName, rule};
 
 #[derive(Debug, Args)]
 pub(super) struct AggregateArgs {
-    /// mean, median or trimmed_mean.
+    /// mean, median or `trimmed_mean`.
     #[arg(long)]
     rule: RuleName,
     /// Assumed number f of hostile rows, below half of all.
@@ -49,11 +49,21 @@ pub(super) fn aggregate(args: AggregateArgs) -> Result<ExitCode, Problem> {
     let (n, d, seconds, written) = match &matrix {
         Matrix::F32(rows) => {
             let (values, seconds) = timed(args.repeat, || pool.install(|| combine_f32(&*rule, rows)))?;
-            (rows.count(), rows.dimension(), seconds, write_f32(&args.output, &values))
+            (
+                rows.count(),
+                rows.dimension(),
+                seconds,
+                write_f32(&args.output, &values),
+            )
         }
         Matrix::F64(rows) => {
             let (values, seconds) = timed(args.repeat, || pool.install(|| combine_f64(&*rule, rows)))?;
-            (rows.count(), rows.dimension(), seconds, write_f64(&args.output, &values))
+            (
+                rows.count(),
+                rows.dimension(),
+                seconds,
+                write_f64(&args.output, &values),
+            )
         }
     };
     written.map_err(|error| npy_problem(&error))?;
@@ -62,7 +72,14 @@ pub(super) fn aggregate(args: AggregateArgs) -> Result<ExitCode, Problem> {
         "rule": args.rule, "n": n, "d": d, "seconds": seconds, "peak_rss_bytes": peak, "scores": null,
     });
     let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
-    print(args.format, &value, format!("{} of {n} × {d}: {best:.6} s (best of {})", args.rule, args.repeat))?;
+    print(
+        args.format,
+        &value,
+        format!(
+            "{} of {n} × {d}: {best:.6} s (best of {})",
+            args.rule, args.repeat
+        ),
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -78,12 +95,15 @@ fn timed<T>(repeat: u32, run: impl Fn() -> Result<Vec<T>, RuleError>) -> Result<
     let (mut last, mut seconds) = (Vec::new(), Vec::new());
     for _ in 0..repeat {
         let begun = Instant::now();
-        last = run().map_err(|error| Problem::usage("TH-E0717", error).hint("choose --byzantine below half the rows"))?;
+        last = run().map_err(|error| {
+            Problem::usage("TH-E0717", error).hint("choose --byzantine below half the rows")
+        })?;
         seconds.push(begun.elapsed().as_secs_f64());
     }
     Ok((last, seconds))
 }
 
 fn npy_problem(error: &NpyError) -> Problem {
-    Problem::failed("TH-E0718", error).hint("numpy.save(\"u.npy\", updates.astype(numpy.float32)) writes such a file")
+    Problem::failed("TH-E0718", error)
+        .hint("numpy.save(\"u.npy\", updates.astype(numpy.float32)) writes such a file")
 }

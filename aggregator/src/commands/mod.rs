@@ -22,7 +22,12 @@ use crate::store::{Database, StoreError};
 
 /// The fleet: rounds with many edges, none of them trusted.
 #[derive(Debug, Parser)]
-#[command(name = "theriac-aggregator", version, arg_required_else_help = true, propagate_version = true)]
+#[command(
+    name = "theriac-aggregator",
+    version,
+    arg_required_else_help = true,
+    propagate_version = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -31,7 +36,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Makes a new federation: authorities, identity, store, configuration, and a first join token.
-    #[command(after_help = "Example: theriac-aggregator init --dir /var/lib/theriac --federation plant --hosts agg.example.org")]
+    #[command(
+        after_help = "Example: theriac-aggregator init --dir /var/lib/theriac --federation plant --hosts agg.example.org"
+    )]
     Init(setup::InitArgs),
     /// Runs the aggregator until it is asked to stop (Ctrl-C, TERM).
     #[command(after_help = "Example: theriac-aggregator serve --config /var/lib/theriac/aggregator.toml")]
@@ -120,13 +127,15 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
 
 /// Loads the configuration: the one loader of every command.
 fn load(path: &Path) -> Result<CheckedConfig, Problem> {
-    config::load(path, std::env::vars()).map_err(|error| Problem::config("TH-E0701", &error).hint(error.hint()))
+    config::load(path, std::env::vars())
+        .map_err(|error| Problem::config("TH-E0701", &error).hint(error.hint()))
 }
 
 /// Opens the store that a configuration names.
 fn open(config: &CheckedConfig) -> Result<(DataDir, Database), Problem> {
     let dir = DataDir::new(&config.data_dir);
-    dir.check().map_err(|error| Problem::config("TH-E0702", &error).hint(error.hint()))?;
+    dir.check()
+        .map_err(|error| Problem::config("TH-E0702", &error).hint(error.hint()))?;
     let database = Database::open(&dir).map_err(|error| store_problem(&error))?;
     Ok((dir, database))
 }
@@ -142,8 +151,13 @@ fn store_problem(error: &StoreError) -> Problem {
 /// Prints one result.
 fn print<T: Serialize>(format: Format, value: &T, human: impl std::fmt::Display) -> Result<(), Problem> {
     let mut output = Output::new(format, std::io::stdout().lock());
-    output.result(value, human).map_err(|error| output_problem(&error))?;
-    output.into_inner().flush().map_err(|error| output_problem(&error))
+    output
+        .result(value, human)
+        .map_err(|error| output_problem(&error))?;
+    output
+        .into_inner()
+        .flush()
+        .map_err(|error| output_problem(&error))
 }
 
 fn output_problem(error: &std::io::Error) -> Problem {
@@ -174,7 +188,11 @@ mod tests {
                     check(sub);
                 } else {
                     let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
-                    assert!(help.starts_with("Example: theriac-aggregator "), "{} has no example", sub.get_name());
+                    assert!(
+                        help.starts_with("Example: theriac-aggregator "),
+                        "{} has no example",
+                        sub.get_name()
+                    );
                 }
             }
         }

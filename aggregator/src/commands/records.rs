@@ -68,7 +68,11 @@ pub(super) fn sites(command: SitesCommand) -> Result<ExitCode, Problem> {
         .map_err(|error| store_problem(&error))?;
     let word = crate::store::word(state);
     let value = json!({ "site": args.name.as_str(), "state": word });
-    print(args.common.format, &value, format!("{} is {word}; a running server knows within a second", args.name))?;
+    print(
+        args.common.format,
+        &value,
+        format!("{} is {word}; a running server knows within a second", args.name),
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -84,13 +88,16 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
                 rfc3339(row.enrolled.0),
                 row.accepted.to_string(),
                 row.refusals.values().sum::<u64>().to_string(),
-                row.epsilon.map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
+                row.epsilon
+                    .map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
                 row.last_verdict.clone().unwrap_or_default(),
             ]
         })
         .collect();
     let values: Vec<SiteStatus> = rows.into_iter().map(|row| SiteStatus::new(row, false)).collect();
-    let header = ["site", "state", "enrolled", "accepted", "refused", "epsilon", "gate"];
+    let header = [
+        "site", "state", "enrolled", "accepted", "refused", "epsilon", "gate",
+    ];
     print(common.format, &values, table(&header, &cells))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -130,16 +137,19 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
         RoundsCommand::List { common, limit } => {
             let (_, database) = open(&load(&common.config)?)?;
             let rows = stored_rounds::list(database.read(), limit).map_err(|error| store_problem(&error))?;
-            let header = ["round", "outcome", "base", "rule", "accepted", "refused", "declined", "opened"];
+            let header = [
+                "round", "outcome", "base", "rule", "accepted", "refused", "declined", "opened",
+            ];
             let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
             print(common.format, &rows, table(&header, &cells))?;
         }
         RoundsCommand::Show { common, round } => {
             let (_, database) = open(&load(&common.config)?)?;
-            let detail =
-                stored_rounds::detail(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
+            let detail = stored_rounds::detail(database.read(), Round(round))
+                .map_err(|error| store_problem(&error))?;
             let header = ["site", "norm", "distance", "trimmed", "bytes", "leaf"];
-            let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
+            let number =
+                |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
             let uploads: Vec<Vec<String>> = detail
                 .uploads
                 .iter()
@@ -154,8 +164,11 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
                     ]
                 })
                 .collect();
-            let declines: Vec<String> =
-                detail.declines.iter().map(|(node, reason)| format!("{node} declined: {reason}")).collect();
+            let declines: Vec<String> = detail
+                .declines
+                .iter()
+                .map(|(node, reason)| format!("{node} declined: {reason}"))
+                .collect();
             let human = format!(
                 "round {round}: {}\n\n{}\n{}",
                 outcome(&detail.round),
@@ -172,15 +185,26 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
 fn follow(common: &Common, count: Option<u64>) -> Result<(), Problem> {
     let (_, database) = open(&load(&common.config)?)?;
     let latest = |limit| stored_rounds::list(database.read(), limit).map_err(|error| store_problem(&error));
-    let mut told = latest(2)?.iter().filter(|row| row.ended_unix_ms.is_some()).map(|row| row.round).max().unwrap_or(0);
+    let mut told = latest(2)?
+        .iter()
+        .filter(|row| row.ended_unix_ms.is_some())
+        .map(|row| row.round)
+        .max()
+        .unwrap_or(0);
     let mut left = count;
     while left != Some(0) {
-        let mut ended: Vec<RoundRow> =
-            latest(100)?.into_iter().filter(|row| row.ended_unix_ms.is_some() && row.round > told).collect();
+        let mut ended: Vec<RoundRow> = latest(100)?
+            .into_iter()
+            .filter(|row| row.ended_unix_ms.is_some() && row.round > told)
+            .collect();
         ended.reverse();
         for row in ended {
             told = row.round;
-            print(common.format, &row, format!("round {}: {}", row.round, outcome(&row)))?;
+            print(
+                common.format,
+                &row,
+                format!("round {}: {}", row.round, outcome(&row)),
+            )?;
             left = left.map(|left| left.saturating_sub(1));
             if left == Some(0) {
                 return Ok(());
@@ -266,14 +290,20 @@ pub(super) fn models(command: ModelsCommand) -> Result<ExitCode, Problem> {
             let header = ["version", "round", "rule", "updates", "digest", "released"];
             print(common.format, &values, table(&header, &cells))?;
         }
-        ModelsCommand::Rollback { common, back_to: version } => {
+        ModelsCommand::Rollback {
+            common,
+            back_to: version,
+        } => {
             let (_, mut database) = open(&load(&common.config)?)?;
             let blobs = std::sync::Arc::clone(database.blobs());
             let row = database
                 .write(|work| stored::roll_back(work, &blobs, ModelVersion(version)))
                 .map_err(|error| store_problem(&error))?;
             let value = json!({ "version": row.version.0, "rolled_back_to": version, "digest": row.digest.to_string() });
-            let human = format!("version {} is in force now and repeats version {version}", row.version);
+            let human = format!(
+                "version {} is in force now and repeats version {version}",
+                row.version
+            );
             print(common.format, &value, human)?;
         }
     }
@@ -292,7 +322,9 @@ pub(super) enum AuditCommand {
         output: PathBuf,
     },
     /// Checks an exported log offline, with the public key alone.
-    #[command(after_help = "Example: theriac-aggregator audit verify log.txt --key 'theriac/plant+5b2e1d5f+AbC…'")]
+    #[command(
+        after_help = "Example: theriac-aggregator audit verify log.txt --key 'theriac/plant+5b2e1d5f+AbC…'"
+    )]
     Verify {
         /// The exported file.
         file: PathBuf,
@@ -317,7 +349,11 @@ pub(super) fn audit(command: AuditCommand) -> Result<ExitCode, Problem> {
             let lines = lines(database.read()).map_err(|error| store_problem(&error))?;
             let size = usize::try_from(head.size()).unwrap_or(usize::MAX);
             // A server that runs may have appended since the head was signed.
-            let text = verify::export(&key.log_key().public(), lines.iter().take(size).map(String::as_str), &head);
+            let text = verify::export(
+                &key.log_key().public(),
+                lines.iter().take(size).map(String::as_str),
+                &head,
+            );
             let written = File::create(&output).and_then(|mut file| file.write_all(text.as_bytes()));
             written.map_err(|error| output_problem(&error))?;
             let public = key.log_key().public().to_string();
@@ -339,7 +375,11 @@ pub(super) fn audit(command: AuditCommand) -> Result<ExitCode, Problem> {
                     .hint("the file was changed, or it was made by another federation")
             })?;
             let value = json!({ "file": file, "records": verified.size, "root": verified.root.to_string() });
-            print(format, &value, format!("{}: every record is as it was signed", file.display()))?;
+            print(
+                format,
+                &value,
+                format!("{}: every record is as it was signed", file.display()),
+            )?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -348,5 +388,7 @@ pub(super) fn audit(command: AuditCommand) -> Result<ExitCode, Problem> {
 /// A wall-clock time for people.
 fn rfc3339(unix_ms: u64) -> String {
     let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms / 1_000) * 1_000_000_000);
-    time.ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| unix_ms.to_string())
+    time.ok()
+        .and_then(|time| time.format(&Rfc3339).ok())
+        .unwrap_or_else(|| unix_ms.to_string())
 }

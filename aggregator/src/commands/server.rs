@@ -29,7 +29,7 @@ pub(super) struct ServeArgs {
     /// The configuration file.
     #[arg(long, default_value = "aggregator.toml")]
     config: PathBuf,
-    /// What is logged, as in RUST_LOG.
+    /// What is logged, as in `RUST_LOG`.
     #[arg(long, default_value = "info")]
     log: String,
 }
@@ -93,15 +93,18 @@ pub(super) fn check_config(common: &Common) -> Result<ExitCode, Problem> {
 
 pub(super) fn status(common: &Common) -> Result<ExitCode, Problem> {
     let config = load(&common.config)?;
-    let status = match running(&config) {
-        Some(status) => status,
-        None => {
-            let (_, database) = open(&config)?;
-            Status::at_rest(database.read(), &config.federation).map_err(|error| store_problem(&error))?
-        }
+    let status = if let Some(status) = running(&config) {
+        status
+    } else {
+        let (_, database) = open(&config)?;
+        Status::at_rest(database.read(), &config.federation).map_err(|error| store_problem(&error))?
     };
     print(common.format, &status, human(&status))?;
-    Ok(if status.running { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if status.running {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn human(status: &Status) -> String {
@@ -115,12 +118,21 @@ fn human(status: &Status) -> String {
                 if site.connected { "yes" } else { "no" }.to_owned(),
                 site.accepted.to_string(),
                 site.refused.to_string(),
-                site.epsilon.map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
+                site.epsilon
+                    .map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
                 site.last_verdict.clone().unwrap_or_default(),
             ]
         })
         .collect();
-    let header = ["site", "state", "connected", "accepted", "refused", "epsilon", "gate"];
+    let header = [
+        "site",
+        "state",
+        "connected",
+        "accepted",
+        "refused",
+        "epsilon",
+        "gate",
+    ];
     format!(
         "federation {}: {} in round {}, model {}, {} rounds published, {} aborted, {} of {} sites connected\n\n{}",
         status.federation,
@@ -156,5 +168,6 @@ fn get(address: SocketAddr, path: &str) -> std::io::Result<Vec<u8>> {
     stream.take(STATUS_BYTES_MAX).read_to_end(&mut answer)?;
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n");
     let body = end.filter(|_| answer.starts_with(b"HTTP/1") && answer.get(9..12) == Some(b"200"));
-    body.map(|end| answer.split_off(end + 4)).ok_or_else(|| std::io::Error::other("no good answer"))
+    body.map(|end| answer.split_off(end + 4))
+        .ok_or_else(|| std::io::Error::other("no good answer"))
 }

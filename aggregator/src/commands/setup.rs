@@ -54,15 +54,26 @@ pub(super) fn init(args: InitArgs) -> Result<ExitCode, Problem> {
         http: args.http,
         ..Settings::default()
     };
-    let options = InitOptions { dir: args.dir, hosts: args.hosts, settings, site: Some(args.site) };
+    let options = InitOptions {
+        dir: args.dir,
+        hosts: args.hosts,
+        settings,
+        site: Some(args.site),
+    };
     let made = make(options).map_err(|error| match &error {
         InitError::Config(inner) => Problem::config("TH-E0701", inner).hint(inner.hint()),
         InitError::Serve(inner) => inner.problem(),
-        InitError::NoHosts => Problem::usage("TH-E0711", &error).hint("name one with --hosts agg.example.org"),
+        InitError::NoHosts => {
+            Problem::usage("TH-E0711", &error).hint("name one with --hosts agg.example.org")
+        }
     })?;
     let line = made.join_line().unwrap_or_default();
     let fingerprint = Digest(made.authority_fingerprint);
-    let site = made.token.as_ref().map(|(site, _)| site.to_string()).unwrap_or_default();
+    let site = made
+        .token
+        .as_ref()
+        .map(|(site, _)| site.to_string())
+        .unwrap_or_default();
     let value = json!({
         "config": made.config, "federation": made.checked.federation, "authority_fingerprint": fingerprint.to_string(),
         "site": site, "token": made.token.as_ref().map(|(_, token)| token.to_string()), "join": line,
@@ -96,31 +107,39 @@ pub(super) enum TokenCommand {
 
 pub(super) fn token(command: TokenCommand) -> Result<ExitCode, Problem> {
     let TokenCommand::Create { common, site, ttl } = command;
-    if !(Duration::from_secs(1)..=Duration::from_secs(7 * 86_400)).contains(&ttl) {
+    if !(Duration::from_secs(1)..=Duration::from_hours(7 * 24)).contains(&ttl) {
         let text = humantime::format_duration(ttl);
-        return Err(Problem::usage("TH-E0712", format!("a token of {text} is too short or too long"))
-            .hint("choose between 1s and 7days; an hour is usual"));
+        return Err(
+            Problem::usage("TH-E0712", format!("a token of {text} is too short or too long"))
+                .hint("choose between 1s and 7days; an hour is usual"),
+        );
     }
     let config = load(&common.config)?;
     let (dir, mut database) = open(&config)?;
     let authority = Authority::load(&dir.aggregator_authority())
         .map_err(|error| crate::serve::ServeError::from(error).problem())?;
-    let token = create_token(&mut database, authority.fingerprint(), &site, ttl).map_err(|error| store_problem(&error))?;
+    let token = create_token(&mut database, authority.fingerprint(), &site, ttl)
+        .map_err(|error| store_problem(&error))?;
     // The running server knows its real port; the configuration may say 0.
-    let running: Option<Addresses> =
-        std::fs::read(dir.addresses()).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let running: Option<Addresses> = std::fs::read(dir.addresses())
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok());
     let port = match config.join_listen.port() {
         0 => running.map_or(0, |addresses| addresses.join_listen.port()),
         port => port,
     };
-    let hosts = records::meta(database.read(), crate::serve::META_HOSTS).map_err(|error| store_problem(&error))?;
+    let hosts =
+        records::meta(database.read(), crate::serve::META_HOSTS).map_err(|error| store_problem(&error))?;
     let hosts: Vec<String> = serde_json::from_slice(&hosts).unwrap_or_default();
     let address = join_address(hosts.first().map_or("localhost", String::as_str), port);
     let line = join_line(&address, &token);
     let lifetime_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
     let expires = crate::store::wall_clock().0.saturating_add(lifetime_ms);
     let value = json!({ "site": site.as_str(), "token": token.to_string(), "expires_unix_ms": expires, "join": line });
-    let human = format!("good for {} and one use:\n  {line}", humantime::format_duration(ttl));
+    let human = format!(
+        "good for {} and one use:\n  {line}",
+        humantime::format_duration(ttl)
+    );
     print(common.format, &value, human)?;
     Ok(ExitCode::SUCCESS)
 }

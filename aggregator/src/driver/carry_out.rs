@@ -9,8 +9,8 @@ use theriac_protocol::refusal::{AbortReason, RefusalCode, RoundOutcome};
 use theriac_protocol::round::{Output, PhaseName, RoundMachine};
 use theriac_protocol::units::{Digest, NodeId, Round};
 
-use super::work::{Computed, Done, until_it_works, with_urgency};
 use super::Driver;
+use super::work::{Computed, Done, until_it_works, with_urgency};
 use crate::metrics::{Outcome, Verdict};
 use crate::store::records::ModelRow;
 use crate::store::{Urgency, rounds};
@@ -50,20 +50,34 @@ impl Driver {
         match output {
             Output::Open { announce, cohort } => self.open(announce, cohort),
             Output::Announce { to, announce } => self.announce(&to, announce),
-            Output::Refuse { node, round, code } => match offered.take() {
-                Some(offered) => self.refuse_update(&node, &offered.header, code, "by the state of the round"),
-                None => {
+            Output::Refuse { node, round, code } => {
+                if let Some(offered) = offered.take() {
+                    self.refuse_update(&node, &offered.header, code, "by the state of the round");
+                } else {
                     self.count_upload("refused", code.word());
                     self.send_refusal(&node, Some(round), code);
                 }
-            },
-            Output::Store { node, round, payload_digest } => {
+            }
+            Output::Store {
+                node,
+                round,
+                payload_digest,
+            } => {
                 let validated = offered.take().and_then(|offered| offered.validated);
                 self.make_durable(node, round, payload_digest, validated);
             }
-            Output::Receipt { node, round, payload_digest: _ } => self.send_receipt(node, round),
+            Output::Receipt {
+                node,
+                round,
+                payload_digest: _,
+            } => self.send_receipt(node, round),
             Output::Aggregate { round, base, members } => self.compute(round, base, members),
-            Output::Publish { round, version: _, digest: _, members } => self.publish(round, members),
+            Output::Publish {
+                round,
+                version: _,
+                digest: _,
+                members,
+            } => self.publish(round, members),
             Output::Abort { round, reason } => self.abort(round, reason),
             Output::Closed { to, closed } => self.closed(&to, closed),
         }
@@ -74,13 +88,18 @@ impl Driver {
     fn open(&mut self, announce: AnnounceV1, cohort: Vec<NodeId>) {
         let (store, rule, round) = (self.store.clone(), self.rule, announce.round);
         let last_forgotten = Round(round.0.saturating_sub(self.rounds_kept));
-        self.receipts.retain(|(of, _), _| of.0.saturating_add(1) >= round.0);
+        self.receipts
+            .retain(|(of, _), _| of.0.saturating_add(1) >= round.0);
         self.cache.clear();
         self.cache_bytes = 0;
         self.work.spawn(async move {
             with_urgency(&store, "open a round", Urgency::Lazy, move |work| {
                 rounds::open(work, &announce, &cohort, rule)?;
-                if last_forgotten.0 > 0 { rounds::forget_payloads(work, last_forgotten) } else { Ok(()) }
+                if last_forgotten.0 > 0 {
+                    rounds::forget_payloads(work, last_forgotten)
+                } else {
+                    Ok(())
+                }
             })
             .await
             .map_or(Done::Written(Ok(())), |()| Done::Opened(round))
@@ -88,7 +107,11 @@ impl Driver {
     }
 
     fn announce(&mut self, to: &[NodeId], announce: AnnounceV1) {
-        let is_new = self.terms.borrow().as_ref().is_none_or(|terms| terms.round != announce.round);
+        let is_new = self
+            .terms
+            .borrow()
+            .as_ref()
+            .is_none_or(|terms| terms.round != announce.round);
         if is_new {
             tracing::info!(round = announce.round.0, nodes = to.len(), "a round is open");
             self.opened_at = Some(Instant::now());
@@ -105,18 +128,29 @@ impl Driver {
         }
     }
 
-    fn make_durable(&mut self, node: NodeId, round: Round, digest: Digest, update: Option<Box<ValidatedUpdate>>) {
+    fn make_durable(
+        &mut self,
+        node: NodeId,
+        round: Round,
+        digest: Digest,
+        update: Option<Box<ValidatedUpdate>>,
+    ) {
         let Some(update) = update.filter(|update| update.header().payload_digest == digest) else {
             tracing::error!(%node, round = round.0, "the machine asks for an update that is not at hand");
             let now = self.now();
-            self.machine.handle(now, theriac_protocol::round::Input::StoreFailed { node, round });
+            self.machine
+                .handle(now, theriac_protocol::round::Input::StoreFailed { node, round });
             let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
             return self.carry_out_all(outputs, None);
         };
         self.storing += 1;
         let at = self.machine.status();
         let expected = at.admitted.saturating_sub(at.stored + at.declined + self.storing);
-        let urgency = if expected == 0 { Urgency::Now } else { Urgency::Company };
+        let urgency = if expected == 0 {
+            Urgency::Now
+        } else {
+            Urgency::Company
+        };
         let (store, rule) = (self.store.clone(), self.rule.rule);
         self.work.spawn(async move {
             let (row, norm) = (update.row(), update.norm());
@@ -132,7 +166,12 @@ impl Driver {
                 }
                 Err(error) => Err(error),
             };
-            Done::Stored { node, header, row, result }
+            Done::Stored {
+                node,
+                header,
+                row,
+                result,
+            }
         });
     }
 
@@ -151,7 +190,9 @@ impl Driver {
         let store = self.store.clone();
         self.work.spawn(async move {
             let name = node.clone();
-            let found = store.read(move |connection| rounds::stored_upload(connection, round, &name)).await;
+            let found = store
+                .read(move |connection| rounds::stored_upload(connection, round, &name))
+                .await;
             let stored = found.unwrap_or_else(|error| {
                 tracing::warn!(%node, round = round.0, %error, "cannot look a receipt up");
                 None
@@ -185,8 +226,12 @@ impl Driver {
     fn abort(&mut self, round: Round, reason: AbortReason) {
         let store = self.store.clone();
         self.work.spawn(async move {
-            let ended = until_it_works(&store, "end a round", move |work| rounds::abort(work, round, reason));
-            ended.await.map_or(Done::Written(Ok(())), |()| Done::Aborted(round))
+            let ended = until_it_works(&store, "end a round", move |work| {
+                rounds::abort(work, round, reason)
+            });
+            ended
+                .await
+                .map_or(Done::Written(Ok(())), |()| Done::Aborted(round))
         });
     }
 
@@ -207,7 +252,10 @@ impl Driver {
     pub(super) fn rolled_over(&mut self, model: ModelRow, aborted: Option<Round>) {
         let last = aborted.unwrap_or(Round(0)).max(self.machine.status().round);
         let now = self.now();
-        let base = theriac_protocol::round::BaseModel { version: model.version, digest: model.digest };
+        let base = theriac_protocol::round::BaseModel {
+            version: model.version,
+            digest: model.digest,
+        };
         self.machine = RoundMachine::new(self.config.clone(), base, last, self.nonce_seed, now);
         self.candidate = None;
         self.storing = 0;
@@ -223,21 +271,33 @@ impl Driver {
             self.closed(&nodes, ClosedV1 { round, outcome });
         }
         for node in nodes {
-            self.machine.handle(now, theriac_protocol::round::Input::Admitted { node });
+            self.machine
+                .handle(now, theriac_protocol::round::Input::Admitted { node });
         }
         self.pump(None);
     }
 
     /// Tells the node, counts, and records it with its reason.
-    pub(super) fn refuse_update(&mut self, node: &NodeId, header: &UpdateV1, code: RefusalCode, detail: &str) {
+    pub(super) fn refuse_update(
+        &mut self,
+        node: &NodeId,
+        header: &UpdateV1,
+        code: RefusalCode,
+        detail: &str,
+    ) {
         tracing::info!(%node, round = header.round.0, code = code.word(), detail, "an update was refused");
         self.count_upload("refused", code.word());
         self.send_refusal(node, Some(header.round), code);
         let (node, header, rule) = (node.clone(), header.clone(), self.rule.rule);
-        self.write_later(Urgency::Lazy, move |work| rounds::refuse_upload(work, &node, &header, code, rule));
+        self.write_later(Urgency::Lazy, move |work| {
+            rounds::refuse_upload(work, &node, &header, code, rule)
+        });
     }
 
     pub(super) fn count_upload(&self, verdict: &'static str, reason: &'static str) {
-        self.metrics.uploads.get_or_create(&Verdict { verdict, reason }).inc();
+        self.metrics
+            .uploads
+            .get_or_create(&Verdict { verdict, reason })
+            .inc();
     }
 }

@@ -69,7 +69,14 @@ pub struct Arrival {
 
 impl Driver {
     pub(super) fn arrived(&mut self, arrival: Arrival, reply: oneshot::Sender<Result<(), AdmitError>>) {
-        let Arrival { node, link, protocol, ledger, audit_size, receipt_missing } = arrival;
+        let Arrival {
+            node,
+            link,
+            protocol,
+            ledger,
+            audit_size,
+            receipt_missing,
+        } = arrival;
         if let Err(error) = check_ledger(self.ledger(&node), ledger) {
             drop(reply.send(Err(error)));
             return;
@@ -82,7 +89,9 @@ impl Driver {
         let mut round = None;
         while let Some(output) = self.machine.poll_output() {
             match output {
-                Output::Announce { to, announce } if to.as_slice() == [node.clone()] => round = Some(announce),
+                Output::Announce { to, announce } if to.as_slice() == [node.clone()] => {
+                    round = Some(announce);
+                }
                 other => outputs.push(other),
             }
         }
@@ -117,13 +126,17 @@ impl Driver {
 
     /// A newer session of the same identity takes the place of the older one.
     fn replace(&mut self, node: &NodeId, remote: SocketAddr) {
-        let Some(older) = self.links.remove(node) else { return };
+        let Some(older) = self.links.remove(node) else {
+            return;
+        };
         let before = older.remote();
         if before.ip() != remote.ip() {
             self.metrics.identity_alarms.inc();
             tracing::warn!(%node, %before, now = %remote, "one identity from two addresses: a copied key or a moved host");
         }
-        older.handle.close(CloseCode::Replaced, "the same identity has a newer session");
+        older
+            .handle
+            .close(CloseCode::Replaced, "the same identity has a newer session");
     }
 
     pub(super) fn left(&mut self, node: &NodeId, session: u64) {
@@ -154,7 +167,8 @@ impl Driver {
             self.metrics.slow_readers.inc();
             tracing::warn!(%node, "takes messages too slowly");
             // The session notices and leaves by the usual way.
-            link.handle.close(CloseCode::TooSlow, "messages were not taken in time");
+            link.handle
+                .close(CloseCode::TooSlow, "messages were not taken in time");
         }
     }
 
@@ -163,7 +177,9 @@ impl Driver {
     }
 
     fn count_links(&self) {
-        self.metrics.connected.set(i64::try_from(self.links.len()).unwrap_or(i64::MAX));
+        self.metrics
+            .connected
+            .set(i64::try_from(self.links.len()).unwrap_or(i64::MAX));
     }
 }
 
@@ -174,5 +190,9 @@ pub(crate) fn refusal(code: RefusalCode, round: Option<Round>) -> RefusalV1 {
         RefusalCode::StorageFull => 10_000,
         _ => 0,
     };
-    RefusalV1 { code, round, retry_after_ms }
+    RefusalV1 {
+        code,
+        round,
+        retry_after_ms,
+    }
 }

@@ -24,15 +24,27 @@ pub(super) enum Done {
     /// A round is open in the store.
     Opened(Round),
     /// An update is durable, or not.
-    Stored { node: NodeId, header: Box<UpdateV1>, row: Row, result: Result<StoredUpload, StoreError> },
+    Stored {
+        node: NodeId,
+        header: Box<UpdateV1>,
+        row: Row,
+        result: Result<StoredUpload, StoreError>,
+    },
     /// A round was combined, or could not be.
-    Computed { round: Round, result: Result<Box<Computed>, String> },
+    Computed {
+        round: Round,
+        result: Result<Box<Computed>, String>,
+    },
     /// A round's model is durable.
     Published(Round),
     /// A round's end without a model is durable.
     Aborted(Round),
     /// A receipt of an earlier round was looked up.
-    Receipt { node: NodeId, round: Round, stored: Option<StoredUpload> },
+    Receipt {
+        node: NodeId,
+        round: Round,
+        stored: Option<StoredUpload>,
+    },
     /// Registry and model in force were read again.
     Refreshed(Result<Box<(Registry, ModelRow)>, StoreError>),
     /// Another model is in force and the open round, if any, has ended.
@@ -53,13 +65,31 @@ impl Driver {
         let now = self.now();
         match done {
             Done::Opened(round) => self.machine.handle(now, Input::Opened { round }),
-            Done::Stored { node, header, row, result } => return self.stored(node, *header, row, result),
-            Done::Computed { round, result: Ok(computed) } => {
+            Done::Stored {
+                node,
+                header,
+                row,
+                result,
+            } => return self.stored(node, *header, row, result),
+            Done::Computed {
+                round,
+                result: Ok(computed),
+            } => {
                 let (version, digest) = (computed.row.version, computed.candidate.digest);
                 self.candidate = Some(*computed);
-                self.machine.handle(now, Input::Aggregated { round, version, digest });
+                self.machine.handle(
+                    now,
+                    Input::Aggregated {
+                        round,
+                        version,
+                        digest,
+                    },
+                );
             }
-            Done::Computed { round, result: Err(reason) } => {
+            Done::Computed {
+                round,
+                result: Err(reason),
+            } => {
                 tracing::warn!(round = round.0, reason, "the round gives no model");
                 self.machine.handle(now, Input::AggregationFailed { round });
             }
@@ -91,7 +121,10 @@ impl Driver {
                 return self.rolled_over(model, aborted);
             }
             Done::RolledOver(Err(reason)) => {
-                tracing::error!(reason, "cannot load the model that is to be in force; the last one stays");
+                tracing::error!(
+                    reason,
+                    "cannot load the model that is to be in force; the last one stays"
+                );
                 return;
             }
             Done::Written(result) => {
@@ -109,11 +142,16 @@ impl Driver {
         let round = header.round;
         self.storing = self.storing.saturating_sub(1);
         self.with_status(|status| status.storage_full = matches!(result, Err(StoreError::Full(_))));
-        self.metrics.storage_full.set(i64::from(matches!(result, Err(StoreError::Full(_)))));
+        self.metrics
+            .storage_full
+            .set(i64::from(matches!(result, Err(StoreError::Full(_)))));
         match result {
             Ok(stored) => {
                 let claim = &header.privacy;
-                let ledger = crate::store::records::LedgerHead { head: claim.ledger_head, records: claim.ledger_records };
+                let ledger = crate::store::records::LedgerHead {
+                    head: claim.ledger_head,
+                    records: claim.ledger_records,
+                };
                 self.ledgers.insert(node.clone(), ledger);
                 self.count_upload("accepted", "");
                 self.receipts.insert((round, node.clone()), stored);
@@ -156,15 +194,24 @@ impl Driver {
                 let row = match cache.remove(node) {
                     Some(row) => row,
                     None => store
-                        .read_blocking(|connection| rounds::upload_row(connection, store.blobs(), round, node))
+                        .read_blocking(|connection| {
+                            rounds::upload_row(connection, store.blobs(), round, node)
+                        })
                         .map_err(|error| error.to_string())?,
                 };
-                debug_assert_eq!(Digest::of(&row.payload), *digest, "a stored payload has its digest");
+                debug_assert_eq!(
+                    Digest::of(&row.payload),
+                    *digest,
+                    "a stored payload has its digest"
+                );
                 rows.push(row);
             }
-            let base_payload = models.payload_blocking(&store, base.version).map_err(|error| error.to_string())?;
+            let base_payload = models
+                .payload_blocking(&store, base.version)
+                .map_err(|error| error.to_string())?;
             let rule = rule(round_rule.rule, round_rule.byzantine);
-            let candidate = next_model(&spec, &terms, &base_payload, rows, &*rule).map_err(|error| error.to_string())?;
+            let candidate =
+                next_model(&spec, &terms, &base_payload, rows, &*rule).map_err(|error| error.to_string())?;
             let row = ModelRow {
                 version: base.version.next(),
                 round,
@@ -180,7 +227,9 @@ impl Driver {
             Ok(Box::new(Computed { row, candidate }))
         };
         self.work.spawn(async move {
-            let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(error.to_string()));
+            let result = tokio::task::spawn_blocking(work)
+                .await
+                .unwrap_or_else(|error| Err(error.to_string()));
             Done::Computed { round, result }
         });
     }

@@ -94,7 +94,10 @@ impl FromStr for RuleName {
     type Err = RuleError;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Self::ALL.into_iter().find(|rule| rule.word() == s).ok_or_else(|| RuleError::UnknownRule(s.to_owned()))
+        Self::ALL
+            .into_iter()
+            .find(|rule| rule.word() == s)
+            .ok_or_else(|| RuleError::UnknownRule(s.to_owned()))
     }
 }
 

@@ -70,14 +70,19 @@ mod tests {
                     .collect();
                 network.sort(&mut tile);
                 for lane in 0..LANES {
-                    assert!(tile.windows(2).all(|pair| pair[0][lane] <= pair[1][lane]), "{rows} rows, {bits:b}");
+                    assert!(
+                        tile.windows(2).all(|pair| pair[0][lane] <= pair[1][lane]),
+                        "{rows} rows, {bits:b}"
+                    );
                 }
             }
         }
         for rows in 17..=ROWS_MAX {
             let network = SortingNetwork::for_rows(rows).unwrap();
             let value = |row: usize, lane: usize| ((row * 7_919 + lane * 104_729) % 1_009) as f64;
-            let mut tile: Vec<[f64; LANES]> = (0..rows).map(|row| std::array::from_fn(|l| value(row, l))).collect();
+            let mut tile: Vec<[f64; LANES]> = (0..rows)
+                .map(|row| std::array::from_fn(|l| value(row, l)))
+                .collect();
             network.sort(&mut tile);
             for lane in 0..LANES {
                 let mut expected: Vec<f64> = (0..rows).map(|row| value(row, lane)).collect();

@@ -15,7 +15,10 @@ pub trait Scalar: Copy + Default + PartialOrd + Send + Sync + Into<f64> + 'stati
 }
 
 impl Scalar for f32 {
-    #[expect(clippy::cast_possible_truncation, reason = "this is the one rounding of a sum")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "this is the one rounding of a sum"
+    )]
     fn round_from(value: f64) -> Self {
         value as Self
     }
@@ -69,10 +72,17 @@ impl PayloadRows {
         for (row, Row { encoding, payload }) in rows.iter().enumerate() {
             if payload_len(*encoding, dimension) != Some(payload.len()) {
                 let width = payload_len(*encoding, 1).unwrap_or(1).max(1);
-                return Err(RuleError::Ragged { row, expected, found: payload.len() / width });
+                return Err(RuleError::Ragged {
+                    row,
+                    expected,
+                    found: payload.len() / width,
+                });
             }
         }
-        Ok(Self { rows, dimension: expected })
+        Ok(Self {
+            rows,
+            dimension: expected,
+        })
     }
 }
 
@@ -104,10 +114,18 @@ impl<T: Scalar> MatrixRows<T> {
     /// [`RuleError::Ragged`] when there are not `count × dimension`.
     pub fn new(values: Vec<T>, count: usize, dimension: usize) -> Result<Self, RuleError> {
         if count.checked_mul(dimension) == Some(values.len()) {
-            Ok(Self { values, dimension, count })
+            Ok(Self {
+                values,
+                dimension,
+                count,
+            })
         } else {
             let found = values.len().checked_rem(dimension).unwrap_or_default();
-            Err(RuleError::Ragged { row: values.len().checked_div(dimension).unwrap_or(0), expected: dimension, found })
+            Err(RuleError::Ragged {
+                row: values.len().checked_div(dimension).unwrap_or(0),
+                expected: dimension,
+                found,
+            })
         }
     }
 
@@ -119,11 +137,19 @@ impl<T: Scalar> MatrixRows<T> {
         let dimension = rows.first().map_or(0, |row| row.as_ref().len());
         for (row, found) in rows.iter().map(|row| row.as_ref().len()).enumerate() {
             if found != dimension {
-                return Err(RuleError::Ragged { row, expected: dimension, found });
+                return Err(RuleError::Ragged {
+                    row,
+                    expected: dimension,
+                    found,
+                });
             }
         }
         let values = rows.iter().flat_map(|row| row.as_ref().iter().copied()).collect();
-        Ok(Self { values, dimension, count: rows.len() })
+        Ok(Self {
+            values,
+            dimension,
+            count: rows.len(),
+        })
     }
 }
 

@@ -38,14 +38,21 @@ pub(super) fn combine<T: Scalar, C: Column>(rule: &C, rows: &dyn Rows<T>) -> Res
     if d == 0 {
         return Err(RuleError::NoColumns);
     }
-    let network = if C::SORTED { SortingNetwork::for_rows(n) } else { None };
+    let network = if C::SORTED {
+        SortingNetwork::for_rows(n)
+    } else {
+        None
+    };
     let mut values = vec![T::default(); d];
     let partials: Vec<Vec<Partial>> = values
         .par_chunks_mut(CHUNK)
         .enumerate()
         .map(|(chunk, out)| combine_chunk(rule, rows, network.as_ref(), chunk * CHUNK, out))
         .collect();
-    Ok(Combined { values, evidence: join(&partials, n, d) })
+    Ok(Combined {
+        values,
+        evidence: join(&partials, n, d),
+    })
 }
 
 fn combine_chunk<T: Scalar, C: Column>(
@@ -89,14 +96,22 @@ fn combine_chunk<T: Scalar, C: Column>(
     partials
 }
 
-fn observe<T: Scalar>(partial: &mut Partial, lanes: &[T], out: &[T], bounds: Option<&([T; LANES], [T; LANES])>) {
+fn observe<T: Scalar>(
+    partial: &mut Partial,
+    lanes: &[T],
+    out: &[T],
+    bounds: Option<&([T; LANES], [T; LANES])>,
+) {
     for (&value, &combined) in lanes.iter().zip(out) {
         let (value, combined): (f64, f64) = (value.into(), combined.into());
         partial.norm_squared += value * value;
         partial.distance_squared += (value - combined) * (value - combined);
     }
     if let Some((low, high)) = bounds {
-        let outside = lanes.iter().zip(low.iter().zip(high)).filter(|(value, (low, high))| value < low || value > high);
+        let outside = lanes
+            .iter()
+            .zip(low.iter().zip(high))
+            .filter(|(value, (low, high))| value < low || value > high);
         partial.trimmed += outside.count() as u64;
     }
 }
@@ -125,7 +140,9 @@ fn sort_columns<T: Scalar>(tile: &mut [[T; LANES]], column: &mut Vec<T>) {
         column.clear();
         column.extend(tile.iter().map(|lanes| lanes[lane]));
         column.sort_unstable_by(Scalar::order);
-        tile.iter_mut().zip(&*column).for_each(|(lanes, value)| lanes[lane] = *value);
+        tile.iter_mut()
+            .zip(&*column)
+            .for_each(|(lanes, value)| lanes[lane] = *value);
     }
 }
 

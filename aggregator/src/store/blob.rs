@@ -15,7 +15,7 @@ use super::StoreError;
 /// A payload up to this size rides in its row: one synchronisation instead of three.
 pub const ROW_BYTES_MAX: usize = 64 * 1024;
 /// Blobs younger than this are never collected: their row may still be on its way.
-pub const UNNAMED_AGE_MIN: Duration = Duration::from_secs(3_600);
+pub const UNNAMED_AGE_MIN: Duration = Duration::from_hours(1);
 
 /// The folder of blobs.
 #[derive(Debug)]
@@ -31,7 +31,10 @@ impl BlobStore {
     /// [`StoreError::Io`].
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
         crate::data_dir::make_private(folder).map_err(|error| StoreError::io("make", folder, &error))?;
-        Ok(Self { folder: folder.to_owned(), temporaries: AtomicU64::new(0) })
+        Ok(Self {
+            folder: folder.to_owned(),
+            temporaries: AtomicU64::new(0),
+        })
     }
 
     /// Makes `bytes` durable under their digest: write, sync, rename, sync the folder. Blocks.
@@ -40,7 +43,9 @@ impl BlobStore {
     /// [`StoreError::Full`] when the disk is full, [`StoreError::Io`] otherwise; no trace is left then.
     pub fn put(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
         let number = self.temporaries.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.folder.join(format!("{}.{}.{number}.tmp", digest.short(), std::process::id()));
+        let temporary = self
+            .folder
+            .join(format!("{}.{}.{number}.tmp", digest.short(), std::process::id()));
         // Written again even if it is there: that renews its age, so that the collector leaves it alone.
         let written = write_durably(&temporary, &self.path(digest), bytes);
         written.map_err(|error| {
@@ -59,12 +64,20 @@ impl BlobStore {
     pub fn get(&self, digest: &Digest, row: &str) -> Result<Bytes, StoreError> {
         let path = self.path(digest);
         let bytes = fs::read(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => StoreError::BlobMissing { row: row.to_owned(), path: path.clone() },
+            io::ErrorKind::NotFound => StoreError::BlobMissing {
+                row: row.to_owned(),
+                path: path.clone(),
+            },
             _ => StoreError::io("read", &path, &error),
         })?;
         let found = Digest::of(&bytes);
         if found != *digest {
-            return Err(StoreError::BlobCorrupt { row: row.to_owned(), path, expected: *digest, found });
+            return Err(StoreError::BlobCorrupt {
+                row: row.to_owned(),
+                path,
+                expected: *digest,
+                found,
+            });
         }
         Ok(bytes.into())
     }
@@ -74,7 +87,8 @@ impl BlobStore {
     /// # Errors
     /// [`StoreError::Io`] when the folder cannot be read; a file that cannot be deleted is left for the next time.
     pub fn collect(&self, named: &BTreeSet<Digest>, now: SystemTime) -> Result<usize, StoreError> {
-        let entries = fs::read_dir(&self.folder).map_err(|error| StoreError::io("list", &self.folder, &error))?;
+        let entries =
+            fs::read_dir(&self.folder).map_err(|error| StoreError::io("list", &self.folder, &error))?;
         let mut deleted = 0;
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -82,7 +96,10 @@ impl BlobStore {
             if digest.is_some_and(|digest| named.contains(&digest)) {
                 continue;
             }
-            let age = entry.metadata().and_then(|data| data.modified()).map(|then| now.duration_since(then));
+            let age = entry
+                .metadata()
+                .and_then(|data| data.modified())
+                .map(|then| now.duration_since(then));
             if matches!(age, Ok(Ok(age)) if age >= UNNAMED_AGE_MIN) && fs::remove_file(entry.path()).is_ok() {
                 deleted += 1;
             }
@@ -117,7 +134,10 @@ mod tests {
         let (dir, store) = store();
         let digest = Digest::of(b"abc");
         let error = store.get(&digest, "upload 3/site-1").unwrap_err();
-        assert!(matches!(&error, StoreError::BlobMissing { row, .. } if row == "upload 3/site-1"), "{error}");
+        assert!(
+            matches!(&error, StoreError::BlobMissing { row, .. } if row == "upload 3/site-1"),
+            "{error}"
+        );
         store.put(&digest, b"abc").unwrap();
         assert_eq!(store.get(&digest, "").unwrap(), Bytes::from_static(b"abc"));
         fs::write(dir.path().join(digest.to_string()), b"abd").unwrap();
@@ -132,8 +152,17 @@ mod tests {
         store.put(&named, b"a").unwrap();
         store.put(&unnamed, b"b").unwrap();
         let rows = BTreeSet::from([named]);
-        assert_eq!(store.collect(&rows, SystemTime::now()).unwrap(), 0, "a young blob went");
-        assert_eq!(store.collect(&rows, SystemTime::now() + 2 * UNNAMED_AGE_MIN).unwrap(), 1);
+        assert_eq!(
+            store.collect(&rows, SystemTime::now()).unwrap(),
+            0,
+            "a young blob went"
+        );
+        assert_eq!(
+            store
+                .collect(&rows, SystemTime::now() + 2 * UNNAMED_AGE_MIN)
+                .unwrap(),
+            1
+        );
         assert!(store.get(&named, "").is_ok() && store.get(&unnamed, "").is_err());
     }
 }

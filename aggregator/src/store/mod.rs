@@ -143,7 +143,11 @@ impl StoreError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Self::Full(format!("cannot {what} {}", path.display()))
             }
-            _ => Self::Io { what, path: path.to_owned(), reason: error.to_string() },
+            _ => Self::Io {
+                what,
+                path: path.to_owned(),
+                reason: error.to_string(),
+            },
         }
     }
 }
@@ -204,9 +208,16 @@ impl Database {
     ///
     /// # Errors
     /// Those of `work`, [`StoreError::Full`], [`StoreError::Locked`].
-    pub fn write<T>(&mut self, work: impl FnOnce(&Work<'_>) -> Result<T, StoreError>) -> Result<T, StoreError> {
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let value = work(&Work { connection: &transaction })?;
+    pub fn write<T>(
+        &mut self,
+        work: impl FnOnce(&Work<'_>) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let transaction = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let value = work(&Work {
+            connection: &transaction,
+        })?;
         transaction.commit()?;
         Ok(value)
     }
@@ -229,9 +240,16 @@ impl Work<'_> {
     /// # Errors
     /// [`StoreError::Database`], [`StoreError::Full`].
     pub fn audit(&self, event: AuditEvent) -> Result<u64, StoreError> {
-        let line = AuditRecord { at: wall_clock(), event }.to_line();
+        let line = AuditRecord {
+            at: wall_clock(),
+            event,
+        }
+        .to_line();
         let next = "SELECT coalesce(max(idx) + 1, 0) FROM audit_leaf";
-        let index: i64 = self.connection.prepare_cached(next)?.query_row([], |row| row.get(0))?;
+        let index: i64 = self
+            .connection
+            .prepare_cached(next)?
+            .query_row([], |row| row.get(0))?;
         self.connection
             .prepare_cached("INSERT INTO audit_leaf (idx, hash, line) VALUES (?1, ?2, ?3)")?
             .execute((index, leaf_hash(line.as_bytes()).0, &line))?;

@@ -25,7 +25,10 @@ pub fn meta(connection: &Connection, key: &str) -> Result<Vec<u8>, StoreError> {
     connection
         .query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0))
         .optional()?
-        .ok_or_else(|| StoreError::NotFound { what: "meta row", name: key.to_owned() })
+        .ok_or_else(|| StoreError::NotFound {
+            what: "meta row",
+            name: key.to_owned(),
+        })
 }
 
 /// Writes a meta row.
@@ -33,7 +36,10 @@ pub fn meta(connection: &Connection, key: &str) -> Result<Vec<u8>, StoreError> {
 /// # Errors
 /// [`StoreError::Database`].
 pub fn set_meta(work: &Work<'_>, key: &str, value: &[u8]) -> Result<(), StoreError> {
-    work.connection().execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)", (key, value))?;
+    work.connection().execute(
+        "INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)",
+        (key, value),
+    )?;
     Ok(())
 }
 
@@ -65,16 +71,31 @@ pub type Registry = BTreeMap<NodeId, SiteEntry>;
 /// # Errors
 /// [`StoreError::Database`], [`StoreError::Corrupt`].
 pub fn registry(connection: &Connection) -> Result<Registry, StoreError> {
-    let mut statement =
-        connection.prepare_cached("SELECT node, state, key_fingerprint, ledger_head, ledger_records FROM site")?;
+    let mut statement = connection
+        .prepare_cached("SELECT node, state, key_fingerprint, ledger_head, ledger_records FROM site")?;
     let rows = statement.query_map([], |row| {
-        let entry = (row.get::<_, String>(1)?, row.get(2)?, row.get(3)?, row.get::<_, i64>(4)?);
+        let entry = (
+            row.get::<_, String>(1)?,
+            row.get(2)?,
+            row.get(3)?,
+            row.get::<_, i64>(4)?,
+        );
         Ok((row.get::<_, String>(0)?, entry))
     })?;
     rows.map(|row| {
         let (node, (state, key_fingerprint, head, records)) = row?;
-        let ledger = LedgerHead { head: Digest(head), records: from_sql(records) };
-        Ok((node_id(&node)?, SiteEntry { state: standing(&node, &state)?, key_fingerprint, ledger }))
+        let ledger = LedgerHead {
+            head: Digest(head),
+            records: from_sql(records),
+        };
+        Ok((
+            node_id(&node)?,
+            SiteEntry {
+                state: standing(&node, &state)?,
+                key_fingerprint,
+                ledger,
+            },
+        ))
     })
     .collect()
 }
@@ -103,9 +124,17 @@ pub fn enrol(
     work.connection().execute(
         "INSERT OR IGNORE INTO certificate (fingerprint, node, key_fingerprint, not_after_unix_ms)
          VALUES (?1, ?2, ?3, ?4)",
-        (certificate_fingerprint, node.as_str(), key_fingerprint, to_sql(not_after.0)),
+        (
+            certificate_fingerprint,
+            node.as_str(),
+            key_fingerprint,
+            to_sql(not_after.0),
+        ),
     )?;
-    work.audit(AuditEvent::SiteEnrolled { node: node.clone(), key_fingerprint: Digest(key_fingerprint) })?;
+    work.audit(AuditEvent::SiteEnrolled {
+        node: node.clone(),
+        key_fingerprint: Digest(key_fingerprint),
+    })?;
     Ok(())
 }
 
@@ -113,10 +142,21 @@ pub fn enrol(
 ///
 /// # Errors
 /// [`StoreError::NotFound`]; [`StoreError::Conflict`] when a revoked site would be resumed with its revoked key.
-pub fn set_standing(work: &Work<'_>, node: &NodeId, state: SiteStanding, reason: &str) -> Result<(), StoreError> {
+pub fn set_standing(
+    work: &Work<'_>,
+    node: &NodeId,
+    state: SiteStanding,
+    reason: &str,
+) -> Result<(), StoreError> {
     let now = "SELECT state FROM site WHERE node = ?1";
-    let before: Option<String> = work.connection().query_row(now, [node.as_str()], |row| row.get(0)).optional()?;
-    let before = before.ok_or_else(|| StoreError::NotFound { what: "site", name: node.to_string() })?;
+    let before: Option<String> = work
+        .connection()
+        .query_row(now, [node.as_str()], |row| row.get(0))
+        .optional()?;
+    let before = before.ok_or_else(|| StoreError::NotFound {
+        what: "site",
+        name: node.to_string(),
+    })?;
     if before == word(SiteStanding::Revoked) && state != SiteStanding::Revoked {
         return Err(StoreError::Conflict(format!(
             "{node}'s key was revoked, which is for ever: enrol it again with `token create --site {node}`"
@@ -125,8 +165,15 @@ pub fn set_standing(work: &Work<'_>, node: &NodeId, state: SiteStanding, reason:
     if before == word(state) {
         return Ok(());
     }
-    work.connection().execute("UPDATE site SET state = ?2 WHERE node = ?1", (node.as_str(), word(state)))?;
-    work.audit(AuditEvent::SiteState { node: node.clone(), state, reason: reason.to_owned() })?;
+    work.connection().execute(
+        "UPDATE site SET state = ?2 WHERE node = ?1",
+        (node.as_str(), word(state)),
+    )?;
+    work.audit(AuditEvent::SiteState {
+        node: node.clone(),
+        state,
+        reason: reason.to_owned(),
+    })?;
     Ok(())
 }
 
@@ -186,12 +233,18 @@ pub fn sites(connection: &Connection) -> Result<Vec<SiteRow>, StoreError> {
 }
 
 /// Counts by node and word.
-fn counts(connection: &Connection, query: &str) -> Result<BTreeMap<String, BTreeMap<String, u64>>, StoreError> {
+fn counts(
+    connection: &Connection,
+    query: &str,
+) -> Result<BTreeMap<String, BTreeMap<String, u64>>, StoreError> {
     let mut counts: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
     let mut statement = connection.prepare_cached(query)?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
-        counts.entry(row.get(0)?).or_default().insert(row.get(1)?, from_sql(row.get(2)?));
+        counts
+            .entry(row.get(0)?)
+            .or_default()
+            .insert(row.get(1)?, from_sql(row.get(2)?));
     }
     Ok(counts)
 }
@@ -225,7 +278,11 @@ pub fn record_verdict(
     work.connection()
         .prepare_cached("UPDATE site SET last_verdict = ?2 WHERE node = ?1")?
         .execute((node.as_str(), text))?;
-    work.audit(AuditEvent::ModelGate { version, node: node.clone(), verdict })?;
+    work.audit(AuditEvent::ModelGate {
+        version,
+        node: node.clone(),
+        verdict,
+    })?;
     Ok(())
 }
 
@@ -245,7 +302,11 @@ pub fn gate_word(verdict: GateVerdict) -> &'static str {
 ///
 /// # Errors
 /// [`StoreError::Database`].
-pub(super) fn advance_ledger(work: &Work<'_>, node: &NodeId, claim: &PrivacyClaimV1) -> Result<(), StoreError> {
+pub(super) fn advance_ledger(
+    work: &Work<'_>,
+    node: &NodeId,
+    claim: &PrivacyClaimV1,
+) -> Result<(), StoreError> {
     work.connection()
         .prepare_cached(
             "UPDATE site SET ledger_head = ?2, ledger_records = ?3, epsilon = ?4, delta = ?5, accepted = accepted + 1
@@ -296,7 +357,9 @@ fn model_row(row: &Row<'_>) -> rusqlite::Result<ModelRow> {
         digest: Digest(row.get(4)?),
         rule: row.get(5)?,
         contributors: row.get(6)?,
-        rolled_back_to: row.get::<_, Option<i64>>(7)?.map(|version| ModelVersion(from_sql(version))),
+        rolled_back_to: row
+            .get::<_, Option<i64>>(7)?
+            .map(|version| ModelVersion(from_sql(version))),
         released: Timestamp(from_sql(row.get(8)?)),
     })
 }
@@ -322,7 +385,10 @@ pub fn model(connection: &Connection, version: ModelVersion) -> Result<ModelRow,
         .prepare_cached(&query)?
         .query_row([to_sql(version.0)], model_row)
         .optional()?
-        .ok_or_else(|| StoreError::NotFound { what: "model version", name: version.to_string() })
+        .ok_or_else(|| StoreError::NotFound {
+            what: "model version",
+            name: version.to_string(),
+        })
 }
 
 /// The model in force.
@@ -330,25 +396,39 @@ pub fn model(connection: &Connection, version: ModelVersion) -> Result<ModelRow,
 /// # Errors
 /// [`StoreError::NotFound`] when the store has none: it was not initialised.
 pub fn current_model(connection: &Connection) -> Result<ModelRow, StoreError> {
-    models(connection, 1)?
-        .pop()
-        .ok_or_else(|| StoreError::NotFound { what: "model version", name: "0".to_owned() })
+    models(connection, 1)?.pop().ok_or_else(|| StoreError::NotFound {
+        what: "model version",
+        name: "0".to_owned(),
+    })
 }
 
 /// A model's values as they are sent. Blocks for a blob.
 ///
 /// # Errors
 /// [`StoreError::Gone`], [`StoreError::BlobMissing`], [`StoreError::BlobCorrupt`], [`StoreError::NotFound`].
-pub fn model_payload(connection: &Connection, blobs: &BlobStore, version: ModelVersion) -> Result<Bytes, StoreError> {
+pub fn model_payload(
+    connection: &Connection,
+    blobs: &BlobStore,
+    version: ModelVersion,
+) -> Result<Bytes, StoreError> {
     let name = format!("model {version}");
     let row = connection
         .query_row(
             "SELECT place, payload, digest FROM model WHERE version = ?1",
             [to_sql(version.0)],
-            |row| Ok((row.get::<_, String>(0)?, row.get::<_, Option<Vec<u8>>>(1)?, row.get::<_, [u8; 32]>(2)?)),
+            |row| {
+                Ok((
+                    row.get::<_, String>(0)?,
+                    row.get::<_, Option<Vec<u8>>>(1)?,
+                    row.get::<_, [u8; 32]>(2)?,
+                ))
+            },
         )
         .optional()?
-        .ok_or_else(|| StoreError::NotFound { what: "model version", name: version.to_string() })?;
+        .ok_or_else(|| StoreError::NotFound {
+            what: "model version",
+            name: version.to_string(),
+        })?;
     payload(blobs, row, name)
 }
 
@@ -365,7 +445,10 @@ pub(super) fn payload(
             if found == expected {
                 Ok(bytes.into())
             } else {
-                Err(StoreError::Corrupt { row, reason: format!("its payload has SHA-256 {found}, not {expected}") })
+                Err(StoreError::Corrupt {
+                    row,
+                    reason: format!("its payload has SHA-256 {found}, not {expected}"),
+                })
             }
         }
         ("blob", _) => blobs.get(&expected, &row),
@@ -413,7 +496,10 @@ pub fn roll_back(work: &Work<'_>, blobs: &BlobStore, to: ModelVersion) -> Result
     let current = current_model(work.connection())?;
     let old = model(work.connection(), to)?;
     if old.digest == current.digest {
-        return Err(StoreError::Conflict(format!("version {to} is in force already, as version {}", current.version)));
+        return Err(StoreError::Conflict(format!(
+            "version {to} is in force already, as version {}",
+            current.version
+        )));
     }
     let payload = model_payload(work.connection(), blobs, to)?;
     let next = ModelRow {
@@ -436,12 +522,22 @@ pub fn roll_back(work: &Work<'_>, blobs: &BlobStore, to: ModelVersion) -> Result
 }
 
 pub(super) fn node_id(name: &str) -> Result<NodeId, StoreError> {
-    NodeId::new(name).map_err(|error| StoreError::Corrupt { row: format!("site {name}"), reason: error.to_string() })
+    NodeId::new(name).map_err(|error| StoreError::Corrupt {
+        row: format!("site {name}"),
+        reason: error.to_string(),
+    })
 }
 
 fn standing(node: &str, state: &str) -> Result<SiteStanding, StoreError> {
-    [SiteStanding::Active, SiteStanding::Suspended, SiteStanding::Revoked]
-        .into_iter()
-        .find(|standing| word(standing) == state)
-        .ok_or_else(|| StoreError::Corrupt { row: format!("site {node}"), reason: format!("its state is `{state}`") })
+    [
+        SiteStanding::Active,
+        SiteStanding::Suspended,
+        SiteStanding::Revoked,
+    ]
+    .into_iter()
+    .find(|standing| word(standing) == state)
+    .ok_or_else(|| StoreError::Corrupt {
+        row: format!("site {node}"),
+        reason: format!("its state is `{state}`"),
+    })
 }

@@ -46,7 +46,12 @@ pub fn terms_digest(announce: &AnnounceV1, rule: RoundRule) -> Digest {
 ///
 /// # Errors
 /// [`StoreError::Database`]: there is another open round, or the number was used.
-pub fn open(work: &Work<'_>, announce: &AnnounceV1, cohort: &[NodeId], rule: RoundRule) -> Result<(), StoreError> {
+pub fn open(
+    work: &Work<'_>,
+    announce: &AnnounceV1,
+    cohort: &[NodeId],
+    rule: RoundRule,
+) -> Result<(), StoreError> {
     let now = wall_clock();
     let digest = terms_digest(announce, rule);
     let terms = serde_json::to_string(announce).map_err(|error| StoreError::Conflict(error.to_string()))?;
@@ -69,7 +74,9 @@ pub fn open(work: &Work<'_>, announce: &AnnounceV1, cohort: &[NodeId], rule: Rou
             to_sql(now.0),
             to_sql(now.0.saturating_add(announce.deadline_ms.into())),
         ))?;
-    let mut member = work.connection().prepare_cached("INSERT INTO cohort (round, node) VALUES (?1, ?2)")?;
+    let mut member = work
+        .connection()
+        .prepare_cached("INSERT INTO cohort (round, node) VALUES (?1, ?2)")?;
     for node in cohort {
         member.execute((to_sql(announce.round.0), node.as_str()))?;
     }
@@ -88,7 +95,12 @@ pub fn open(work: &Work<'_>, announce: &AnnounceV1, cohort: &[NodeId], rule: Rou
 ///
 /// # Errors
 /// [`StoreError::Database`].
-pub fn decline(work: &Work<'_>, round: Round, node: &NodeId, reason: DeclineReason) -> Result<(), StoreError> {
+pub fn decline(
+    work: &Work<'_>,
+    round: Round,
+    node: &NodeId,
+    reason: DeclineReason,
+) -> Result<(), StoreError> {
     work.connection()
         .prepare_cached(
             "INSERT INTO cohort (round, node, declined) SELECT ?1, ?2, ?3 FROM round WHERE round = ?1 AND state = 'open'
@@ -207,9 +219,15 @@ pub fn refuse_upload(
 ///
 /// # Errors
 /// [`StoreError::Database`].
-pub fn stored_upload(connection: &Connection, round: Round, node: &NodeId) -> Result<Option<StoredUpload>, StoreError> {
+pub fn stored_upload(
+    connection: &Connection,
+    round: Round,
+    node: &NodeId,
+) -> Result<Option<StoredUpload>, StoreError> {
     let row = connection
-        .prepare_cached("SELECT payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1 AND node = ?2")?
+        .prepare_cached(
+            "SELECT payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1 AND node = ?2",
+        )?
         .query_row((to_sql(round.0), node.as_str()), |row| {
             Ok(StoredUpload {
                 payload_digest: Digest(row.get(0)?),
@@ -225,18 +243,34 @@ pub fn stored_upload(connection: &Connection, round: Round, node: &NodeId) -> Re
 ///
 /// # Errors
 /// [`StoreError::NotFound`], [`StoreError::BlobMissing`], [`StoreError::BlobCorrupt`], [`StoreError::Gone`].
-pub fn upload_row(connection: &Connection, blobs: &BlobStore, round: Round, node: &NodeId) -> Result<Row, StoreError> {
+pub fn upload_row(
+    connection: &Connection,
+    blobs: &BlobStore,
+    round: Round,
+    node: &NodeId,
+) -> Result<Row, StoreError> {
     let name = format!("upload {round}/{node}");
     let row = connection
-        .prepare_cached("SELECT scale, place, payload, payload_digest FROM upload WHERE round = ?1 AND node = ?2")?
+        .prepare_cached(
+            "SELECT scale, place, payload, payload_digest FROM upload WHERE round = ?1 AND node = ?2",
+        )?
         .query_row((to_sql(round.0), node.as_str()), |row| {
-            Ok((row.get::<_, Option<f64>>(0)?, (row.get(1)?, row.get(2)?, row.get(3)?)))
+            Ok((
+                row.get::<_, Option<f64>>(0)?,
+                (row.get(1)?, row.get(2)?, row.get(3)?),
+            ))
         })
         .optional()?;
-    let (scale, place) = row.ok_or_else(|| StoreError::NotFound { what: "upload", name: format!("{round}/{node}") })?;
+    let (scale, place) = row.ok_or_else(|| StoreError::NotFound {
+        what: "upload",
+        name: format!("{round}/{node}"),
+    })?;
     #[expect(clippy::cast_possible_truncation, reason = "it was written from an f32")]
     let encoding = scale.map_or(Encoding::F32, |scale| Encoding::Int8 { scale: scale as f32 });
-    Ok(Row { encoding, payload: records::payload(blobs, place, name)? })
+    Ok(Row {
+        encoding,
+        payload: records::payload(blobs, place, name)?,
+    })
 }
 
 /// Ends a round with a model: model, evidence, round and audit leaves in this one transaction. The model's blob, when it
@@ -252,20 +286,34 @@ pub fn publish(
     evidence: &[RowEvidence],
 ) -> Result<(), StoreError> {
     let open = "SELECT count(*) FROM round WHERE round = ?1 AND state = 'open'";
-    let open: i64 = work.connection().query_row(open, [to_sql(model.round.0)], |row| row.get(0))?;
+    let open: i64 = work
+        .connection()
+        .query_row(open, [to_sql(model.round.0)], |row| row.get(0))?;
     if open != 1 {
-        return Err(StoreError::Conflict(format!("round {} is not open any more", model.round)));
+        return Err(StoreError::Conflict(format!(
+            "round {} is not open any more",
+            model.round
+        )));
     }
     records::insert_model(work, model, payload)?;
     let mut update = work.connection().prepare_cached(
         "UPDATE upload SET distance = ?3, trimmed_share = ?4 WHERE round = ?1 AND node = ?2",
     )?;
     for ((node, _), row) in members.iter().zip(evidence) {
-        update.execute((to_sql(model.round.0), node.as_str(), row.distance, row.trimmed_share))?;
+        update.execute((
+            to_sql(model.round.0),
+            node.as_str(),
+            row.distance,
+            row.trimmed_share,
+        ))?;
     }
     work.connection().execute(
         "UPDATE round SET state = 'published', closed_unix_ms = ?2, model_version = ?3 WHERE round = ?1",
-        (to_sql(model.round.0), to_sql(wall_clock().0), to_sql(model.version.0)),
+        (
+            to_sql(model.round.0),
+            to_sql(wall_clock().0),
+            to_sql(model.version.0),
+        ),
     )?;
     work.audit(AuditEvent::ModelReleased {
         version: model.version,
@@ -292,8 +340,14 @@ pub fn abort(work: &Work<'_>, round: Round, reason: AbortReason) -> Result<(), S
         (to_sql(round.0), to_sql(wall_clock().0), abort_word(reason)),
     )?;
     let stored = "SELECT count(*) FROM upload WHERE round = ?1";
-    let members = work.connection().query_row(stored, [to_sql(round.0)], |row| row.get(0))?;
-    work.audit(AuditEvent::RoundClosed { round, outcome: RoundOutcome::Aborted(reason), members })?;
+    let members = work
+        .connection()
+        .query_row(stored, [to_sql(round.0)], |row| row.get(0))?;
+    work.audit(AuditEvent::RoundClosed {
+        round,
+        outcome: RoundOutcome::Aborted(reason),
+        members,
+    })?;
     Ok(())
 }
 
@@ -312,8 +366,10 @@ pub fn abort_word(reason: AbortReason) -> &'static str {
 /// [`StoreError::Database`].
 pub fn forget_payloads(work: &Work<'_>, last: Round) -> Result<(), StoreError> {
     let last = to_sql(last.0);
-    work.connection()
-        .execute("UPDATE upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'", [last])?;
+    work.connection().execute(
+        "UPDATE upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'",
+        [last],
+    )?;
     work.connection().execute(
         "UPDATE model SET place = 'gone', payload = NULL WHERE round BETWEEN 1 AND ?1 AND place <> 'gone'
              AND version < (SELECT max(version) FROM model)
@@ -357,12 +413,24 @@ pub fn unfinished(connection: &Connection) -> Result<Option<Unfinished>, StoreEr
             "SELECT round, nonce, base_version, base_digest, terms_digest, deadline_unix_ms FROM round
              WHERE state = 'open'",
             [],
-            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?)),
+            |row| {
+                Ok((
+                    row.get(0)?,
+                    row.get(1)?,
+                    row.get(2)?,
+                    row.get(3)?,
+                    row.get(4)?,
+                    row.get(5)?,
+                ))
+            },
         )
         .optional()?;
-    let Some((number, nonce, version, base, terms, deadline)) = row else { return Ok(None) };
+    let Some((number, nonce, version, base, terms, deadline)) = row else {
+        return Ok(None);
+    };
     let (mut cohort, mut declined, mut uploads) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
-    let mut statement = connection.prepare("SELECT node, declined IS NOT NULL FROM cohort WHERE round = ?1")?;
+    let mut statement =
+        connection.prepare("SELECT node, declined IS NOT NULL FROM cohort WHERE round = ?1")?;
     let mut rows = statement.query([number])?;
     while let Some(row) = rows.next()? {
         let node = node_id(&row.get::<_, String>(0)?)?;
@@ -371,8 +439,8 @@ pub fn unfinished(connection: &Connection) -> Result<Option<Unfinished>, StoreEr
         }
         cohort.insert(node);
     }
-    let mut statement =
-        connection.prepare("SELECT node, payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1")?;
+    let mut statement = connection
+        .prepare("SELECT node, payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1")?;
     let mut rows = statement.query([number])?;
     while let Some(row) = rows.next()? {
         let stored = StoredUpload {
@@ -385,13 +453,23 @@ pub fn unfinished(connection: &Connection) -> Result<Option<Unfinished>, StoreEr
     let open = OpenRound {
         round: Round(from_sql(number)),
         nonce: u64::from_le_bytes(nonce),
-        base: BaseModel { version: ModelVersion(from_sql(version)), digest: Digest(base) },
+        base: BaseModel {
+            version: ModelVersion(from_sql(version)),
+            digest: Digest(base),
+        },
         cohort,
-        stored: uploads.iter().map(|(node, upload)| (node.clone(), upload.payload_digest)).collect(),
+        stored: uploads
+            .iter()
+            .map(|(node, upload)| (node.clone(), upload.payload_digest))
+            .collect(),
         declined,
         remaining: Duration::from_millis(from_sql(deadline).saturating_sub(wall_clock().0)),
     };
-    Ok(Some(Unfinished { open, terms_digest: Digest(terms), uploads }))
+    Ok(Some(Unfinished {
+        open,
+        terms_digest: Digest(terms),
+        uploads,
+    }))
 }
 
 /// The highest round number ever used; 0 for none.
@@ -521,8 +599,14 @@ pub fn detail(connection: &Connection, round: Round) -> Result<RoundDetail, Stor
     let number = to_sql(round.0);
     let row = select(connection, "WHERE round = ?1", number)?
         .pop()
-        .ok_or_else(|| StoreError::NotFound { what: "round", name: round.to_string() })?;
-    let terms: String = connection.query_row("SELECT terms FROM round WHERE round = ?1", [number], |row| row.get(0))?;
+        .ok_or_else(|| StoreError::NotFound {
+            what: "round",
+            name: round.to_string(),
+        })?;
+    let terms: String =
+        connection.query_row("SELECT terms FROM round WHERE round = ?1", [number], |row| {
+            row.get(0)
+        })?;
     let mut statement = connection.prepare_cached(
         "SELECT node, payload_digest, bytes, norm, distance, trimmed_share, leaf_index FROM upload WHERE round = ?1
          ORDER BY node",
@@ -540,8 +624,15 @@ pub fn detail(connection: &Connection, round: Round) -> Result<RoundDetail, Stor
             })
         })?
         .collect::<Result<_, _>>()?;
-    let mut statement =
-        connection.prepare_cached("SELECT node, declined FROM cohort WHERE round = ?1 AND declined IS NOT NULL")?;
-    let declines = statement.query_map([number], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
-    Ok(RoundDetail { round: row, terms: serde_json::from_str(&terms).unwrap_or_default(), uploads, declines })
+    let mut statement = connection
+        .prepare_cached("SELECT node, declined FROM cohort WHERE round = ?1 AND declined IS NOT NULL")?;
+    let declines = statement
+        .query_map([number], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<Result<_, _>>()?;
+    Ok(RoundDetail {
+        round: row,
+        terms: serde_json::from_str(&terms).unwrap_or_default(),
+        uploads,
+        declines,
+    })
 }

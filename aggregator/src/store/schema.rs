@@ -4,7 +4,7 @@ use rusqlite::Connection;
 
 use super::StoreError;
 
-/// `PRAGMA application_id` of an aggregator's store: "ThAg".
+/// `PRAGMA application_id` of an aggregator's store: `ThAg` in ASCII.
 pub const APPLICATION_ID: i32 = 0x5468_4167;
 
 /// Migrations in order; the file's `user_version` is the number that have run. **A shipped one is never edited.**
@@ -128,6 +128,7 @@ CREATE TABLE audit_leaf (
 "];
 
 /// Newest version of the tables that this build knows.
+#[expect(clippy::cast_possible_wrap, reason = "a handful")]
 pub const VERSION: i64 = MIGRATIONS.len() as i64;
 
 /// Sets what every connection needs. `synchronous = FULL`: a commit that returned is on the disk.
@@ -149,7 +150,10 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
         return Err(StoreError::NotAStore { found: application });
     }
     if !(0..=VERSION).contains(&version) {
-        return Err(StoreError::Version { found: version, newest: VERSION });
+        return Err(StoreError::Version {
+            found: version,
+            newest: VERSION,
+        });
     }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     for (number, migration) in (1_i64..).zip(MIGRATIONS).filter(|(number, _)| *number > version) {

@@ -11,13 +11,18 @@ use super::records::{self, node_id};
 use super::{StoreError, Work, from_sql, to_sql, wall_clock};
 
 /// How long a token is good for, unless told otherwise.
-pub const LIFETIME: Duration = Duration::from_secs(3_600);
+pub const LIFETIME: Duration = Duration::from_hours(1);
 
 /// Keeps a token for one site.
 ///
 /// # Errors
 /// [`StoreError::Database`].
-pub fn create(work: &Work<'_>, token: &JoinToken, node: &NodeId, lifetime: Duration) -> Result<Timestamp, StoreError> {
+pub fn create(
+    work: &Work<'_>,
+    token: &JoinToken,
+    node: &NodeId,
+    lifetime: Duration,
+) -> Result<Timestamp, StoreError> {
     let now = wall_clock();
     let lifetime_ms = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
     let expires = Timestamp(now.0.saturating_add(lifetime_ms));
@@ -106,10 +111,21 @@ pub fn spend(work: &Work<'_>, id: &[u8; 8], node: &NodeId, issued: &Issued) -> R
     let spent = work.connection().execute(
         "UPDATE token SET spent_unix_ms = ?2, key_fingerprint = ?3, certificate = ?4
          WHERE id = ?1 AND spent_unix_ms IS NULL",
-        (id, to_sql(wall_clock().0), issued.key_fingerprint, &issued.certificate),
+        (
+            id,
+            to_sql(wall_clock().0),
+            issued.key_fingerprint,
+            &issued.certificate,
+        ),
     )?;
     if spent != 1 {
         return Err(StoreError::Conflict("the token was used in the meantime".into()));
     }
-    records::enrol(work, node, issued.key_fingerprint, issued.fingerprint, issued.not_after)
+    records::enrol(
+        work,
+        node,
+        issued.key_fingerprint,
+        issued.fingerprint,
+        issued.not_after,
+    )
 }

@@ -26,7 +26,7 @@ const COMPANY: Duration = Duration::from_millis(3);
 /// How often the thread looks for changes by other processes.
 const POLL: Duration = Duration::from_millis(250);
 /// How often unnamed blobs are collected.
-const COLLECT: Duration = Duration::from_secs(600);
+const COLLECT: Duration = Duration::from_mins(10);
 
 /// How soon a write is wanted on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,11 +121,24 @@ impl Store {
         urgency: Urgency,
         work: impl FnOnce(&Work<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let room = Arc::clone(&self.room).acquire_owned().await.map_err(|_| StoreError::Closed)?;
+        let room = Arc::clone(&self.room)
+            .acquire_owned()
+            .await
+            .map_err(|_| StoreError::Closed)?;
         let (reply, answer) = oneshot::channel();
-        let task = Box::new(Typed { work: Some(work), result: None, reply });
+        let task = Box::new(Typed {
+            work: Some(work),
+            result: None,
+            reply,
+        });
         // The queue has as many places as the semaphore, so this never finds it full.
-        self.jobs.try_send(Job { urgency, task, _room: room }).map_err(|_| StoreError::Closed)?;
+        self.jobs
+            .try_send(Job {
+                urgency,
+                task,
+                _room: room,
+            })
+            .map_err(|_| StoreError::Closed)?;
         answer.await.map_err(|_| StoreError::Closed)?
     }
 
@@ -138,14 +151,19 @@ impl Store {
         work: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let store = self.clone();
-        tokio::task::spawn_blocking(move || store.read_blocking(work)).await.map_err(|_| StoreError::Closed)?
+        tokio::task::spawn_blocking(move || store.read_blocking(work))
+            .await
+            .map_err(|_| StoreError::Closed)?
     }
 
     /// Reads on this thread, which must not be an async one.
     ///
     /// # Errors
     /// Those of `work`.
-    pub fn read_blocking<T>(&self, work: impl FnOnce(&Connection) -> Result<T, StoreError>) -> Result<T, StoreError> {
+    pub fn read_blocking<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         // A reader that panicked leaves a connection that is still good: reads change nothing.
         let connection = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         work(&connection)
@@ -160,7 +178,9 @@ impl Store {
             return Ok(());
         }
         let blobs = Arc::clone(&self.blobs);
-        tokio::task::spawn_blocking(move || blobs.put(&digest, &bytes)).await.map_err(|_| StoreError::Closed)?
+        tokio::task::spawn_blocking(move || blobs.put(&digest, &bytes))
+            .await
+            .map_err(|_| StoreError::Closed)?
     }
 
     /// The blobs.
@@ -225,7 +245,9 @@ impl<T: Send, F: FnOnce(&Work<'_>) -> Result<T, StoreError> + Send> Task for Typ
 
 impl fmt::Debug for Job {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Job").field("urgency", &self.urgency).finish_non_exhaustive()
+        f.debug_struct("Job")
+            .field("urgency", &self.urgency)
+            .finish_non_exhaustive()
     }
 }
 
@@ -254,7 +276,11 @@ impl Writer {
             self.notice_other_processes();
         }
         // Leaves a short log behind; the next start would manage without it.
-        drop(self.database.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)"));
+        drop(
+            self.database
+                .connection
+                .execute_batch("PRAGMA wal_checkpoint(TRUNCATE)"),
+        );
     }
 
     /// The first job and all that wait; while nobody is in a hurry, those that come within a moment too.
@@ -262,8 +288,14 @@ impl Writer {
         let mut until = (first.urgency == Urgency::Company).then(|| Instant::now() + COMPANY);
         let mut batch = vec![first];
         while batch.len() < BATCH_MAX {
-            let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
-            let next = if left.is_zero() { self.queue.try_recv().ok() } else { self.queue.recv_timeout(left).ok() };
+            let left = until.map_or(Duration::ZERO, |until| {
+                until.saturating_duration_since(Instant::now())
+            });
+            let next = if left.is_zero() {
+                self.queue.try_recv().ok()
+            } else {
+                self.queue.recv_timeout(left).ok()
+            };
             let Some(job) = next else { break };
             if job.urgency == Urgency::Now {
                 until = None;
@@ -289,11 +321,18 @@ impl Writer {
 
     fn transact(&mut self, batch: &mut [Job], lazy: bool) -> Result<(), StoreError> {
         // With a write-ahead log, NORMAL leaves out the synchronisation at commit; the next FULL commit covers it too.
-        self.database.connection.pragma_update(None, "synchronous", if lazy { "NORMAL" } else { "FULL" })?;
-        let mut transaction = self.database.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        self.database
+            .connection
+            .pragma_update(None, "synchronous", if lazy { "NORMAL" } else { "FULL" })?;
+        let mut transaction = self
+            .database
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
         for job in batch {
             let savepoint = transaction.savepoint()?;
-            if job.task.run(&Work { connection: &savepoint }) {
+            if job.task.run(&Work {
+                connection: &savepoint,
+            }) {
                 savepoint.commit()?;
             } else {
                 // Dropping it rolls back. A full disk may have rolled back everything: then nothing of the batch holds.
@@ -320,7 +359,10 @@ impl Writer {
 
     /// SQLite's counter of commits by *other* connections.
     fn data_version(&self) -> i64 {
-        let read = self.database.connection.pragma_query_value(None, "data_version", |row| row.get(0));
+        let read = self
+            .database
+            .connection
+            .pragma_query_value(None, "data_version", |row| row.get(0));
         read.unwrap_or(self.seen_version)
     }
 

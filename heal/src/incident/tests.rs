@@ -360,6 +360,27 @@ fn a_full_disk_inhibits_the_restart_of_a_crashed_service() {
 }
 
 #[test]
+fn an_inhibited_class_is_handed_over_and_never_acted_on() {
+    let mut story = Story::new(|policy| policy.inhibit = BTreeSet::from([FaultClass::Hang]));
+    story.probes(true, 3);
+    story.probes(false, 2);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.class, incident.state),
+        (FaultClass::Hang, IncidentState::HandedToHuman)
+    );
+    assert!(
+        incident
+            .handed_over
+            .as_ref()
+            .unwrap()
+            .starts_with("hang inhibits every action")
+    );
+    story.probes(false, 50);
+    assert!(story.recorded().is_none());
+}
+
+#[test]
 fn corrupt_state_found_at_a_start_is_restored_as_the_next_rung() {
     let mut story = Story::new(|_| {});
     story.crash();

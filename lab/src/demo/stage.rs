@@ -74,7 +74,8 @@ impl Member {
                 .iter()
                 .any(|s| s.name == SERVICE && s.healthy && !s.alarm)
         };
-        self.status.as_ref().is_some_and(service) && self.incidents.iter().all(is_over)
+        let ours = |incident: &&IncidentView| incident.service == SERVICE;
+        self.status.as_ref().is_some_and(service) && self.incidents.iter().filter(ours).all(is_closed)
     }
 
     /// The process of its service.
@@ -407,30 +408,25 @@ enum Page {
 
 /// An incident as a line of the demo.
 fn tell(edge: &str, incident: &IncidentView) -> String {
-    let class = words(&incident.class);
-    let causes = incident
-        .causes
-        .iter()
-        .take(2)
-        .cloned()
-        .collect::<Vec<_>>()
-        .join(", ");
-    let causes = if causes.is_empty() {
-        String::new()
-    } else {
-        format!(" ({causes})")
+    let who = if incident.service == SERVICE { edge.to_owned() } else { format!("{edge} ({})", incident.service) };
+    let class = match incident.class.as_str() {
+        "unknown" => "something unusual".to_owned(),
+        class => words(class),
     };
-    match (&incident.handed_over, incident.healed_unix_ms, &incident.action) {
-        (Some(why), _, _) => format!("{edge}: {class}{causes}, handed to a person: {why}"),
-        (None, Some(_), Some(action)) => format!("{edge}: {class} healed by {}", words(action)),
-        (None, Some(_), None) => format!("{edge}: {class} is over"),
-        (None, None, _) => format!("{edge}: {class}{causes}, {}", words(&incident.state)),
+    let causes = incident.causes.iter().take(2).cloned().collect::<Vec<_>>().join(", ");
+    let causes = if causes.is_empty() { String::new() } else { format!(", led by {causes}") };
+    match (incident.state.as_str(), &incident.action) {
+        ("healed", Some(action)) => format!("{who}: {class} healed by {}", words(action)),
+        ("healed" | "recovered", _) => format!("{who}: {class} is over"),
+        ("handed_to_human", None) => format!("{who}: {class}{causes}; no action would help, left to a person"),
+        ("handed_to_human", Some(_)) => format!("{who}: {class} handed to a person"),
+        (state, _) => format!("{who}: {class}{causes}, {}", words(state)),
     }
 }
 
-/// Nothing more will happen to it by itself.
-fn is_over(incident: &IncidentView) -> bool {
-    incident.healed_unix_ms.is_some() || incident.verdict.is_some() || incident.handed_over.is_some()
+/// Nothing more will happen to it.
+fn is_closed(incident: &IncidentView) -> bool {
+    matches!(incident.state.as_str(), "healed" | "recovered")
 }
 
 /// The word that an enumeration has in JSON.

@@ -8,6 +8,7 @@ use super::record::FaultRecord;
 use super::report::markup::{seconds, words};
 use super::stage::{DemoError, Stage, unix_ms};
 use crate::fleet::fault::Fault;
+use crate::fleet::place::SERVICE;
 
 /// Requests that were under way when the fault came belong to it.
 const BEFORE_MS: u64 = 50;
@@ -102,37 +103,34 @@ pub(crate) struct Course {
     pub(crate) harmful: u64,
 }
 
-/// Reads the course of a fault out of the edge's incidents: the first one detected since the injection, and the first
-/// verified healing.
+/// Reads the course of a fault out of the incidents of the service.
+///
+/// Detection is the first incident since the injection. An incident that was open already (something unusual a moment before)
+/// takes the fault in; then the edge's action is the first sign that it noticed.
 pub(crate) fn measure(incidents: &[IncidentView], injected_unix_ms: u64) -> Course {
-    let since: Vec<&IncidentView> = incidents
+    let noticed = |incident: &IncidentView| {
+        let acted = incident.acted_unix_ms.filter(|acted| *acted >= injected_unix_ms);
+        Some(incident.detected_unix_ms).filter(|detected| *detected >= injected_unix_ms).or(acted)
+    };
+    let since: Vec<(u64, &IncidentView)> = incidents
         .iter()
-        .filter(|i| i.detected_unix_ms >= injected_unix_ms)
+        .filter(|incident| incident.service == SERVICE)
+        .filter_map(|incident| Some((noticed(incident)?, incident)))
         .collect();
-    let healed = since
-        .iter()
-        .filter(|i| i.action.is_some() && i.verdict.as_deref() == Some("healed"));
-    let healed = healed
-        .filter(|i| i.healed_unix_ms.is_some())
-        .min_by_key(|i| i.healed_unix_ms);
-    let Some(first) = since.iter().min_by_key(|incident| incident.detected_unix_ms) else {
+    let healed = since.iter().filter(|(_, i)| i.action.is_some() && i.verdict.as_deref() == Some("healed"));
+    let healed = healed.filter(|(_, i)| i.healed_unix_ms.is_some()).min_by_key(|(_, i)| i.healed_unix_ms);
+    let Some(first) = since.iter().min_by_key(|(noticed, _)| *noticed) else {
         return Course::default();
     };
-    let told = healed.unwrap_or(first);
+    let told = healed.unwrap_or(first).1;
     Course {
-        detected_unix_ms: Some(first.detected_unix_ms),
-        healed_unix_ms: healed.and_then(|incident| incident.healed_unix_ms),
+        detected_unix_ms: Some(first.0),
+        healed_unix_ms: healed.and_then(|(_, incident)| incident.healed_unix_ms),
         action: told.action.clone().unwrap_or_else(|| "none".to_owned()),
         class: told.class.clone(),
         causes: told.causes.clone(),
-        actions: since
-            .iter()
-            .filter(|incident| incident.acted_unix_ms.is_some())
-            .count() as u64,
-        harmful: since
-            .iter()
-            .filter(|incident| incident.verdict.as_deref() == Some("harm"))
-            .count() as u64,
+        actions: since.iter().filter(|(_, incident)| incident.acted_unix_ms.is_some()).count() as u64,
+        harmful: since.iter().filter(|(_, incident)| incident.verdict.as_deref() == Some("harm")).count() as u64,
     }
 }
 
@@ -179,7 +177,7 @@ mod tests {
     fn incident(detected: u64, healed: Option<u64>, verdict: Option<&str>) -> IncidentView {
         IncidentView {
             id: detected,
-            service: "kv".to_owned(),
+            service: SERVICE.to_owned(),
             class: "crash".to_owned(),
             state: "closed".to_owned(),
             score: None,
@@ -203,6 +201,17 @@ mod tests {
             (course.detected_unix_ms, course.healed_unix_ms),
             (Some(1_200), Some(1_900))
         );
+    }
+
+    #[test]
+    fn a_fault_that_joins_an_open_incident_counts_from_the_action() {
+        let mut joined = incident(700, Some(1_600), Some("healed"));
+        joined.acted_unix_ms = Some(1_050);
+        let course = measure(&[joined], 1_000);
+        assert_eq!((course.detected_unix_ms, course.healed_unix_ms), (Some(1_050), Some(1_600)));
+        let mut host = incident(1_100, Some(1_600), Some("healed"));
+        host.service = "host".to_owned();
+        assert_eq!(measure(&[host], 1_000), Course::default(), "the host is not the service");
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub enum Fault {
     Hang,
     /// The process keeps more and more memory.
     MemoryLeak,
-    /// The process burns a core.
+    /// The process burns processor time in four threads.
     CpuHog,
 }
 
@@ -76,7 +76,7 @@ impl Fault {
             Self::Kill9 => signal(site, pid, Signal::KILL),
             Self::Hang => signal(site, pid, Signal::STOP),
             Self::MemoryLeak => Ok(client.post(site.control, "/fault/leak?mib_per_s=24").await?),
-            Self::CpuHog => Ok(client.post(site.control, "/fault/cpu?threads=1").await?),
+            Self::CpuHog => Ok(client.post(site.control, "/fault/cpu?threads=4").await?),
         }
     }
 

@@ -93,6 +93,8 @@ impl Site {
             detection: edge::DetectionSettings {
                 warm_up_rows: terms.warm_up_rows,
                 half_lives: [Duration::from_millis(750), Duration::from_secs(3)],
+                // One a day cannot be told from a warm-up of half a minute; an alarm alone does no harm.
+                false_alarms_per_day: 100.0,
                 ..edge::DetectionSettings::default()
             },
             federation: edge::FederationSettings {

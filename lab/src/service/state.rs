@@ -330,7 +330,7 @@ mod tests {
         let log = dir.path().join("log-0");
         let whole = fs::read(&log).unwrap();
         fs::write(&log, &whole[..whole.len() - 1]).unwrap();
-        assert_eq!(read(dir.path()).unwrap().torn_bytes as usize, whole.len() / 2 - 1);
+        assert_eq!(read(dir.path()).unwrap().torn_bytes, (whole.len() / 2 - 1) as u64);
         let (mut state, table) = State::open(dir.path()).unwrap();
         assert_eq!(table.keys().collect::<Vec<_>>(), ["a"]);
         state.append(&[("c".to_owned(), b"3".to_vec())]).unwrap();

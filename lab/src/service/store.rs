@@ -125,9 +125,9 @@ fn write_batches(mut state: State, table: &RwLock<Table>, mut queue: mpsc::Recei
             batch.push(next);
         }
         if is_full(table, &batch) {
-            batch
-                .into_iter()
-                .for_each(|write| answer(write.done, Err(Refused::Full)));
+            for write in batch {
+                answer(write.done, Err(Refused::Full));
+            }
             continue;
         }
         let (dones, writes): (Vec<_>, Vec<_>) = batch
@@ -140,13 +140,15 @@ fn write_batches(mut state: State, table: &RwLock<Table>, mut queue: mpsc::Recei
                     .write()
                     .unwrap_or_else(PoisonError::into_inner)
                     .extend(writes);
-                dones.into_iter().for_each(|done| answer(done, Ok(())));
+                for done in dones {
+                    answer(done, Ok(()));
+                }
             }
             Err(error) => {
                 tracing::error!(%error, "writes not taken");
-                dones
-                    .into_iter()
-                    .for_each(|done| answer(done, Err(Refused::Disk)));
+                for done in dones {
+                    answer(done, Err(Refused::Disk));
+                }
             }
         }
         if let Err(error) = state.fold(&table.read().unwrap_or_else(PoisonError::into_inner)) {

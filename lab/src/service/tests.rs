@@ -115,7 +115,7 @@ async fn refuses_keys_and_values_out_of_bounds() {
 }
 
 #[tokio::test]
-async fn faults_are_refused_beyond_their_bounds_and_end_when_told() {
+async fn faults_are_refused_beyond_their_bounds() {
     let caller = Caller::of(http::control_routes(fault::Faults::default())).await;
     for path in [
         "/fault/leak",
@@ -128,57 +128,6 @@ async fn faults_are_refused_beyond_their_bounds_and_end_when_told() {
             StatusCode::BAD_REQUEST,
             "{path}"
         );
-    }
-    let memory = || {
-        procfs::process::Process::myself()
-            .unwrap()
-            .status()
-            .unwrap()
-            .vmrss
-            .unwrap()
-    };
-    let before = memory();
-    assert_eq!(
-        caller
-            .call(Method::POST, "/fault/leak?mib_per_s=256", b"")
-            .await
-            .0,
-        StatusCode::NO_CONTENT
-    );
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    while memory() < before + (60 << 10) {
-        assert!(std::time::Instant::now() < deadline, "memory did not grow");
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-    assert_eq!(
-        caller.call(Method::POST, "/fault/none", b"").await.0,
-        StatusCode::NO_CONTENT
-    );
-    while memory() > before + (30 << 10) {
-        assert!(std::time::Instant::now() < deadline, "memory was not given back");
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-    assert_eq!(
-        caller.call(Method::POST, "/fault/cpu?threads=2", b"").await.0,
-        StatusCode::NO_CONTENT
-    );
-    let spinning = || {
-        let tasks = procfs::process::Process::myself().unwrap().tasks().unwrap();
-        tasks
-            .filter(|task| {
-                task.as_ref()
-                    .is_ok_and(|t| t.stat().is_ok_and(|s| s.comm.starts_with("spin-")))
-            })
-            .count()
-    };
-    assert_eq!(spinning(), 2);
-    assert_eq!(
-        caller.call(Method::POST, "/fault/none", b"").await.0,
-        StatusCode::NO_CONTENT
-    );
-    while spinning() > 0 {
-        assert!(std::time::Instant::now() < deadline, "threads did not end");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
 }
 

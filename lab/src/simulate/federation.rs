@@ -202,8 +202,7 @@ impl<'a> Federation<'a, '_> {
         }
         for (node, message) in up {
             let message = codec::encode_to_aggregator(&message)?;
-            let round = self.center.round();
-            self.traffic.entry((round, node.clone())).or_default().up += message.len() as u64;
+            self.count(&node).up += message.len() as u64;
             self.queue.push_back((node, Message::Up(message)));
         }
         Ok(())
@@ -211,10 +210,14 @@ impl<'a> Federation<'a, '_> {
 
     fn send(&mut self, node: &NodeId, message: &ToEdge) -> Result<(), FederationError> {
         let message = codec::encode_to_edge(message)?;
-        let round = self.center.round();
-        self.traffic.entry((round, node.clone())).or_default().down += message.len() as u64;
+        self.count(node).down += message.len() as u64;
         self.queue.push_back((node.clone(), Message::Down(message)));
         Ok(())
+    }
+
+    /// Where bytes of a site are counted; what is said before the first round counts as its part.
+    fn count(&mut self, node: &NodeId) -> &mut Traffic {
+        self.traffic.entry((self.center.round().max(1), node.clone())).or_default()
     }
 
     fn deliver(&mut self, node: NodeId, message: Message) -> Result<(), FederationError> {

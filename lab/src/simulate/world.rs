@@ -254,7 +254,9 @@ impl World {
     }
 
     /// The end of all faults: calm network, no partition, normal disks and trainings. What is down comes back in its own time.
+    /// Every session ends: a message lost within one that goes on, which a real transport does not know, may be missed for ever.
     pub fn heal(&mut self) {
+        (0..self.edges.len()).for_each(|edge| self.break_session(edge));
         self.weather = Weather::Calm;
         self.partitioned.clear();
         self.aggregator.heal();
