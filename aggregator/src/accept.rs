@@ -77,16 +77,16 @@ impl Sessions {
             Ok(peer) => peer,
             Err(error) => {
                 tracing::warn!(%remote, %error, "not authenticated");
-                return self.turn_away(session, error.code()).await;
+                return Box::pin(self.turn_away(session, error.code())).await;
             }
         };
         let known = Arc::clone(&self.registry.borrow());
         if let Err(error) = peer.check(&known) {
             tracing::warn!(%remote, node = %peer.node(), %error, "not welcome");
-            self.count(peer.node(), error.code()).await;
-            return self.turn_away(session, error.code()).await;
+            Box::pin(self.count(peer.node(), error.code())).await;
+            return Box::pin(self.turn_away(session, error.code())).await;
         }
-        if let Some((session, outbox, number)) = self.admit(session, &peer).await {
+        if let Some((session, outbox, number)) = Box::pin(self.admit(session, &peer)).await {
             let node = peer.node().clone();
             self.converse(session, peer, outbox).await;
             drop(
@@ -105,7 +105,7 @@ impl Sessions {
         &self,
         mut session: AggregatorSession,
         peer: &Peer,
-    ) -> Option<(AggregatorSession, mpsc::Receiver<Encoded>, u64)> {
+    ) -> Option<(AggregatorSession, mpsc::Receiver<Arc<Encoded>>, u64)> {
         let node = peer.node();
         let hello = match session.recv().await {
             Ok(ToAggregator::Hello(hello)) => hello,
@@ -160,7 +160,12 @@ impl Sessions {
         Some((session, waiting, number))
     }
 
-    async fn converse(&self, session: AggregatorSession, peer: Peer, mut outbox: mpsc::Receiver<Encoded>) {
+    async fn converse(
+        &self,
+        session: AggregatorSession,
+        peer: Peer,
+        mut outbox: mpsc::Receiver<Arc<Encoded>>,
+    ) {
         let (sender, mut receiver) = session.split();
         let quota = Quota::new(&self.limits, self.update_bytes);
         let mut registry = self.registry.clone();
@@ -173,14 +178,15 @@ impl Sessions {
         let (code, reason) = loop {
             let flow = tokio::select! {
                 frame = outbox.recv() => match frame {
-                    Some(frame) => session.send(&frame).await,
+                    Some(frame) => Box::pin(session.send(&frame)).await,
                     None => Flow::End(CloseCode::GoingDown, "the aggregator goes down"),
                 },
-                received = receiver.recv() => session.receive(received).await,
+                // On the heap for as long as it lasts: an idle session stays small.
+                received = receiver.recv() => Box::pin(session.receive(received)).await,
                 changed = registry.changed() => {
                     let known = Arc::clone(&registry.borrow_and_update());
                     match changed {
-                        Ok(()) => session.check(&known).await,
+                        Ok(()) => Box::pin(session.check(&known)).await,
                         Err(_) => Flow::End(CloseCode::GoingDown, "the aggregator goes down"),
                     }
                 }
@@ -189,7 +195,7 @@ impl Sessions {
                 break (code, reason);
             }
         };
-        session.sender.finish(code, reason).await;
+        Box::pin(session.sender.finish(code, reason)).await;
     }
 
     async fn turn_away(&self, session: AggregatorSession, code: RefusalCode) {

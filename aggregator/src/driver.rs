@@ -25,7 +25,9 @@ use crate::config::CheckedConfig;
 use crate::metrics::Metrics;
 use crate::models::{ModelError, Models};
 use crate::robust::Row;
-use crate::store::records::{self, LedgerHead, ModelRow, Registry};
+use crate::store::history;
+use crate::store::models::{self, ModelRow};
+use crate::store::records::{self, LedgerHead, Registry};
 use crate::store::rounds::{self, RoundRule, StoredUpload};
 use crate::store::{Store, StoreError, Urgency};
 use crate::validate::ValidatedUpdate;
@@ -372,10 +374,7 @@ impl Driver {
         let store = self.store.clone();
         self.work.spawn(async move {
             let read = |connection: &rusqlite::Connection| {
-                Ok((
-                    records::registry(connection)?,
-                    records::current_model(connection)?,
-                ))
+                Ok((records::registry(connection)?, models::current_model(connection)?))
             };
             Done::Refreshed(store.read(read).await.map(Box::new))
         });
@@ -486,10 +485,10 @@ impl Found {
         })?;
         Ok(Self {
             registry: records::registry(connection)?,
-            model: records::current_model(connection)?,
+            model: models::current_model(connection)?,
             unfinished: rounds::unfinished(connection)?,
             last: rounds::last_round(connection)?,
-            outcomes: rounds::outcomes(connection)?,
+            outcomes: history::outcomes(connection)?,
             nonce_seed,
         })
     }

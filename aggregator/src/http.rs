@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use crate::driver::DriverStatus;
 use crate::metrics::{Buffer, Direction, Metrics, Outcome, ProcessUse, text};
 use crate::status::Status;
-use crate::store::{Store, rounds};
+use crate::store::{Store, history, rounds};
 
 /// Rounds in one answer, at most.
 const ROUNDS_MAX: u32 = 1_000;
@@ -144,7 +144,7 @@ async fn list_rounds(
     let limit = asked.unwrap_or(ROUNDS_DEFAULT).min(ROUNDS_MAX);
     match page
         .store
-        .read(move |connection| rounds::list(connection, limit))
+        .read(move |connection| history::list(connection, limit))
         .await
     {
         Ok(rows) => Json(rows).into_response(),

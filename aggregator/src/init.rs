@@ -14,7 +14,8 @@ use crate::config::{self, CheckedConfig, ConfigError, Settings};
 use crate::data_dir::{DataDir, DataDirError, IDENTITY, make_private, replace_file};
 use crate::enrol::not_after;
 use crate::serve::{META_HOSTS, ServeError};
-use crate::store::records::{self, ModelRow};
+use crate::store::models::{self, ModelRow};
+use crate::store::records;
 use crate::store::{Database, StoreError, tokens, wall_clock};
 
 /// What `init` is asked for.
@@ -212,7 +213,7 @@ fn fill(database: &mut Database, config: &CheckedConfig, hosts: &[String]) -> Re
         rolled_back_to: None,
         released: wall_clock(),
     };
-    if !records::fits_row(payload.len()) {
+    if !models::fits_row(payload.len()) {
         database.blobs().put(&model.digest, &payload)?;
     }
     let hosts = serde_json::to_vec(hosts).unwrap_or_default();
@@ -220,7 +221,7 @@ fn fill(database: &mut Database, config: &CheckedConfig, hosts: &[String]) -> Re
         records::set_meta(work, records::META_FEDERATION, config.federation.as_bytes())?;
         records::set_meta(work, records::META_NONCE_SEED, &nonce_seed)?;
         records::set_meta(work, META_HOSTS, &hosts)?;
-        records::insert_model(work, &model, &payload)?;
+        models::insert_model(work, &model, &payload)?;
         work.audit(AuditEvent::ModelReleased {
             version: model.version,
             round: model.round,

@@ -8,7 +8,7 @@ use theriac_protocol::frame::kind;
 use theriac_protocol::message::{ModelV1, ToEdge};
 use theriac_protocol::units::ModelVersion;
 
-use crate::store::records::{self, ModelRow};
+use crate::store::models::{self, ModelRow};
 use crate::store::{Store, StoreError};
 
 /// Why there is no model to send.
@@ -38,7 +38,7 @@ impl Models {
     pub async fn load(&self, store: &Store, row: &ModelRow) -> Result<(), ModelError> {
         let (inner, version) = (store.clone(), row.version);
         let payload = store
-            .read(move |connection| records::model_payload(connection, inner.blobs(), version))
+            .read(move |connection| models::model_payload(connection, inner.blobs(), version))
             .await?;
         self.put(row.version, encode(row, payload)?);
         Ok(())
@@ -62,8 +62,8 @@ impl Models {
         }
         let inner = store.clone();
         let read = move |connection: &rusqlite::Connection| {
-            let row = records::model(connection, version)?;
-            Ok((records::model_payload(connection, inner.blobs(), version)?, row))
+            let row = models::model(connection, version)?;
+            Ok((models::model_payload(connection, inner.blobs(), version)?, row))
         };
         let (payload, row) = store.read(read).await?;
         encode(&row, payload)
@@ -77,7 +77,7 @@ impl Models {
         match self.cached(version) {
             Some(frame) => Ok(frame.payload),
             None => {
-                store.read_blocking(|connection| records::model_payload(connection, store.blobs(), version))
+                store.read_blocking(|connection| models::model_payload(connection, store.blobs(), version))
             }
         }
     }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 use serde::{Deserialize, Serialize};
 use theriac_certs::{Authority, AuthorityError, Identity, IdentityError};
 use theriac_command::problem::Problem;
-use theriac_protocol::units::NodeId;
+use theriac_protocol::units::{Digest, NodeId};
 use theriac_transport::join::JoinListener;
-use theriac_transport::{CloseCode, Endpoint, EndpointError, Limits, bind_server};
+use theriac_transport::{CloseCode, Endpoint, EndpointError, Limits, bind_lasting_server};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -198,11 +198,14 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
     limits.frame_timeout = config.limits.write_timeout;
     let edge_authority = ground.edge_authority.certificate_der().to_vec();
     let tls = theriac_certs::trust::server_config(&ground.identity, &edge_authority)?;
-    let endpoint = bind_server(config.listen, tls, &limits).map_err(|source| ServeError::Listen {
-        what: "listen",
-        address: config.listen,
-        source,
-    })?;
+    let endpoint =
+        bind_lasting_server(config.listen, tls, &limits, &ground.reset_secret).map_err(|source| {
+            ServeError::Listen {
+                what: "listen",
+                address: config.listen,
+                source,
+            }
+        })?;
     let join_tls = theriac_certs::trust::join_server_config(&ground.identity)?;
     let join_error = |source| ServeError::Listen {
         what: "join_listen",
@@ -309,6 +312,8 @@ struct Ground {
     identity: Identity,
     hosts: Vec<String>,
     audit_key: AuditKey,
+    /// By which edges learn that an earlier process of this data directory, and their session with it, is gone.
+    reset_secret: [u8; 32],
 }
 
 impl Ground {
@@ -328,6 +333,8 @@ impl Ground {
         }
         let hosts = records::meta(database.read(), META_HOSTS)?;
         let hosts: Vec<String> = serde_json::from_slice(&hosts).unwrap_or_default();
+        let seed = records::meta(database.read(), records::META_NONCE_SEED)?;
+        let reset_secret = Digest::of(&[b"stateless reset".as_slice(), &seed].concat()).0;
         let aggregator_authority = Authority::load(&dir.aggregator_authority())?;
         let edge_authority = Authority::load(&dir.edge_authority())?;
         let identity = Identity::load(&dir.identity(), IDENTITY)?;
@@ -341,6 +348,7 @@ impl Ground {
             identity,
             hosts,
             audit_key,
+            reset_secret,
         })
     }
 }

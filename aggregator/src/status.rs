@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::driver::DriverStatus;
 use crate::store::records::{self, SiteRow};
-use crate::store::{StoreError, rounds, word};
+use crate::store::{StoreError, history, models, rounds, word};
 
 /// `/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -96,7 +96,7 @@ impl Status {
     /// # Errors
     /// [`StoreError`].
     pub fn at_rest(connection: &Connection, federation: &str) -> Result<Self, StoreError> {
-        let (published, aborted) = rounds::outcomes(connection)?;
+        let (published, aborted) = history::outcomes(connection)?;
         let sites = records::sites(connection)?;
         Ok(Self {
             federation: federation.to_owned(),
@@ -105,7 +105,7 @@ impl Status {
             phase: "stopped".into(),
             stored: 0,
             connected: Vec::new(),
-            model_version: records::current_model(connection)?.version.0,
+            model_version: models::current_model(connection)?.version.0,
             rounds_published: published,
             rounds_aborted: aborted,
             bytes_up: 0,

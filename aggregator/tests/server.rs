@@ -307,7 +307,7 @@ async fn rounds_publish_what_the_rule_makes_of_the_updates() {
         }
     }
     let database = centre.database();
-    let detail = rounds::detail(database.read(), Round(2)).unwrap();
+    let detail = history::detail(database.read(), Round(2)).unwrap();
     assert_eq!(
         (detail.round.state.as_str(), detail.uploads.len()),
         ("published", 2)
@@ -589,7 +589,7 @@ async fn rollback_ends_the_open_round_and_the_next_builds_on_the_old_model() {
     let mut database = centre.database();
     let blobs = std::sync::Arc::clone(database.blobs());
     database
-        .write(|work| records::roll_back(work, &blobs, ModelVersion(0)))
+        .write(|work| models::roll_back(work, &blobs, ModelVersion(0)))
         .unwrap();
     let third = loop {
         match a.recv().await {

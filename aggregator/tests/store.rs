@@ -53,7 +53,7 @@ fn enrol(dir: &DataDir, names: &[&str]) {
 }
 
 fn announce(database: &Database, round: u64) -> AnnounceV1 {
-    let base = records::current_model(database.read()).unwrap();
+    let base = models::current_model(database.read()).unwrap();
     AnnounceV1 {
         round: Round(round),
         nonce: u64::MAX - round,
@@ -240,9 +240,9 @@ fn roll_back_releases_the_old_values_under_a_new_version() {
     let (_temporary, dir) = new_store();
     let terms = open_round(&dir, 1);
     let mut database = Database::open(&dir).unwrap();
-    let first = records::current_model(database.read()).unwrap();
+    let first = models::current_model(database.read()).unwrap();
     let payload = vec![1_u8; 8];
-    let second = records::ModelRow {
+    let second = models::ModelRow {
         version: ModelVersion(1),
         round: Round(1),
         digest: Digest::of(&payload),
@@ -256,13 +256,13 @@ fn roll_back_releases_the_old_values_under_a_new_version() {
     assert_eq!(rounds::unfinished(database.read()).unwrap(), None);
     let blobs = std::sync::Arc::clone(database.blobs());
     let third = database
-        .write(|work| records::roll_back(work, &blobs, ModelVersion(0)))
+        .write(|work| models::roll_back(work, &blobs, ModelVersion(0)))
         .unwrap();
     assert_eq!((third.version, third.digest), (ModelVersion(2), first.digest));
-    assert_eq!(records::current_model(database.read()).unwrap(), third);
-    let again = database.write(|work| records::roll_back(work, &blobs, ModelVersion(0)));
+    assert_eq!(models::current_model(database.read()).unwrap(), third);
+    let again = database.write(|work| models::roll_back(work, &blobs, ModelVersion(0)));
     assert!(matches!(again, Err(StoreError::Conflict(_))));
-    let unknown = database.write(|work| records::roll_back(work, &blobs, ModelVersion(99)));
+    let unknown = database.write(|work| models::roll_back(work, &blobs, ModelVersion(99)));
     assert!(matches!(unknown, Err(StoreError::NotFound { .. })));
     // A publication that comes too late changes nothing.
     let late = database.write(|work| rounds::publish(work, &second, &payload, &[], &[]));
@@ -400,7 +400,7 @@ async fn full_disk_refuses_writes_and_answers_reads() {
         .write(Urgency::Now, move |work| records::set_meta(work, "big", &big))
         .await;
     assert!(matches!(refused, Err(StoreError::Full(_))), "{refused:?}");
-    assert!(store.read(records::current_model).await.is_ok());
+    assert!(store.read(models::current_model).await.is_ok());
     store
         .write(Urgency::Now, move |work| Ok(pages(work, 1 << 30)?))
         .await

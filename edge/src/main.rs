@@ -1,20 +1,7 @@
-//! `theriac-edge`: arguments, telemetry, run, exit code.
+//! `theriac-edge`: arguments in, an exit code out; everything else is the library's.
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-use theriac_command::problem::report;
-use theriac_edge::commands::{self, Arguments};
-
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let runtime = match commands::runtime() {
-        Ok(runtime) => runtime,
-        Err(problem) => return report(&problem, &mut std::io::stderr()),
-    };
-    let mut out = std::io::stdout();
-    match runtime.block_on(Box::pin(commands::execute(arguments, &mut out))) {
-        Ok(code) => code,
-        Err(problem) => report(&problem, &mut std::io::stderr()),
-    }
+    theriac_edge::commands::main(std::env::args_os())
 }

@@ -4,6 +4,7 @@
 //! - [`demo`] runs the main job on this machine as separate processes, injects real faults, and ends by itself.
 //! - [`campaign`] repeats single faults and reports medians.
 //! - [`load`] measures the aggregator alone, with light edges that train nothing.
+//! - [`simulate`] trains on recorded metrics, many sites in one process on virtual time.
 //! - [`attack`] holds what a hostile edge does to the values it sends; [`hostile`] is such an edge.
 
 pub mod attack;
@@ -13,4 +14,5 @@ pub mod fleet;
 pub mod hostile;
 pub mod load;
 pub mod service;
+pub mod simulate;
 pub mod traffic;

@@ -19,6 +19,7 @@ use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
 use theriac_lab::load;
 use theriac_lab::service;
+use theriac_lab::simulate::{self, SimulateError};
 
 /// Experiments: a demo of everything, simulations, attacks, faults and load. Never install it on a production host.
 #[derive(Debug, Parser)]
@@ -53,6 +54,11 @@ enum Command {
         after_help = "Example: theriac-lab load --edges 10 --dimension 10000 --rounds 100 --format json"
     )]
     Load(LoadArgs),
+    /// Trains on recorded metrics, many sites in one process on virtual time, and scores their test parts.
+    #[command(
+        after_help = "Example: theriac-lab simulate --data recorded --out simulation --mode federated --rounds 2"
+    )]
+    Simulate(simulate::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -187,6 +193,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         }
         Command::Campaign(args) => run_campaign(args),
         Command::Load(args) => run_load(args),
+        Command::Simulate(args) => run_simulate(args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -271,6 +278,16 @@ fn run_load(args: LoadArgs) -> Result<ExitCode, Problem> {
             .hint("with thousands of edges, raise the limit of open files: ulimit -n 20000")
     })?;
     print(args.format, &measured, load::results(&measured))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_simulate(args: simulate::Args) -> Result<ExitCode, Problem> {
+    let format = args.format;
+    let simulated = simulate::run(args).map_err(|error| match error {
+        SimulateError::Args(error) => Problem::usage("TH-E0808", error),
+        error => Problem::failed("TH-E0809", error),
+    })?;
+    print(format, &simulated.summary, simulated.table())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -14,7 +14,9 @@ use crate::window::lags_of;
 pub const GATE_ROWS_MIN: usize = 60;
 
 /// How much worse, in mean absolute residual, a model may be on the tail.
-const WORSE_MAX: f64 = 1.02;
+const WORSE_MAX: f64 = 0.02;
+/// Standard errors of that difference that are granted to chance: a fifth of 120 rows is 24.
+const CHANCE: f64 = 2.0;
 /// How much worse, in capped squared residual on all rows, a model may be as it came, against the public constant.
 const HARM_MAX: f64 = 1.05;
 /// Bound of one residual in either mean, in scaled units: an incident among the rows must not decide.
@@ -41,7 +43,8 @@ pub enum GateOutcome {
 /// Two tests must pass. *As it came*, the own-lag part must not be worse than the public constant by more than 5 % in
 /// capped squared residual over all rows: that floors the harm of a poisoned model however few rows there are.
 /// *In use*, a fit on the first four fifths with the model as prior must not be worse on the last fifth than the
-/// same fit with the current prior by more than 2 % in mean absolute residual.
+/// same fit with the current prior by more than 2 % in mean absolute residual; a difference within two standard errors of the
+/// rows' differences is chance and counts for the model.
 pub fn judge(current: &Detector, history: &Series, global: &GlobalModel) -> GateOutcome {
     let channels = current.schema().channels();
     if global.channels() != channels || history.channels() != channels {
@@ -78,22 +81,47 @@ fn passes(current: &Detector, history: &Series, global: &GlobalModel) -> Result<
     let candidate = forecaster(&equations, Some(&own_lag), network)?;
     let prior = current.options().prior.as_ref();
     let kept = forecaster(&equations, prior, current.forecaster.network.clone())?;
-    Ok(tail_error(&rows, &candidate, split) <= WORSE_MAX * tail_error(&rows, &kept, split))
+    let (candidate, kept) = (
+        tail_errors(&rows, &candidate, split),
+        tail_errors(&rows, &kept, split),
+    );
+    Ok(!worse(&candidate, &kept))
 }
 
-/// Mean capped absolute residual of both paths over the rows from `split`.
-fn tail_error(rows: &ScaledRows, forecaster: &Forecaster, split: usize) -> f64 {
-    let mut residuals = vec![0.0; rows.values.len()];
+/// Whether the candidate's errors exceed the kept ones, row by row, by more than 2 % and chance.
+fn worse(candidate: &[f64], kept: &[f64]) -> bool {
+    let count = kept.len().max(1) as f64;
+    let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / count;
+    let differences = || {
+        candidate
+            .iter()
+            .zip(kept)
+            .map(|(candidate, kept)| candidate - kept)
+    };
+    let difference = mean(&mut differences());
+    let variance = mean(&mut differences().map(|d| (d - difference).powi(2)));
+    difference - CHANCE * (variance / count).sqrt() > WORSE_MAX * mean(&mut kept.iter().copied())
+}
+
+/// Mean capped absolute residual of each row from `split`, summed over both paths.
+fn tail_errors(rows: &ScaledRows, forecaster: &Forecaster, split: usize) -> Vec<f64> {
     let channels = rows.values.len() / rows.rows().max(1);
-    let paths = [Path::Own, Path::Full].map(|path| {
+    let mut residuals = vec![0.0; rows.values.len()];
+    let mut errors = vec![0.0; rows.rows() - split];
+    for path in [Path::Own, Path::Full] {
         rows.residuals(forecaster, path, &mut residuals);
-        let tail = residuals[split * channels..].iter().filter(|r| !r.is_nan());
-        let (count, sum) = tail.fold((0.0, 0.0), |(n, sum), r| {
-            (n + 1.0, sum + f64::from(r.min(RESIDUAL_MAX)))
-        });
-        if count > 0.0 { sum / count } else { 0.0 }
-    });
-    paths.iter().sum()
+        for (error, row) in errors
+            .iter_mut()
+            .zip(residuals[split * channels..].chunks_exact(channels))
+        {
+            let counted = row.iter().filter(|r| !r.is_nan());
+            let (count, sum) = counted.fold((0.0, 0.0), |(n, sum), r| {
+                (n + 1.0, sum + f64::from(r.min(RESIDUAL_MAX)))
+            });
+            *error += if count > 0.0 { sum / count } else { 0.0 };
+        }
+    }
+    errors
 }
 
 /// Sum of capped squared residuals of own-lag weights as they came, without intercept.
@@ -174,6 +202,21 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn chance_is_told_from_harm() {
+        let kept: Vec<f64> = (0..24).map(|i| 1.0 + f64::from(i % 5) / 10.0).collect();
+        let shifted = |by: f64| kept.iter().map(|e| e + by).collect::<Vec<_>>();
+        assert!(
+            !worse(&shifted(0.0), &kept) && !worse(&shifted(0.02), &kept) && worse(&shifted(0.05), &kept)
+        );
+        let noisy: Vec<f64> = kept
+            .iter()
+            .enumerate()
+            .map(|(i, e)| e + [0.5, -0.4][i % 2])
+            .collect();
+        assert!(!worse(&noisy, &kept), "5 % worse on average, but only by chance");
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub const BLOCK_ROWS: usize = 60;
 pub const BLOCK_CLIP_NORM: f64 = 588.0;
 
 /// Clipping norm C of one record by default; see [`record_rows`].
-pub const RECORD_CLIP_NORM: f64 = 120.0;
+pub const RECORD_CLIP_NORM: f64 = 360.0;
 
 /// Bound R of a row's norm over all lags, the constant 1 and all targets.
 const ROW_NORM_MAX: f64 = 12.0;

@@ -205,7 +205,10 @@ mod tests {
     fn every_code_has_its_own_number_and_word() {
         let numbers: BTreeSet<u16> = RefusalCode::ALL.into_iter().map(RefusalCode::number).collect();
         let words: BTreeSet<&str> = RefusalCode::ALL.into_iter().map(RefusalCode::word).collect();
-        assert_eq!((numbers.len(), words.len()), (RefusalCode::ALL.len(), RefusalCode::ALL.len()));
+        assert_eq!(
+            (numbers.len(), words.len()),
+            (RefusalCode::ALL.len(), RefusalCode::ALL.len())
+        );
         assert_eq!(RefusalCode::Duplicate.number(), 37);
     }
 }

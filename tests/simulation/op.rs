@@ -85,9 +85,13 @@ impl Tally {
     /// Each kind of trouble happened often.
     pub(crate) fn assert_varied(&self, seeds: u64) {
         assert!(self.published >= 2 * seeds, "{self:?}");
-        for rare in
-            [self.aborted, self.resumed, self.edge_restarts, self.receipts_repeated, self.updates_resent]
-        {
+        for rare in [
+            self.aborted,
+            self.resumed,
+            self.edge_restarts,
+            self.receipts_repeated,
+            self.updates_resent,
+        ] {
             assert!(rare >= seeds / 10, "{self:?}");
         }
     }
@@ -102,10 +106,18 @@ pub(crate) struct Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Scenario { seed, edges, quorum, ops } = &self.scenario;
+        let Scenario {
+            seed,
+            edges,
+            quorum,
+            ops,
+        } = &self.scenario;
         writeln!(f, "seed {seed}: {}", self.violation)?;
         writeln!(f, "for regressions.rs:\n")?;
-        write!(f, "Scenario {{ seed: {seed}, edges: {edges}, quorum: {quorum}, ops: vec!{ops:?} }}")
+        write!(
+            f,
+            "Scenario {{ seed: {seed}, edges: {edges}, quorum: {quorum}, ops: vec!{ops:?} }}"
+        )
     }
 }
 
@@ -119,7 +131,12 @@ impl Scenario {
         let quorum = rng.random_range(1..=edges);
         let count = rng.random_range(4..30);
         let ops = (0..count).map(|_| op(&mut rng, edges)).collect();
-        Self { seed, edges, quorum, ops }
+        Self {
+            seed,
+            edges,
+            quorum,
+            ops,
+        }
     }
 
     /// Runs the operations with the oracle after every step, then the calm phase.
@@ -134,7 +151,9 @@ impl Scenario {
 
     /// Leaves out what is not needed for a rule to break: halves first, then single operations.
     pub(crate) fn shrink(self) -> Failure {
-        let Err(mut violation) = self.run() else { panic!("seed {}: fails and does not fail", self.seed) };
+        let Err(mut violation) = self.run() else {
+            panic!("seed {}: fails and does not fail", self.seed)
+        };
         let mut scenario = self;
         let mut size = scenario.ops.len().div_ceil(2).max(1);
         loop {
@@ -173,7 +192,12 @@ fn op(rng: &mut ChaCha8Rng, edges: usize) -> Op {
         21 => Op::SpendBudget(edge),
         22 => Op::TrainingTime(edge, rng.random_range(1..12_000)),
         _ => {
-            let forgeries = [Forgery::WrongNonce, Forgery::WrongBase, Forgery::Early, Forgery::OtherBytes];
+            let forgeries = [
+                Forgery::WrongNonce,
+                Forgery::WrongBase,
+                Forgery::Early,
+                Forgery::OtherBytes,
+            ];
             Op::Forge(edge, forgeries[rng.random_range(0..4)])
         }
     }
@@ -189,9 +213,22 @@ struct Run {
 
 impl Run {
     fn new(scenario: &Scenario) -> Self {
-        let Scenario { seed, edges, quorum, .. } = *scenario;
-        let world = World::new(WorldConfig { seed, edges, quorum, deadline: DEADLINE, pause: PAUSE });
-        Self { world, oracle: Oracle::new(quorum), edges, tally: Tally::default() }
+        let Scenario {
+            seed, edges, quorum, ..
+        } = *scenario;
+        let world = World::new(WorldConfig {
+            seed,
+            edges,
+            quorum,
+            deadline: DEADLINE,
+            pause: PAUSE,
+        });
+        Self {
+            world,
+            oracle: Oracle::new(quorum),
+            edges,
+            tally: Tally::default(),
+        }
     }
 
     fn apply(&mut self, op: Op) -> Result<(), Violation> {
@@ -232,7 +269,8 @@ impl Run {
 
     fn judge(&mut self) -> Result<(), Violation> {
         for fact in self.world.take_facts() {
-            self.oracle.note(&fact, self.world.aggregator_store(), &mut self.tally)?;
+            self.oracle
+                .note(&fact, self.world.aggregator_store(), &mut self.tally)?;
         }
         Ok(())
     }
@@ -246,18 +284,31 @@ impl Run {
         let together = |run: &Self| run.oracle.last_members() == everybody && run.tally.published > begun;
         if !self.run_until(patience, together)? {
             let phases = (self.world.aggregator_status(), self.edge_statuses());
-            return Err(Violation::new("no round with every edge after the faults ended", &phases));
+            return Err(Violation::new(
+                "no round with every edge after the faults ended",
+                &phases,
+            ));
         }
         self.world.stop();
         let ended = |run: &Self| {
-            let stopped = run.world.aggregator_status().is_some_and(|status| status.phase == PhaseName::Closed);
+            let stopped = run
+                .world
+                .aggregator_status()
+                .is_some_and(|status| status.phase == PhaseName::Closed);
             let base = run.world.aggregator_store().base();
-            let held = |edge| run.world.edge_status(edge).is_some_and(|status| status.model == base);
+            let held = |edge| {
+                run.world
+                    .edge_status(edge)
+                    .is_some_and(|status| status.model == base)
+            };
             stopped && (0..run.edges).all(held)
         };
         if !self.run_until(patience, ended)? {
             let phases = (self.world.aggregator_status(), self.edge_statuses());
-            return Err(Violation::new("not everybody came to hold the last model", &phases));
+            return Err(Violation::new(
+                "not everybody came to hold the last model",
+                &phases,
+            ));
         }
         self.oracle.end(self.world.aggregator_store())
     }

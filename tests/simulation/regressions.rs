@@ -15,8 +15,18 @@ fn holds(scenario: &Scenario) {
 #[test]
 fn aggregator_crash_at_any_moment_of_a_round() {
     for at in (1..2600).step_by(7) {
-        let ops = vec![Op::Run(at), Op::CrashAggregator(40), Op::Run(50), Op::CrashAggregator(1)];
-        holds(&Scenario { seed: 1, edges: 3, quorum: 2, ops });
+        let ops = vec![
+            Op::Run(at),
+            Op::CrashAggregator(40),
+            Op::Run(50),
+            Op::CrashAggregator(1),
+        ];
+        holds(&Scenario {
+            seed: 1,
+            edges: 3,
+            quorum: 2,
+            ops,
+        });
     }
 }
 
@@ -24,8 +34,18 @@ fn aggregator_crash_at_any_moment_of_a_round() {
 #[test]
 fn edge_crash_at_any_moment_of_a_round() {
     for at in (1..2600).step_by(7) {
-        let ops = vec![Op::Run(at), Op::CrashEdge(0, 30), Op::Run(700), Op::CrashEdge(0, 1)];
-        holds(&Scenario { seed: 2, edges: 3, quorum: 3, ops });
+        let ops = vec![
+            Op::Run(at),
+            Op::CrashEdge(0, 30),
+            Op::Run(700),
+            Op::CrashEdge(0, 1),
+        ];
+        holds(&Scenario {
+            seed: 2,
+            edges: 3,
+            quorum: 3,
+            ops,
+        });
     }
 }
 
@@ -46,15 +66,24 @@ fn everything_at_once() {
             Op::Partition(2, 5000),
             Op::CrashAggregator(1),
         ];
-        holds(&Scenario { seed, edges: 4, quorum: 3, ops });
+        holds(&Scenario {
+            seed,
+            edges: 4,
+            quorum: 3,
+            ops,
+        });
     }
 }
 
 /// An edge slower than the deadline: every round ends without it, none waits for it.
 #[test]
 fn edge_slower_than_every_deadline_blocks_nobody() {
-    let scenario =
-        Scenario { seed: 3, edges: 3, quorum: 2, ops: vec![Op::TrainingTime(0, 60_000), Op::Run(60_000)] };
+    let scenario = Scenario {
+        seed: 3,
+        edges: 3,
+        quorum: 2,
+        ops: vec![Op::TrainingTime(0, 60_000), Op::Run(60_000)],
+    };
     let tally = scenario.run().unwrap();
     assert!(tally.published >= 6, "{tally:?}");
 }

@@ -7,10 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use aws_lc_rs::hmac;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    EndpointConfig, IdleTimeout, Incoming, TokioRuntime, TransportConfig, ValidationTokenConfig, VarInt,
+    ConnectionIdGenerator, EndpointConfig, IdleTimeout, Incoming, TokioRuntime, TransportConfig,
+    ValidationTokenConfig, VarInt,
 };
+use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
@@ -107,15 +110,43 @@ pub fn bind_server(
     tls: rustls::ServerConfig,
     limits: &Limits,
 ) -> Result<Endpoint, EndpointError> {
+    bind_configured(addr, tls, limits, EndpointConfig::default())
+}
+
+/// As [`bind_server`], and known again after a crash: a client that still speaks to an earlier process of the same
+/// `secret` on this address is told at its next packet that its session is gone (a stateless reset, RFC 9000, section
+/// 10.3), and connects anew. Without, it waits for [`Limits::idle_timeout`]. The secret is kept on disk and used
+/// for nothing else; who knows it can end sessions, not read them.
+///
+/// # Errors
+/// [`EndpointError`].
+pub fn bind_lasting_server(
+    addr: SocketAddr,
+    tls: rustls::ServerConfig,
+    limits: &Limits,
+    secret: &[u8; 32],
+) -> Result<Endpoint, EndpointError> {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
+    // Connection ids carry a short mark by which a later process knows that they were given out here.
+    let mark = hmac::sign(&key, b"theriac connection ids");
+    let mark = mark.as_ref().first_chunk().copied().map_or(0, u64::from_le_bytes);
+    let mut config = EndpointConfig::new(Arc::new(key));
+    config.cid_generator(move || -> Box<dyn ConnectionIdGenerator> {
+        Box::new(HashedConnectionIdGenerator::from_key(mark))
+    });
+    bind_configured(addr, tls, limits, config)
+}
+
+fn bind_configured(
+    addr: SocketAddr,
+    tls: rustls::ServerConfig,
+    limits: &Limits,
+    endpoint: EndpointConfig,
+) -> Result<Endpoint, EndpointError> {
     let (socket, granted) = bind(addr, limits)?;
     let transport = Arc::new(transport(limits, Side::Server)?);
     let config = server_config(tls, &transport, limits)?;
-    let quinn = quinn::Endpoint::new(
-        EndpointConfig::default(),
-        Some(config),
-        socket,
-        Arc::new(TokioRuntime),
-    )?;
+    let quinn = quinn::Endpoint::new(endpoint, Some(config), socket, Arc::new(TokioRuntime))?;
     let limits = Arc::new(limits.clone());
     let counters = Arc::default();
     let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);

@@ -29,7 +29,9 @@ mod frame;
 
 pub use backoff::Backoff;
 pub use connect::{ConnectError, common_version, connect};
-pub use endpoint::{AcceptStats, Endpoint, EndpointError, SocketBuffers, bind_client, bind_server};
+pub use endpoint::{
+    AcceptStats, Endpoint, EndpointError, SocketBuffers, bind_client, bind_lasting_server, bind_server,
+};
 pub use limits::Limits;
 pub use loss::{CloseCode, Loss, TlsSide};
 pub use session::{

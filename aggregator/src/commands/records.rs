@@ -21,8 +21,8 @@ use super::{Common, load, open, output_problem, print, store_problem};
 use crate::audit::{AuditKey, AuditLog, lines};
 use crate::serve::ServeError;
 use crate::status::SiteStatus;
-use crate::store::records as stored;
-use crate::store::rounds::{self as stored_rounds, RoundRow};
+use crate::store::history::{self, RoundRow};
+use crate::store::{models as stored_models, records as stored};
 
 /// How often `rounds follow` looks.
 const FOLLOW_EVERY: Duration = Duration::from_millis(250);
@@ -136,7 +136,7 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
     match command {
         RoundsCommand::List { common, limit } => {
             let (_, database) = open(&load(&common.config)?)?;
-            let rows = stored_rounds::list(database.read(), limit).map_err(|error| store_problem(&error))?;
+            let rows = history::list(database.read(), limit).map_err(|error| store_problem(&error))?;
             let header = [
                 "round", "outcome", "base", "rule", "accepted", "refused", "declined", "opened",
             ];
@@ -145,8 +145,8 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
         }
         RoundsCommand::Show { common, round } => {
             let (_, database) = open(&load(&common.config)?)?;
-            let detail = stored_rounds::detail(database.read(), Round(round))
-                .map_err(|error| store_problem(&error))?;
+            let detail =
+                history::detail(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
             let header = ["site", "norm", "distance", "trimmed", "bytes", "leaf"];
             let number =
                 |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
@@ -184,7 +184,7 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
 
 fn follow(common: &Common, count: Option<u64>) -> Result<(), Problem> {
     let (_, database) = open(&load(&common.config)?)?;
-    let latest = |limit| stored_rounds::list(database.read(), limit).map_err(|error| store_problem(&error));
+    let latest = |limit| history::list(database.read(), limit).map_err(|error| store_problem(&error));
     let mut told = latest(2)?
         .iter()
         .filter(|row| row.ended_unix_ms.is_some())
@@ -262,7 +262,8 @@ pub(super) fn models(command: ModelsCommand) -> Result<ExitCode, Problem> {
     match command {
         ModelsCommand::List { common, limit } => {
             let (_, database) = open(&load(&common.config)?)?;
-            let rows = stored::models(database.read(), limit).map_err(|error| store_problem(&error))?;
+            let rows =
+                stored_models::models(database.read(), limit).map_err(|error| store_problem(&error))?;
             let cells: Vec<Vec<String>> = rows
                 .iter()
                 .map(|row| {
@@ -297,7 +298,7 @@ pub(super) fn models(command: ModelsCommand) -> Result<ExitCode, Problem> {
             let (_, mut database) = open(&load(&common.config)?)?;
             let blobs = std::sync::Arc::clone(database.blobs());
             let row = database
-                .write(|work| stored::roll_back(work, &blobs, ModelVersion(version)))
+                .write(|work| stored_models::roll_back(work, &blobs, ModelVersion(version)))
                 .map_err(|error| store_problem(&error))?;
             let value = json!({ "version": row.version.0, "rolled_back_to": version, "digest": row.digest.to_string() });
             let human = format!(

@@ -12,7 +12,7 @@ use theriac_protocol::units::{Digest, NodeId, Round};
 use super::Driver;
 use super::work::{Computed, Done, until_it_works, with_urgency};
 use crate::metrics::{Outcome, Verdict};
-use crate::store::records::ModelRow;
+use crate::store::models::ModelRow;
 use crate::store::{Urgency, rounds};
 use crate::validate::ValidatedUpdate;
 
@@ -123,7 +123,12 @@ impl Driver {
 
     fn send_to_all(&mut self, to: &[NodeId], message: &ToEdge) {
         match encode_to_edge(message) {
-            Ok(frame) => to.iter().for_each(|node| self.send_frame(node, frame.clone())),
+            Ok(frame) => {
+                let frame = Arc::new(frame);
+                for node in to {
+                    self.send_frame(node, Arc::clone(&frame));
+                }
+            }
             Err(error) => tracing::error!(%error, "our own message does not encode"),
         }
     }

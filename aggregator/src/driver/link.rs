@@ -1,6 +1,7 @@
 //! One connected edge as the driver sees it, and how edges come and go.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use theriac_protocol::codec::{Encoded, encode_to_edge};
 use theriac_protocol::message::{ToEdge, WelcomeV1};
@@ -24,7 +25,7 @@ pub struct Link {
     /// Number of the session, unique in this process.
     pub session: u64,
     /// Messages that wait.
-    pub outbox: mpsc::Sender<Encoded>,
+    pub outbox: mpsc::Sender<Arc<Encoded>>,
     /// The connection.
     pub handle: SessionHandle,
 }
@@ -33,7 +34,7 @@ impl Link {
     /// Puts a message into the outbox; false: it is full or the session is gone.
     pub(super) fn send(&self, message: &ToEdge) -> bool {
         match encode_to_edge(message) {
-            Ok(frame) => self.send_encoded(frame),
+            Ok(frame) => self.send_encoded(Arc::new(frame)),
             Err(error) => {
                 tracing::error!(%error, "our own message does not encode");
                 true
@@ -41,7 +42,7 @@ impl Link {
         }
     }
 
-    pub(super) fn send_encoded(&self, frame: Encoded) -> bool {
+    pub(super) fn send_encoded(&self, frame: Arc<Encoded>) -> bool {
         self.outbox.try_send(frame).is_ok()
     }
 
@@ -156,12 +157,12 @@ impl Driver {
 
     pub(super) fn send(&mut self, node: &NodeId, message: &ToEdge) {
         match encode_to_edge(message) {
-            Ok(frame) => self.send_frame(node, frame),
+            Ok(frame) => self.send_frame(node, Arc::new(frame)),
             Err(error) => tracing::error!(%error, "our own message does not encode"),
         }
     }
 
-    pub(super) fn send_frame(&mut self, node: &NodeId, frame: Encoded) {
+    pub(super) fn send_frame(&mut self, node: &NodeId, frame: Arc<Encoded>) {
         let Some(link) = self.links.get(node) else { return };
         if !link.send_encoded(frame) && !link.outbox.is_closed() {
             self.metrics.slow_readers.inc();

@@ -9,7 +9,8 @@ use theriac_protocol::units::{Digest, NodeId, Round};
 use super::Driver;
 use crate::publish::{Candidate, next_model};
 use crate::robust::{Row, rule};
-use crate::store::records::{ModelRow, Registry};
+use crate::store::models::ModelRow;
+use crate::store::records::Registry;
 use crate::store::rounds::{self, StoredUpload};
 use crate::store::{Store, StoreError, Urgency, Work, wall_clock};
 

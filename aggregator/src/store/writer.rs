@@ -174,7 +174,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Full`], [`StoreError::Io`].
     pub async fn put_blob(&self, digest: Digest, bytes: Bytes) -> Result<(), StoreError> {
-        if super::records::fits_row(bytes.len()) {
+        if super::models::fits_row(bytes.len()) {
             return Ok(());
         }
         let blobs = Arc::clone(&self.blobs);

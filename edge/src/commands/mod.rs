@@ -8,13 +8,14 @@ mod privacy;
 mod run;
 mod status;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use theriac_command::output::{Format, Output};
-use theriac_command::problem::Problem;
+use theriac_command::problem::{Problem, report};
 use theriac_command::telemetry::{self, LogFormat};
 
 use crate::config::{ConfigError, EdgeConfig};
@@ -123,6 +124,17 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
         .enable_all()
         .build()
         .map_err(|error| Problem::failed("TH-E0300", format!("cannot start the runtime: {error}")))
+}
+
+/// Runs one command line, the program's name first, and gives its exit code: 0 done, 1 failed, 2 usage, 75 try again, 78 bad
+/// configuration. Results go to standard output, everything else to standard error.
+pub fn main(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
+    let run = || {
+        let arguments = Arguments::try_parse_from(arguments).unwrap_or_else(|error| error.exit());
+        let mut out = std::io::stdout();
+        runtime()?.block_on(Box::pin(execute(arguments, &mut out)))
+    };
+    run().unwrap_or_else(|problem| report(&problem, &mut std::io::stderr()))
 }
 
 /// Carries a command out. Results go to `out`, everything else to standard error.

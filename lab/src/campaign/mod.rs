@@ -122,7 +122,7 @@ pub struct ResultRow {
     pub heal_s: Option<f64>,
     /// Requests that failed in the fault's window.
     pub failed_requests: Option<f64>,
-    /// Acknowledged writes that could not be read back.
+    /// Acknowledged writes that could not be read back, over all runs: an upper bound of the median.
     pub lost_transactions: Option<f64>,
     /// Actions taken.
     pub actions: Option<f64>,
@@ -149,7 +149,6 @@ struct Run {
     record: FaultRecord,
     actions: u64,
     harmful: u64,
-    lost_transactions: u64,
 }
 
 /// Requests a second against the service.
@@ -201,6 +200,7 @@ async fn play(stage: &mut Stage, site: &Site, options: &Options) -> Result<Vec<R
     let program = stage.processes.program().to_owned();
     let terms = EdgeTerms {
         warm_up_rows: WARM_UP_ROWS,
+        false_alarms_per_day: 1.0,
         cooldown: Duration::from_secs(1),
         actions_max: 1_000,
     };
@@ -215,13 +215,10 @@ async fn play(stage: &mut Stage, site: &Site, options: &Options) -> Result<Vec<R
             "the service was not healthy within 30 s".to_owned(),
         ));
     }
-    let warm = Traffic::start(site.service, REQUESTS_PER_S, 0);
+    stage.cast[0].traffic = Some(Traffic::start(site.service, REQUESTS_PER_S, 0));
     let learnt = |stage: &Stage| stage.cast.iter().all(Member::is_watching);
-    let watching = stage
-        .until("learning what is normal", Duration::from_secs(90), learnt)
-        .await;
-    warm.stop().await;
-    if !watching? {
+    let limit = Duration::from_secs(90);
+    if !stage.until("learning what is normal", limit, learnt).await? {
         return Err(DemoError::Unexpected(
             "the edge had not learnt what is normal within 90 s".to_owned(),
         ));
@@ -231,44 +228,46 @@ async fn play(stage: &mut Stage, site: &Site, options: &Options) -> Result<Vec<R
         for fault in &options.faults {
             let mut runs = Vec::new();
             for number in 1..=options.runs {
-                runs.extend(once(stage, site, *fault, number).await?);
+                runs.extend(once(stage, *fault, number).await?);
             }
-            results.push(row(*fault, *healer, &runs));
+            let lost_transactions = change_traffic(stage, site, results.len() as u64 + 1).await;
+            results.push(row(*fault, *healer, &runs, lost_transactions));
         }
     }
     Ok(results)
 }
 
-/// One run: its own load, a moment of calm, the fault, and the check that nothing acknowledged was lost.
-async fn once(stage: &mut Stage, site: &Site, fault: Fault, number: u32) -> Result<Option<Run>, DemoError> {
-    stage.cast[0].traffic = Some(Traffic::start(site.service, REQUESTS_PER_S, u64::from(number)));
+/// One run: a steady service, a moment of calm, the fault. Nothing when it could not be injected.
+async fn once(stage: &mut Stage, fault: Fault, number: u32) -> Result<Option<Run>, DemoError> {
+    let doing = format!("{}, run {number}", fault.title());
+    let steady = |stage: &Stage| stage.cast.iter().all(Member::is_steady);
+    stage.until(&doing, HEAL_LIMIT, steady).await?;
     // Not always at the same moment between two probes: run k of a fault comes k/7 of a second later.
-    let calm = Duration::from_millis(1_500) + Duration::from_secs(1) * (number % 7) / 7;
+    let calm = Duration::from_secs(2) + Duration::from_secs(1) * (number % 7) / 7;
     let begins = Instant::now() + calm;
     stage
-        .until(&format!("{}, run {number}", fault.title()), calm * 2, |_| {
-            Instant::now() >= begins
-        })
+        .until(&doing, calm * 2, |_| Instant::now() >= begins)
         .await?;
     let course = trial::run(stage, 0, fault, HEAL_LIMIT).await?;
-    let traffic = stage.cast[0].traffic.take();
-    let lost_transactions = match traffic {
-        Some(traffic) => traffic.stop().await.lost_writes,
-        None => 0,
-    };
-    let Some((Course { actions, harmful, .. }, record)) = course.zip(stage.record.faults.last().cloned())
-    else {
-        return Ok(None);
-    };
-    Ok(Some(Run {
+    let measured = course.zip(stage.record.faults.last().cloned());
+    Ok(measured.map(|(Course { actions, harmful, .. }, record)| Run {
         record,
         actions,
         harmful,
-        lost_transactions,
     }))
 }
 
-fn row(fault: Fault, healer: Healer, runs: &[Run]) -> ResultRow {
+/// Lets another load take over without a pause, and gives the number of acknowledged writes that the former one could
+/// not read back.
+async fn change_traffic(stage: &mut Stage, site: &Site, seed: u64) -> u64 {
+    let next = Traffic::start(site.service, REQUESTS_PER_S, seed);
+    match stage.cast[0].traffic.replace(next) {
+        Some(former) => former.stop().await.lost_writes,
+        None => 0,
+    }
+}
+
+fn row(fault: Fault, healer: Healer, runs: &[Run], lost_transactions: u64) -> ResultRow {
     let of = |pick: &dyn Fn(&Run) -> Option<f64>| median(runs.iter().filter_map(pick).collect());
     ResultRow {
         fault: fault.name(),
@@ -277,7 +276,7 @@ fn row(fault: Fault, healer: Healer, runs: &[Run]) -> ResultRow {
         detect_s: of(&|run| run.record.detected_s),
         heal_s: of(&|run| run.record.healed_s),
         failed_requests: of(&|run| Some(run.record.failed_requests as f64)),
-        lost_transactions: of(&|run| Some(run.lost_transactions as f64)),
+        lost_transactions: (!runs.is_empty()).then_some(lost_transactions as f64),
         actions: of(&|run| Some(run.actions as f64)),
         harmful_actions: of(&|run| Some(run.harmful as f64)),
         healed_runs: runs.iter().filter(|run| run.record.is_healed()).count(),
@@ -343,20 +342,19 @@ mod tests {
             record,
             actions: 1,
             harmful: 0,
-            lost_transactions: 0,
         }
     }
 
     #[test]
     fn medians_are_over_what_was_healed_and_null_where_nothing_was() {
         let runs = [run_of(Some(1.0), 10), run_of(None, 500), run_of(Some(2.0), 20)];
-        let healed = row(Fault::Kill9, Healer::Theriac, &runs);
+        let healed = row(Fault::Kill9, Healer::Theriac, &runs, 0);
         assert_eq!((healed.heal_s, healed.detect_s), (Some(1.5), Some(0.75)));
         assert_eq!(
             (healed.runs, healed.healed_runs, healed.failed_requests),
             (3, 2, Some(20.0))
         );
-        let json = serde_json::to_value(row(Fault::Hang, Healer::Theriac, &[run_of(None, 9)])).unwrap();
+        let json = serde_json::to_value(row(Fault::Hang, Healer::Theriac, &[run_of(None, 9)], 0)).unwrap();
         assert!(json["heal_s"].is_null() && json["detect_s"].is_null());
         for field in [
             "fault",

@@ -6,7 +6,9 @@
 mod plan;
 pub mod record;
 pub mod report;
+mod results;
 pub(crate) mod stage;
+mod summary;
 pub(crate) mod trial;
 pub(crate) mod view;
 
@@ -16,9 +18,11 @@ use std::time::{Duration, Instant};
 use self::plan::{FAULTS, FRUGAL, FRUGAL_RELEASES, HONEST, HOSTILE, Plan};
 pub use self::plan::{SECONDS_DEFAULT, SECONDS_MAX, SECONDS_MIN, SECONDS_QUICK};
 use self::record::Record;
-use self::report::markup::{bytes, counted, maybe_seconds, whole, words};
+use self::report::markup::counted;
+pub use self::results::results;
 pub use self::stage::DemoError;
 use self::stage::{Member, Stage};
+pub use self::summary::Summary;
 use self::view::View;
 use crate::attack::Attack;
 use crate::fleet::place::{Centre, Site};
@@ -364,106 +368,4 @@ fn memory_gib() -> Option<f64> {
 
 pub(crate) fn rfc3339(moment: std::time::SystemTime) -> String {
     humantime::format_rfc3339_seconds(moment).to_string()
-}
-
-/// The figures at the end, for people.
-pub fn results(outcome: &Outcome) -> String {
-    let record = &outcome.record;
-    let faults: Vec<Vec<String>> = record
-        .faults
-        .iter()
-        .map(|fault| {
-            vec![
-                fault.title.clone(),
-                fault.edge.clone(),
-                maybe_seconds(fault.detected_s),
-                maybe_seconds(fault.healed_s),
-                fault.failed_requests.to_string(),
-                fault.action.clone(),
-            ]
-        })
-        .collect();
-    let edges: Vec<Vec<String>> = record
-        .edges
-        .iter()
-        .map(|edge| {
-            let name = if edge.hostile {
-                format!("{} (hostile)", edge.name)
-            } else {
-                edge.name.clone()
-            };
-            vec![
-                name,
-                format!("{:.2}", edge.epsilon),
-                format!("{}", edge.epsilon_limit),
-                edge.updates_accepted.to_string(),
-                edge.updates_refused.to_string(),
-                edge.budget_spent_s
-                    .map_or("-".to_owned(), |at_s| format!("{at_s:.0} s")),
-            ]
-        })
-        .collect();
-    let caught: Vec<String> = record
-        .edges
-        .iter()
-        .filter(|edge| edge.hostile)
-        .map(|edge| {
-            let reasons = edge
-                .refusals
-                .iter()
-                .map(|(word, count)| format!("{} {count}×", words(word)));
-            let reasons = reasons.collect::<Vec<_>>().join(", ");
-            format!(
-                "{} {}; {} refused: {reasons}",
-                edge.name,
-                record.attack,
-                counted(edge.updates_refused, "update")
-            )
-        })
-        .collect();
-    let table = theriac_command::output::table;
-    let mut parts = vec![
-        table(
-            &[
-                "Fault",
-                "Edge",
-                "Detected after",
-                "Healed after",
-                "Failed requests",
-                "Action",
-            ],
-            &faults,
-        ),
-        table(
-            &[
-                "Edge",
-                "ε spent",
-                "ε limit",
-                "Updates taken",
-                "Refused",
-                "Budget spent at",
-            ],
-            &edges,
-        ),
-        format!("Caught: {}", caught.join("; ")),
-        format!(
-            "{} published, {} up, {} down, {} requests, {:.0} s in all.",
-            counted(record.rounds_published(), "round"),
-            bytes(record.bytes_up),
-            bytes(record.bytes_down),
-            whole(record.edges.iter().map(|edge| edge.requests).sum()),
-            record.seconds,
-        ),
-    ];
-    if !record.shortfalls.is_empty() {
-        parts.push(format!("Fell short:\n  {}", record.shortfalls.join("\n  ")));
-    }
-    parts.push(format!("Report: {}", outcome.report.display()));
-    parts.extend(
-        outcome
-            .state
-            .as_ref()
-            .map(|state| format!("State kept: {}", state.display())),
-    );
-    parts.join("\n\n")
 }

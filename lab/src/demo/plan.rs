@@ -75,6 +75,8 @@ impl Plan {
     pub(super) fn edge_terms(self) -> EdgeTerms {
         EdgeTerms {
             warm_up_rows: self.warm_up_rows,
+            // One a day cannot be told from a warm-up of half a minute. An alarm alone changes nothing.
+            false_alarms_per_day: 40.0,
             cooldown: Duration::from_secs(3),
             actions_max: 40,
         }

@@ -3,8 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
-
 /// The demo as a whole.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Record {
@@ -53,6 +51,8 @@ pub struct EdgeRecord {
     pub scores: Vec<ScorePoint>,
     /// What it did to its service.
     pub actions: Vec<ActionMark>,
+    /// What of that it did without an injected fault.
+    pub unprovoked: u64,
     /// ε spent.
     pub epsilon: f64,
     /// ε that its policy allows.
@@ -164,110 +164,7 @@ pub struct RoundRecord {
     pub declined: u64,
 }
 
-/// `summary.json`. The first fields are a contract; more may be added.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Summary<'a> {
-    faults: Vec<FaultSummary<'a>>,
-    edges: Vec<EdgeSummary<'a>>,
-    rounds: u64,
-    bytes_up: u64,
-    bytes_down: u64,
-    seconds: f64,
-    ok: bool,
-    shortfalls: &'a [String],
-    rounds_aborted: u64,
-    model_version: u64,
-    rule: &'a str,
-    attack: &'a str,
-    started: &'a str,
-    machine: &'a str,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize)]
-struct FaultSummary<'a> {
-    edge: &'a str,
-    kind: &'a str,
-    detected_s: Option<f64>,
-    healed_s: Option<f64>,
-    failed_requests: u64,
-    action: &'a str,
-    injected_s: f64,
-    class: &'a str,
-    causes: &'a [String],
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize)]
-struct EdgeSummary<'a> {
-    name: &'a str,
-    hostile: bool,
-    epsilon: f64,
-    delta: f64,
-    updates_accepted: u64,
-    updates_refused: u64,
-    epsilon_limit: f64,
-    refusals: &'a BTreeMap<String, u64>,
-    budget_spent_s: Option<f64>,
-    restarts: u64,
-    requests: u64,
-    requests_failed: u64,
-}
-
-impl<'a> From<&'a FaultRecord> for FaultSummary<'a> {
-    fn from(fault: &'a FaultRecord) -> Self {
-        Self {
-            edge: &fault.edge,
-            kind: &fault.kind,
-            detected_s: fault.detected_s.map(milli),
-            healed_s: fault.healed_s.map(milli),
-            failed_requests: fault.failed_requests,
-            action: &fault.action,
-            injected_s: milli(fault.injected_s),
-            class: &fault.class,
-            causes: &fault.causes,
-        }
-    }
-}
-
-impl<'a> From<&'a EdgeRecord> for EdgeSummary<'a> {
-    fn from(edge: &'a EdgeRecord) -> Self {
-        Self {
-            name: &edge.name,
-            hostile: edge.hostile,
-            epsilon: edge.epsilon,
-            delta: edge.delta,
-            updates_accepted: edge.updates_accepted,
-            updates_refused: edge.updates_refused,
-            epsilon_limit: edge.epsilon_limit,
-            refusals: &edge.refusals,
-            budget_spent_s: edge.budget_spent_s.map(milli),
-            restarts: edge.restarts,
-            requests: edge.requests,
-            requests_failed: edge.requests_failed,
-        }
-    }
-}
-
 impl Record {
-    /// The figures for scripts. `rounds` counts published ones.
-    pub fn summary(&self) -> Summary<'_> {
-        Summary {
-            faults: self.faults.iter().map(FaultSummary::from).collect(),
-            edges: self.edges.iter().map(EdgeSummary::from).collect(),
-            rounds: self.rounds_published(),
-            bytes_up: self.bytes_up,
-            bytes_down: self.bytes_down,
-            seconds: milli(self.seconds),
-            ok: self.shortfalls.is_empty(),
-            shortfalls: &self.shortfalls,
-            rounds_aborted: self.rounds.len() as u64 - self.rounds_published(),
-            model_version: self.model_version,
-            rule: &self.rule,
-            attack: &self.attack,
-            started: &self.started,
-            machine: &self.machine,
-        }
-    }
-
     /// Number of rounds that published a model.
     pub fn rounds_published(&self) -> u64 {
         self.rounds
@@ -286,6 +183,27 @@ impl Record {
                 .sum()
         };
         (of(false), of(true))
+    }
+
+    /// Counts every edge's actions that answer no injected fault: neither between injection and healing, nor while a fault that
+    /// was never healed goes on.
+    pub fn count_unprovoked(&mut self) {
+        for edge in &mut self.edges {
+            let faults: Vec<&FaultRecord> = self
+                .faults
+                .iter()
+                .filter(|fault| fault.edge == edge.name)
+                .collect();
+            let answers = |mark: &&ActionMark| {
+                faults.iter().any(|fault| {
+                    let end_s = fault
+                        .healed_s
+                        .map_or(f64::INFINITY, |healed_s| fault.injected_s + healed_s);
+                    (fault.injected_s..=end_s).contains(&mark.at_s)
+                })
+            };
+            edge.unprovoked = edge.actions.iter().filter(|mark| !answers(mark)).count() as u64;
+        }
     }
 
     /// The edge of this name.
@@ -309,11 +227,6 @@ pub fn median(mut values: Vec<f64>) -> Option<f64> {
     } else {
         f64::midpoint(values[middle - 1], upper)
     })
-}
-
-/// Seconds to the millisecond, so that figures read well.
-fn milli(seconds: f64) -> f64 {
-    (seconds * 1e3).round() / 1e3
 }
 
 #[cfg(test)]
@@ -419,6 +332,7 @@ pub(crate) mod tests {
             restarts: u64::from(!hostile),
             scores,
             actions: actions.into_iter().collect(),
+            unprovoked: 0,
             epsilon: if index == 2 { 1.0 } else { 3.42 },
             epsilon_limit: if index == 2 { 1.0 } else { 8.0 },
             delta: 1e-6,
@@ -440,45 +354,26 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_summary_has_the_fields_that_scripts_rely_on() {
-        let record = Record {
-            edges: vec![EdgeRecord {
-                name: "site-a".into(),
-                ..EdgeRecord::default()
-            }],
-            faults: vec![FaultRecord {
-                kind: "kill9".into(),
-                detected_s: Some(0.25),
-                ..FaultRecord::default()
-            }],
-            rounds: vec![
-                RoundRecord {
-                    published: Some(1),
-                    ..RoundRecord::default()
-                },
-                RoundRecord::default(),
-            ],
-            ..Record::default()
+    fn an_action_without_a_fault_is_counted_as_such() {
+        let mut record = specimen();
+        record.count_unprovoked();
+        assert!(record.edges.iter().all(|edge| edge.unprovoked == 0));
+        let mark = ActionMark {
+            at_s: 40.0,
+            action: "restart".to_owned(),
+            class: "cpu_contention".to_owned(),
         };
-        let summary = serde_json::to_value(record.summary()).unwrap();
-        for field in ["faults", "edges", "rounds", "bytes_up", "bytes_down", "seconds"] {
-            assert!(!summary[field].is_null(), "{field} is missing");
-        }
-        for field in ["edge", "kind", "detected_s", "failed_requests", "action"] {
-            assert!(!summary["faults"][0][field].is_null(), "{field} is missing");
-        }
-        assert!(summary["faults"][0].as_object().unwrap().contains_key("healed_s"));
-        for field in [
-            "name",
-            "hostile",
-            "epsilon",
-            "delta",
-            "updates_accepted",
-            "updates_refused",
-        ] {
-            assert!(!summary["edges"][0][field].is_null(), "{field} is missing");
-        }
-        assert_eq!(summary["rounds"], 1, "only published rounds count");
+        record.edges[1].actions.push(mark.clone());
+        record.edges[4].actions.push(mark);
+        record.count_unprovoked();
+        assert_eq!(
+            record
+                .edges
+                .iter()
+                .map(|edge| edge.unprovoked)
+                .collect::<Vec<_>>(),
+            [0, 1, 0, 0, 1]
+        );
     }
 
     #[test]

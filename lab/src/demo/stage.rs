@@ -209,8 +209,9 @@ impl Stage {
     }
 
     /// Closes the view and hands out what remains: the record and the processes.
-    pub(crate) fn end(self) -> (Record, Processes, Vec<Member>) {
+    pub(crate) fn end(mut self) -> (Record, Processes, Vec<Member>) {
         self.view.close();
+        self.record.count_unprovoked();
         (self.record, self.processes, self.cast)
     }
 
@@ -408,17 +409,33 @@ enum Page {
 
 /// An incident as a line of the demo.
 fn tell(edge: &str, incident: &IncidentView) -> String {
-    let who = if incident.service == SERVICE { edge.to_owned() } else { format!("{edge} ({})", incident.service) };
+    let who = if incident.service == SERVICE {
+        edge.to_owned()
+    } else {
+        format!("{edge} ({})", incident.service)
+    };
     let class = match incident.class.as_str() {
         "unknown" => "something unusual".to_owned(),
         class => words(class),
     };
-    let causes = incident.causes.iter().take(2).cloned().collect::<Vec<_>>().join(", ");
-    let causes = if causes.is_empty() { String::new() } else { format!(", led by {causes}") };
+    let causes = incident
+        .causes
+        .iter()
+        .take(2)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    let causes = if causes.is_empty() {
+        String::new()
+    } else {
+        format!(", led by {causes}")
+    };
     match (incident.state.as_str(), &incident.action) {
         ("healed", Some(action)) => format!("{who}: {class} healed by {}", words(action)),
         ("healed" | "recovered", _) => format!("{who}: {class} is over"),
-        ("handed_to_human", None) => format!("{who}: {class}{causes}; no action would help, left to a person"),
+        ("handed_to_human", None) => {
+            format!("{who}: {class}{causes}; no action would help, left to a person")
+        }
         ("handed_to_human", Some(_)) => format!("{who}: {class} handed to a person"),
         (state, _) => format!("{who}: {class}{causes}, {}", words(state)),
     }

@@ -110,15 +110,21 @@ pub(crate) struct Course {
 pub(crate) fn measure(incidents: &[IncidentView], injected_unix_ms: u64) -> Course {
     let noticed = |incident: &IncidentView| {
         let acted = incident.acted_unix_ms.filter(|acted| *acted >= injected_unix_ms);
-        Some(incident.detected_unix_ms).filter(|detected| *detected >= injected_unix_ms).or(acted)
+        Some(incident.detected_unix_ms)
+            .filter(|detected| *detected >= injected_unix_ms)
+            .or(acted)
     };
     let since: Vec<(u64, &IncidentView)> = incidents
         .iter()
         .filter(|incident| incident.service == SERVICE)
         .filter_map(|incident| Some((noticed(incident)?, incident)))
         .collect();
-    let healed = since.iter().filter(|(_, i)| i.action.is_some() && i.verdict.as_deref() == Some("healed"));
-    let healed = healed.filter(|(_, i)| i.healed_unix_ms.is_some()).min_by_key(|(_, i)| i.healed_unix_ms);
+    let healed = since
+        .iter()
+        .filter(|(_, i)| i.action.is_some() && i.verdict.as_deref() == Some("healed"));
+    let healed = healed
+        .filter(|(_, i)| i.healed_unix_ms.is_some())
+        .min_by_key(|(_, i)| i.healed_unix_ms);
     let Some(first) = since.iter().min_by_key(|(noticed, _)| *noticed) else {
         return Course::default();
     };
@@ -129,8 +135,14 @@ pub(crate) fn measure(incidents: &[IncidentView], injected_unix_ms: u64) -> Cour
         action: told.action.clone().unwrap_or_else(|| "none".to_owned()),
         class: told.class.clone(),
         causes: told.causes.clone(),
-        actions: since.iter().filter(|(_, incident)| incident.acted_unix_ms.is_some()).count() as u64,
-        harmful: since.iter().filter(|(_, incident)| incident.verdict.as_deref() == Some("harm")).count() as u64,
+        actions: since
+            .iter()
+            .filter(|(_, incident)| incident.acted_unix_ms.is_some())
+            .count() as u64,
+        harmful: since
+            .iter()
+            .filter(|(_, incident)| incident.verdict.as_deref() == Some("harm"))
+            .count() as u64,
     }
 }
 
@@ -208,10 +220,17 @@ mod tests {
         let mut joined = incident(700, Some(1_600), Some("healed"));
         joined.acted_unix_ms = Some(1_050);
         let course = measure(&[joined], 1_000);
-        assert_eq!((course.detected_unix_ms, course.healed_unix_ms), (Some(1_050), Some(1_600)));
+        assert_eq!(
+            (course.detected_unix_ms, course.healed_unix_ms),
+            (Some(1_050), Some(1_600))
+        );
         let mut host = incident(1_100, Some(1_600), Some("healed"));
         host.service = "host".to_owned();
-        assert_eq!(measure(&[host], 1_000), Course::default(), "the host is not the service");
+        assert_eq!(
+            measure(&[host], 1_000),
+            Course::default(),
+            "the host is not the service"
+        );
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct Site {
 pub struct EdgeTerms {
     /// Samples before the first model.
     pub warm_up_rows: usize,
+    /// False alarms a day that the threshold aims at.
+    pub false_alarms_per_day: f64,
     /// Least time between two actions on the service.
     pub cooldown: Duration,
     /// Most actions within an hour.
@@ -93,8 +95,7 @@ impl Site {
             detection: edge::DetectionSettings {
                 warm_up_rows: terms.warm_up_rows,
                 half_lives: [Duration::from_millis(750), Duration::from_secs(3)],
-                // One a day cannot be told from a warm-up of half a minute; an alarm alone does no harm.
-                false_alarms_per_day: 100.0,
+                false_alarms_per_day: terms.false_alarms_per_day,
                 ..edge::DetectionSettings::default()
             },
             federation: edge::FederationSettings {
@@ -248,6 +249,7 @@ mod tests {
 
     const TERMS: EdgeTerms = EdgeTerms {
         warm_up_rows: 120,
+        false_alarms_per_day: 1.0,
         cooldown: Duration::from_secs(3),
         actions_max: 40,
     };

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::Serialize;
 use theriac_aggregator::robust::RuleName;
+use theriac_command::output::Format;
 use theriac_model::detector::ROWS_MIN;
 use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS, RECORD_CLIP_NORM};
 use theriac_privacy::accountant::noise_multiplier_for;
@@ -76,7 +77,7 @@ pub struct Args {
     /// Each site's δ.
     #[arg(long, value_name = "D", default_value_t = 1e-6)]
     pub delta: f64,
-    /// How the aggregator combines updates: mean, median or trimmed_mean.
+    /// How the aggregator combines updates: `mean`, `median` or `trimmed_mean`.
     #[arg(long, value_name = "NAME", default_value_t = RuleName::TrimmedMean)]
     pub rule: RuleName,
     /// Hostile sites that the rule withstands [default: as many as there are].
@@ -91,6 +92,9 @@ pub struct Args {
     /// Time between two rows, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     pub step: u32,
+    /// `human`, or `json` for the summary on standard output.
+    #[arg(long, default_value = "human")]
+    pub format: Format,
 }
 
 /// Why the command line cannot be carried out.
@@ -191,15 +195,33 @@ impl Settings {
         }
         let terms = match args.privacy {
             Privacy::Off => None,
-            Privacy::Block => Some(terms(PrivacyUnit::Block, BLOCK_ROWS, BLOCK_CLIP_NORM, epsilon, delta)?),
+            Privacy::Block => Some(terms(
+                PrivacyUnit::Block,
+                BLOCK_ROWS,
+                BLOCK_CLIP_NORM,
+                epsilon,
+                delta,
+            )?),
             // The release is made of single regression rows, each of norm at most C/3 = RECORD_CLIP_NORM/6: one record is part
             // of six of them and so moves the sum by at most RECORD_CLIP_NORM = 2C, which is what the ledger charges.
-            Privacy::Record => Some(terms(PrivacyUnit::Record, 1, RECORD_CLIP_NORM / 2.0, epsilon, delta)?),
+            Privacy::Record => Some(terms(
+                PrivacyUnit::Record,
+                1,
+                RECORD_CLIP_NORM / 2.0,
+                epsilon,
+                delta,
+            )?),
         };
         let malicious = args.malicious.zip(args.attack).filter(|(count, _)| *count > 0);
         let byzantine = args.byzantine.unwrap_or(malicious.map_or(0, |(count, _)| count));
         let step = Duration::from_secs(args.step.into());
-        Ok(Self { args, terms, step, malicious, byzantine })
+        Ok(Self {
+            args,
+            terms,
+            step,
+            malicious,
+            byzantine,
+        })
     }
 
     /// Checks what depends on the number of sites.
@@ -217,7 +239,12 @@ impl Settings {
         };
         if found < needed {
             let cold = if cold { " from a cold start" } else { "" };
-            return Err(ArgsError::TooFewSites { mode, cold, needed, found });
+            return Err(ArgsError::TooFewSites {
+                mode,
+                cold,
+                needed,
+                found,
+            });
         }
         let sites = found - usize::from(cold);
         match self.malicious {
@@ -227,7 +254,10 @@ impl Settings {
             _ => {}
         }
         if 2 * self.byzantine >= sites {
-            return Err(ArgsError::TooManyByzantine { byzantine: self.byzantine, sites });
+            return Err(ArgsError::TooManyByzantine {
+                byzantine: self.byzantine,
+                sites,
+            });
         }
         Ok(())
     }
@@ -242,8 +272,18 @@ fn terms(
 ) -> Result<Terms, ArgsError> {
     // Every unit is read once in the whole run, however many rounds there are.
     let noise_multiplier = noise_multiplier_for(epsilon, delta, 1, unit.sensitivity(UpdateKind::Moments))
-        .ok_or(ArgsError::NoNoise { epsilon: epsilon.value(), delta: delta.value() })?;
-    Ok(Terms { unit, epsilon, delta, block_rows, clip_norm: L2Norm::new(clip_norm)?, noise_multiplier })
+        .ok_or(ArgsError::NoNoise {
+            epsilon: epsilon.value(),
+            delta: delta.value(),
+        })?;
+    Ok(Terms {
+        unit,
+        epsilon,
+        delta,
+        block_rows,
+        clip_norm: L2Norm::new(clip_norm)?,
+        noise_multiplier,
+    })
 }
 
 #[cfg(test)]
@@ -262,15 +302,25 @@ mod tests {
     }
 
     fn parse(line: &str) -> Args {
-        let words = ["x", "--data", "d", "--out", "o"].into_iter().chain(line.split_whitespace());
+        let words = ["x", "--data", "d", "--out", "o"]
+            .into_iter()
+            .chain(line.split_whitespace());
         Cli::try_parse_from(words).unwrap().args
     }
 
     #[test]
     fn one_release_is_noised_as_the_accountant_says() {
         let terms = settings("--epsilon 4 --delta 1e-6").terms.unwrap();
-        assert!((1.2..1.4).contains(&terms.noise_multiplier.value()), "σ = {}", terms.noise_multiplier);
-        assert_eq!(settings("--epsilon 4 --rounds 10").terms, Some(terms), "disjoint blocks compose in parallel");
+        assert!(
+            (1.2..1.4).contains(&terms.noise_multiplier.value()),
+            "σ = {}",
+            terms.noise_multiplier
+        );
+        assert_eq!(
+            settings("--epsilon 4 --rounds 10").terms,
+            Some(terms),
+            "disjoint blocks compose in parallel"
+        );
         assert_eq!(settings("--privacy off").terms, None);
     }
 
@@ -280,17 +330,37 @@ mod tests {
             assert!(Settings::check(parse(line)).is_err(), "{line}");
         }
         let words = |line: &str| {
-            let words = ["x", "--data", "d", "--out", "o"].into_iter().chain(line.split_whitespace());
+            let words = ["x", "--data", "d", "--out", "o"]
+                .into_iter()
+                .chain(line.split_whitespace());
             Cli::try_parse_from(words.collect::<Vec<_>>())
         };
-        for line in ["--rule best", "--attack nope --malicious 1", "--malicious 2", "--rounds 0", "--threads 0"] {
+        for line in [
+            "--rule best",
+            "--attack nope --malicious 1",
+            "--malicious 2",
+            "--rounds 0",
+            "--threads 0",
+        ] {
             assert!(words(line).is_err(), "{line}");
         }
         let hostile = settings("--attack nan --malicious 4");
         assert_eq!(hostile.byzantine, 4);
         assert!(hostile.check_sites(9).is_ok());
-        assert!(matches!(hostile.check_sites(8), Err(ArgsError::TooManyByzantine { byzantine: 4, sites: 8 })));
-        assert!(matches!(hostile.check_sites(4), Err(ArgsError::TooManyMalicious { .. })));
-        assert!(matches!(settings("--cold-start 60").check_sites(1), Err(ArgsError::TooFewSites { .. })));
+        assert!(matches!(
+            hostile.check_sites(8),
+            Err(ArgsError::TooManyByzantine {
+                byzantine: 4,
+                sites: 8
+            })
+        ));
+        assert!(matches!(
+            hostile.check_sites(4),
+            Err(ArgsError::TooManyMalicious { .. })
+        ));
+        assert!(matches!(
+            settings("--cold-start 60").check_sites(1),
+            Err(ArgsError::TooFewSites { .. })
+        ));
     }
 }

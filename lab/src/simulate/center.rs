@@ -13,7 +13,8 @@ use theriac_model::global::{GlobalError, GlobalModel, moments_layout};
 use theriac_model::moments;
 use theriac_protocol::compress::encode_f32;
 use theriac_protocol::message::{
-    AnnounceV1, DeclineReason, GateVerdict, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateKind, UpdateV1, WelcomeV1,
+    AnnounceV1, DeclineReason, GateVerdict, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateKind, UpdateV1,
+    WelcomeV1,
 };
 use theriac_protocol::refusal::{RefusalCode, RefusalV1};
 use theriac_protocol::round::{BaseModel, Input, Output, RoundConfig, RoundMachine, RoundTerms};
@@ -100,7 +101,12 @@ impl Center {
     ///
     /// # Errors
     /// [`UnitError`] for terms out of range.
-    pub fn new(settings: &Settings, channels: usize, sites: usize, blocks_max: u32) -> Result<Self, UnitError> {
+    pub fn new(
+        settings: &Settings,
+        channels: usize,
+        sites: usize,
+        blocks_max: u32,
+    ) -> Result<Self, UnitError> {
         let layout = moments_layout(channels);
         let (clip_norm, noise_multiplier, block_rows) = match &settings.terms {
             Some(terms) => (terms.clip_norm, terms.noise_multiplier, terms.block_rows),
@@ -138,7 +144,10 @@ impl Center {
             rule: settings.args.rule.word().to_owned(),
             contributors: 0,
         };
-        let base = BaseModel { version: header.version, digest: header.payload_digest };
+        let base = BaseModel {
+            version: header.version,
+            digest: header.payload_digest,
+        };
         let nonce_seed = Sha256::digest(settings.args.seed.to_le_bytes()).into();
         Ok(Self {
             machine: RoundMachine::new(config, base, Round(0), nonce_seed, Moment::default()),
@@ -160,7 +169,10 @@ impl Center {
 
     /// The model as every edge holds it before the first round.
     pub fn base(&self) -> BaseModel {
-        BaseModel { version: self.header.version, digest: self.header.payload_digest }
+        BaseModel {
+            version: self.header.version,
+            digest: self.header.payload_digest,
+        }
     }
 
     /// Admits a site; what it is told.
@@ -191,9 +203,20 @@ impl Center {
             ToAggregator::Update(header, payload) => self.update(now, node, header, payload),
             ToAggregator::Decline(decline) => {
                 let reason = decline_word(decline.reason);
-                self.record(|record| record.declined.push(Refused { site: node.clone(), reason }));
+                let declined = Refused {
+                    site: node.clone(),
+                    reason,
+                };
+                self.record(|record| record.declined.push(declined));
                 let (round, reason) = (decline.round, decline.reason);
-                self.machine.handle(now, Input::Declined { node: node.clone(), round, reason });
+                self.machine.handle(
+                    now,
+                    Input::Declined {
+                        node: node.clone(),
+                        round,
+                        reason,
+                    },
+                );
                 None
             }
             ToAggregator::FetchModel(fetch) if fetch.version == self.header.version => {
@@ -217,12 +240,28 @@ impl Center {
         let Some(terms) = &self.open else {
             return Some(refusal(RefusalCode::RoundClosed, Some(round)));
         };
-        match validate(RawUpdate { node: node.clone(), header, payload }, terms) {
+        match validate(
+            RawUpdate {
+                node: node.clone(),
+                header,
+                payload,
+            },
+            terms,
+        ) {
             Ok(update) => {
                 let payload_digest = update.header().payload_digest;
                 self.held.insert(node.clone(), update);
                 let node = node.clone();
-                self.machine.handle(now, Input::Update { node, round, nonce, base_digest, payload_digest });
+                self.machine.handle(
+                    now,
+                    Input::Update {
+                        node,
+                        round,
+                        nonce,
+                        base_digest,
+                        payload_digest,
+                    },
+                );
                 None
             }
             Err(error) => {
@@ -239,7 +278,10 @@ impl Center {
             match output {
                 Output::Open { announce, .. } => self.begin(now, announce),
                 Output::Announce { to, announce } => {
-                    messages.extend(to.into_iter().map(|node| (node, ToEdge::Announce(announce.clone()))));
+                    messages.extend(
+                        to.into_iter()
+                            .map(|node| (node, ToEdge::Announce(announce.clone()))),
+                    );
                 }
                 Output::Refuse { node, round, code } => {
                     self.held.remove(&node);
@@ -256,7 +298,11 @@ impl Center {
                     };
                     self.machine.handle(now, input);
                 }
-                Output::Receipt { node, round, payload_digest } => {
+                Output::Receipt {
+                    node,
+                    round,
+                    payload_digest,
+                } => {
                     let receipt = ReceiptV1 {
                         round,
                         payload_digest,
@@ -268,7 +314,11 @@ impl Center {
                 }
                 Output::Aggregate { round, members, .. } => {
                     let input = match self.aggregate(&members) {
-                        Ok((version, digest)) => Input::Aggregated { round, version, digest },
+                        Ok((version, digest)) => Input::Aggregated {
+                            round,
+                            version,
+                            digest,
+                        },
                         Err(error) => {
                             self.record(|record| record.outcome = error.to_string());
                             Input::AggregationFailed { round }
@@ -276,7 +326,12 @@ impl Center {
                     };
                     self.machine.handle(now, input);
                 }
-                Output::Publish { round, version, digest, members } => {
+                Output::Publish {
+                    round,
+                    version,
+                    digest,
+                    members,
+                } => {
                     self.publish(now, round, version, digest, members.len());
                     self.machine.handle(now, Input::Published { round });
                 }
@@ -319,7 +374,10 @@ impl Center {
 
     fn begin(&mut self, now: Moment, announce: AnnounceV1) {
         let round = announce.round;
-        self.records.push(RoundRecord { round: round.0, ..RoundRecord::default() });
+        self.records.push(RoundRecord {
+            round: round.0,
+            ..RoundRecord::default()
+        });
         self.open = Some(announce);
         self.opened_at = now;
         self.held.clear();
@@ -330,7 +388,10 @@ impl Center {
     /// The rule over the sites' sums, times their number; what earlier rounds gave is added, since every round reads other
     /// blocks; then the solve.
     fn aggregate(&mut self, members: &[(NodeId, Digest)]) -> Result<(ModelVersion, Digest), CombineError> {
-        let rows = members.iter().filter_map(|(node, _)| self.stored.get(node)).map(ValidatedUpdate::row);
+        let rows = members
+            .iter()
+            .filter_map(|(node, _)| self.stored.get(node))
+            .map(ValidatedUpdate::row);
         let rows = PayloadRows::new(rows.collect(), self.terms.values)?;
         self.rule.check(members.len())?;
         let combined = self.rule.combine(&rows)?;
@@ -349,18 +410,28 @@ impl Center {
         let mut distances: Vec<f64> = combined.evidence.iter().map(|row| row.distance).collect();
         let middle = distances.len() / 2;
         let median = *distances.select_nth_unstable_by(middle, f64::total_cmp).1;
-        let evidence = members.iter().zip(combined.evidence).map(|((site, _), row)| Evidence {
-            site: site.clone(),
-            row,
-            outvoted: row.distance > OUTVOTED_DISTANCE * median,
-        });
+        let evidence = members
+            .iter()
+            .zip(combined.evidence)
+            .map(|((site, _), row)| Evidence {
+                site: site.clone(),
+                row,
+                outvoted: row.distance > OUTVOTED_DISTANCE * median,
+            });
         let evidence: Vec<Evidence> = evidence.collect();
         let contributors = members.iter().map(|(node, _)| node.clone()).collect();
         self.record(|record| (record.evidence, record.contributors) = (evidence, contributors));
         Ok((self.header.version.next(), digest))
     }
 
-    fn publish(&mut self, now: Moment, round: Round, version: ModelVersion, digest: Digest, contributors: usize) {
+    fn publish(
+        &mut self,
+        now: Moment,
+        round: Round,
+        version: ModelVersion,
+        digest: Digest,
+        contributors: usize,
+    ) {
         if let Some((model, payload)) = self.candidate.take() {
             self.header.version = version;
             self.header.round = round;
@@ -384,7 +455,11 @@ impl Center {
     }
 
     fn refused(&mut self, node: &NodeId, code: RefusalCode) {
-        self.record(|record| record.refused.push(Refused { site: node.clone(), reason: code.word() }));
+        let refused = Refused {
+            site: node.clone(),
+            reason: code.word(),
+        };
+        self.record(|record| record.refused.push(refused));
     }
 
     fn record(&mut self, change: impl FnOnce(&mut RoundRecord)) {
@@ -427,5 +502,9 @@ pub fn verdict_word(verdict: GateVerdict) -> &'static str {
 }
 
 fn refusal(code: RefusalCode, round: Option<Round>) -> ToEdge {
-    ToEdge::Refusal(RefusalV1 { code, round, retry_after_ms: 0 })
+    ToEdge::Refusal(RefusalV1 {
+        code,
+        round,
+        retry_after_ms: 0,
+    })
 }

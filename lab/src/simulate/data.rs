@@ -56,7 +56,9 @@ pub enum DataError {
     #[error(transparent)]
     Read(#[from] ReadError),
     /// Sites that cannot learn together.
-    #[error("site `{site}` has {found} channels in its {part} part, `{first}` has {expected}: all must agree")]
+    #[error(
+        "site `{site}` has {found} channels in its {part} part, `{first}` has {expected}: all must agree"
+    )]
     Channels {
         /// Which.
         site: NodeId,
@@ -87,7 +89,12 @@ pub struct Site {
 impl Site {
     /// A site of these rows.
     pub fn new(name: NodeId, train: Series, test: Series) -> Self {
-        Self { name, train, test, blocks: OnceLock::new() }
+        Self {
+            name,
+            train,
+            test,
+            blocks: OnceLock::new(),
+        }
     }
 
     /// Moments of the blocks of 60 rows, in the order of time; an incomplete last one is left out.
@@ -130,31 +137,49 @@ pub struct Fleet {
 /// [`DataError`]
 pub fn load(path: &Path, wanted: &[String]) -> Result<Fleet, DataError> {
     let known = names(path)?;
-    let wanted: BTreeSet<String> = if wanted.is_empty() { known.clone() } else { wanted.iter().cloned().collect() };
+    let wanted: BTreeSet<String> = if wanted.is_empty() {
+        known.clone()
+    } else {
+        wanted.iter().cloned().collect()
+    };
     for name in &wanted {
         if !known.contains(name) {
             let known = known.into_iter().collect::<Vec<_>>().join(", ");
-            return Err(DataError::UnknownSite { name: name.clone(), path: path.to_owned(), known });
+            return Err(DataError::UnknownSite {
+                name: name.clone(),
+                path: path.to_owned(),
+                known,
+            });
         }
     }
     let wanted: Vec<String> = wanted.into_iter().collect();
     let read = |name: &String| {
-        let node = NodeId::new(name.as_str())
-            .map_err(|_| DataError::Name { path: path.to_owned(), name: name.clone() })?;
+        let node = NodeId::new(name.as_str()).map_err(|_| DataError::Name {
+            path: path.to_owned(),
+            name: name.clone(),
+        })?;
         let train = read_series(&path.join(format!("{name}{TRAIN}")))?;
         let test = read_series(&path.join(format!("{name}{TEST}")))?;
         Ok::<_, DataError>(Site::new(node, train, test))
     };
     let sites: Vec<Site> = wanted.par_iter().map(read).collect::<Result<_, _>>()?;
     let Some(first) = sites.first() else {
-        return Err(DataError::NoSites { path: path.to_owned() });
+        return Err(DataError::NoSites {
+            path: path.to_owned(),
+        });
     };
     let expected = first.train.channels();
     for site in &sites {
         for (part, series) in [("train", &site.train), ("test", &site.test)] {
             if series.channels() != expected {
                 let (site, first) = (site.name.clone(), first.name.clone());
-                return Err(DataError::Channels { site, part, found: series.channels(), first, expected });
+                return Err(DataError::Channels {
+                    site,
+                    part,
+                    found: series.channels(),
+                    first,
+                    expected,
+                });
             }
         }
     }
@@ -163,7 +188,10 @@ pub fn load(path: &Path, wanted: &[String]) -> Result<Fleet, DataError> {
 }
 
 fn names(path: &Path) -> Result<BTreeSet<String>, DataError> {
-    let directory = |source| DataError::Directory { path: path.to_owned(), source };
+    let directory = |source| DataError::Directory {
+        path: path.to_owned(),
+        source,
+    };
     let mut names = BTreeSet::new();
     for entry in std::fs::read_dir(path).map_err(directory)? {
         let name = entry.map_err(directory)?.file_name();
@@ -172,7 +200,9 @@ fn names(path: &Path) -> Result<BTreeSet<String>, DataError> {
         }
     }
     if names.is_empty() {
-        return Err(DataError::NoSites { path: path.to_owned() });
+        return Err(DataError::NoSites {
+            path: path.to_owned(),
+        });
     }
     Ok(names)
 }
@@ -181,7 +211,9 @@ fn names(path: &Path) -> Result<BTreeSet<String>, DataError> {
 pub fn pooled<'a>(sites: impl IntoIterator<Item = &'a Site>, schema: &FeatureSchema) -> Vec<f32> {
     let mut sum = vec![0.0_f64; moments_layout(schema.channels()).len()];
     for block in sites.into_iter().flat_map(|site| site.blocks(schema)) {
-        sum.iter_mut().zip(block).for_each(|(sum, value)| *sum += f64::from(*value));
+        sum.iter_mut()
+            .zip(block)
+            .for_each(|(sum, value)| *sum += f64::from(*value));
     }
     #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
     let sum = sum.into_iter().map(|value| value as f32).collect();
@@ -201,7 +233,9 @@ mod tests {
     fn every_block_belongs_to_exactly_one_round() {
         for (rows, rounds) in [(600, 1), (600, 3), (601, 7), (59, 2)] {
             let site = site(rows);
-            let units: Vec<u64> = (0..rounds).flat_map(|round| site.units(BLOCK_ROWS, round, rounds)).collect();
+            let units: Vec<u64> = (0..rounds)
+                .flat_map(|round| site.units(BLOCK_ROWS, round, rounds))
+                .collect();
             assert_eq!(units, (0..(rows / BLOCK_ROWS) as u64).collect::<Vec<_>>());
         }
     }
@@ -210,7 +244,11 @@ mod tests {
     fn records_of_different_rounds_share_no_row() {
         let site = site(100);
         assert_eq!((site.units(1, 0, 2), site.units(1, 1, 2)), (0..50, 50..100));
-        assert_eq!(site.records(&FeatureSchema::recorded("t", 1), &(0..50), 6.0).len(), 40);
+        assert_eq!(
+            site.records(&FeatureSchema::recorded("t", 1), &(0..50), 6.0)
+                .len(),
+            40
+        );
     }
 
     #[test]
@@ -218,10 +256,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = load(&dir.path().join("none"), &[]).unwrap_err();
         assert!(matches!(error, DataError::Directory { .. }));
-        assert!(matches!(load(dir.path(), &[]).unwrap_err(), DataError::NoSites { .. }));
+        assert!(matches!(
+            load(dir.path(), &[]).unwrap_err(),
+            DataError::NoSites { .. }
+        ));
         std::fs::write(dir.path().join("a.train.npy.gz"), b"").unwrap();
         let error = load(dir.path(), &["b".to_owned()]).unwrap_err().to_string();
-        assert!(error.contains("no site `b`") && error.contains("there are: a"), "{error}");
+        assert!(
+            error.contains("no site `b`") && error.contains("there are: a"),
+            "{error}"
+        );
         assert!(matches!(load(dir.path(), &[]).unwrap_err(), DataError::Read(_)));
     }
 }

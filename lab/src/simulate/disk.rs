@@ -22,7 +22,10 @@ pub struct Disk<S, W, T> {
 impl<S: Store<W>, W, T> Disk<S, W, T> {
     /// A disk with this on it.
     pub fn new(durable: S) -> Self {
-        Self { durable, pending: VecDeque::new() }
+        Self {
+            durable,
+            pending: VecDeque::new(),
+        }
     }
 
     /// What would be there after a power failure now.
@@ -38,7 +41,9 @@ impl<S: Store<W>, W, T> Disk<S, W, T> {
     /// Makes the oldest transaction durable.
     pub fn sync_next(&mut self) -> Option<(Vec<W>, T)> {
         let (writes, then) = self.pending.pop_front()?;
-        writes.iter().for_each(|write| self.durable.apply(write));
+        for write in &writes {
+            self.durable.apply(write);
+        }
         Some((writes, then))
     }
 
@@ -47,7 +52,9 @@ impl<S: Store<W>, W, T> Disk<S, W, T> {
     pub fn crash(&mut self, survivors: usize) -> Vec<W> {
         self.pending.truncate(survivors);
         let survived: Vec<W> = self.pending.drain(..).flat_map(|(writes, _)| writes).collect();
-        survived.iter().for_each(|write| self.durable.apply(write));
+        for write in &survived {
+            self.durable.apply(write);
+        }
         survived
     }
 

@@ -113,10 +113,23 @@ pub fn run(
     let settled = |(node, member): (NodeId, Member<'_>)| {
         let epsilon = member.epsilon();
         let detector = member.detector.map(|(detector, _)| detector);
-        (node, Settled { detector, verdict: member.verdict, epsilon })
+        (
+            node,
+            Settled {
+                detector,
+                verdict: member.verdict,
+                epsilon,
+            },
+        )
     };
     let sites = federation.members.into_iter().map(settled).collect();
-    Ok(Outcome { header, model, records, traffic: federation.traffic, sites })
+    Ok(Outcome {
+        header,
+        model,
+        records,
+        traffic: federation.traffic,
+        sites,
+    })
 }
 
 /// A message on its way.
@@ -178,9 +191,16 @@ impl<'a> Federation<'a, '_> {
                         let (round, nonce) = (announce.round, announce.nonce);
                         let made = member
                             .train(&announce, self.settings, self.schema)
-                            .map_err(|source| FederationError::Member { site: node.clone(), source })?;
+                            .map_err(|source| FederationError::Member {
+                                site: node.clone(),
+                                source,
+                            })?;
                         let input = match made {
-                            Ok(payload_digest) => Input::Trained { round, nonce, payload_digest },
+                            Ok(payload_digest) => Input::Trained {
+                                round,
+                                nonce,
+                                payload_digest,
+                            },
                             Err(reason) => Input::CannotTrain { round, nonce, reason },
                         };
                         member.participant.handle(self.now, input);
@@ -217,7 +237,9 @@ impl<'a> Federation<'a, '_> {
 
     /// Where bytes of a site are counted; what is said before the first round counts as its part.
     fn count(&mut self, node: &NodeId) -> &mut Traffic {
-        self.traffic.entry((self.center.round().max(1), node.clone())).or_default()
+        self.traffic
+            .entry((self.center.round().max(1), node.clone()))
+            .or_default()
     }
 
     fn deliver(&mut self, node: NodeId, message: Message) -> Result<(), FederationError> {
@@ -256,15 +278,22 @@ impl<'a> Federation<'a, '_> {
                 && let Some((header, _)) = &member.model
             {
                 let version = header.version;
-                member.participant.handle(self.now, Input::Judged { version, verdict });
+                member
+                    .participant
+                    .handle(self.now, Input::Judged { version, verdict });
             }
         }
     }
 
     /// Jumps to the next deadline; `false` when there is none and all is over.
     fn pass_time(&mut self) -> bool {
-        let members = self.members.values().filter_map(|member| member.participant.poll_timeout());
-        let Some(next) = members.chain(self.center.timeout()).min() else { return false };
+        let members = self
+            .members
+            .values()
+            .filter_map(|member| member.participant.poll_timeout());
+        let Some(next) = members.chain(self.center.timeout()).min() else {
+            return false;
+        };
         self.now = self.now.max(next);
         self.center.handle_timeout(self.now);
         for member in self.members.values_mut() {

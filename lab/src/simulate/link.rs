@@ -51,7 +51,9 @@ impl Weather {
             return Vec::new();
         }
         let copies = 1 + usize::from(rng.random_ratio(self.doubling(), 100));
-        (0..copies).map(|_| Duration::from_millis(rng.random_range(self.latency_ms()))).collect()
+        (0..copies)
+            .map(|_| Duration::from_millis(rng.random_range(self.latency_ms())))
+            .collect()
     }
 
     /// Whether the loss of a message ends the session, as it would on a real transport.

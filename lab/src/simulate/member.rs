@@ -136,7 +136,9 @@ impl<'a> Member<'a> {
     ) -> Result<Result<Digest, DeclineReason>, MemberError> {
         let rounds = u64::from(settings.args.rounds);
         let block_rows = usize::try_from(announce.block_rows).unwrap_or(usize::MAX);
-        let ids = self.site.units(block_rows, announce.round.0.saturating_sub(1), rounds);
+        let ids = self
+            .site
+            .units(block_rows, announce.round.0.saturating_sub(1), rounds);
         if ids.end - ids.start < u64::from(announce.blocks_min) {
             return Ok(Err(DeclineReason::TooFewBlocks));
         }
@@ -164,7 +166,9 @@ impl<'a> Member<'a> {
                 let read = |blocks: &[u64]| read_units(self.site, schema, unit, blocks, announce);
                 let local = LocalUpdate::moments(reservation, announce.layout_digest, read)?;
                 let noisy = local.clip().noise(&OpenDpGaussian)?;
-                let tampered = self.attack.map(|attack| attack.apply(announce.round, noisy.values().to_vec()));
+                let tampered = self
+                    .attack
+                    .map(|attack| attack.apply(announce.round, noisy.values().to_vec()));
                 let rng = &mut self.rng;
                 let compressed = noisy.compress(|| rng.random());
                 ledger.mark_released(id, compressed.payload_digest(), Timestamp(announce.round.0))?;
@@ -193,7 +197,9 @@ impl<'a> Member<'a> {
         for unit in units {
             let norm = unit.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
             let scale = (announce.clip_norm.value() / norm).min(1.0);
-            sum.iter_mut().zip(&unit).for_each(|(sum, value)| *sum += scale * f64::from(*value));
+            sum.iter_mut()
+                .zip(&unit)
+                .for_each(|(sum, value)| *sum += scale * f64::from(*value));
         }
         #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
         let values: Vec<f32> = sum.into_iter().map(|value| value as f32).collect();
@@ -268,23 +274,32 @@ fn read_units(
 ) -> Vec<Vec<f32>> {
     let index = |id: &u64| usize::try_from(*id).unwrap_or(usize::MAX);
     match (unit, ids) {
-        (_, []) => Vec::new(),
         (PrivacyUnit::Block, ids) => {
             let blocks = site.blocks(schema);
-            ids.iter().filter_map(|id| blocks.get(index(id)).cloned()).collect()
+            ids.iter()
+                .filter_map(|id| blocks.get(index(id)).cloned())
+                .collect()
         }
         (PrivacyUnit::Record, [first, .., last]) => {
             // Announced is half of what one record can move.
-            site.records(schema, &(index(first)..index(last) + 1), 2.0 * announce.clip_norm.value())
+            site.records(
+                schema,
+                &(index(first)..index(last) + 1),
+                2.0 * announce.clip_norm.value(),
+            )
         }
-        (PrivacyUnit::Record, [_]) => Vec::new(),
+        (PrivacyUnit::Record, _) => Vec::new(),
     }
 }
 
 /// The same update with these values, written exactly.
 fn exact(header: UpdateV1, values: &[f32]) -> (UpdateV1, Bytes) {
     let payload = Bytes::from(encode_f32(values));
-    let header = UpdateV1 { encoding: Encoding::F32, payload_digest: Digest::of(&payload), ..header };
+    let header = UpdateV1 {
+        encoding: Encoding::F32,
+        payload_digest: Digest::of(&payload),
+        ..header
+    };
     (header, payload)
 }
 
@@ -297,7 +312,15 @@ fn open_ledger(site: &Site, terms: &Terms, settings: &Settings, dir: &Path) -> R
         terms.epsilon.value(),
         terms.delta.value(),
     ))?;
-    let directory = |source| MemberError::Directory { path: dir.to_owned(), source };
+    let directory = |source| MemberError::Directory {
+        path: dir.to_owned(),
+        source,
+    };
     std::fs::create_dir_all(dir).map_err(directory)?;
-    Ok(Ledger::open(&dir.join(format!("{}.log", site.name)), &site.name, policy, Timestamp(0))?)
+    Ok(Ledger::open(
+        &dir.join(format!("{}.log", site.name)),
+        &site.name,
+        policy,
+        Timestamp(0),
+    )?)
 }

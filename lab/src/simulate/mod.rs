@@ -6,15 +6,24 @@
 //! nothing is left to do.
 //!
 //! Read [`args`] (what can be asked), [`data`] (the sites), [`member`] (a site in a federation), [`center`] (the aggregator),
-//! [`federation`] (both, until the last round is over), [`run`] (the experiment) and [`summary`] (what it leaves behind).
+//! [`federation`] (both, until the last round is over), [`run`](mod@run) (the experiment) and [`summary`] (what it leaves behind).
+//!
+//! Beside it lies the seeded world of faults, [`world`] with its [`link`]s and [`disk`]s, in which nothing is learnt and
+//! everything is dropped, delayed, repeated and crashed.
 
 pub mod args;
 pub mod center;
 pub mod data;
+pub mod disk;
 pub mod federation;
+pub mod link;
 pub mod member;
 pub mod run;
 pub mod summary;
+pub mod world;
+
+#[cfg(test)]
+mod tests;
 
 pub use args::Args;
-pub use run::{SimulateError, run};
+pub use run::{SimulateError, Simulated, run};

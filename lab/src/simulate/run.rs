@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use rayon::prelude::*;
-use theriac_model::detector::{Detector, DetectorError, FitOptions, ModelFileError, Provenance, WARM_UP_ROWS};
+use theriac_command::output;
+use theriac_model::detector::{
+    Detector, DetectorError, FitOptions, ModelFileError, Provenance, WARM_UP_ROWS,
+};
 use theriac_model::global::{GlobalError, GlobalModel, OwnLagWeights};
 use theriac_model::io::{write_npy_f32, write_npy_u8};
 use theriac_model::moments;
@@ -76,10 +79,41 @@ pub enum SimulateError {
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
 
-impl SimulateError {
-    /// Whether the command line is to blame, not the run.
-    pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Args(_))
+/// What came of a simulation.
+#[derive(Debug)]
+pub struct Simulated {
+    /// What `summary.json` holds.
+    pub summary: serde_json::Value,
+    /// Each site.
+    pub sites: BTreeMap<NodeId, SiteReport>,
+}
+
+impl Simulated {
+    /// A table for people.
+    pub fn table(&self) -> String {
+        let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+        let row = |(site, report): (&NodeId, &SiteReport)| {
+            vec![
+                site.to_string(),
+                report.train_rows.to_string(),
+                report.test_rows.to_string(),
+                number(Some(report.alarms_per_day)),
+                report.gate.unwrap_or("-").to_owned(),
+                number(report.epsilon),
+            ]
+        };
+        let rows: Vec<_> = self.sites.iter().map(row).collect();
+        output::table(
+            &[
+                "Site",
+                "Train rows",
+                "Test rows",
+                "Alarms a day",
+                "Global model",
+                "Epsilon",
+            ],
+            &rows,
+        )
     }
 }
 
@@ -87,7 +121,7 @@ impl SimulateError {
 ///
 /// # Errors
 /// [`SimulateError`]; files written until then stay.
-pub fn run(args: Args) -> Result<serde_json::Value, SimulateError> {
+pub fn run(args: Args) -> Result<Simulated, SimulateError> {
     let settings = Settings::check(args)?;
     let mut pool = rayon::ThreadPoolBuilder::new();
     if let Some(threads) = settings.args.threads {
@@ -96,25 +130,38 @@ pub fn run(args: Args) -> Result<serde_json::Value, SimulateError> {
     pool.build()?.install(|| simulate(&settings))
 }
 
-fn simulate(settings: &Settings) -> Result<serde_json::Value, SimulateError> {
+fn simulate(settings: &Settings) -> Result<Simulated, SimulateError> {
     let started = Instant::now();
     let fleet = load(&settings.args.data, &settings.args.sites)?;
     settings.check_sites(fleet.sites.len())?;
     let out = Directories::create(&settings.args.out)?;
-    let run = Run { settings, fleet: &fleet, out: &out, progress: Progress::new(fleet.sites.len()) };
+    let run = Run {
+        settings,
+        fleet: &fleet,
+        out: &out,
+        progress: Progress::new(fleet.sites.len()),
+    };
     let (sites, federations) = match (settings.args.mode, settings.args.cold_start) {
         (Mode::Local, _) => (run.alone()?, Vec::new()),
         (Mode::Central, _) => (run.central()?, Vec::new()),
         (Mode::Federated, None) => run.together()?,
         (Mode::Federated, Some(_)) => run.newcomers()?,
     };
-    let parameters = GlobalModel::initial(fleet.schema.channels(), settings.args.seed).values().len();
-    let summary = summary(settings, &sites, &federations, parameters, started.elapsed().as_secs_f64());
+    let parameters = GlobalModel::initial(fleet.schema.channels(), settings.args.seed)
+        .values()
+        .len();
+    let summary = summary(
+        settings,
+        &sites,
+        &federations,
+        parameters,
+        started.elapsed().as_secs_f64(),
+    );
     write_rounds(&out.root.join("rounds.jsonl"), &federations)?;
     let path = out.root.join("summary.json");
     let text = format!("{summary:#}\n");
     fs::write(&path, text).map_err(|source| SimulateError::Write { path, source })?;
-    Ok(summary)
+    Ok(Simulated { summary, sites })
 }
 
 type Sites = BTreeMap<NodeId, SiteReport>;
@@ -142,7 +189,10 @@ impl<'a> Run<'a> {
             let weights = moments::solve(&pooled(sites, schema), 1, 0.0, moments::BLOCK_CLIP_NORM, channels);
             GlobalModel::initial(channels, self.settings.args.seed).with_own_lag(&weights)
         };
-        self.fleet.sites.par_iter().for_each(|site| _ = site.blocks(schema));
+        self.fleet
+            .sites
+            .par_iter()
+            .for_each(|site| _ = site.blocks(schema));
         let cold = self.settings.args.cold_start.is_some();
         if !cold {
             self.save_global(&model(None)?, &Provenance::default())?;
@@ -150,7 +200,9 @@ impl<'a> Run<'a> {
         let one = |site: &Site| {
             let (local, rows) = self.local(site)?;
             let model = model(cold.then_some(&site.name))?;
-            let fitted = local.refit_with_global(&rows, &model).map_err(|source| self.failed(site, source))?;
+            let fitted = local
+                .refit_with_global(&rows, &model)
+                .map_err(|source| failed(site, source))?;
             self.score(site, &fitted, None, None)
         };
         self.each_site(one)
@@ -158,7 +210,12 @@ impl<'a> Run<'a> {
 
     /// All sites in one federation.
     fn together(&self) -> Result<(Sites, Vec<FederationReport>), SimulateError> {
-        let locals: Vec<_> = self.fleet.sites.par_iter().map(|site| self.local(site)).collect::<Result<_, _>>()?;
+        let locals: Vec<_> = self
+            .fleet
+            .sites
+            .par_iter()
+            .map(|site| self.local(site))
+            .collect::<Result<_, _>>()?;
         let hostile = self.hostile(None);
         let (center, mut members) = self.members(None, &hostile)?;
         for (member, local) in members.iter_mut().zip(locals) {
@@ -175,7 +232,10 @@ impl<'a> Run<'a> {
     fn newcomers(&self) -> Result<(Sites, Vec<FederationReport>), SimulateError> {
         // Made once, read by every federation.
         if self.settings.terms.is_none_or(|terms| terms.block_rows > 1) {
-            self.fleet.sites.par_iter().for_each(|site| _ = site.blocks(&self.fleet.schema));
+            self.fleet
+                .sites
+                .par_iter()
+                .for_each(|site| _ = site.blocks(&self.fleet.schema));
         }
         let one = |site: &'a Site| {
             let hostile = self.hostile(Some(&site.name));
@@ -185,9 +245,18 @@ impl<'a> Run<'a> {
             let outcome =
                 federation::run(center, members, Some(newcomer), self.settings, &self.fleet.schema)?;
             let scored = self.score_member(site, &outcome)?;
-            Ok((site.name.clone(), scored, report(&outcome, Some(&site.name), hostile)))
+            Ok((
+                site.name.clone(),
+                scored,
+                report(&outcome, Some(&site.name), hostile),
+            ))
         };
-        let all: Vec<_> = self.fleet.sites.par_iter().map(one).collect::<Result<_, SimulateError>>()?;
+        let all: Vec<_> = self
+            .fleet
+            .sites
+            .par_iter()
+            .map(one)
+            .collect::<Result<_, SimulateError>>()?;
         let (mut sites, mut reports) = (BTreeMap::new(), Vec::new());
         for (name, site, report) in all {
             sites.insert(name, site);
@@ -206,9 +275,12 @@ impl<'a> Run<'a> {
             }
             None => (site.train.clone(), None),
         };
-        let options = FitOptions { prior, ..FitOptions::new(self.settings.step) };
+        let options = FitOptions {
+            prior,
+            ..FitOptions::new(self.settings.step)
+        };
         let detector =
-            Detector::fit(&self.fleet.schema, &rows, &options).map_err(|source| self.failed(site, source))?;
+            Detector::fit(&self.fleet.schema, &rows, &options).map_err(|source| failed(site, source))?;
         Ok((detector, Arc::new(rows)))
     }
 
@@ -216,7 +288,11 @@ impl<'a> Run<'a> {
     fn hostile(&self, newcomer: Option<&NodeId>) -> BTreeSet<NodeId> {
         let count = self.settings.malicious.map_or(0, |(count, _)| count);
         let names = self.fleet.sites.iter().map(|site| &site.name);
-        names.filter(|name| Some(*name) != newcomer).take(count).cloned().collect()
+        names
+            .filter(|name| Some(*name) != newcomer)
+            .take(count)
+            .cloned()
+            .collect()
     }
 
     fn members(
@@ -224,11 +300,28 @@ impl<'a> Run<'a> {
         newcomer: Option<&NodeId>,
         hostile: &BTreeSet<NodeId>,
     ) -> Result<(Center, Vec<Member<'a>>), SimulateError> {
-        let sites: Vec<&Site> = self.fleet.sites.iter().filter(|site| Some(&site.name) != newcomer).collect();
-        let block_rows = self.settings.terms.map_or(moments::BLOCK_ROWS, |terms| terms.block_rows);
-        let longest = sites.iter().map(|site| site.train.rows() / block_rows).max().unwrap_or(0);
+        let sites: Vec<&Site> = self
+            .fleet
+            .sites
+            .iter()
+            .filter(|site| Some(&site.name) != newcomer)
+            .collect();
+        let block_rows = self
+            .settings
+            .terms
+            .map_or(moments::BLOCK_ROWS, |terms| terms.block_rows);
+        let longest = sites
+            .iter()
+            .map(|site| site.train.rows() / block_rows)
+            .max()
+            .unwrap_or(0);
         let blocks_max = u32::try_from(longest).unwrap_or(u32::MAX).max(1);
-        let center = Center::new(self.settings, self.fleet.schema.channels(), sites.len(), blocks_max)?;
+        let center = Center::new(
+            self.settings,
+            self.fleet.schema.channels(),
+            sites.len(),
+            blocks_max,
+        )?;
         let place = newcomer.map_or("all", NodeId::as_str);
         let place = NodeId::new(place)?;
         let mut members = Vec::new();
@@ -244,20 +337,34 @@ impl<'a> Run<'a> {
 
     fn member(&self, site: &'a Site, center: &Center, place: &NodeId) -> Result<Member<'a>, SimulateError> {
         let dir = self.out.ledgers.join(place.as_str());
-        Member::new(site, self.settings, self.fleet.schema.channels(), center.base(), &dir)
-            .map_err(|source| SimulateError::Member { site: site.name.clone(), source })
+        Member::new(
+            site,
+            self.settings,
+            self.fleet.schema.channels(),
+            center.base(),
+            &dir,
+        )
+        .map_err(|source| SimulateError::Member {
+            site: site.name.clone(),
+            source,
+        })
     }
 
     fn each_site(
         &self,
         one: impl Fn(&'a Site) -> Result<SiteReport, SimulateError> + Sync,
     ) -> Result<Sites, SimulateError> {
-        self.fleet.sites.par_iter().map(|site| Ok((site.name.clone(), one(site)?))).collect()
+        self.fleet
+            .sites
+            .par_iter()
+            .map(|site| Ok((site.name.clone(), one(site)?)))
+            .collect()
     }
 
     fn score_member(&self, site: &Site, outcome: &Outcome) -> Result<SiteReport, SimulateError> {
         let settled = outcome.sites.get(&site.name);
-        let Some((settled, detector)) = settled.and_then(|settled| settled.detector.as_ref().map(|d| (settled, d)))
+        let Some((settled, detector)) =
+            settled.and_then(|settled| settled.detector.as_ref().map(|d| (settled, d)))
         else {
             return self.score(site, &self.local(site)?.0, None, None);
         };
@@ -266,8 +373,15 @@ impl<'a> Run<'a> {
             detector.set_provenance(provenance(outcome, settled.epsilon, self.settings));
         }
         let report = self.score(site, &detector, settled.verdict, Some(outcome))?;
-        let delta = settled.epsilon.and(self.settings.terms).map(|terms| terms.delta.value());
-        Ok(SiteReport { epsilon: settled.epsilon, delta, ..report })
+        let delta = settled
+            .epsilon
+            .and(self.settings.terms)
+            .map(|terms| terms.delta.value());
+        Ok(SiteReport {
+            epsilon: settled.epsilon,
+            delta,
+            ..report
+        })
     }
 
     /// Scores a site's test part and writes what came of it.
@@ -278,7 +392,9 @@ impl<'a> Run<'a> {
         verdict: Option<GateVerdict>,
         outcome: Option<&Outcome>,
     ) -> Result<SiteReport, SimulateError> {
-        let (scores, causes) = detector.explain_series(&site.test).map_err(|source| self.failed(site, source))?;
+        let (scores, causes) = detector
+            .explain_series(&site.test)
+            .map_err(|source| failed(site, source))?;
         let (alarms, raised) = alarms(detector, &scores);
         let name = site.name.as_str();
         let (rows, channels) = (site.test.rows(), site.test.channels());
@@ -296,7 +412,10 @@ impl<'a> Run<'a> {
 
         let days = rows as f64 * self.settings.step.as_secs_f64() / 86_400.0;
         let mean = |bytes: fn(&federation::Traffic) -> u64| {
-            let traffic = outcome?.traffic.iter().filter(|((_, node), _)| *node == site.name);
+            let traffic = outcome?
+                .traffic
+                .iter()
+                .filter(|((_, node), _)| *node == site.name);
             let bytes: Vec<f64> = traffic.map(|(_, traffic)| bytes(traffic) as f64).collect();
             (!bytes.is_empty()).then(|| bytes.iter().sum::<f64>() / bytes.len() as f64)
         };
@@ -318,9 +437,12 @@ impl<'a> Run<'a> {
     fn save_global(&self, model: &GlobalModel, provenance: &Provenance) -> Result<(), SimulateError> {
         Ok(model.save(&self.out.model, "global", &self.fleet.schema, provenance)?)
     }
+}
 
-    fn failed(&self, site: &Site, source: DetectorError) -> SimulateError {
-        SimulateError::Detector { site: site.name.clone(), source }
+fn failed(site: &Site, source: DetectorError) -> SimulateError {
+    SimulateError::Detector {
+        site: site.name.clone(),
+        source,
     }
 }
 
@@ -338,7 +460,10 @@ fn alarms(detector: &Detector, scores: &[f32]) -> (Vec<u8>, u64) {
 
 fn provenance(outcome: &Outcome, epsilon: Option<f64>, settings: &Settings) -> Provenance {
     let header = &outcome.header;
-    let delta = settings.terms.filter(|_| epsilon.is_some()).map(|terms| Delta::value(terms.delta));
+    let delta = settings
+        .terms
+        .filter(|_| epsilon.is_some())
+        .map(|terms| Delta::value(terms.delta));
     Provenance {
         model_version: header.version.0,
         round: header.round.0,
@@ -354,7 +479,11 @@ fn report(outcome: &Outcome, newcomer: Option<&NodeId>, hostile: BTreeSet<NodeId
         newcomer: newcomer.cloned(),
         records: outcome.records.clone(),
         traffic: outcome.traffic.clone(),
-        epsilon: outcome.sites.iter().map(|(node, settled)| (node.clone(), settled.epsilon)).collect(),
+        epsilon: outcome
+            .sites
+            .iter()
+            .map(|(node, settled)| (node.clone(), settled.epsilon))
+            .collect(),
         hostile,
     }
 }
@@ -368,7 +497,10 @@ fn write_rounds(path: &Path, federations: &[FederationReport]) -> Result<(), Sim
         }
         file.flush()
     };
-    write().map_err(|source| SimulateError::Write { path: path.to_owned(), source })
+    write().map_err(|source| SimulateError::Write {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Where results go.
@@ -395,12 +527,21 @@ impl Directories {
             ledgers,
         };
         let write = |path: &PathBuf, result: io::Result<()>| {
-            result.map_err(|source| SimulateError::Write { path: path.clone(), source })
+            result.map_err(|source| SimulateError::Write {
+                path: path.clone(),
+                source,
+            })
         };
         if directories.ledgers.exists() {
             write(&directories.ledgers, fs::remove_dir_all(&directories.ledgers))?;
         }
-        let Self { scores, alarms, causes, model, .. } = &directories;
+        let Self {
+            scores,
+            alarms,
+            causes,
+            model,
+            ..
+        } = &directories;
         for path in [scores, alarms, causes, model] {
             write(path, fs::create_dir_all(path))?;
         }
@@ -417,13 +558,19 @@ struct Progress {
 
 impl Progress {
     fn new(total: usize) -> Self {
-        Self { total, done: AtomicUsize::new(0) }
+        Self {
+            total,
+            done: AtomicUsize::new(0),
+        }
     }
 
     fn line(&self, site: &str, rows: usize, alarms: u64, gate: Option<&str>) {
         let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
         let gate = gate.map_or_else(String::new, |gate| format!(", model {gate}"));
-        let line = format!("[{done}/{}] {site}: {rows} rows scored, {alarms} alarms{gate}\n", self.total);
+        let line = format!(
+            "[{done}/{}] {site}: {rows} rows scored, {alarms} alarms{gate}\n",
+            self.total
+        );
         // Progress is a courtesy: nobody may be listening.
         io::stderr().write_all(line.as_bytes()).ok();
     }

@@ -50,9 +50,26 @@ impl FederationReport {
     /// The lines of `rounds.jsonl`.
     pub fn lines(&self) -> impl Iterator<Item = RoundLine<'_>> {
         self.records.iter().map(|record| {
-            let traffic = self.traffic.iter().filter(|((round, _), _)| *round == record.round);
-            let bytes = traffic.map(|((_, site), t)| (site, Bytes { up: t.up, down: t.down })).collect();
-            RoundLine { newcomer: self.newcomer.as_ref(), record, bytes }
+            let traffic = self
+                .traffic
+                .iter()
+                .filter(|((round, _), _)| *round == record.round);
+            let bytes = traffic
+                .map(|((_, site), t)| {
+                    (
+                        site,
+                        Bytes {
+                            up: t.up,
+                            down: t.down,
+                        },
+                    )
+                })
+                .collect();
+            RoundLine {
+                newcomer: self.newcomer.as_ref(),
+                record,
+                bytes,
+            }
         })
     }
 
@@ -66,9 +83,14 @@ impl FederationReport {
                 newcomer: self.newcomer.clone(),
                 hostile: self.hostile.contains(site),
             };
-            let refused = record.refused.iter().map(move |refused| caught(&refused.site, refused.reason));
+            let refused = record
+                .refused
+                .iter()
+                .map(move |refused| caught(&refused.site, refused.reason));
             let outvoted = record.evidence.iter().filter(|evidence| evidence.outvoted);
-            refused.chain(outvoted.map(move |evidence| caught(&evidence.site, "outvoted"))).collect::<Vec<_>>()
+            refused
+                .chain(outvoted.map(move |evidence| caught(&evidence.site, "outvoted")))
+                .collect::<Vec<_>>()
         })
     }
 }
@@ -121,16 +143,32 @@ pub fn summary(
     seconds: f64,
 ) -> serde_json::Value {
     let args = &settings.args;
-    let published = federations.iter().map(|f| f.records.iter().filter(|r| r.outcome == "published").count());
-    let aborted = federations.iter().map(|f| f.records.iter().filter(|r| r.outcome != "published").count());
+    let published = federations
+        .iter()
+        .map(|f| f.records.iter().filter(|r| r.outcome == "published").count());
+    let aborted = federations
+        .iter()
+        .map(|f| f.records.iter().filter(|r| r.outcome != "published").count());
     let traffic: Vec<&Traffic> = federations.iter().flat_map(|f| f.traffic.values()).collect();
-    let mean = |total: u64| if traffic.is_empty() { 0.0 } else { total as f64 / traffic.len() as f64 };
+    let mean = |total: u64| {
+        if traffic.is_empty() {
+            0.0
+        } else {
+            total as f64 / traffic.len() as f64
+        }
+    };
     let mut refusals = BTreeMap::<&str, u64>::new();
-    for refused in federations.iter().flat_map(|f| &f.records).flat_map(|r| &r.refused) {
+    for refused in federations
+        .iter()
+        .flat_map(|f| &f.records)
+        .flat_map(|r| &r.refused)
+    {
         *refusals.entry(refused.reason).or_default() += 1;
     }
-    let (caught, suspected): (Vec<Caught>, Vec<Caught>) =
-        federations.iter().flat_map(FederationReport::caught).partition(|caught| caught.hostile);
+    let (caught, suspected): (Vec<Caught>, Vec<Caught>) = federations
+        .iter()
+        .flat_map(FederationReport::caught)
+        .partition(|caught| caught.hostile);
     let attack = settings.malicious.map(|(_, attack)| {
         let malicious: BTreeSet<&NodeId> = federations.iter().flat_map(|f| &f.hostile).collect();
         serde_json::json!({

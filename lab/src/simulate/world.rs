@@ -62,7 +62,6 @@ pub enum Forgery {
 /// The world.
 #[derive(Debug)]
 pub struct World {
-    config: WorldConfig,
     rng: ChaCha8Rng,
     now: Moment,
     /// Happens in this order; the number keeps simultaneous events in the order they were made.
@@ -81,19 +80,57 @@ pub struct World {
 /// to a session carries the session's.
 #[derive(Debug)]
 enum Event {
-    ToAggregator { edge: usize, session: u64, frame: Frame },
-    ToEdge { edge: usize, session: u64, frame: Frame },
-    AggregatorSync { life: u64 },
-    AggregatorAnswer { life: u64, input: round::Input },
-    AggregatorNotices { edge: usize, session: u64 },
+    ToAggregator {
+        edge: usize,
+        session: u64,
+        frame: Frame,
+    },
+    ToEdge {
+        edge: usize,
+        session: u64,
+        frame: Frame,
+    },
+    AggregatorSync {
+        life: u64,
+    },
+    AggregatorAnswer {
+        life: u64,
+        input: round::Input,
+    },
+    AggregatorNotices {
+        edge: usize,
+        session: u64,
+    },
     RestartAggregator,
-    EdgeSync { edge: usize, life: u64 },
-    EdgeAnswer { edge: usize, life: u64, input: participant::Input },
-    EdgeNotices { edge: usize, session: u64 },
-    EdgeTrained { edge: usize, life: u64, job: edge::Job },
-    Connect { edge: usize, life: u64 },
-    WelcomeOverdue { edge: usize, session: u64 },
-    RestartEdge { edge: usize },
+    EdgeSync {
+        edge: usize,
+        life: u64,
+    },
+    EdgeAnswer {
+        edge: usize,
+        life: u64,
+        input: participant::Input,
+    },
+    EdgeNotices {
+        edge: usize,
+        session: u64,
+    },
+    EdgeTrained {
+        edge: usize,
+        life: u64,
+        job: edge::Job,
+    },
+    Connect {
+        edge: usize,
+        life: u64,
+    },
+    WelcomeOverdue {
+        edge: usize,
+        session: u64,
+    },
+    RestartEdge {
+        edge: usize,
+    },
 }
 
 /// A message as bytes.
@@ -106,7 +143,10 @@ struct Frame {
 impl Frame {
     fn of(encoded: &Encoded) -> Self {
         let kind = u16::from_le_bytes([encoded.head[5], encoded.head[6]]);
-        Self { kind, body: [&encoded.head[HEADER_BYTES..], &encoded.payload].concat().into() }
+        Self {
+            kind,
+            body: [&encoded.head[HEADER_BYTES..], &encoded.payload].concat().into(),
+        }
     }
 }
 
@@ -118,7 +158,6 @@ impl World {
         let aggregator = Aggregator::install(&config, rng.random(), now);
         let edges = (0..config.edges).map(|_| Edge::install(now)).collect();
         let mut world = Self {
-            config,
             rng,
             now,
             queue: BTreeMap::new(),
@@ -138,8 +177,14 @@ impl World {
     pub fn step(&mut self) -> bool {
         let queued = self.queue.first_key_value().map(|((at, _), _)| *at);
         let aggregator = self.aggregator.timeout();
-        let edge = (0..self.edges.len()).filter_map(|edge| Some((self.edges[edge].timeout()?, edge))).min();
-        let Some(at) = [queued, aggregator, edge.map(|(at, _)| at)].into_iter().flatten().min() else {
+        let edge = (0..self.edges.len())
+            .filter_map(|edge| Some((self.edges[edge].timeout()?, edge)))
+            .min();
+        let Some(at) = [queued, aggregator, edge.map(|(at, _)| at)]
+            .into_iter()
+            .flatten()
+            .min()
+        else {
             return false;
         };
         self.now = self.now.max(at);
@@ -159,7 +204,11 @@ impl World {
     pub fn next(&self) -> Option<Moment> {
         let queued = self.queue.first_key_value().map(|((at, _), _)| *at);
         let timeouts = self.edges.iter().filter_map(Edge::timeout);
-        queued.into_iter().chain(self.aggregator.timeout()).chain(timeouts).min()
+        queued
+            .into_iter()
+            .chain(self.aggregator.timeout())
+            .chain(timeouts)
+            .min()
     }
 
     /// Time now.
@@ -223,7 +272,11 @@ impl World {
     pub fn break_session(&mut self, edge: usize) {
         let edge_side = self.edges[edge].session();
         let aggregator_side = self.aggregator.session(edge);
-        for session in edge_side.into_iter().chain(aggregator_side).collect::<BTreeSet<u64>>() {
+        for session in edge_side
+            .into_iter()
+            .chain(aggregator_side)
+            .collect::<BTreeSet<u64>>()
+        {
             self.break_numbered(edge, session);
         }
     }
@@ -272,14 +325,20 @@ impl World {
         match event {
             Event::ToAggregator { edge, session, frame } => self.aggregator_receives(edge, session, frame),
             Event::AggregatorSync { life } => self.aggregator_synced(life),
-            Event::AggregatorAnswer { life, input } if self.aggregator.lives(life) => self.aggregator_input(input),
+            Event::AggregatorAnswer { life, input } if self.aggregator.lives(life) => {
+                self.aggregator_input(input)
+            }
             Event::AggregatorNotices { edge, session } => self.aggregator_notices(edge, session),
             Event::RestartAggregator => self.aggregator_restart(),
             Event::ToEdge { edge, session, frame } => self.edge_receives(edge, session, frame),
             Event::EdgeSync { edge, life } => self.edge_synced(edge, life),
-            Event::EdgeAnswer { edge, life, input } if self.edges[edge].lives(life) => self.edge_input(edge, input),
+            Event::EdgeAnswer { edge, life, input } if self.edges[edge].lives(life) => {
+                self.edge_input(edge, input)
+            }
             Event::EdgeNotices { edge, session } => self.edge_notices(edge, session),
-            Event::EdgeTrained { edge, life, job } if self.edges[edge].lives(life) => self.edge_trained(edge, job),
+            Event::EdgeTrained { edge, life, job } if self.edges[edge].lives(life) => {
+                self.edge_trained(edge, job)
+            }
             Event::Connect { edge, life } if self.edges[edge].lives(life) => self.edge_connects(edge),
             Event::WelcomeOverdue { edge, session } => self.welcome_overdue(edge, session),
             Event::RestartEdge { edge } => self.edge_restart(edge),
@@ -316,7 +375,11 @@ impl World {
 
     fn send(&mut self, edge: usize, session: u64, frame: &Frame, event: impl Fn(Frame) -> Event) {
         let weather = self.weather;
-        let copies = if self.is_partitioned(edge) { Vec::new() } else { weather.copies(&mut self.rng) };
+        let copies = if self.is_partitioned(edge) {
+            Vec::new()
+        } else {
+            weather.copies(&mut self.rng)
+        };
         if copies.is_empty() && weather.breaks(&mut self.rng) {
             self.break_numbered(edge, session);
         }
@@ -329,7 +392,11 @@ impl World {
         match codec::encode_to_aggregator(message) {
             Ok(encoded) => {
                 let frame = Frame::of(&encoded);
-                self.send(edge, session, &frame, |frame| Event::ToAggregator { edge, session, frame });
+                self.send(edge, session, &frame, |frame| Event::ToAggregator {
+                    edge,
+                    session,
+                    frame,
+                });
             }
             Err(error) => self.broken_codec(&error),
         }
@@ -339,14 +406,20 @@ impl World {
         match codec::encode_to_edge(message) {
             Ok(encoded) => {
                 let frame = Frame::of(&encoded);
-                self.send(edge, session, &frame, |frame| Event::ToEdge { edge, session, frame });
+                self.send(edge, session, &frame, |frame| Event::ToEdge {
+                    edge,
+                    session,
+                    frame,
+                });
             }
             Err(error) => self.broken_codec(&error),
         }
     }
 
     fn broken_codec(&mut self, error: &CodecError) {
-        self.facts.push(Fact::CodecFailed { error: error.to_string() });
+        self.facts.push(Fact::CodecFailed {
+            error: error.to_string(),
+        });
     }
 }
 

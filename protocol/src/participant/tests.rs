@@ -402,6 +402,16 @@ fn end_of_the_round_cancels_training() {
 }
 
 #[test]
+fn round_that_is_over_is_not_trained_for_again_whatever_a_later_session_says() {
+    for mut participant in [training(), reporting()] {
+        give(&mut participant, aborted(1));
+        assert_eq!(reconnect(&mut participant, welcome(4, Some(announce(1, 4)))), []);
+        assert_eq!(participant.counters().trainings, 1);
+        assert_eq!(participant.counters().ignored[&Ignored::AnnounceRepeated], 1);
+    }
+}
+
+#[test]
 fn refusal_for_good_is_not_answered_by_sending_until_the_round_is_announced_again() {
     for code in [
         RefusalCode::RoundClosed,

@@ -165,7 +165,16 @@ fn pictures(page: &mut Page, record: &Record) {
 
 fn faults(page: &mut Page, record: &Record) {
     page.raw("<section>\n<h2>Faults</h2>\n<p class=\"note\">");
-    page.text("Injected from outside into the running services. Times count from the injection. Failed requests are counted by the load generator, which knows nothing of the edge.");
+    page.text("Injected from outside into the running services. Times count from the injection. Failed requests are counted by the load generator, which knows nothing of the edge. ");
+    let unprovoked: u64 = record.edges.iter().map(|edge| edge.unprovoked).sum();
+    page.text(if unprovoked == 0 {
+        "No edge acted without a fault.".to_owned()
+    } else {
+        format!(
+            "{} came without an injected fault.",
+            counted(unprovoked, "action")
+        )
+    });
     page.raw("</p>\n<div class=\"panel table\">\n");
     table(
         page,

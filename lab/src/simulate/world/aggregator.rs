@@ -59,10 +59,12 @@ pub enum Ending {
 impl AggregatorStore {
     /// The latest model.
     pub fn base(&self) -> BaseModel {
-        self.models.last_key_value().map_or(INITIAL_MODEL, |(version, (_, digest))| BaseModel {
-            version: *version,
-            digest: *digest,
-        })
+        self.models
+            .last_key_value()
+            .map_or(INITIAL_MODEL, |(version, (_, digest))| BaseModel {
+                version: *version,
+                digest: *digest,
+            })
     }
 
     /// The updates of a round, ordered by node.
@@ -81,10 +83,24 @@ impl AggregatorStore {
 /// One change of the aggregator's disk.
 #[derive(Debug)]
 pub(super) enum Write {
-    Open { round: Round, row: RoundRow },
-    Update { node: NodeId, round: Round, digest: Digest },
-    Publish { round: Round, version: ModelVersion, digest: Digest, members: Vec<(NodeId, Digest)> },
-    Abort { round: Round },
+    Open {
+        round: Round,
+        row: RoundRow,
+    },
+    Update {
+        node: NodeId,
+        round: Round,
+        digest: Digest,
+    },
+    Publish {
+        round: Round,
+        version: ModelVersion,
+        digest: Digest,
+        members: Vec<(NodeId, Digest)>,
+    },
+    Abort {
+        round: Round,
+    },
 }
 
 impl Store<Write> for AggregatorStore {
@@ -97,7 +113,12 @@ impl Store<Write> for AggregatorStore {
             Write::Update { node, round, digest } => {
                 self.updates.entry((*round, node.clone())).or_insert(*digest);
             }
-            Write::Publish { round, version, digest, .. } => {
+            Write::Publish {
+                round,
+                version,
+                digest,
+                ..
+            } => {
                 self.models.insert(*version, (*round, *digest));
                 self.end(*round, Ending::Published(*version));
             }
@@ -218,7 +239,10 @@ impl World {
             declined: BTreeSet::new(),
             remaining: row.deadline.since(now),
         });
-        let last = store.rounds.last_key_value().map_or(Round(0), |(round, _)| *round);
+        let last = store
+            .rounds
+            .last_key_value()
+            .map_or(Round(0), |(round, _)| *round);
         let resumed = open.as_ref().map(|open| (open.round, open.nonce));
         let machine = match open {
             Some(open) => RoundMachine::resume(config, open, nonce_seed, now),
@@ -266,7 +290,11 @@ impl World {
             ToAggregator::Update(header, payload) => self.update(edge, &header, &payload),
             ToAggregator::Decline(decline) => {
                 let (round, reason) = (decline.round, decline.reason);
-                self.aggregator_input(Input::Declined { node: node(edge), round, reason });
+                self.aggregator_input(Input::Declined {
+                    node: node(edge),
+                    round,
+                    reason,
+                });
             }
             ToAggregator::FetchModel(fetch) => self.send_model(edge, session, fetch.version),
             ToAggregator::Goodbye => self.aggregator_notices(edge, session),
@@ -286,7 +314,9 @@ impl World {
             return;
         }
         if let Some((writes, answer)) = self.aggregator.disk.sync_next() {
-            writes.into_iter().for_each(|write| self.aggregator_wrote(write));
+            for write in writes {
+                self.aggregator_wrote(write);
+            }
             // Durable, and nobody knows yet: a crash may fall in here.
             let delay = self.millis(0..=5);
             self.later(delay, Event::AggregatorAnswer { life, input: answer });
@@ -297,7 +327,9 @@ impl World {
         let (Some(session), Some(machine)) = (self.aggregator.session(edge), &self.aggregator.machine) else {
             return;
         };
-        let Some(announce) = machine.announcement(self.now) else { return };
+        let Some(announce) = machine.announcement(self.now) else {
+            return;
+        };
         let payload = Bytes::copy_from_slice(&self.rng.random::<u64>().to_le_bytes());
         let mut header = super::edge::update_header(&announce, &payload);
         match forgery {
@@ -310,13 +342,19 @@ impl World {
     }
 
     fn hello(&mut self, edge: usize, session: u64) {
-        if self.aggregator.session(edge).is_some_and(|known| known >= session) {
+        if self
+            .aggregator
+            .session(edge)
+            .is_some_and(|known| known >= session)
+        {
             // A copy, or older than the session that is there.
             return;
         }
         self.aggregator.sessions.insert(edge, session);
         let now = self.now;
-        let Some(machine) = &self.aggregator.machine else { return };
+        let Some(machine) = &self.aggregator.machine else {
+            return;
+        };
         let (base, round) = (machine.status().base, machine.announcement(now));
         if let Some(announce) = &round {
             self.announced(announce);
@@ -352,29 +390,36 @@ impl World {
 
     fn send_model(&mut self, edge: usize, session: u64, version: ModelVersion) {
         let stored = self.aggregator.store().models.get(&version).copied();
-        match stored {
-            Some((round, payload_digest)) => {
-                let header = ModelV1 {
-                    version,
-                    round,
-                    layout_digest: named("model"),
-                    values: 0,
-                    payload_digest,
-                    rule: "mean".to_owned(),
-                    contributors: 1,
-                };
-                self.send_to_edge(edge, session, &ToEdge::Model(header, Bytes::new()));
-            }
-            None => {
-                let refusal = RefusalV1 { code: RefusalCode::OutOfTurn, round: None, retry_after_ms: 0 };
-                self.send_to_edge(edge, session, &ToEdge::Refusal(refusal));
-            }
-        }
+        let Some((round, payload_digest)) = stored else {
+            let refusal = RefusalV1 {
+                code: RefusalCode::OutOfTurn,
+                round: None,
+                retry_after_ms: 0,
+            };
+            return self.send_to_edge(edge, session, &ToEdge::Refusal(refusal));
+        };
+        let header = ModelV1 {
+            version,
+            round,
+            layout_digest: named("model"),
+            values: 0,
+            payload_digest,
+            rule: "mean".to_owned(),
+            contributors: 1,
+        };
+        self.send_to_edge(edge, session, &ToEdge::Model(header, Bytes::new()));
     }
 
     fn refuse(&mut self, edge: usize, round: Round, code: RefusalCode) {
         let retry_after_ms = if code.retryable() { 500 } else { 0 };
-        self.tell(edge, &ToEdge::Refusal(RefusalV1 { code, round: Some(round), retry_after_ms }));
+        self.tell(
+            edge,
+            &ToEdge::Refusal(RefusalV1 {
+                code,
+                round: Some(round),
+                retry_after_ms,
+            }),
+        );
     }
 
     fn tell(&mut self, edge: usize, message: &ToEdge) {
@@ -384,7 +429,12 @@ impl World {
     }
 
     fn aggregator_outputs(&mut self) {
-        while let Some(output) = self.aggregator.machine.as_mut().and_then(RoundMachine::poll_output) {
+        while let Some(output) = self
+            .aggregator
+            .machine
+            .as_mut()
+            .and_then(RoundMachine::poll_output)
+        {
             self.aggregator_output(output);
         }
     }
@@ -396,7 +446,9 @@ impl World {
                     nonce: announce.nonce,
                     base: base_of(&announce),
                     cohort: cohort.into_iter().collect(),
-                    deadline: self.now.after(Duration::from_millis(u64::from(announce.deadline_ms))),
+                    deadline: self
+                        .now
+                        .after(Duration::from_millis(u64::from(announce.deadline_ms))),
                     ending: None,
                 };
                 let round = announce.round;
@@ -405,16 +457,30 @@ impl World {
             Output::Announce { to, announce } => {
                 self.announced(&announce);
                 let message = ToEdge::Announce(announce);
-                to.iter().filter_map(number).for_each(|edge| self.tell(edge, &message));
+                to.iter()
+                    .filter_map(number)
+                    .for_each(|edge| self.tell(edge, &message));
             }
             Output::Refuse { node, round, code } => {
                 if let Some(edge) = number(&node) {
                     self.refuse(edge, round, code);
                 }
             }
-            Output::Store { node, round, payload_digest: digest } => self.store(node, round, digest),
-            Output::Receipt { node, round, payload_digest } => {
-                self.facts.push(Fact::ReceiptSent { node: node.clone(), round, digest: payload_digest });
+            Output::Store {
+                node,
+                round,
+                payload_digest: digest,
+            } => self.store(node, round, digest),
+            Output::Receipt {
+                node,
+                round,
+                payload_digest,
+            } => {
+                self.facts.push(Fact::ReceiptSent {
+                    node: node.clone(),
+                    round,
+                    digest: payload_digest,
+                });
                 let receipt = ReceiptV1 {
                     round,
                     payload_digest,
@@ -427,8 +493,18 @@ impl World {
                 }
             }
             Output::Aggregate { round, base, members } => self.aggregate(round, base, members),
-            Output::Publish { round, version, digest, members } => {
-                let publish = Write::Publish { round, version, digest, members };
+            Output::Publish {
+                round,
+                version,
+                digest,
+                members,
+            } => {
+                let publish = Write::Publish {
+                    round,
+                    version,
+                    digest,
+                    members,
+                };
                 self.write(vec![publish], Input::Published { round });
             }
             Output::Abort { round, reason: _ } => {
@@ -436,9 +512,14 @@ impl World {
             }
             Output::Closed { to, closed } => {
                 self.facts.push(Fact::ClosedSent { round: closed.round });
-                debug_assert!(!matches!(closed.outcome, RoundOutcome::Published(ModelVersion(0))));
+                debug_assert!(!matches!(
+                    closed.outcome,
+                    RoundOutcome::Published(ModelVersion(0))
+                ));
                 let message = ToEdge::Closed(closed);
-                to.iter().filter_map(number).for_each(|edge| self.tell(edge, &message));
+                to.iter()
+                    .filter_map(number)
+                    .for_each(|edge| self.tell(edge, &message));
             }
         }
     }
@@ -455,7 +536,11 @@ impl World {
             let input = Input::StoreFailed { node, round };
             return self.later(delay, Event::AggregatorAnswer { life, input });
         }
-        let write = Write::Update { node: node.clone(), round, digest };
+        let write = Write::Update {
+            node: node.clone(),
+            round,
+            digest,
+        };
         self.write(vec![write], Input::Stored { node, round });
     }
 
@@ -470,7 +555,11 @@ impl World {
         let input = if failed {
             Input::AggregationFailed { round }
         } else {
-            Input::Aggregated { round, version: base.version.next(), digest: Digest::of(&bytes) }
+            Input::Aggregated {
+                round,
+                version: base.version.next(),
+                digest: Digest::of(&bytes),
+            }
         };
         self.facts.push(Fact::AggregationAsked { round, base, members });
         let (delay, life) = (self.millis(1..=300), self.aggregator.life);
@@ -487,18 +576,33 @@ impl World {
 
     fn aggregator_wrote(&mut self, write: Write) {
         self.facts.push(match write {
-            Write::Open { round, row } => Fact::RoundDurable { round, nonce: row.nonce, base: row.base },
+            Write::Open { round, row } => Fact::RoundDurable {
+                round,
+                nonce: row.nonce,
+                base: row.base,
+            },
             Write::Update { node, round, digest } => Fact::UpdateDurable { node, round, digest },
-            Write::Publish { round, version, digest, members } => {
-                Fact::PublishDurable { round, version, digest, members }
-            }
+            Write::Publish {
+                round,
+                version,
+                digest,
+                members,
+            } => Fact::PublishDurable {
+                round,
+                version,
+                digest,
+                members,
+            },
             Write::Abort { round } => Fact::AbortDurable { round },
         });
     }
 }
 
 fn base_of(announce: &AnnounceV1) -> BaseModel {
-    BaseModel { version: announce.base_version, digest: announce.base_digest }
+    BaseModel {
+        version: announce.base_version,
+        digest: announce.base_digest,
+    }
 }
 
 #[expect(clippy::expect_used, reason = "constants within their ranges")]

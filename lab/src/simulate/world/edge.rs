@@ -14,15 +14,16 @@ use theriac_protocol::participant::{
     Input, LayoutDigests, Output, Participant, ParticipantConfig, ParticipantStatus,
 };
 use theriac_protocol::round::BaseModel;
-use theriac_protocol::units::{
-    Delta, Digest, Epsilon, ModelVersion, Moment, NoiseMultiplier, Round,
-};
+use theriac_protocol::units::{Delta, Digest, Epsilon, ModelVersion, Moment, NoiseMultiplier, Round};
 
 use super::{Event, Fact, Frame, World, named, node};
 use crate::simulate::disk::{Disk, Store};
 
 /// The model that everybody holds from the beginning.
-pub(super) const INITIAL_MODEL: BaseModel = BaseModel { version: ModelVersion(0), digest: Digest([0; 32]) };
+pub(super) const INITIAL_MODEL: BaseModel = BaseModel {
+    version: ModelVersion(0),
+    digest: Digest([0; 32]),
+};
 
 /// A session without a Welcome is given up after this.
 const WELCOME_PATIENCE: Duration = Duration::from_secs(4);
@@ -57,7 +58,8 @@ impl Store<Write> for EdgeStore {
                 self.charged.insert((*round, *nonce));
             }
             Write::Outbox { header, payload } => {
-                self.outbox.insert(header.round, (header.clone(), payload.clone()));
+                self.outbox
+                    .insert(header.round, (header.clone(), payload.clone()));
             }
             Write::DropOutbox { round } => {
                 self.outbox.remove(round);
@@ -99,7 +101,11 @@ pub(super) struct Edge {
 
 impl Edge {
     pub(super) fn install(now: Moment) -> Self {
-        let store = EdgeStore { outbox: BTreeMap::new(), model: INITIAL_MODEL, charged: BTreeSet::new() };
+        let store = EdgeStore {
+            outbox: BTreeMap::new(),
+            model: INITIAL_MODEL,
+            charged: BTreeSet::new(),
+        };
         Self {
             disk: Disk::new(store),
             last_sync: now,
@@ -208,7 +214,10 @@ impl World {
             Ok(ToEdge::Receipt(receipt)) => Input::Receipt(receipt),
             Ok(ToEdge::Closed(closed)) => Input::Closed(closed),
             Ok(ToEdge::Model(header, _)) => {
-                let model = BaseModel { version: header.version, digest: header.payload_digest };
+                let model = BaseModel {
+                    version: header.version,
+                    digest: header.payload_digest,
+                };
                 self.edges[edge].arrived = Some(model);
                 Input::Model { header }
             }
@@ -259,8 +268,12 @@ impl World {
         if !self.edges[edge].lives(life) {
             return;
         }
-        let Some((writes, then)) = self.edges[edge].disk.sync_next() else { return };
-        writes.iter().for_each(|write| self.edge_wrote(edge, write));
+        let Some((writes, then)) = self.edges[edge].disk.sync_next() else {
+            return;
+        };
+        for write in &writes {
+            self.edge_wrote(edge, write);
+        }
         match then {
             Then::Nothing => {}
             Then::Train(job) => {
@@ -283,7 +296,11 @@ impl World {
         // Noise differs every time, so a second training for one charge would show.
         let payload = Bytes::copy_from_slice(&self.rng.random::<u64>().to_le_bytes());
         let header = update_header(&job.announce, &payload);
-        let answer = Input::Trained { round, nonce: header.nonce, payload_digest: header.payload_digest };
+        let answer = Input::Trained {
+            round,
+            nonce: header.nonce,
+            payload_digest: header.payload_digest,
+        };
         self.edge_write(edge, Write::Outbox { header, payload }, Then::Answer(answer));
     }
 
@@ -304,12 +321,19 @@ impl World {
             model_version: held.version,
             model_digest: held.digest,
             audit_checkpoint: None,
-            receipt_missing: program.participant.as_ref().and_then(Participant::receipt_missing),
+            receipt_missing: program
+                .participant
+                .as_ref()
+                .and_then(Participant::receipt_missing),
         }
     }
 
     fn edge_outputs(&mut self, edge: usize) {
-        while let Some(output) = self.edges[edge].participant.as_mut().and_then(Participant::poll_output) {
+        while let Some(output) = self.edges[edge]
+            .participant
+            .as_mut()
+            .and_then(Participant::poll_output)
+        {
             self.edge_output(edge, output);
         }
     }
@@ -322,7 +346,9 @@ impl World {
             }
             Output::SendUpdate { round } => self.send_update(edge, round),
             Output::SendDecline(decline) => self.say(edge, &ToAggregator::Decline(decline)),
-            Output::FetchModel { version } => self.say(edge, &ToAggregator::FetchModel(FetchModelV1 { version })),
+            Output::FetchModel { version } => {
+                self.say(edge, &ToAggregator::FetchModel(FetchModelV1 { version }));
+            }
             Output::Judge { version } => self.judge(edge, version),
             Output::SendVerdict(verdict) => self.say(edge, &ToAggregator::Verdict(verdict)),
             Output::DropOutbox { round } => self.edge_write(edge, Write::DropOutbox { round }, Then::Nothing),
@@ -338,38 +364,70 @@ impl World {
 
     fn train(&mut self, edge: usize, announce: AnnounceV1) {
         let (round, nonce) = (announce.round, announce.nonce);
-        self.facts.push(Fact::TrainingAsked { node: node(edge), round, nonce });
+        self.facts.push(Fact::TrainingAsked {
+            node: node(edge),
+            round,
+            nonce,
+        });
         let spent = std::mem::take(&mut self.edges[edge].budget_spent);
         // Paid for and nothing to show: a crash fell between charge and outbox. The charge is not used twice.
         let paid = self.edges[edge].store().charged.contains(&(round, nonce));
         if spent || paid {
-            let reason = if spent { DeclineReason::BudgetSpent } else { DeclineReason::TooFewBlocks };
+            let reason = if spent {
+                DeclineReason::BudgetSpent
+            } else {
+                DeclineReason::TooFewBlocks
+            };
             let (delay, life) = (self.millis(0..=50), self.edges[edge].life);
             let input = Input::CannotTrain { round, nonce, reason };
             return self.later(delay, Event::EdgeAnswer { edge, life, input });
         }
         self.edges[edge].cancelled.remove(&round);
-        self.edge_write(edge, Write::Charge { round, nonce }, Then::Train(Job { announce }));
+        self.edge_write(
+            edge,
+            Write::Charge { round, nonce },
+            Then::Train(Job { announce }),
+        );
     }
 
     fn send_update(&mut self, edge: usize, round: Round) {
         let Some((header, payload)) = self.edges[edge].store().outbox.get(&round).cloned() else {
-            return self.facts.push(Fact::OutboxMissing { node: node(edge), round });
+            return self.facts.push(Fact::OutboxMissing {
+                node: node(edge),
+                round,
+            });
         };
         let (nonce, digest) = (header.nonce, header.payload_digest);
-        self.facts.push(Fact::UpdateSent { node: node(edge), round, nonce, digest });
+        self.facts.push(Fact::UpdateSent {
+            node: node(edge),
+            round,
+            nonce,
+            digest,
+        });
         self.say(edge, &ToAggregator::Update(header, payload));
     }
 
     fn judge(&mut self, edge: usize, version: ModelVersion) {
-        let Some(model) = self.edges[edge].arrived.filter(|model| model.version == version) else { return };
-        let verdict =
-            if self.rng.random_ratio(1, 4) { GateVerdict::WorseOnTail } else { GateVerdict::Accepted };
-        self.edge_write(edge, Write::Model(model), Then::Answer(Input::Judged { version, verdict }));
+        let Some(model) = self.edges[edge].arrived.filter(|model| model.version == version) else {
+            return;
+        };
+        let verdict = if self.rng.random_ratio(1, 4) {
+            GateVerdict::WorseOnTail
+        } else {
+            GateVerdict::Accepted
+        };
+        self.edge_write(
+            edge,
+            Write::Model(model),
+            Then::Answer(Input::Judged { version, verdict }),
+        );
     }
 
     fn edge_write(&mut self, edge: usize, write: Write, then: Then) {
-        let at = self.now.after(self.millis(1..=40)).max(self.edges[edge].last_sync);
+        let at = self
+            .now
+            .after(self.millis(1..=40))
+            .max(self.edges[edge].last_sync);
         let program = &mut self.edges[edge];
         program.last_sync = at;
         program.disk.begin(vec![write], then);

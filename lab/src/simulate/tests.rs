@@ -1,0 +1,261 @@
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use theriac_model::detector::Detector;
+use theriac_model::io::{NpyArray, read_npy, write_npy_f32};
+
+use super::*;
+
+const CHANNELS: usize = 3;
+const ROWS: usize = 1200;
+
+#[derive(Debug, Parser)]
+struct Cli {
+    #[command(flatten)]
+    args: Args,
+}
+
+/// A directory of recorded sites `a`, `b`, …: slow swings in 0..1; the test part has a jump at row 700.
+struct Recorded {
+    dir: tempfile::TempDir,
+}
+
+impl Recorded {
+    fn sites(count: u8) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for site in 0..count {
+            let name = char::from(b'a' + site);
+            let train = rows(u32::from(site) * 2 + 1);
+            let mut test = rows(u32::from(site) * 2 + 2);
+            (700..740).for_each(|t| test[t * CHANNELS] += 0.8);
+            write(&dir.path().join(format!("{name}.train.npy.gz")), &train);
+            write(&dir.path().join(format!("{name}.test.npy.gz")), &test);
+        }
+        Self { dir }
+    }
+
+    /// Runs with these arguments; the results lie in the folder `out`.
+    fn simulate(&self, out: &str, line: &str) -> serde_json::Value {
+        let (data, out) = (self.dir.path().to_str().unwrap(), self.out(out));
+        let words = ["x", "--data", data, "--out", out.to_str().unwrap()].into_iter();
+        let args = Cli::try_parse_from(words.chain(line.split_whitespace()))
+            .unwrap()
+            .args;
+        run(args).unwrap().summary
+    }
+
+    fn out(&self, out: &str) -> PathBuf {
+        self.dir.path().join(out)
+    }
+
+    fn array(&self, path: &str) -> NpyArray {
+        read_npy(&self.dir.path().join(path)).unwrap()
+    }
+
+    fn rounds(&self, out: &str) -> Vec<serde_json::Value> {
+        let text = fs::read_to_string(self.out(out).join("rounds.jsonl")).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+}
+
+fn rows(seed: u32) -> Vec<f32> {
+    let mut state = seed;
+    let mut level = [0.5_f32; CHANNELS];
+    let mut values = Vec::new();
+    for _ in 0..ROWS {
+        for level in &mut level {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let shock = (state >> 8) as f32 / 16_777_216.0 - 0.5;
+            *level = 0.5 + 0.95 * (*level - 0.5) + 0.1 * shock;
+            values.push(*level);
+        }
+    }
+    values
+}
+
+fn write(path: &Path, values: &[f32]) {
+    let plain = path.with_extension("");
+    write_npy_f32(&plain, &[values.len() / CHANNELS, CHANNELS], values).unwrap();
+    let mut packed = GzEncoder::new(fs::File::create(path).unwrap(), Compression::fast());
+    packed.write_all(&fs::read(&plain).unwrap()).unwrap();
+    packed.finish().unwrap();
+    fs::remove_file(plain).unwrap();
+}
+
+#[test]
+fn local_mode_writes_every_output_of_the_contract() {
+    let recorded = Recorded::sites(2);
+    let summary = recorded.simulate("out", "--mode local --threads 1");
+    for site in ["a", "b"] {
+        let scores = recorded.array(&format!("out/scores/{site}.npy"));
+        assert_eq!(scores.shape, [ROWS]);
+        let jump = scores.values[700..740].iter().copied().fold(0.0, f32::max);
+        let before = scores.values[..690].iter().copied().fold(0.0, f32::max);
+        assert!(jump > 2.0 * before, "{site}: {jump} against {before}");
+        let alarms = recorded.array(&format!("out/alarms/{site}.npy"));
+        assert!(alarms.values[700..710].iter().any(|alarm| *alarm > 0.0));
+        let causes = recorded.array(&format!("out/causes/{site}.npy"));
+        assert_eq!(causes.shape, [ROWS, CHANNELS]);
+        let row = &causes.values[700 * CHANNELS..][..CHANNELS];
+        assert!(row[0] > row[1] && row[0] > row[2], "{row:?}");
+        assert!(Detector::load(&recorded.out("out").join("model"), site).is_ok());
+    }
+    assert_eq!(summary["sites"], serde_json::json!(["a", "b"]));
+    for field in [
+        "parameters",
+        "rounds",
+        "seconds",
+        "bytes_up_per_site_round",
+        "privacy",
+        "refusals",
+        "by_site",
+    ] {
+        assert!(summary.get(field).is_some(), "{field} is missing");
+    }
+    let file = fs::read(recorded.out("out").join("summary.json")).unwrap();
+    assert_eq!(
+        serde_json::from_slice::<serde_json::Value>(&file).unwrap(),
+        summary
+    );
+    assert_eq!(recorded.rounds("out").len(), 0);
+}
+
+#[test]
+fn federated_rounds_are_charged_noised_published_and_judged() {
+    let recorded = Recorded::sites(4);
+    let summary = recorded.simulate("out", "--rounds 3 --epsilon 2");
+    assert_eq!(
+        (&summary["rounds"], &summary["rounds_aborted"]),
+        (&3.into(), &0.into())
+    );
+    let epsilon = summary["privacy"]["epsilon"].as_f64().unwrap();
+    assert!(
+        (1.9..=2.0).contains(&epsilon),
+        "three disjoint releases cost one: {epsilon}"
+    );
+    let rounds = recorded.rounds("out");
+    assert_eq!(rounds.len(), 3);
+    for round in &rounds {
+        assert_eq!(round["outcome"], "published");
+        assert_eq!(round["contributors"], serde_json::json!(["a", "b", "c", "d"]));
+        assert_eq!(round["verdicts"].as_object().unwrap().len(), 4);
+        assert!(
+            round["bytes"]["a"]["up"].as_u64().unwrap() > 60
+                && round["bytes"]["a"]["down"].as_u64() > Some(60)
+        );
+    }
+    assert!(recorded.out("out").join("model/global.safetensors").exists());
+    assert!(recorded.out("out").join("ledgers/all/a.log").exists());
+}
+
+#[test]
+fn non_finite_updates_are_refused_by_name_and_harm_nobody() {
+    let recorded = Recorded::sites(5);
+    let summary = recorded.simulate("out", "--attack nan --malicious 2 --privacy off");
+    assert_eq!(summary["refusals"], serde_json::json!({ "non_finite": 2 }));
+    assert_eq!(summary["attack"]["malicious"], serde_json::json!(["a", "b"]));
+    let caught = summary["attack"]["caught"].as_array().unwrap();
+    assert!(
+        ["a", "b"]
+            .iter()
+            .all(|site| caught.iter().any(|c| c["site"] == *site && c["round"] == 1))
+    );
+    assert_eq!(
+        recorded.rounds("out")[0]["contributors"],
+        serde_json::json!(["c", "d", "e"])
+    );
+    assert_eq!(summary["by_site"]["e"]["gate"], "accepted");
+}
+
+#[test]
+fn sign_flips_are_caught_and_the_model_is_still_taken() {
+    let recorded = Recorded::sites(5);
+    for privacy in ["off", "block"] {
+        let summary = recorded.simulate(
+            privacy,
+            &format!("--attack sign-flip --malicious 2 --privacy {privacy}"),
+        );
+        let caught = summary["attack"]["caught"].as_array().unwrap();
+        for site in ["a", "b"] {
+            assert!(
+                caught.iter().any(|c| c["site"] == site),
+                "{privacy}: {site} got away: {caught:?}"
+            );
+        }
+        assert_eq!(summary["by_site"]["e"]["gate"], "accepted", "{privacy}");
+    }
+}
+
+/// Without privacy noise everything is decided by arguments and data.
+#[test]
+fn same_arguments_give_the_same_bits_whatever_the_threads() {
+    let recorded = Recorded::sites(3);
+    recorded.simulate("one", "--privacy off --rounds 2 --threads 1");
+    recorded.simulate("two", "--privacy off --rounds 2 --threads 2");
+    for file in [
+        "scores/a.npy",
+        "alarms/b.npy",
+        "model/global.safetensors",
+        "rounds.jsonl",
+    ] {
+        let read = |out: &str| fs::read(recorded.out(out).join(file)).unwrap();
+        assert!(read("one") == read("two"), "{file} differs");
+    }
+}
+
+#[test]
+fn federation_without_noise_comes_close_to_training_in_one_place() {
+    let recorded = Recorded::sites(3);
+    recorded.simulate("federated", "--privacy off");
+    recorded.simulate("central", "--mode central");
+    let weights = |out: &str| {
+        let bytes = fs::read(recorded.out(out).join("model/a.safetensors")).unwrap();
+        Detector::load(&recorded.out(out).join("model"), "a")
+            .map(|d| (d, bytes.len()))
+            .unwrap()
+            .0
+    };
+    let prior = |out: &str| weights(out).options().prior.clone().unwrap();
+    for (one, two) in prior("federated").values().iter().zip(prior("central").values()) {
+        assert!((one - two).abs() < 0.02, "{one} against {two}");
+    }
+}
+
+#[test]
+fn every_site_in_turn_is_new_and_judges_the_model_of_the_others() {
+    let recorded = Recorded::sites(3);
+    for privacy in ["off", "block", "record"] {
+        let summary = recorded.simulate(privacy, &format!("--cold-start 120 --privacy {privacy}"));
+        assert_eq!(summary["federations"], 3);
+        let rounds = recorded.rounds(privacy);
+        assert_eq!(rounds.len(), 3);
+        for (round, newcomer) in rounds.iter().zip(["a", "b", "c"]) {
+            assert_eq!(round["newcomer"], newcomer);
+            let contributors = round["contributors"].as_array().unwrap();
+            assert!(
+                contributors.len() == 2 && !contributors.contains(&newcomer.into()),
+                "{contributors:?}"
+            );
+            assert!(!round["verdicts"][newcomer].is_null());
+            assert_eq!(summary["by_site"][newcomer]["train_rows"], 120);
+        }
+        assert_eq!(summary["privacy"]["epsilon"].is_null(), privacy == "off");
+    }
+}
+
+#[test]
+fn a_run_replaces_what_an_earlier_one_left() {
+    let recorded = Recorded::sites(2);
+    recorded.simulate("out", "--seed 1");
+    let again = recorded.simulate("out", "--seed 1");
+    assert_eq!(
+        again["rounds"], 1,
+        "the ledgers of the first run stood in the way"
+    );
+}

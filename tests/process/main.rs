@@ -1,0 +1,18 @@
+//! The programs as processes: their rounds, kill −9 of each at bad moments, and bad input of every kind that an operator can give.
+//!
+//! Every process is `theriac-process`, which calls the entry points of the three programs. All of it runs on loopback in
+//! temporary directories.
+
+// A test target is all test; saying so per module tells clippy.
+#[cfg(test)]
+mod child;
+#[cfg(test)]
+mod fleet;
+#[cfg(test)]
+mod page;
+#[cfg(test)]
+mod rounds;
+#[cfg(test)]
+mod killed_aggregator;
+#[cfg(test)]
+mod site;
