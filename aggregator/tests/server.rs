@@ -16,7 +16,7 @@ use theriac_aggregator::config::{ModelSettings, RoundKind, RoundSettings, Settin
 use theriac_aggregator::data_dir::DataDir;
 use theriac_aggregator::layout::ModelSpec;
 use theriac_aggregator::robust::RuleName;
-use theriac_aggregator::store::{Database, records, rounds};
+use theriac_aggregator::store::{Database, history, models, records};
 use theriac_aggregator::{InitOptions, Running, enrol_directly, init, serve};
 use theriac_audit::leaf::SiteStanding;
 use theriac_certs::{Identity, JoinToken, PendingIdentity, trust};

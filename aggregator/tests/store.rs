@@ -13,7 +13,7 @@ use theriac_aggregator::data_dir::DataDir;
 use theriac_aggregator::robust::RuleName;
 use theriac_aggregator::store::records::{self, LedgerHead};
 use theriac_aggregator::store::rounds::{self, RoundRule};
-use theriac_aggregator::store::{Database, Store, StoreError, Urgency, schema};
+use theriac_aggregator::store::{Database, Store, StoreError, Urgency, models, schema};
 use theriac_aggregator::{InitOptions, init};
 use theriac_audit::leaf::SiteStanding;
 use theriac_protocol::message::{AnnounceV1, Encoding, PrivacyClaimV1, UpdateKind, UpdateV1};

@@ -11,7 +11,7 @@ use std::time::Duration;
 use theriac_heal::executor::clock;
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output};
 use theriac_heal::policy::{Autonomy, HealPolicy, HealingSection, NodeBudget, PolicyError};
-use theriac_heal::types::{Incident, Intent, Notice};
+use theriac_heal::types::{Incident, IncidentState, Intent, Notice};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
@@ -124,15 +124,16 @@ impl Responder {
         }
     }
 
-    /// Starts what no open incident speaks about; what one does is the machine's to decide.
+    /// Starts the services, but not where an open incident has a decision pending: there the machine is told how things
+    /// are, and decides.
     async fn begin(&self, machine: &IncidentMachine) {
         for (name, hand) in &self.hands {
-            if machine
-                .open_incident(name)
-                .is_none_or(|incident| incident.actions.is_empty())
-            {
-                self.command(hand, Command::Begin).await;
-            }
+            let pending = machine.open_incident(name).is_some_and(|incident| {
+                use IncidentState::{Acting, AwaitingApproval, CoolingDown};
+                matches!(incident.state, Acting | AwaitingApproval | CoolingDown)
+            });
+            let command = if pending { Command::Look } else { Command::Begin };
+            self.command(hand, command).await;
         }
     }
 

@@ -118,7 +118,7 @@ pub async fn run(
 ) -> Result<(), EdgeError> {
     let edge = Box::pin(Edge::open(config, tamper)).await?;
     let (stop, signal) = shutdown();
-    let tasks = edge.start(Tasks::new(signal, Pace::default()));
+    let tasks = edge.start(Tasks::new(signal, edge.pace()));
     until.await;
     tracing::info!("stopping");
     stop.stop();
@@ -209,6 +209,22 @@ impl Edge {
             lanes,
             client,
         })
+    }
+
+    /// A service may take its own time to stop, and then what is left of it is ended.
+    fn pace(&self) -> Pace {
+        let slowest = self
+            .config
+            .services
+            .iter()
+            .map(|service| service.stop_grace)
+            .max()
+            .unwrap_or_default();
+        let pace = Pace::default();
+        Pace {
+            grace: pace.grace + slowest,
+            ..pace
+        }
     }
 
     fn start(&self, mut tasks: Tasks) -> Tasks {

@@ -29,6 +29,10 @@ const OUTPUT_BYTES_MAX: u64 = 16 << 20;
 const CHECK_OUTPUT_BYTES_MAX: usize = 4 << 10;
 /// Time between two looks at the state of the process.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Looks between two looks at the room on the service's file system.
+const ROOM_LOOKS: u32 = 10;
+/// Room below which a service's file system counts as full, in bytes; a fiftieth of it where that is less.
+const ROOM_MIN: u64 = 16 << 20;
 /// Time between probes right after an action, so that its effect is known soon.
 const HURRIED_EVERY: Duration = Duration::from_millis(50);
 /// Longest time that probes are hurried after an action.
@@ -98,8 +102,10 @@ pub enum Command {
     Execute(Intent),
     /// Find out what became of an intent before the restart of the edge, then report [`Input::Reconciled`].
     Reconcile(Intent),
-    /// Start it unless it runs; its incident machine knows of no open incident.
+    /// Start it unless it runs.
     Begin,
+    /// Report [`Input::Exited`] when it does not run: an open incident decides what becomes of it.
+    Look,
 }
 
 /// The receiving end of [`Command`]s; it outlives the task, so that a restarted task misses none.
@@ -182,6 +188,16 @@ async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: 
     let shared = &context.shared;
     match command {
         Command::Begin => begin(context, hands).await,
+        Command::Look if hands.supervisor.pid().is_some() => {}
+        Command::Look => {
+            let status = "it did not run when the edge started".to_owned();
+            context
+                .tell(Input::Exited {
+                    service: shared.name.clone(),
+                    status,
+                })
+                .await;
+        }
         Command::Reconcile(intent) => {
             let running = hands.supervisor.pid().is_some();
             let took_effect = running && hands.supervisor.started_for() == Some(intent.id.0);
@@ -259,6 +275,7 @@ impl ServiceContext {
         };
         tracing::warn!(service = self.shared.name, status, "the service ended");
         self.shared.set_pid(None);
+        self.shared.answers.store(false, Ordering::Relaxed);
         self.board.update_service(&self.shared.name, |line| {
             "stopped".clone_into(&mut line.state);
             line.pid = None;
@@ -382,8 +399,14 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
 async fn look_again_and_again(context: &ServiceContext) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut full = false;
+    let mut looks = 0_u32;
     loop {
         ticks.tick().await;
+        if looks.is_multiple_of(ROOM_LOOKS) {
+            full = look_at_room(context, full).await;
+        }
+        looks = looks.wrapping_add(1);
         let Some(pid) = context.shared.pid() else { continue };
         let Some(state) = process_state(pid) else { continue };
         context
@@ -395,13 +418,37 @@ async fn look_again_and_again(context: &ServiceContext) {
     }
 }
 
+/// Tells when the file system of the service's state has no room, or has room again. Returns whether it is full.
+async fn look_at_room(context: &ServiceContext, was_full: bool) -> bool {
+    let Some(state) = &context.shared.config.state else {
+        return false;
+    };
+    let Ok(space) = rustix::fs::statvfs(&state.dir) else {
+        return was_full;
+    };
+    let size = space.f_blocks.saturating_mul(space.f_frsize);
+    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
+    let needed = ROOM_MIN.min(size / 50);
+    let service = context.shared.name.clone();
+    match was_full {
+        false if free_bytes < needed => {
+            context.tell(Input::DiskFull { service, free_bytes }).await;
+            true
+        }
+        true if free_bytes >= 2 * needed => {
+            context.tell(Input::DiskRelieved { service }).await;
+            false
+        }
+        unchanged => unchanged,
+    }
+}
+
 impl ServiceContext {
     fn note_probe(&self, ok: bool, latency: Duration) {
         let shared = &self.shared;
-        let (up, was_up) = (
-            ok && shared.pid().is_some(),
-            shared.answers.swap(ok, Ordering::Relaxed),
-        );
+        // An answer that was under way when the process ended says nothing about the present.
+        let up = ok && shared.pid().is_some();
+        shared.answers.store(up, Ordering::Relaxed);
         shared
             .probes
             .lock()
@@ -413,9 +460,7 @@ impl ServiceContext {
             self.metrics.probe_failures.get_or_create(&name).inc();
         }
         self.metrics.service_up.get_or_create(&name).set(i64::from(up));
-        if ok != was_up {
-            self.board.update_service(&shared.name, |line| line.healthy = ok);
-        }
+        self.board.update_service(&shared.name, |line| line.healthy = up);
     }
 }
 

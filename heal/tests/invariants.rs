@@ -396,7 +396,11 @@ impl World {
             self.boots += 1;
             self.ms += 1_000;
             // A young clock, or one with another origin.
-            self.boot_ms = if self.boots % 2 == 0 { 1_000 } else { self.ms - 500 };
+            self.boot_ms = if self.boots.is_multiple_of(2) {
+                1_000
+            } else {
+                self.ms - 500
+            };
             self.config.clock_id = format!("boot-{}", self.boots);
         }
         self.to_record.clear();

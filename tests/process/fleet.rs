@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use theriac_aggregator::config::{ModelSettings, RoundKind, RoundSettings, Settings};
+use theriac_aggregator::config::{LimitSettings, ModelSettings, RoundKind, RoundSettings, Settings};
 use theriac_aggregator::data_dir::DataDir;
 use theriac_aggregator::publish::next_model;
 use theriac_aggregator::robust::{RuleName, rule};
@@ -106,6 +106,10 @@ impl Centre {
             model: ModelSettings {
                 dimension: Some(DIMENSION),
                 ..ModelSettings::default()
+            },
+            limits: LimitSettings {
+                rounds_kept: 1_000_000,
+                ..LimitSettings::default()
             },
             ..Settings::default()
         };

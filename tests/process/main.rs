@@ -16,3 +16,7 @@ mod rounds;
 mod killed_aggregator;
 #[cfg(test)]
 mod site;
+#[cfg(test)]
+mod killed_edge;
+#[cfg(test)]
+mod played;

@@ -16,9 +16,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// Time in which the calm world must have brought a round with every edge in it: several rounds, one of which may
 /// have begun before the calm.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
-/// Steps in one second of virtual time at most: more is a loop that does not end.
+/// Steps of one operation at most: more is a loop in which time stands still.
 const STEPS_PER_RUN_MAX: u64 = 200_000;
 
 /// One thing done to the world, or left to happen.

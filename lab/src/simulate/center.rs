@@ -1,13 +1,13 @@
 //! The aggregator of a simulated federation: the round machine, validation, the robust rule and the solve, without sockets and
 //! disks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
-use theriac_aggregator::robust::{PayloadRows, RowEvidence, Rule, RuleError, rule};
+use theriac_aggregator::robust::{PayloadRows, RowEvidence, RuleError, RuleName, rule};
 use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, validate};
 use theriac_model::global::{GlobalError, GlobalModel, moments_layout};
 use theriac_model::moments;
@@ -81,7 +81,8 @@ pub struct RoundRecord {
 pub struct Center {
     machine: RoundMachine,
     terms: RoundTerms,
-    rule: Box<dyn Rule>,
+    rule: RuleName,
+    byzantine: usize,
     model: GlobalModel,
     header: ModelV1,
     payload: Bytes,
@@ -152,7 +153,8 @@ impl Center {
         Ok(Self {
             machine: RoundMachine::new(config, base, Round(0), nonce_seed, Moment::default()),
             terms,
-            rule: rule(settings.args.rule, settings.byzantine),
+            rule: settings.args.rule,
+            byzantine: settings.byzantine,
             model,
             header,
             payload,
@@ -393,8 +395,17 @@ impl Center {
             .filter_map(|(node, _)| self.stored.get(node))
             .map(ValidatedUpdate::row);
         let rows = PayloadRows::new(rows.collect(), self.terms.values)?;
-        self.rule.check(members.len())?;
-        let combined = self.rule.combine(&rows)?;
+        // Whoever was refused is no longer among the rows, so fewer hostile ones are left.
+        let refused: BTreeSet<&NodeId> = self
+            .records
+            .last()
+            .into_iter()
+            .flat_map(|r| &r.refused)
+            .map(|r| &r.site)
+            .collect();
+        let rule = rule(self.rule, self.byzantine.saturating_sub(refused.len()));
+        rule.check(members.len())?;
+        let combined = rule.combine(&rows)?;
         for (sum, value) in self.sum.iter_mut().zip(&combined.values) {
             *sum += f64::from(*value) * members.len() as f64;
         }

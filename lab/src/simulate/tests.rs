@@ -19,7 +19,7 @@ struct Cli {
     args: Args,
 }
 
-/// A directory of recorded sites `a`, `b`, …: slow swings in 0..1; the test part has a jump at row 700.
+/// A directory of recorded sites `a`, `b`, …: noise around slow swings in 0..1; the test part has a jump at row 700.
 struct Recorded {
     dir: tempfile::TempDir,
 }
@@ -64,16 +64,19 @@ impl Recorded {
     }
 }
 
+/// Noise around a slow swing: what the mean of the last rows predicts well.
 fn rows(seed: u32) -> Vec<f32> {
     let mut state = seed;
     let mut level = [0.5_f32; CHANNELS];
+    let mut uniform = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / 16_777_216.0 - 0.5
+    };
     let mut values = Vec::new();
     for _ in 0..ROWS {
         for level in &mut level {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let shock = (state >> 8) as f32 / 16_777_216.0 - 0.5;
-            *level = 0.5 + 0.95 * (*level - 0.5) + 0.1 * shock;
-            values.push(*level);
+            *level = 0.5 + 0.99 * (*level - 0.5) + 0.04 * uniform();
+            values.push(*level + 0.2 * uniform());
         }
     }
     values

@@ -326,18 +326,18 @@ impl World {
             Event::ToAggregator { edge, session, frame } => self.aggregator_receives(edge, session, frame),
             Event::AggregatorSync { life } => self.aggregator_synced(life),
             Event::AggregatorAnswer { life, input } if self.aggregator.lives(life) => {
-                self.aggregator_input(input)
+                self.aggregator_input(input);
             }
             Event::AggregatorNotices { edge, session } => self.aggregator_notices(edge, session),
             Event::RestartAggregator => self.aggregator_restart(),
             Event::ToEdge { edge, session, frame } => self.edge_receives(edge, session, frame),
             Event::EdgeSync { edge, life } => self.edge_synced(edge, life),
             Event::EdgeAnswer { edge, life, input } if self.edges[edge].lives(life) => {
-                self.edge_input(edge, input)
+                self.edge_input(edge, input);
             }
             Event::EdgeNotices { edge, session } => self.edge_notices(edge, session),
             Event::EdgeTrained { edge, life, job } if self.edges[edge].lives(life) => {
-                self.edge_trained(edge, job)
+                self.edge_trained(edge, job);
             }
             Event::Connect { edge, life } if self.edges[edge].lives(life) => self.edge_connects(edge),
             Event::WelcomeOverdue { edge, session } => self.welcome_overdue(edge, session),
@@ -424,6 +424,9 @@ impl World {
 }
 
 /// The name of an edge by its number.
+///
+/// # Panics
+/// Never: letters, a hyphen and digits make a name.
 pub fn node(edge: usize) -> NodeId {
     #[expect(clippy::expect_used, reason = "letters, a hyphen and digits")]
     NodeId::new(format!("edge-{edge}")).expect("a valid name")
