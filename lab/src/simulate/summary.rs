@@ -6,7 +6,7 @@ use serde::Serialize;
 use theriac_protocol::units::NodeId;
 
 use super::args::Settings;
-use super::center::RoundRecord;
+use super::center::{PUBLISHED, RoundRecord};
 use super::federation::Traffic;
 
 /// One line of `rounds.jsonl`.
@@ -145,10 +145,10 @@ pub fn summary(
     let args = &settings.args;
     let published = federations
         .iter()
-        .map(|f| f.records.iter().filter(|r| r.outcome == "published").count());
+        .map(|f| f.records.iter().filter(|r| r.outcome == PUBLISHED).count());
     let aborted = federations
         .iter()
-        .map(|f| f.records.iter().filter(|r| r.outcome != "published").count());
+        .map(|f| f.records.iter().filter(|r| r.outcome != PUBLISHED).count());
     let traffic: Vec<&Traffic> = federations.iter().flat_map(|f| f.traffic.values()).collect();
     let mean = |total: u64| {
         if traffic.is_empty() {
