@@ -2,6 +2,8 @@
 //!
 //! The service is this very test program, started again with an address in its environment: see `service_process`.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -79,13 +81,13 @@ impl Edge {
             if let Some(found) = look(self).await {
                 return found;
             }
-            if Instant::now() > deadline || self.running.is_finished() {
-                panic!(
-                    "not {what} within 30 s: {:?} {:?}",
-                    self.status().await,
-                    self.incidents().await
-                );
-            }
+            let late = Instant::now() > deadline || self.running.is_finished();
+            assert!(
+                !late,
+                "not {what} in time: {:?} {:?}",
+                self.status().await,
+                self.incidents().await
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -122,7 +124,10 @@ fn config(state: &Path, more: &str) -> EdgeConfig {
     let file = state.with_extension("toml");
     std::fs::write(
         &file,
-        format!("state_dir = {state:?}\nhttp.listen = '127.0.0.1:0'\n{more}"),
+        format!(
+            "state_dir = '{}'\nhttp.listen = '127.0.0.1:0'\n{more}",
+            state.display()
+        ),
     )
     .unwrap();
     EdgeConfig::load(Some(&file), []).unwrap()
@@ -130,10 +135,10 @@ fn config(state: &Path, more: &str) -> EdgeConfig {
 
 fn service(more: &str) -> String {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let program = std::env::current_exe().unwrap();
+    let program = std::env::current_exe().unwrap().display().to_string();
     format!(
         "healing.autonomy = 'act'\nhealing.cooldown = '1s'\n[[service]]\nname = 'kv'\n\
-         argv = [{program:?}, '--exact', 'service_process', '--nocapture']\nenv = {{ {ADDRESS} = '{free}' }}\n\
+         argv = ['{program}', '--exact', 'service_process', '--nocapture']\nenv = {{ {ADDRESS} = '{free}' }}\n\
          stop_grace = '200ms'\nprobe = {{ url = 'http://{free}/', interval = '100ms', timeout = '500ms' }}\n{more}"
     )
 }
@@ -327,9 +332,9 @@ fn walk(dir: &Path) -> Vec<PathBuf> {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            files.extend(walk(&path))
+            files.extend(walk(&path));
         } else {
-            files.push(path)
+            files.push(path);
         }
     }
     files

@@ -19,4 +19,6 @@ mod site;
 #[cfg(test)]
 mod killed_edge;
 #[cfg(test)]
+mod killed_healer;
+#[cfg(test)]
 mod played;

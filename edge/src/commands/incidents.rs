@@ -183,11 +183,10 @@ fn line(incident: &Incident, view: &IncidentView) -> Vec<String> {
 }
 
 fn utc(unix_ms: u64) -> String {
-    let nanoseconds = i128::from(unix_ms) * 1_000_000;
-    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]Z");
-    time::OffsetDateTime::from_unix_timestamp_nanos(nanoseconds)
+    let seconds = i64::try_from(unix_ms / 1_000).unwrap_or(i64::MAX);
+    time::OffsetDateTime::from_unix_timestamp(seconds)
         .ok()
-        .and_then(|at| at.format(format).ok())
+        .and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok())
         .unwrap_or_else(|| unix_ms.to_string())
 }
 
