@@ -8,7 +8,9 @@ use theriac_protocol::codec::{Encoded, encode_to_edge};
 use theriac_protocol::message::{AnnounceV1, HelloV1, ToAggregator, ToEdge, UpdateV1};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::NodeId;
-use theriac_transport::{AggregatorSender, AggregatorSession, CloseCode, Endpoint, SessionError};
+use theriac_transport::{
+    AggregatorReceiver, AggregatorSender, AggregatorSession, CloseCode, Endpoint, SessionError,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -50,7 +52,12 @@ pub(crate) async fn accept(endpoint: Endpoint, sessions: Arc<Sessions>) {
     let mut open = JoinSet::new();
     while let Some(session) = endpoint.accept().await {
         let sessions = Arc::clone(&sessions);
-        open.spawn(async move { sessions.serve(session).await });
+        open.spawn(async move {
+            // The first steps and the open session each live on the heap for their own time: an idle task stays small.
+            if let Some(open) = Box::pin(sessions.welcome(session)).await {
+                open.converse().await;
+            }
+        });
         while open.try_join_next().is_some() {}
     }
     while open.join_next().await.is_some() {}
@@ -63,41 +70,58 @@ enum Flow {
 }
 
 /// One session after its Welcome.
-struct Session<'a> {
-    shared: &'a Sessions,
+struct Session {
+    shared: Arc<Sessions>,
+    number: u64,
     peer: Peer,
     quota: Quota,
     sender: AggregatorSender,
 }
 
+/// A session with what it listens to.
+struct Open {
+    session: Session,
+    receiver: AggregatorReceiver,
+    outbox: mpsc::Receiver<Arc<Encoded>>,
+    registry: watch::Receiver<Arc<Registry>>,
+}
+
 impl Sessions {
-    async fn serve(&self, session: AggregatorSession) {
+    /// Certificate, registry, Hello, Welcome. `None`: it was told why not.
+    async fn welcome(self: Arc<Self>, session: AggregatorSession) -> Option<Box<Open>> {
         let remote = session.remote();
         let peer = match Peer::from_certificate(session.peer_certificate_der(), &self.federation) {
             Ok(peer) => peer,
             Err(error) => {
                 tracing::warn!(%remote, %error, "not authenticated");
-                return Box::pin(self.turn_away(session, error.code())).await;
+                self.turn_away(session, error.code()).await;
+                return None;
             }
         };
         let known = Arc::clone(&self.registry.borrow());
         if let Err(error) = peer.check(&known) {
             tracing::warn!(%remote, node = %peer.node(), %error, "not welcome");
-            Box::pin(self.count(peer.node(), error.code())).await;
-            return Box::pin(self.turn_away(session, error.code())).await;
+            self.count(peer.node(), error.code()).await;
+            self.turn_away(session, error.code()).await;
+            return None;
         }
-        if let Some((session, outbox, number)) = Box::pin(self.admit(session, &peer)).await {
-            let node = peer.node().clone();
-            self.converse(session, peer, outbox).await;
-            drop(
-                self.driver
-                    .send(DriverInput::Left {
-                        node,
-                        session: number,
-                    })
-                    .await,
-            );
-        }
+        let (session, outbox, number) = self.admit(session, &peer).await?;
+        let (sender, receiver) = session.split();
+        let quota = Quota::new(&self.limits, self.update_bytes);
+        let registry = self.registry.clone();
+        let session = Session {
+            shared: self,
+            number,
+            peer,
+            quota,
+            sender,
+        };
+        Some(Box::new(Open {
+            session,
+            receiver,
+            outbox,
+            registry,
+        }))
     }
 
     /// Hello and Welcome.
@@ -160,44 +184,6 @@ impl Sessions {
         Some((session, waiting, number))
     }
 
-    async fn converse(
-        &self,
-        session: AggregatorSession,
-        peer: Peer,
-        mut outbox: mpsc::Receiver<Arc<Encoded>>,
-    ) {
-        let (sender, mut receiver) = session.split();
-        let quota = Quota::new(&self.limits, self.update_bytes);
-        let mut registry = self.registry.clone();
-        let mut session = Session {
-            shared: self,
-            peer,
-            quota,
-            sender,
-        };
-        let (code, reason) = loop {
-            let flow = tokio::select! {
-                frame = outbox.recv() => match frame {
-                    Some(frame) => Box::pin(session.send(&frame)).await,
-                    None => Flow::End(CloseCode::GoingDown, "the aggregator goes down"),
-                },
-                // On the heap for as long as it lasts: an idle session stays small.
-                received = receiver.recv() => Box::pin(session.receive(received)).await,
-                changed = registry.changed() => {
-                    let known = Arc::clone(&registry.borrow_and_update());
-                    match changed {
-                        Ok(()) => Box::pin(session.check(&known)).await,
-                        Err(_) => Flow::End(CloseCode::GoingDown, "the aggregator goes down"),
-                    }
-                }
-            };
-            if let Flow::End(code, reason) = flow {
-                break (code, reason);
-            }
-        };
-        Box::pin(session.sender.finish(code, reason)).await;
-    }
-
     async fn turn_away(&self, session: AggregatorSession, code: RefusalCode) {
         self.metrics
             .refusals
@@ -235,7 +221,55 @@ fn arrival(node: NodeId, link: Link, protocol: u16, hello: &HelloV1) -> Arrival 
     }
 }
 
-impl Session<'_> {
+impl Open {
+    /// Serves the edge until either side ends it.
+    async fn converse(mut self: Box<Self>) {
+        let (code, reason) = loop {
+            let Self {
+                session,
+                receiver,
+                outbox,
+                registry,
+            } = &mut *self;
+            let flow = tokio::select! {
+                frame = outbox.recv() => match frame {
+                    Some(frame) => Box::pin(session.send(&frame)).await,
+                    None => Flow::End(CloseCode::GoingDown, "the aggregator goes down"),
+                },
+                received = receiver.recv() => Box::pin(session.receive(received)).await,
+                changed = registry.changed() => {
+                    let known = Arc::clone(&registry.borrow_and_update());
+                    match changed {
+                        Ok(()) => Box::pin(session.check(&known)).await,
+                        Err(_) => Flow::End(CloseCode::GoingDown, "the aggregator goes down"),
+                    }
+                }
+            };
+            if let Flow::End(code, reason) = flow {
+                break (code, reason);
+            }
+        };
+        let Session {
+            shared,
+            number,
+            peer,
+            sender,
+            ..
+        } = self.session;
+        Box::pin(sender.finish(code, reason)).await;
+        drop(
+            shared
+                .driver
+                .send(DriverInput::Left {
+                    node: peer.node().clone(),
+                    session: number,
+                })
+                .await,
+        );
+    }
+}
+
+impl Session {
     async fn send(&mut self, frame: &Encoded) -> Flow {
         match self.sender.send_encoded(frame).await {
             Ok(()) => Flow::Continue,

@@ -261,17 +261,22 @@ impl Edge {
             .await
             .unwrap();
         loop {
-            if let ToEdge::Model(header, payload) = self.recv().await {
-                assert_eq!(
-                    (header.version, header.payload_digest),
-                    (version, Digest::of(&payload))
-                );
-                return payload
-                    .as_chunks::<4>()
-                    .0
-                    .iter()
-                    .map(|bytes| f32::from_le_bytes(*bytes))
-                    .collect();
+            match self.recv().await {
+                ToEdge::Model(header, payload) => {
+                    assert_eq!(
+                        (header.version, header.payload_digest),
+                        (version, Digest::of(&payload))
+                    );
+                    return payload
+                        .as_chunks::<4>()
+                        .0
+                        .iter()
+                        .map(|bytes| f32::from_le_bytes(*bytes))
+                        .collect();
+                }
+                // The next round does not wait for the model to be fetched.
+                ToEdge::Announce(announce) => self.round = Some(announce),
+                _ => {}
             }
         }
     }

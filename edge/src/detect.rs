@@ -4,7 +4,7 @@
 //! every row. It refits from time to time on its quiet rows. The federation's gate may put another detector in its
 //! place at any time ([`LaneShared::replace`]).
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +21,8 @@ use tokio::time::Instant;
 use crate::config::DetectionSettings;
 use crate::history::History;
 use crate::level::Levels;
+use crate::state_dir::StateDir;
+use crate::storage::StorageWatch;
 
 /// Rows that a new scorer is led through, so that it scores from its first row on.
 const LEAD_IN_ROWS: usize = 60;
@@ -419,25 +421,49 @@ pub fn detector_name(lane: &str) -> String {
     format!("detector-{lane}")
 }
 
-/// Loads the detector of an earlier run, if there is a sound one of the same profile.
-pub fn load_detector(dir: PathBuf, shared: &LaneShared) -> Option<Arc<Detector>> {
-    let name = detector_name(&shared.name);
-    if !dir.join(format!("{name}.json")).exists() {
-        return None;
+/// Where the second copy of it is kept, written first: a crash while one is written leaves the other whole.
+fn backup_name(lane: &str) -> String {
+    format!("backup-{lane}")
+}
+
+/// Keeps a detector for the next run, off the async threads; not on a disk that cannot be written.
+pub(crate) fn keep_detector(dir: &StateDir, lane: &str, storage: &StorageWatch, detector: Arc<Detector>) {
+    if !storage.is_ok() {
+        return;
     }
-    match Detector::load(&dir, &name) {
+    let (dir, storage) = (dir.model(), storage.clone());
+    let names = [backup_name(lane), detector_name(lane)];
+    tokio::task::spawn_blocking(move || {
+        for name in names {
+            if let Err(error) = detector.save(&dir, &name) {
+                return storage.failed_io("keep a model", &error, false);
+            }
+        }
+    });
+}
+
+/// Loads the detector of an earlier run, if there is a sound one of the same profile.
+pub fn load_detector(dir: &Path, shared: &LaneShared) -> Option<Arc<Detector>> {
+    [detector_name(&shared.name), backup_name(&shared.name)]
+        .into_iter()
+        .filter(|name| dir.join(format!("{name}.json")).exists())
+        .find_map(|name| load_one(dir, &name, shared))
+}
+
+fn load_one(dir: &Path, name: &str, shared: &LaneShared) -> Option<Arc<Detector>> {
+    match Detector::load(dir, name) {
         Ok(detector) if detector.schema().digest() == shared.schema.digest() => Some(Arc::new(detector)),
         Ok(detector) => {
             let found = &detector.schema().name;
             tracing::warn!(
-                lane = shared.name,
+                name,
                 found,
-                "the kept model is for another feature profile: warming up anew"
+                "the kept model is for another feature profile and is not used"
             );
             None
         }
         Err(error) => {
-            tracing::warn!(lane = shared.name, %error, "the kept model cannot be read: warming up anew");
+            tracing::warn!(name, %error, "the kept model cannot be read and is not used");
             None
         }
     }
@@ -702,7 +728,7 @@ mod tests {
         let detector = lane.shared().detector().unwrap();
         detector.save(dir.path(), &detector_name("kv")).unwrap();
         let shared = Arc::new(LaneShared::new("kv", FeatureSchema::host_service_v1(), 2000));
-        shared.replace(load_detector(dir.path().to_owned(), &shared).unwrap());
+        shared.replace(load_detector(dir.path(), &shared).unwrap());
         let mut lane = Lane::new(Arc::clone(&shared), settings(), STEP);
         for row in 0..30_u32 {
             let next = sample(&shared, row, |_| {});
@@ -717,8 +743,13 @@ mod tests {
         let bytes = std::fs::read(&file).unwrap();
         std::fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
         assert!(
-            load_detector(dir.path().to_owned(), &shared).is_none(),
+            load_detector(dir.path(), &shared).is_none(),
             "a truncated model was taken"
+        );
+        detector.save(dir.path(), &backup_name("kv")).unwrap();
+        assert!(
+            load_detector(dir.path(), &shared).is_some(),
+            "the second copy was not taken"
         );
     }
 }

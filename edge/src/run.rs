@@ -342,7 +342,7 @@ fn lanes(config: &EdgeConfig, dir: &StateDir, board: &Board) -> Vec<Arc<LaneShar
     let schema = FeatureSchema::host_service_v1();
     let lane = |name: String| {
         let lane = LaneShared::new(&name, schema.clone(), config.sampling.history_rows);
-        if let Some(detector) = load_detector(dir.model(), &lane) {
+        if let Some(detector) = load_detector(&dir.model(), &lane) {
             tracing::info!(
                 lane = name,
                 rows = detector.rows(),

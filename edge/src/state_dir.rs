@@ -17,6 +17,7 @@ use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,10 @@ use theriac_protocol::units::NodeId;
 
 /// Size of the ballast file, in bytes: enough for SQLite's largest transaction here.
 const BALLAST_BYTES: usize = 4 << 20;
+
+/// How often, and after which pause, the lock is tried again.
+const LOCK_ATTEMPTS: u32 = 4;
+const LOCK_PAUSE: Duration = Duration::from_millis(25);
 
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -152,24 +157,32 @@ impl StateDir {
             .mode(0o600)
             .open(&path)
             .map_err(at)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let holder = std::fs::read_to_string(&path)
-                    .unwrap_or_default()
-                    .trim()
-                    .to_owned();
-                let holder = if holder.is_empty() {
-                    "unknown".to_owned()
-                } else {
-                    holder
-                };
-                return Err(StateDirError::InUse {
-                    path: self.root.clone(),
-                    holder,
-                });
+        // A command that only looks holds the lock for a moment; an edge holds it for good.
+        let mut attempts = 0;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) if attempts < LOCK_ATTEMPTS => {
+                    attempts += 1;
+                    std::thread::sleep(LOCK_PAUSE);
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    let holder = std::fs::read_to_string(&path)
+                        .unwrap_or_default()
+                        .trim()
+                        .to_owned();
+                    let holder = if holder.is_empty() {
+                        "unknown".to_owned()
+                    } else {
+                        holder
+                    };
+                    return Err(StateDirError::InUse {
+                        path: self.root.clone(),
+                        holder,
+                    });
+                }
+                Err(errno) => return Err(at(errno.into())),
             }
-            Err(errno) => return Err(at(errno.into())),
         }
         // The number is for people only; on a full disk the lock holds without it.
         let noted = file
@@ -179,6 +192,14 @@ impl StateDir {
             tracing::warn!(%error, "cannot note the process id in the lock file");
         }
         Ok(Lock { _file: file })
+    }
+
+    /// Whether a process works in the directory now. Makes nothing.
+    pub fn is_in_use(&self) -> bool {
+        let Ok(file) = File::open(self.root.join("lock")) else {
+            return false;
+        };
+        flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
     }
 
     /// The directory itself.
@@ -328,7 +349,9 @@ mod tests {
     fn second_process_is_refused_with_the_first_ones_id() {
         let root = tempfile::tempdir().unwrap();
         let dir = StateDir::open(&root.path().join("state")).unwrap();
+        assert!(!dir.is_in_use());
         let lock = dir.lock().unwrap();
+        assert!(dir.is_in_use());
         let error = dir.lock().unwrap_err().to_string();
         assert!(error.contains(&std::process::id().to_string()), "{error}");
         drop(lock);

@@ -12,7 +12,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::HOST;
 use crate::config::{DetectionSettings, SamplingSettings};
-use crate::detect::{Blame, FitEvent, Lane, LaneShared, RowVerdict, Signal, detector_name};
+use crate::detect::{Blame, FitEvent, Lane, LaneShared, RowVerdict, Signal, keep_detector};
 use crate::metrics::{Metrics, kind, service as label};
 use crate::sample::{HostSampler, ProbeWindow, ServiceSampler, row};
 use crate::service::ServiceShared;
@@ -206,19 +206,7 @@ impl Watch {
             threshold = detector.threshold().level(),
             "model fitted"
         );
-        if !self.storage.is_ok() {
-            return;
-        }
-        let (dir, name, storage) = (
-            self.dir.model(),
-            detector_name(&shared.name),
-            self.storage.clone(),
-        );
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = detector.save(&dir, &name) {
-                storage.failed_io("keep a model", &error, false);
-            }
-        });
+        keep_detector(&self.dir, &shared.name, &self.storage, detector);
     }
 
     fn show(&self, rows: &[Row]) {

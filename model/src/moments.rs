@@ -289,6 +289,18 @@ mod tests {
         }
     }
 
+    /// Noise can turn a small matrix of squares negative; its inverse would point the wrong way.
+    #[test]
+    fn negative_squares_count_as_none() {
+        let mut sum = [0.0; MOMENTS_PER_CHANNEL];
+        diagonal().for_each(|index| sum[index] = -2e4);
+        let weights = solve(&sum, 1, 0.0, BLOCK_CLIP_NORM, 1);
+        assert!(
+            weights.iter().all(|w| (w - PUBLIC_OWN_WEIGHT).abs() < 1e-6),
+            "{weights:?}"
+        );
+    }
+
     #[test]
     fn missing_values_add_nothing_and_leave_other_channels_alone() {
         let mut values = process(30, 2, 0.5);

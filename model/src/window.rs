@@ -40,7 +40,7 @@ impl LagRing {
     /// Writes `[x_{t−1}, x_{t−2}, x_{t−3}, x_{t−5}, x_{t−10}]`, each of all channels, for the row that comes next.
     pub fn lags(&self, out: &mut [f32]) {
         for (lag, out) in LAGS.iter().zip(out.chunks_exact_mut(self.channels.max(1))) {
-            let slot = (self.next + LAG_MAX - lag + 1) % LAG_MAX;
+            let slot = (self.next + LAG_MAX - lag) % LAG_MAX;
             out.copy_from_slice(&self.rows[slot * self.channels..][..self.channels]);
         }
     }

@@ -2,11 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use theriac_model::detector::{Detector, FitOptions, Scorer, WARM_UP_ROWS};
 use theriac_model::feature::FeatureSchema;
+use theriac_model::io::read_series;
 use theriac_model::sample::Sample;
 use theriac_model::series::Series;
 
@@ -150,4 +152,41 @@ fn the_disturbed_channel_gets_the_blame_and_an_alarm() {
     }
     assert_eq!(raised.len(), 1, "alarms at {raised:?}");
     assert!((120..125).contains(&raised[0]), "raised at {}", raised[0]);
+}
+
+/// The same program on one recorded server: fitted on the last 2 000 rows of its train part, scores of the first 2 000 rows of its
+/// test part.
+#[test]
+fn scores_of_a_recorded_server_are_those_of_the_reference_implementation() {
+    let data = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/data/smd"));
+    let (train, test) = (
+        data.join("machine-1-6.train.npy.gz"),
+        data.join("machine-1-6.test.npy.gz"),
+    );
+    if !train.exists() {
+        println!("left out: no recorded servers in {}", data.display());
+        return;
+    }
+    let (train, test) = (
+        read_series(&train).unwrap().tail(2000),
+        read_series(&test).unwrap().slice(0..2000),
+    );
+    let schema = FeatureSchema::recorded("recorded", train.channels());
+    let detector = Detector::fit(&schema, &train, &FitOptions::new(Duration::from_mins(1))).unwrap();
+    let scores = detector.score_series(&test).unwrap();
+    let expected = [
+        (0, 0.4540),
+        (500, 0.6436),
+        (1000, 0.5179),
+        (1500, 0.6923),
+        (1999, 0.8279),
+        (656, 4.6784),
+    ];
+    for (row, expected) in expected {
+        let found = f64::from(scores[row]);
+        assert!(
+            (found - expected).abs() < 2e-3 * expected,
+            "row {row}: {found}, reference {expected}"
+        );
+    }
 }

@@ -1,5 +1,7 @@
 //! The documents against the code: what is written must exist, and what exists must be written.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a file that cannot be read is a failure")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,18 +42,39 @@ fn every_error_code_is_documented_and_every_documented_one_exists() {
         used.extend(codes(&fs::read_to_string(file).unwrap()));
     }
     let documented = codes(&fs::read_to_string(root().join("docs/errors.md")).unwrap());
-    assert_eq!(used.difference(&documented).collect::<Vec<_>>(), Vec::<&String>::new(), "not in docs/errors.md");
-    assert_eq!(documented.difference(&used).collect::<Vec<_>>(), Vec::<&String>::new(), "in no program");
+    assert_eq!(
+        used.difference(&documented).collect::<Vec<_>>(),
+        Vec::<&String>::new(),
+        "not in docs/errors.md"
+    );
+    assert_eq!(
+        documented.difference(&used).collect::<Vec<_>>(),
+        Vec::<&String>::new(),
+        "in no program"
+    );
 }
 
 #[test]
 fn every_page_that_a_page_links_to_exists() {
-    let mut pages: Vec<PathBuf> = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+    let mut pages: Vec<PathBuf> = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "CHANGELOG.md",
+    ]
+    .iter()
+    .map(|page| root().join(page))
+    .collect();
+    pages.extend(
+        fs::read_dir(root().join("docs"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path()),
+    );
+    for page in pages
         .iter()
-        .map(|page| root().join(page))
-        .collect();
-    pages.extend(fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path()));
-    for page in pages.iter().filter(|page| page.extension().is_some_and(|extension| extension == "md")) {
+        .filter(|page| page.extension().is_some_and(|extension| extension == "md"))
+    {
         let text = fs::read_to_string(page).unwrap();
         for (at, _) in text.match_indices("](") {
             let target = text[at + 2..].split(')').next().unwrap();
@@ -60,7 +83,11 @@ fn every_page_that_a_page_links_to_exists() {
                 continue;
             }
             let linked = page.parent().unwrap().join(file);
-            assert!(linked.exists(), "{} links to {target}, which is not there", page.display());
+            assert!(
+                linked.exists(),
+                "{} links to {target}, which is not there",
+                page.display()
+            );
         }
     }
 }

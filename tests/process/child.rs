@@ -13,6 +13,9 @@ use rustix::process::{Pid, Signal, kill_process};
 /// Longest wait for anything that must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Lines of a process's output that a failing test shows.
+const LINES_SHOWN: usize = 40;
+
 /// The binary with the three programs in it.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_theriac-process");
 
@@ -23,7 +26,10 @@ pub(crate) fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = ready() {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain for: {what}");
+        assert!(
+            Instant::now() < deadline,
+            "waited {PATIENCE:?} in vain for: {what}"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -125,7 +131,10 @@ impl Drop for Running {
             self.child.wait().ok();
         }
         if std::thread::panicking() {
-            eprintln!("--- {} said:\n{}", self.name, self.said());
+            let said = self.said();
+            let lines: Vec<&str> = said.lines().collect();
+            let last = lines[lines.len().saturating_sub(LINES_SHOWN)..].join("\n");
+            eprintln!("--- {} said at last:\n{last}", self.name);
         }
     }
 }

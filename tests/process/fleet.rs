@@ -88,8 +88,8 @@ impl Centre {
         centre
     }
 
-    /// For a model of four bare numbers, whose rounds clients without data can take part in.
-    pub(crate) fn bare(dir: &Path, rounds: RoundSettings) -> Self {
+    /// In `dir`, for a model of four bare numbers, whose rounds clients without data can take part in.
+    pub(crate) fn bare(root: &Path, dir: &Path, rounds: RoundSettings) -> Self {
         let [listen, join, page] = [free_address(), free_address(), free_address()];
         let settings = Settings {
             federation: "plant".to_owned(),
@@ -115,13 +115,13 @@ impl Centre {
         };
         let options = InitOptions {
             settings,
-            ..InitOptions::new(dir.join("centre"), "plant")
+            ..InitOptions::new(dir, "plant")
         };
         let made = init(options).unwrap();
         Self {
-            log: dir.join("centre.log"),
+            log: root.join("centre.log"),
             join_line: made.join_line().unwrap(),
-            dir: dir.join("centre"),
+            dir: dir.to_owned(),
             listen,
             join,
             page,
@@ -132,10 +132,7 @@ impl Centre {
     /// What the rule makes, here and now, of the stored base model and the stored updates of a round.
     pub(crate) fn recomputed(&self, round: Round) -> Bytes {
         let config = theriac_aggregator::config::load(&self.config(), []).unwrap();
-        let (rounds, layout) = (
-            &config.rounds,
-            config.model.update(config.rounds.kind).unwrap(),
-        );
+        let (rounds, layout) = (&config.rounds, config.model.update(config.rounds.kind).unwrap());
         let terms = RoundTerms {
             kind: rounds.kind,
             values: layout.values,
@@ -221,7 +218,9 @@ impl Centre {
     /// A fresh token.
     pub(crate) fn token(&self, site: &str, ttl: &str) -> String {
         let made = self
-            .run(&["token", "create", "--site", site, "--ttl", ttl, "--format", "json"])
+            .run(&[
+                "token", "create", "--site", site, "--ttl", ttl, "--format", "json",
+            ])
             .expect_done()
             .json();
         made["token"].as_str().unwrap().to_owned()
@@ -260,14 +259,14 @@ pub(crate) struct Edge {
 impl Edge {
     /// Quick settings and a privacy policy to match. `more` goes to the end of the configuration.
     pub(crate) fn new(root: &Path, name: &str, more: &str) -> Self {
-        Self::with_federation(root, name, "", more)
+        Self::on(root, name, root, "", more)
     }
 
-    /// The same with more keys in `[federation]`.
-    pub(crate) fn with_federation(root: &Path, name: &str, federation: &str, more: &str) -> Self {
+    /// The same with its state on `disk` and more keys in `[federation]`.
+    pub(crate) fn on(root: &Path, name: &str, disk: &Path, federation: &str, more: &str) -> Self {
         let edge = Self {
             name: name.to_owned(),
-            dir: root.join(name),
+            dir: disk.join(name),
             page: free_address(),
             config: root.join(format!("{name}.toml")),
             log: root.join(format!("{name}.log")),
@@ -349,9 +348,7 @@ impl Edge {
     }
 
     pub(crate) fn until_connected(&mut self) {
-        self.until("connected", |status| {
-            status.federation == Federation::Connected
-        });
+        self.until("connected", |status| status.federation == Federation::Connected);
     }
 
     /// Waits for so many samples; enough of them hold complete blocks.

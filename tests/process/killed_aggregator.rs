@@ -25,7 +25,7 @@ fn the_open_round_goes_on_with_the_acknowledged_update_and_nobody_trains_twice()
     let mut centre = Centre::init(root.path(), &moments(rounds));
     centre.serve();
     let mut first = Edge::new(root.path(), "press-1", "");
-    let mut second = Edge::with_federation(root.path(), "press-2", "receive_only = true", "");
+    let mut second = Edge::on(root.path(), "press-2", root.path(), "receive_only = true", "");
     let mut third = Edge::new(root.path(), "press-3", "");
     for edge in [&first, &second, &third] {
         edge.enrol(&centre);
@@ -52,9 +52,17 @@ fn the_open_round_goes_on_with_the_acknowledged_update_and_nobody_trains_twice()
     let waiting = Pid::from_raw(third.pid().cast_signed()).unwrap();
     kill_process(waiting, Signal::STOP).unwrap();
     centre.serve();
-    let back = centre.until("the edges of the open round", |status| status.connected.len() == 2);
-    assert_eq!((back.round, back.phase.as_str(), back.stored), (1, "collecting", 1));
-    let resumed = stored::unfinished(centre.database().read()).unwrap().unwrap().open;
+    let back = centre.until("the edges of the open round", |status| {
+        status.connected.len() == 2
+    });
+    assert_eq!(
+        (back.round, back.phase.as_str(), back.stored),
+        (1, "collecting", 1)
+    );
+    let resumed = stored::unfinished(centre.database().read())
+        .unwrap()
+        .unwrap()
+        .open;
     assert_eq!(
         (resumed.round, resumed.nonce, resumed.base, &resumed.stored),
         (left.round, left.nonce, left.base, &left.stored)
@@ -63,7 +71,10 @@ fn the_open_round_goes_on_with_the_acknowledged_update_and_nobody_trains_twice()
 
     centre.until("a published model", |status| status.rounds_published == 1);
     let round = centre.round(1);
-    assert_eq!((round.round.state.as_str(), round.round.published), ("published", Some(1)));
+    assert_eq!(
+        (round.round.state.as_str(), round.round.published),
+        ("published", Some(1))
+    );
     assert_eq!(round.terms["nonce"], serde_json::json!(left.nonce));
     let members: Vec<(&str, &str)> = round
         .uploads
@@ -73,7 +84,11 @@ fn the_open_round_goes_on_with_the_acknowledged_update_and_nobody_trains_twice()
     let acknowledged = left.stored[&"press-1".parse().unwrap()].to_string();
     assert_eq!(members[0], ("press-1", acknowledged.as_str()));
     assert_eq!((members.len(), members[1].0), (2, "press-3"));
-    assert_eq!(centre.published(1), centre.recomputed(Round(1)), "the model's bits");
+    assert_eq!(
+        centre.published(1),
+        centre.recomputed(Round(1)),
+        "the model's bits"
+    );
     let status = first.until("the new model", |status| status.gate != "none");
     assert_eq!(status.updates_accepted, 1);
     assert_eq!(first.ledger(), ledger, "the ledger of an edge that was to wait");
@@ -111,7 +126,10 @@ async fn take_part(mut site: Site, name: String, value: f32, heard: Arc<Mutex<He
         loop {
             if let Some(announce) = round.take() {
                 heard.lock().unwrap().announced(&announce);
-                if update.as_ref().is_none_or(|update| update.0.round != announce.round) {
+                if update
+                    .as_ref()
+                    .is_none_or(|update| update.0.round != announce.round)
+                {
                     #[expect(clippy::cast_precision_loss, reason = "a few rounds")]
                     let values = [value, announce.round.0 as f32, 0.25, -value];
                     update = Some(site.update(&announce, values));
@@ -143,6 +161,7 @@ async fn whatever_was_acknowledged_survives_kills_at_any_moment() {
     let root = tempfile::tempdir().unwrap();
     let mut centre = Centre::bare(
         root.path(),
+        &root.path().join("centre"),
         RoundSettings {
             quorum: 2,
             deadline: Duration::from_secs(20),
@@ -156,7 +175,12 @@ async fn whatever_was_acknowledged_survives_kills_at_any_moment() {
     let mut tasks = tokio::task::JoinSet::new();
     for (identity, value) in identities.iter().zip([1.0, 3.0]) {
         let name = identity.name().node.to_string();
-        tasks.spawn(take_part(Site::new(&centre, identity), name, value, Arc::clone(&heard)));
+        tasks.spawn(take_part(
+            Site::new(&centre, identity),
+            name,
+            value,
+            Arc::clone(&heard),
+        ));
     }
     let promised = || heard.lock().unwrap().receipts.len();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
@@ -187,8 +211,15 @@ async fn whatever_was_acknowledged_survives_kills_at_any_moment() {
             "the acknowledged update of {node} in round {round}"
         );
     }
-    let published: Vec<_> = rounds.values().filter_map(|detail| detail.round.published).collect();
-    assert!(published.len() > KILLS, "{} rounds were published", published.len());
+    let published: Vec<_> = rounds
+        .values()
+        .filter_map(|detail| detail.round.published)
+        .collect();
+    assert!(
+        published.len() > KILLS,
+        "{} rounds were published",
+        published.len()
+    );
     for detail in rounds.values() {
         let round = detail.round.round;
         assert_ne!(detail.round.state, "aborted", "round {round}");
@@ -197,8 +228,16 @@ async fn whatever_was_acknowledged_survives_kills_at_any_moment() {
             if let Some(nonce) = heard.nonces.get(&Round(round)) {
                 assert_eq!(detail.terms["nonce"], serde_json::json!(nonce));
             }
-            assert_eq!(centre.published(version), centre.recomputed(Round(round)), "round {round}");
+            assert_eq!(
+                centre.published(version),
+                centre.recomputed(Round(round)),
+                "round {round}"
+            );
         }
     }
-    println!("{} updates acknowledged in {} rounds over {KILLS} kills", heard.receipts.len(), rounds.len());
+    println!(
+        "{} updates acknowledged in {} rounds over {KILLS} kills",
+        heard.receipts.len(),
+        rounds.len()
+    );
 }

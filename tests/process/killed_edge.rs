@@ -164,7 +164,10 @@ fn at_any_moment_the_charge_stands_and_no_second_release_is_made() {
         outcomes.push(word);
         assert!(edge.ledger().starts_with(&ledger), "the ledger was rewritten");
         let now = edge.privacy();
-        let (epsilon, count) = (now["epsilon_spent"].as_f64().unwrap(), now["releases"].as_u64().unwrap());
+        let (epsilon, count) = (
+            now["epsilon_spent"].as_f64().unwrap(),
+            now["releases"].as_u64().unwrap(),
+        );
         assert!(epsilon >= spent && count >= releases && count <= round, "{now}");
         assert_eq!(count - releases, u64::from(word != "not charged"), "{word}");
         (spent, releases) = (epsilon, count);

@@ -5,20 +5,30 @@
 
 // A test target is all test; saying so per module tells clippy.
 #[cfg(test)]
+mod bad_identity;
+#[cfg(test)]
+mod bad_start;
+#[cfg(test)]
 mod child;
 #[cfg(test)]
 mod fleet;
 #[cfg(test)]
-mod page;
+mod full_disk;
 #[cfg(test)]
-mod rounds;
+mod joining;
 #[cfg(test)]
 mod killed_aggregator;
-#[cfg(test)]
-mod site;
 #[cfg(test)]
 mod killed_edge;
 #[cfg(test)]
 mod killed_healer;
 #[cfg(test)]
+mod metrics_files;
+#[cfg(test)]
+mod page;
+#[cfg(test)]
 mod played;
+#[cfg(test)]
+mod rounds;
+#[cfg(test)]
+mod site;

@@ -29,7 +29,9 @@ pub(crate) fn ask(method: &str, at: SocketAddr, path: &str, body: &[u8]) -> Opti
 /// The JSON of a page, when it answers well.
 pub(crate) fn json<T: DeserializeOwned>(at: SocketAddr, path: &str) -> Option<T> {
     let (code, body) = ask("GET", at, path, b"")?;
-    (code == 200).then(|| serde_json::from_slice(&body).ok()).flatten()
+    (code == 200)
+        .then(|| serde_json::from_slice(&body).ok())
+        .flatten()
 }
 
 /// Whether the page is there and well.

@@ -100,7 +100,9 @@ impl Played {
 
     /// Waits for an edge, hears its Hello and lets it in, into the open round if there is one.
     pub(crate) async fn welcome(&self, round: Option<AnnounceV1>) -> (AggregatorSession, HelloV1) {
-        let mut session = in_time(self.endpoint.accept()).await.expect("the endpoint is open");
+        let mut session = in_time(self.endpoint.accept())
+            .await
+            .expect("the endpoint is open");
         let ToAggregator::Hello(hello) = in_time(session.recv()).await.unwrap() else {
             panic!("a hello is first")
         };

@@ -6,7 +6,8 @@ use crate::fleet::{Centre, Edge, moments};
 #[test]
 fn init_serve_join_and_run_give_a_published_model() {
     let root = tempfile::tempdir().unwrap();
-    let rounds = moments("quorum = 1\nrule = \"mean\"\ndeadline = \"3s\"\npause = \"100ms\"\nrounds_max = 20");
+    let rounds =
+        moments("quorum = 1\nrule = \"mean\"\ndeadline = \"3s\"\npause = \"100ms\"\nrounds_max = 20");
     let mut centre = Centre::init(root.path(), &rounds);
     centre.serve();
     let mut edge = Edge::new(root.path(), "press-1", "");
@@ -20,7 +21,10 @@ fn init_serve_join_and_run_give_a_published_model() {
     let status = edge.until("a published model in use", |status| {
         status.updates_accepted >= 1 && status.model_version >= 1
     });
-    assert_eq!((status.node.as_str(), status.gate.as_str()), ("press-1", "accepted"));
+    assert_eq!(
+        (status.node.as_str(), status.gate.as_str()),
+        ("press-1", "accepted")
+    );
     assert!(status.epsilon_spent.unwrap() > 0.0 && status.epsilon_spent < status.epsilon_limit);
     let seen = centre.until("the verdict of the gate", |status| {
         status.sites[0].last_verdict.is_some()

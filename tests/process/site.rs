@@ -34,8 +34,7 @@ pub(crate) struct Site {
 impl Site {
     /// Call it within a runtime. A lost aggregator is noticed at once: it is spoken to all the time.
     pub(crate) fn new(centre: &Centre, identity: &Identity) -> Self {
-        let authority =
-            Authority::load(&centre.dir.join("authority/aggregators")).expect("init has made it");
+        let authority = Authority::load(&centre.dir.join("authority/aggregators")).expect("init has made it");
         let limits = Limits {
             keep_alive: Duration::from_millis(50),
             ..Limits::default()

@@ -229,7 +229,11 @@ impl Client {
             ClientError::Connect(connect) => {
                 let hint = connect.hint().unwrap_or_default();
                 tracing::warn!(%error, hint, "no aggregator; trying again");
-                self.down(Federation::Connecting, &error.to_string());
+                let told = match hint {
+                    "" => error.to_string(),
+                    hint => format!("{error}; {hint}"),
+                };
+                self.down(Federation::Connecting, &told);
                 own.max(connect.retry_after().unwrap_or_default())
             }
             _ => {
@@ -265,6 +269,23 @@ impl Client {
             .unwrap_or_default();
         self.metrics.certificate_expiry_seconds.set(left.as_secs_f64());
         Ok((identity, authority))
+    }
+
+    /// Whether the detector of the last run was made with this model: then the gate has accepted it before.
+    fn uses_already(&self, held: &(Held, Digest, Arc<GlobalModel>)) -> bool {
+        let used = self
+            .lane
+            .detector()
+            .map_or(0, |detector| detector.provenance().model_version);
+        if used != held.0.version.0 || used == 0 {
+            return false;
+        }
+        for lane in &self.lanes {
+            lane.set_global(Arc::clone(&held.2));
+        }
+        self.board
+            .update(|status| "accepted".clone_into(&mut status.gate));
+        true
     }
 
     fn show_budget(&self) {
@@ -325,7 +346,7 @@ impl Driver {
         let epoch = Instant::now();
         let participant = Participant::new(config, base, key, Moment(Duration::ZERO));
         client.show_budget();
-        let unjudged = held.is_some();
+        let unjudged = held.as_ref().is_some_and(|held| !client.uses_already(held));
         Ok(Self {
             client,
             participant,

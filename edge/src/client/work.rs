@@ -12,6 +12,7 @@ use theriac_transport::Endpoint;
 use tokio::task::{JoinError, JoinHandle};
 
 use super::{Client, Driver, GATE_ROWS, Judging};
+use crate::detect::keep_detector;
 use crate::global_store::{self, Held};
 use crate::metrics::{kind, raise_to};
 use crate::store::OutboxRow;
@@ -241,7 +242,9 @@ impl Driver {
 
     /// Judges a model that came before there was a detector to judge it with.
     pub(super) fn judge_held(&mut self) {
-        if !self.unjudged || self.judging.is_some() || self.client.lane.detector().is_none() {
+        let lane = &self.client.lane;
+        let ready = lane.detector().is_some() && lane.history().quiet_len() >= gate::GATE_ROWS_MIN;
+        if !self.unjudged || self.judging.is_some() || !ready {
             return;
         }
         if let Some((held, _, model)) = &self.held {
@@ -325,7 +328,14 @@ impl Driver {
             delta: Some(spent.delta.value()),
             training_sites: u64::from(held.contributors),
         });
-        self.client.lane.replace(Arc::new(detector));
+        let detector = Arc::new(detector);
+        self.client.lane.replace(Arc::clone(&detector));
+        keep_detector(
+            &self.client.dir,
+            &self.client.lane.name,
+            &self.client.storage,
+            detector,
+        );
         for lane in &self.client.lanes {
             lane.set_global(Arc::clone(model));
         }

@@ -23,7 +23,7 @@ use super::{ConfigArguments, unprinted};
 use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY};
 use crate::config::{EdgeConfig, host_and_port};
 use crate::probe::{self, ProbeUrl};
-use crate::state_dir::{Joined, StateDir, StateDirError};
+use crate::state_dir::{Joined, StateDir};
 use crate::status::{Federation, Status};
 use crate::store::StoreReader;
 
@@ -117,7 +117,7 @@ pub(super) async fn doctor<W: Write>(
     checks.push(ledger(&config, &dir));
     checks.push(match joined {
         // A second session of the same site would push the running edge's out: ask that edge instead.
-        Ok(Some(_)) if runs(&dir) => running_link(&dir).await,
+        Ok(Some(_)) if dir.is_in_use() => running_link(&dir).await,
         Ok(Some(joined)) => aggregator(&config, &dir, &joined).await,
         Ok(None) => Check::skip("aggregator", "this edge has not joined a federation"),
         Err(error) => Check::fail("aggregator", error, "run `theriac-edge join` again"),
@@ -208,13 +208,11 @@ fn state_dir(dir: &StateDir) -> Check {
             ),
             format!("chmod 700 {}", dir.root().display()),
         ),
-        Ok(_) => match dir.lock() {
-            Ok(_) => Check::ok("state", format!("{}, no edge runs here", dir.root().display())),
-            Err(_) => Check::ok(
-                "state",
-                format!("{}, in use by a running edge", dir.root().display()),
-            ),
-        },
+        Ok(_) if dir.is_in_use() => Check::ok(
+            "state",
+            format!("{}, in use by a running edge", dir.root().display()),
+        ),
+        Ok(_) => Check::ok("state", format!("{}, no edge runs here", dir.root().display())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Check::skip("state", format!("{} does not exist yet", dir.root().display()))
         }
@@ -327,10 +325,6 @@ fn ledger(config: &EdgeConfig, dir: &StateDir) -> Check {
             "keep the file as evidence; nothing is sent meanwhile",
         ),
     }
-}
-
-fn runs(dir: &StateDir) -> bool {
-    matches!(dir.lock(), Err(StateDirError::InUse { .. }))
 }
 
 async fn running_link(dir: &StateDir) -> Check {

@@ -14,6 +14,7 @@ use theriac_certs::{Identity, JoinToken, PendingIdentity, files};
 use theriac_command::output::Output;
 use theriac_command::problem::Problem;
 use theriac_protocol::message::JoinRefusal;
+use theriac_protocol::units::NodeId;
 use theriac_transport::join::{Enrolled, JoinError, request};
 use theriac_transport::{Limits, bind_client};
 
@@ -31,18 +32,38 @@ pub(super) struct JoinArguments {
     /// The one-time token, `thrc1_…`.
     #[arg(long, env = "THERIAC_JOIN_TOKEN", hide_env_values = true)]
     token: String,
+    /// Joins again, with a new key and a new token, although this host has joined: before its certificate ends, or after
+    /// its key was lost.
+    #[arg(long)]
+    renew: bool,
     #[command(flatten)]
     config: ConfigArguments,
 }
 
 /// What `join` prints.
 #[derive(Debug, Serialize)]
-struct JoinedReport<'a> {
-    node: &'a str,
-    federation: &'a str,
-    aggregator: &'a str,
+struct JoinedReport {
+    node: NodeId,
+    federation: String,
+    aggregator: String,
     certificate_days: u64,
     state_dir: String,
+}
+
+impl JoinedReport {
+    fn of(joined: Joined, identity: &Identity, dir: &StateDir) -> Self {
+        let left = identity
+            .expires()
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
+        Self {
+            node: joined.node,
+            federation: joined.federation,
+            aggregator: joined.aggregator,
+            certificate_days: left.as_secs() / 86_400,
+            state_dir: dir.root().display().to_string(),
+        }
+    }
 }
 
 pub(super) async fn join<W: Write>(
@@ -60,6 +81,14 @@ pub(super) async fn join<W: Write>(
     })?;
     let dir = StateDir::open(&config.state_dir.path).map_err(EdgeError::from)?;
     let _lock = dir.lock().map_err(EdgeError::from)?;
+    if let Some(report) = already_joined(&dir, arguments.renew)? {
+        let human = format!(
+            "already joined {} as {}: nothing to do\n  next  theriac-edge run --state-dir {}\n  (--renew joins again with a new key)",
+            report.federation, report.node, report.state_dir
+        );
+        output.result(&report, human).map_err(unprinted)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let pending = PendingIdentity::load_or_generate(&dir.keys(), IDENTITY).map_err(bad_keys)?;
     let csr = pending.csr_der().map_err(bad_keys)?;
     let enrolled = ask(&host, port, &token, csr).await?;
@@ -75,17 +104,7 @@ pub(super) async fn join<W: Write>(
         .complete(&enrolled.certificate, &enrolled.edge_authority)
         .map_err(bad_keys)?;
     keep(&dir, &identity, &enrolled)?;
-    let left = identity
-        .expires()
-        .duration_since(SystemTime::now())
-        .unwrap_or_default();
-    let report = JoinedReport {
-        node: enrolled.node.as_str(),
-        federation: &enrolled.federation,
-        aggregator: &enrolled.aggregator,
-        certificate_days: left.as_secs() / 86_400,
-        state_dir: dir.root().display().to_string(),
-    };
+    let report = JoinedReport::of(joined_as(&enrolled), &identity, &dir);
     let human = format!(
         "joined {} as {}\n  aggregator   {}\n  certificate  {} days left\n  next         theriac-edge run --state-dir {}",
         report.federation, report.node, report.aggregator, report.certificate_days, report.state_dir
@@ -139,6 +158,26 @@ fn refused(refusal: JoinRefusal) -> Problem {
     Problem::failed("TH-E0311", text).hint(hint)
 }
 
+/// The command may be given again: a host with a good identity has nothing more to ask for.
+fn already_joined(dir: &StateDir, renew: bool) -> Result<Option<JoinedReport>, Problem> {
+    let Some(joined) = dir.joined().map_err(EdgeError::from)?.filter(|_| !renew) else {
+        return Ok(None);
+    };
+    let identity = Identity::load(&dir.keys(), IDENTITY).ok();
+    let good = identity.filter(|identity| {
+        identity.name().node == joined.node && identity.check_valid(SystemTime::now()).is_ok()
+    });
+    Ok(good.map(|identity| JoinedReport::of(joined, &identity, dir)))
+}
+
+fn joined_as(enrolled: &Enrolled) -> Joined {
+    Joined {
+        node: enrolled.node.clone(),
+        federation: enrolled.federation.clone(),
+        aggregator: enrolled.aggregator.clone(),
+    }
+}
+
 fn keep(dir: &StateDir, identity: &Identity, enrolled: &Enrolled) -> Result<(), Problem> {
     let failed = |error: &dyn std::fmt::Display| {
         Problem::failed("TH-E0313", format!("cannot keep the identity: {error}"))
@@ -152,13 +191,9 @@ fn keep(dir: &StateDir, identity: &Identity, enrolled: &Enrolled) -> Result<(), 
     identity
         .save(&dir.keys(), IDENTITY)
         .map_err(|error| failed(&error))?;
-    let joined = Joined {
-        node: enrolled.node.clone(),
-        federation: enrolled.federation.clone(),
-        aggregator: enrolled.aggregator.clone(),
-    };
     // Last, because it is what makes `run` federate; the pending key goes only when all is in place.
-    dir.save_joined(&joined).map_err(|error| failed(&error))?;
+    dir.save_joined(&joined_as(enrolled))
+        .map_err(|error| failed(&error))?;
     PendingIdentity::discard(&dir.keys(), IDENTITY).map_err(|error| failed(&error))
 }
 

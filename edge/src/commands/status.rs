@@ -30,13 +30,17 @@ pub(super) async fn status<W: Write>(
 ) -> Result<ExitCode, Problem> {
     let config = arguments.config.load()?;
     let dir = StateDir::existing(&config.state_dir.path);
-    let address = dir.http_address().unwrap_or(config.http.listen);
     let not_running = |why: String| {
-        Problem::failed("TH-E0330", format!("no edge answers at {address}: {why}")).hint(format!(
-            "start it with `theriac-edge run`; its state directory is taken to be {}",
-            dir.root().display()
-        ))
+        Problem::failed(
+            "TH-E0330",
+            format!("no edge answers in {}: {why}", dir.root().display()),
+        )
+        .hint("start it with `theriac-edge run`, or name its state directory with --state-dir")
     };
+    let address = dir
+        .http_address()
+        .filter(|_| dir.is_in_use())
+        .ok_or_else(|| not_running("none runs there".to_owned()))?;
     let ask = |path: &'static str| async move {
         probe::get(&ProbeUrl::new(address, path), PATIENCE, ANSWER_BYTES_MAX).await
     };

@@ -83,6 +83,9 @@ pub async fn run(options: &Options) -> Result<Outcome, DemoError> {
         plan.seconds,
         interruption(),
     );
+    for edge in &mut stage.record.edges {
+        edge.releases_max = releases_max(&edge.name);
+    }
     stage.record.started = rfc3339(std::time::SystemTime::now());
     stage.record.machine = machine();
     ATTACK.description().clone_into(&mut stage.record.attack);
@@ -213,8 +216,8 @@ async fn set_up(stage: &mut Stage, centre: &Centre, plan: Plan) -> Result<(), De
     for index in 0..stage.cast.len() {
         let (site, hostile) = (stage.cast[index].site.clone(), stage.cast[index].hostile);
         site.write(&program, plan.edge_terms()).map_err(file)?;
-        let releases_max = (site.name == FRUGAL).then_some(FRUGAL_RELEASES);
-        site.write_privacy(Plan::block(), releases_max).map_err(file)?;
+        site.write_privacy(Plan::block(), releases_max(&site.name))
+            .map_err(file)?;
         let create = [
             "__aggregator",
             "token",
@@ -333,6 +336,11 @@ fn places(root: &Path) -> std::io::Result<(Centre, Vec<(Site, bool)>)> {
         .map(|(name, hostile)| (Site::new(root, name, three()), hostile))
         .collect();
     Ok((centre, sites))
+}
+
+/// The limit on releases in the policy of the site with the small budget.
+fn releases_max(site: &str) -> Option<u64> {
+    (site == FRUGAL).then_some(FRUGAL_RELEASES)
 }
 
 /// A token out of what `token create --format json` printed.

@@ -59,6 +59,8 @@ pub struct EdgeRecord {
     pub epsilon_limit: f64,
     /// δ of its policy.
     pub delta: f64,
+    /// Releases that its policy allows in all, if it limits them.
+    pub releases_max: Option<u64>,
     /// When it stopped training because the budget was spent.
     pub budget_spent_s: Option<f64>,
     /// Version of the global model that it uses.
@@ -336,6 +338,7 @@ pub(crate) mod tests {
             epsilon: if index == 2 { 1.0 } else { 3.42 },
             epsilon_limit: if index == 2 { 1.0 } else { 8.0 },
             delta: 1e-6,
+            releases_max: (index == 2).then_some(4),
             budget_spent_s: (index == 2).then_some(61.5),
             model_version: 31,
             gate: "accepted".to_owned(),

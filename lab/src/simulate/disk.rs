@@ -83,7 +83,7 @@ mod tests {
         for write in 1..=4 {
             disk.begin(vec![write, write * 10], ());
         }
-        assert_eq!(disk.durable().0, []);
+        assert!(disk.durable().0.is_empty());
         assert!(disk.sync_next().is_some());
         assert_eq!(disk.crash(1), [2, 20]);
         assert_eq!(disk.durable().0, [1, 10, 2, 20]);

@@ -46,7 +46,8 @@ pub(crate) fn escape(text: impl Display) -> String {
 /// Seconds for people: `0.84 s`, `12.3 s`, `104 s`.
 pub(crate) fn seconds(value: f64) -> String {
     match value {
-        v if v < 0.1 => format!("{:.0} ms", v * 1e3),
+        // Clocks here count milliseconds: less than one is still one.
+        v if v < 0.1 => format!("{:.0} ms", (v * 1e3).max(1.0)),
         v if v < 9.995 => format!("{v:.2} s"),
         v if v < 99.95 => format!("{v:.1} s"),
         v => format!("{v:.0} s"),
@@ -106,6 +107,7 @@ mod tests {
 
     #[test]
     fn figures_read_like_a_person_wrote_them() {
+        assert_eq!(seconds(0.0), "1 ms");
         assert_eq!(
             [seconds(0.04), seconds(0.836), seconds(12.34), seconds(120.4)],
             ["40 ms", "0.84 s", "12.3 s", "120 s"]

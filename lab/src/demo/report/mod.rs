@@ -272,7 +272,7 @@ fn hostile(page: &mut Page, record: &Record) {
 
 fn privacy(page: &mut Page, record: &Record) {
     page.raw("<section>\n<h2>Privacy</h2>\n<p class=\"note\">");
-    page.text("ε spent by each edge, charged in its own ledger before any data are read, against the limit in its privacy.toml. An edge whose budget is spent stops training and goes on detecting.");
+    page.text("ε lost by the most charged block of time of each edge, against the limit in its privacy.toml, and charged in its own ledger before any data are read. No block is released twice, so ε stays where the first release put it; an edge whose policy allows only so many releases stops training after them and goes on detecting.");
     page.raw("</p>\n<div class=\"panel table\">\n");
     table(
         page,
@@ -310,11 +310,19 @@ fn meter(edge: &EdgeRecord) -> String {
     } else {
         ""
     };
+    let releases = edge.releases_max.map(|most| {
+        format!(
+            "<span class=\"sub\">{} of {}</span>",
+            edge.updates_accepted,
+            counted(most, "release")
+        )
+    });
     format!(
-        "<span class=\"meter\"><i><b{class} style=\"width:{:.1}%\"></b></i>{:.2} of {}</span>",
+        "<span class=\"meter\"><i><b{class} style=\"width:{:.1}%\"></b></i>{:.2} of {}</span>{}",
         share * 100.0,
         edge.epsilon,
-        edge.epsilon_limit
+        edge.epsilon_limit,
+        releases.unwrap_or_default(),
     )
 }
 
