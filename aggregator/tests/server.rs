@@ -293,6 +293,7 @@ async fn rounds_publish_what_the_rule_makes_of_the_updates() {
         ("a", "demo")
     );
     let mut expected = [0.0_f32; 4];
+    let mut receipts = Vec::new();
     for round in 1..=2 {
         for (edge, values) in [(&mut a, [1.0, 2.0, 3.0, 4.0]), (&mut b, [3.0, 2.0, 1.0, 0.0])] {
             let announce = edge.announced().await;
@@ -302,6 +303,7 @@ async fn rounds_publish_what_the_rule_makes_of_the_updates() {
             edge.send(header, payload).await;
             let receipt = edge.receipt().await;
             assert_eq!((receipt.round, receipt.payload_digest), (Round(round), digest));
+            receipts.push((edge.welcome.node.clone(), receipt));
         }
         for value in &mut expected {
             *value += 2.0;
@@ -311,6 +313,7 @@ async fn rounds_publish_what_the_rule_makes_of_the_updates() {
             assert_eq!(edge.model(ModelVersion(round)).await, expected);
         }
     }
+    check_audit(&centre, &receipts);
     let database = centre.database();
     let detail = history::detail(database.read(), Round(2)).unwrap();
     assert_eq!(
@@ -324,6 +327,30 @@ async fn rounds_publish_what_the_rule_makes_of_the_updates() {
             .all(|upload| upload.distance.is_some_and(|distance| distance > 1.0))
     );
     centre.stop().await;
+}
+
+/// The log verifies offline as exported, and every receipt points at the leaf of its update.
+fn check_audit(centre: &Centre, receipts: &[(NodeId, ReceiptV1)]) {
+    let dir = DataDir::new(&centre.dir);
+    let key = theriac_aggregator::audit::AuditKey::load(&dir.audit_key(), "demo").unwrap();
+    let public = key.log_key().public();
+    let database = centre.database();
+    let head = theriac_aggregator::audit::AuditLog::load(database.read())
+        .unwrap()
+        .signed_head(&key);
+    let lines = theriac_aggregator::audit::lines(database.read()).unwrap();
+    let export = theriac_audit::verify::export(&public, lines.iter().map(String::as_str), &head);
+    let verified = theriac_audit::verify::verify(export.as_bytes(), &public, &[]).unwrap();
+    assert_eq!(verified.size, lines.len() as u64);
+    for (node, receipt) in receipts {
+        assert!(theriac_audit::receipt::verify_receipt(receipt, node, &public));
+        let line = &lines[usize::try_from(receipt.leaf_index).unwrap()];
+        assert!(
+            line.contains(node.as_str()) && line.contains(&receipt.payload_digest.to_string()),
+            "{line}"
+        );
+    }
+    assert!(!receipts.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,10 +1,12 @@
 //! Copies of a service's state on a schedule, each checked before it counts, while the service is well.
 //!
 //! A copy that does not pass the service's own check may have been torn while the service wrote; so the state itself is
-//! asked next, and only when *it* fails twice is it called corrupt.
+//! asked next, and only when *it* fails twice is it called corrupt. While an incident of corrupt state is open, the state is
+//! asked again from time to time, so that a false or mended finding does not stand in the way of healing.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
 use theriac_heal::checkpoint::store::{Checkpoint, CheckpointError, CheckpointStore};
@@ -24,6 +26,8 @@ const FIRST_AFTER: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Pause between two checks of the live state before it is called corrupt.
 const SECOND_LOOK_AFTER: Duration = Duration::from_secs(1);
+/// Longest time between two checks of a state that was found corrupt.
+const ASK_AGAIN_EVERY: Duration = Duration::from_secs(30);
 
 /// Takes checkpoints of one service until the signal to stop.
 ///
@@ -47,22 +51,29 @@ pub async fn run(
     let known = taker.list().await?;
     let first = known.is_empty();
     taker.show(known).await;
-    let mut wait = if first {
+    let wait = if first {
         FIRST_AFTER.min(taker.settings.interval)
     } else {
         taker.settings.interval
     };
+    let ask_every = taker.settings.interval.min(ASK_AGAIN_EVERY);
+    let (mut due, mut ask_due) = (Instant::now() + wait, Instant::now() + ask_every);
     loop {
         tokio::select! {
-            () = tokio::time::sleep(wait) => {}
+            () = tokio::time::sleep(LOOK_EVERY.min(wait)) => {}
             () = shutdown.wait() => return Ok(()),
         }
-        wait = if taker.possible() {
+        let now = Instant::now();
+        if !taker.context.shared.corrupt.load(Ordering::Relaxed) {
+            ask_due = now + ask_every;
+        } else if now >= ask_due {
+            taker.ask_again().await;
+            ask_due = Instant::now() + ask_every;
+        }
+        if now >= due && taker.possible() {
             taker.take().await;
-            taker.settings.interval
-        } else {
-            LOOK_EVERY
-        };
+            due = Instant::now() + taker.settings.interval;
+        }
     }
 }
 
@@ -78,7 +89,7 @@ struct Taker {
 impl Taker {
     /// A sick service's state is not worth keeping, and a full disk has no room for it.
     fn possible(&self) -> bool {
-        self.context.shared.is_well() && self.storage.is_ok() && self.settings.dir.exists()
+        self.context.shared.is_sound() && self.storage.is_ok() && self.settings.dir.exists()
     }
 
     async fn take(&self) {
@@ -122,9 +133,12 @@ impl Taker {
         let (store, dir) = (Arc::clone(&self.checkpoints), self.settings.dir.clone());
         let unix_ms = clock::now().unix_ms;
         let staged = off_the_async_threads(move || store.stage(&dir, unix_ms)).await?;
-        if let Some(check) = &self.check
-            && let StateVerdict::Corrupt(detail) = check.run(staged.tree()).await
-        {
+        let verdict = match &self.check {
+            Some(check) => check.run(staged.tree()).await,
+            None => StateVerdict::Good,
+        };
+        // A copy that could not be checked must not displace one that was found good.
+        if let StateVerdict::Corrupt(detail) | StateVerdict::Unknown(detail) = verdict {
             let store = Arc::clone(&self.checkpoints);
             off_the_async_threads(move || store.discard(staged)).await?;
             return Err(CheckpointError::NotGood {
@@ -142,7 +156,7 @@ impl Taker {
             let StateVerdict::Corrupt(detail) = check.run(&self.settings.dir).await else {
                 return;
             };
-            if last && self.context.shared.is_well() {
+            if last && self.context.shared.is_sound() {
                 let service = self.context.shared.name.clone();
                 // Only while the process ends is nobody listening.
                 let _heard = self
@@ -155,6 +169,33 @@ impl Taker {
                 tokio::time::sleep(SECOND_LOOK_AFTER).await;
             }
         }
+    }
+
+    /// Looks whether a state that was found corrupt passes its check now, twice.
+    async fn ask_again(&self) {
+        let Some(check) = &self.check else { return };
+        for last in [false, true] {
+            let in_use = self.context.shared.state_in_use.lock().await;
+            let verdict = check.run(&self.settings.dir).await;
+            drop(in_use);
+            let open = self.context.shared.corrupt.load(Ordering::Relaxed);
+            if verdict != StateVerdict::Good || !open || !self.settings.dir.exists() {
+                return;
+            }
+            if !last {
+                tokio::time::sleep(SECOND_LOOK_AFTER).await;
+            }
+        }
+        let service = self.context.shared.name.clone();
+        let input = if self.context.shared.pid().is_some() {
+            Input::StateGood { service }
+        } else {
+            // It was not started because of its state: what remains is a service that does not run.
+            let status = "it does not run, and its state passes its check again".to_owned();
+            Input::Exited { service, status }
+        };
+        // Only while the process ends is nobody listening.
+        let _heard = self.context.events.send(input).await.is_ok();
     }
 
     async fn list(&self) -> Result<Vec<Checkpoint>, CheckpointError> {

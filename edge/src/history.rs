@@ -91,12 +91,20 @@ impl History {
         let mut counts: Vec<(u64, u32)> = Vec::new();
         for (sample, _) in &self.rows {
             let id = sample.at_ms / span_ms.max(1);
-            match counts.iter_mut().rev().find(|(known, _)| *known == id) {
-                Some((_, count)) => *count += 1,
-                None => counts.push((id, 1)),
+            match counts.last_mut() {
+                Some((latest, count)) if *latest == id => *count += 1,
+                _ => counts.push((id, 1)),
             }
         }
+        // Rows come in order, so there is one run for each block, unless the clock was set back.
         counts.sort_unstable();
+        counts.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            if same {
+                kept.1 += next.1;
+            }
+            same
+        });
         let whole = counts
             .into_iter()
             .filter(|(id, count)| *id < current && f64::from(*count) >= needed);
@@ -172,6 +180,23 @@ mod tests {
                 .all(|value| (*value - 3.0).abs() > 0.1 && (*value - 13.0).abs() > 0.1)
         );
         assert_eq!(history.quiet(2).values(), [18.0, 19.0]);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_counts_a_block_once() {
+        let mut history = history(15);
+        // Half of block 10 again, then on to block 12.
+        for at_ms in (10_050..11_000).step_by(100).chain([12_000]) {
+            history.push(
+                Sample {
+                    at_ms,
+                    values: vec![0.0],
+                },
+                true,
+            );
+        }
+        assert_eq!(history.complete_blocks(1000, 20), [10]);
+        assert_eq!(history.complete_blocks(1000, 10), [10]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 use theriac_heal::executor::clock;
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output};
 use theriac_heal::policy::{Autonomy, HealPolicy, HealingSection, NodeBudget, PolicyError};
-use theriac_heal::types::{Incident, IncidentState, Intent, Notice};
+use theriac_heal::types::{FaultClass, Incident, IncidentState, Intent, Notice};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
@@ -189,9 +189,7 @@ impl Responder {
         }
         if changed {
             for (name, hand) in &self.hands {
-                hand.shared
-                    .disturbed
-                    .store(machine.open_incident(name).is_some(), Ordering::Relaxed);
+                show_trouble(&hand.shared, machine.open_incident(name));
             }
             if let Err(error) = self.store.save_machine(&machine.export()).await {
                 self.storage.failed("keep the state of healing", &error);
@@ -257,6 +255,17 @@ impl Responder {
     }
 }
 
+/// Tells the service's other tasks what its open incident means for them.
+fn show_trouble(shared: &ServiceShared, open: Option<&Incident>) {
+    let acting = open.is_some_and(|incident| incident.in_flight().is_some());
+    let class = open.map(|incident| incident.class);
+    let unsound = class.is_some_and(|class| !class.from_detector()) || acting;
+    let corrupt = class == Some(FaultClass::Corruption) && !acting;
+    shared.disturbed.store(open.is_some(), Ordering::Relaxed);
+    shared.unsound.store(unsound, Ordering::Relaxed);
+    shared.corrupt.store(corrupt, Ordering::Relaxed);
+}
+
 /// Trouble of the host as a whole is recorded; nothing is done about it.
 fn host_policy() -> Result<HealPolicy, PolicyError> {
     HealingSection {
@@ -274,4 +283,165 @@ fn notify(notice: &Notice) {
         kind = ?notice.kind,
         "{}", notice.words
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use theriac_heal::types::IncidentState;
+
+    use super::*;
+    use crate::config::EdgeConfig;
+    use crate::state_dir::StateDir;
+    use crate::status::Storage;
+    use crate::store::StoreReader;
+    use crate::supervise::{ShutdownSender, shutdown};
+
+    struct Stage {
+        dir: StateDir,
+        store: Store,
+        board: Board,
+        events: mpsc::Sender<Input>,
+        commands: mpsc::Receiver<Command>,
+        stop: ShutdownSender,
+        task: tokio::task::JoinHandle<Result<(), StoreError>>,
+        _root: tempfile::TempDir,
+    }
+
+    fn stage() -> Stage {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(&root.path().join("s")).unwrap();
+        let file = root.path().join("edge.toml");
+        let text = "healing = { autonomy = 'act' }\n[[service]]\nname = 'kv'\nargv = ['true']\n";
+        std::fs::write(&file, text).unwrap();
+        let config = EdgeConfig::load(Some(&file), []).unwrap();
+        let store = Store::open(&dir).unwrap();
+        let (board, metrics) = (Board::new("a", 60), Arc::new(Metrics::new()));
+        let (commander, commands) = mpsc::channel(16);
+        let shared = Arc::new(ServiceShared::new(config.services[0].clone()));
+        let responder = Responder {
+            hands: BTreeMap::from([(
+                "kv".to_owned(),
+                Hand {
+                    shared,
+                    commands: commander,
+                },
+            )]),
+            budget: config.healing_budget,
+            store: store.clone(),
+            storage: StorageWatch::new(dir.clone(), board.clone(), Arc::clone(&metrics)),
+            board: board.clone(),
+            metrics,
+        };
+        let (events, received) = mpsc::channel(16);
+        let (stop, signal) = shutdown();
+        let task = tokio::spawn(run(
+            responder,
+            Arc::new(tokio::sync::Mutex::new(received)),
+            signal,
+        ));
+        Stage {
+            dir,
+            store,
+            board,
+            events,
+            commands,
+            stop,
+            task,
+            _root: root,
+        }
+    }
+
+    impl Stage {
+        async fn crash(&self) {
+            let service = || "kv".to_owned();
+            self.events
+                .send(Input::Started {
+                    service: service(),
+                    pid: 7,
+                })
+                .await
+                .unwrap();
+            let status = "killed by signal 9".to_owned();
+            self.events
+                .send(Input::Exited {
+                    service: service(),
+                    status,
+                })
+                .await
+                .unwrap();
+        }
+
+        async fn next(&mut self) -> Command {
+            tokio::time::timeout(Duration::from_secs(10), self.commands.recv())
+                .await
+                .unwrap()
+                .unwrap()
+        }
+
+        async fn finish(self) {
+            self.stop.stop();
+            self.task.await.unwrap().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn an_intent_is_on_disk_before_it_is_carried_out() {
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        stage.crash().await;
+        let Command::Execute(intent) = stage.next().await else {
+            panic!("no action")
+        };
+        let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
+        assert_eq!(reader.intents().unwrap(), [intent.id.0]);
+        assert_eq!(reader.incidents(9).unwrap()[0].state, IncidentState::Acting);
+        stage.finish().await;
+    }
+
+    #[tokio::test]
+    async fn on_a_full_disk_nothing_is_carried_out_and_the_incident_is_a_persons() {
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        stage.store.limit_pages(1).await;
+        stage.store.fill().await;
+        stage.crash().await;
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        while stage
+            .board
+            .incidents()
+            .first()
+            .is_none_or(|incident| incident.state != "handed_to_human")
+        {
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "{:?}",
+                stage.board.incidents()
+            );
+            tokio::task::yield_now().await;
+        }
+        assert!(
+            stage.commands.try_recv().is_err(),
+            "an action without a durable intent"
+        );
+        assert_eq!(stage.board.status().storage, Storage::Full);
+        stage.finish().await;
+    }
+
+    #[tokio::test]
+    async fn a_restarted_machine_asks_what_became_of_an_intent_instead_of_repeating_it() {
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        stage.crash().await;
+        assert!(matches!(stage.next().await, Command::Execute(_)));
+        // The same store, another process: what it finds is an intent without outcome.
+        let machine = stage.store.machine().await.unwrap().unwrap();
+        let config = HealConfig {
+            services: BTreeMap::from([("kv".to_owned(), host_policy().unwrap())]),
+            node: NodeBudget::default(),
+            clock_id: clock::clock_id(),
+        };
+        let mut machine = IncidentMachine::restore(config, machine, clock::now());
+        assert!(matches!(machine.poll_output(), Some(Output::Reconcile(_))));
+        stage.finish().await;
+    }
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,19 +11,18 @@ use theriac_heal::incident::Input;
 use theriac_model::feature::FeatureSchema;
 use theriac_privacy::ledger::Ledger;
 use theriac_privacy::noise::OpenDpGaussian;
-use theriac_privacy::policy::{Policy, PolicyError};
 use theriac_protocol::units::{NodeId, Timestamp};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-use crate::client::{self, Client};
+use crate::client::{self, Client, opening};
 use crate::config::EdgeConfig;
 use crate::detect::{LaneShared, load_detector};
 use crate::http::{self, Page};
 use crate::metrics::Metrics;
 use crate::respond::{self, Events, Hand, Responder};
 use crate::service::{self, Command, Commands, ServiceContext, ServiceShared};
-use crate::state_dir::{Joined, Lock, StateDir, StateDirError, write_durably};
+use crate::state_dir::{Joined, Lock, StateDir, StateDirError};
 use crate::status::{Board, Federation};
 use crate::storage::StorageWatch;
 use crate::store::{Store, StoreError};
@@ -39,8 +37,6 @@ const EVENTS: usize = 512;
 const COMMANDS: usize = 16;
 /// Incidents of earlier runs that the page shows.
 const INCIDENTS_SHOWN: u32 = 200;
-/// Rows of one block that the first privacy policy is written for.
-const BLOCK_ROWS: u32 = 60;
 /// Samples that may be missing before the process counts as unhealthy.
 const TICKS_MISSED_MAX: u32 = 10;
 
@@ -70,14 +66,6 @@ pub enum EdgeError {
         /// The system's word.
         source: std::io::Error,
     },
-    /// The privacy policy cannot be used.
-    #[error("{path}: {source}")]
-    Policy {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        source: PolicyError,
-    },
 }
 
 impl From<EdgeError> for Problem {
@@ -99,8 +87,6 @@ impl From<EdgeError> for Problem {
             )),
             EdgeError::Listen { .. } => Self::failed("TH-E0306", text)
                 .hint("stop what uses the port, or set http.listen (127.0.0.1:0 takes a free one)"),
-            EdgeError::Policy { .. } => Self::config("TH-E0307", text)
-                .hint("correct the policy, or set federation.enabled = false to run without the federation"),
         }
     }
 }
@@ -164,31 +150,38 @@ impl Edge {
             .map(|service| Arc::new(ServiceShared::new(service.clone())))
             .collect();
         let lanes = lanes(&config, &dir, &board);
-        let client = federation(&config, &dir, &node, joined)?.map(|(joined, ledger)| Client {
-            settings: config.federation.clone(),
-            joined,
-            dir: dir.clone(),
-            lane: Arc::clone(&lanes[0]),
-            lanes: lanes.clone(),
-            releaser: Arc::new(Mutex::new(Releaser::new(
-                ledger,
-                Arc::clone(&lanes[0]),
-                config.sampling.interval,
-                config.federation.local_steps,
-                Box::new(OpenDpGaussian),
-                tamper,
-            ))),
-            store: store.clone(),
-            storage: storage.clone(),
-            board: board.clone(),
-            metrics: Arc::clone(&metrics),
-        });
-        if client.is_none() {
-            board.update(|status| {
-                status.federation = Federation::Off;
-                status.federation_detail = Some(off_because(&config, &dir));
-            });
-        }
+        let client = match Box::pin(federation(&config, &dir, &node, joined, &store)).await? {
+            Err(reason) => {
+                board.update(|status| {
+                    status.federation = Federation::Off;
+                    status.federation_detail = Some(reason);
+                });
+                None
+            }
+            Ok((joined, ledger)) => {
+                let releaser = Releaser::new(
+                    ledger,
+                    Arc::clone(&lanes[0]),
+                    config.sampling.interval,
+                    config.federation.local_steps,
+                    Box::new(OpenDpGaussian),
+                    tamper,
+                );
+                Some(Client {
+                    settings: config.federation.clone(),
+                    joined,
+                    dir: dir.clone(),
+                    lane: Arc::clone(&lanes[0]),
+                    lanes: lanes.clone(),
+                    budget: releaser.budget(),
+                    releaser: Arc::new(Mutex::new(releaser)),
+                    store: store.clone(),
+                    storage: storage.clone(),
+                    board: board.clone(),
+                    metrics: Arc::clone(&metrics),
+                })
+            }
+        };
         let listener = bind(config.http.listen).await?;
         let address = listener.local_addr().map_err(|source| EdgeError::Listen {
             address: config.http.listen,
@@ -387,61 +380,41 @@ fn host_name() -> NodeId {
         .unwrap_or_else(|_| "edge".parse().expect("a letter word is a node id"))
 }
 
-/// Opens the ledger of a joined edge. `None`: federation stays off, and the log says why.
-fn federation(
+/// Opens the ledger of a joined edge; else says why federation stays off. Detection and healing must not stand still for
+/// a policy or a ledger that needs a person.
+async fn federation(
     config: &EdgeConfig,
     dir: &StateDir,
     node: &NodeId,
     joined: Option<Joined>,
-) -> Result<Option<(Joined, Ledger)>, EdgeError> {
-    let Some(joined) = joined.filter(|_| config.federation.enabled) else {
-        return Ok(None);
-    };
-    let path = config
-        .federation
-        .privacy_policy
-        .clone()
-        .unwrap_or_else(|| dir.privacy_policy());
-    if config.federation.privacy_policy.is_none() && !path.exists() {
-        write_first_policy(&path, node, config.sampling.interval)?;
-    }
-    let policy = Policy::load(&path).map_err(|source| EdgeError::Policy { path, source })?;
-    match Ledger::open(&dir.ledger(), node, policy, now()) {
-        Ok(ledger) => Ok(Some((joined, ledger))),
-        Err(error) => {
-            // Detection and healing must not stand still for a ledger that needs a person.
-            tracing::error!(%error, "the privacy ledger cannot be used: federation is off");
-            Ok(None)
-        }
-    }
-}
-
-/// The policy of an edge to which compliance has given none: the documented default, as a file that can be seen.
-fn write_first_policy(path: &Path, node: &NodeId, interval: Duration) -> Result<(), EdgeError> {
-    let block = humantime::format_duration(interval * BLOCK_ROWS);
-    let text = format!(
-        "# Written by theriac-edge because there was none. It belongs to whoever answers for privacy: review it.\n\
-         # docs/privacy.md explains every key. A block is {BLOCK_ROWS} samples of this edge.\n\
-         site = \"{node}\"\nunit = \"block\"\nblock = \"{block}\"\nepsilon = 4.0\ndelta = 1e-6\n\
-         noise_multiplier_min = 1.0\nmechanisms = [\"moments\"]\n"
-    );
-    tracing::warn!(path = %path.display(), "there is no privacy policy: wrote the default one, review it");
-    write_durably(path, text.as_bytes()).map_err(|source| {
-        StateDirError::Io {
-            path: path.to_owned(),
-            source,
-        }
-        .into()
-    })
-}
-
-fn off_because(config: &EdgeConfig, dir: &StateDir) -> String {
+    store: &Store,
+) -> Result<Result<(Joined, Ledger), String>, EdgeError> {
     if !config.federation.enabled {
-        return "federation.enabled is false".to_owned();
+        return Ok(Err("federation.enabled is false".to_owned()));
     }
-    match dir.joined() {
-        Ok(None) => "this edge has not joined: run `theriac-edge join`".to_owned(),
-        _ => "the privacy ledger cannot be used: run `theriac-edge doctor`".to_owned(),
+    let Some(joined) = joined else {
+        return Ok(Err("this edge has not joined: run `theriac-edge join`".to_owned()));
+    };
+    let known = store.known_ledger().await?;
+    match opening::ledger(config, dir, node, known.as_ref(), now()) {
+        Ok(ledger) => {
+            if ledger.opening().torn_bytes > 0 {
+                tracing::warn!(
+                    bytes = ledger.opening().torn_bytes,
+                    "the privacy ledger ended in an incomplete record, for which nothing had been read: cut it off"
+                );
+            }
+            // A ledger that was charged before `edge.db` kept its head, or whose last note was lost in a crash.
+            if ledger.spent().releases > 0 {
+                store.note_ledger(ledger.known_head()).await?;
+            }
+            Ok(Ok((joined, ledger)))
+        }
+        Err(barred) => {
+            let code = barred.code();
+            tracing::error!(code, %barred, fix = barred.fix(), "federation is off; detection and healing go on");
+            Ok(Err(format!("{code}: {barred}; {}", barred.fix())))
+        }
     }
 }
 

@@ -49,6 +49,10 @@ pub struct ServiceShared {
     pub config: ServiceConfig,
     /// Whether an incident of it is open.
     pub disturbed: AtomicBool,
+    /// Whether an incident is open that speaks against its state (crash, hang, corruption, full disk), or an action is under way.
+    pub unsound: AtomicBool,
+    /// Whether an incident of corrupt state is open and no action is under way.
+    pub corrupt: AtomicBool,
     /// Held while its state is being copied or replaced, so that the two never meet.
     pub state_in_use: tokio::sync::Mutex<()>,
     pid: AtomicU32,
@@ -65,6 +69,8 @@ impl ServiceShared {
             name: config.name.to_string(),
             config,
             disturbed: AtomicBool::new(false),
+            unsound: AtomicBool::new(false),
+            corrupt: AtomicBool::new(false),
             state_in_use: tokio::sync::Mutex::new(()),
             pid: AtomicU32::new(0),
             answers: AtomicBool::new(false),
@@ -78,10 +84,11 @@ impl ServiceShared {
         Some(self.pid.load(Ordering::Acquire)).filter(|pid| *pid != 0)
     }
 
-    /// Whether it runs, answers its probes, and no incident of it is open.
-    pub fn is_well(&self) -> bool {
+    /// Whether it runs, answers its probes, and nothing speaks against its state. What only the detector finds unusual does not:
+    /// an alarm that lasts must not end the checkpoints.
+    pub fn is_sound(&self) -> bool {
         self.pid().is_some()
-            && !self.disturbed.load(Ordering::Relaxed)
+            && !self.unsound.load(Ordering::Relaxed)
             && (self.config.probe.is_none() || self.answers.load(Ordering::Relaxed))
     }
 

@@ -12,6 +12,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, pa
 use theriac_heal::checkpoint::store::Checkpoint;
 use theriac_heal::incident::MachineState;
 use theriac_heal::types::{Incident, IncidentId, Intent};
+use theriac_privacy::ledger::KnownHead;
 use theriac_protocol::units::{Digest, Round};
 use tokio::sync::{mpsc, oneshot};
 
@@ -20,7 +21,7 @@ use crate::state_dir::StateDir;
 /// `THEE` in `application_id`, so that a foreign file is told apart.
 const APPLICATION_ID: i32 = 0x5448_4545;
 /// Version of the schema below.
-const SCHEMA_VERSION: i32 = 1;
+const SCHEMA_VERSION: i32 = 2;
 /// Closed incidents kept.
 const INCIDENTS_KEPT: u32 = 10_000;
 /// Jobs that may wait for the writer.
@@ -36,8 +37,10 @@ CREATE TABLE intent (
 ) STRICT;
 CREATE TABLE machine (id INTEGER PRIMARY KEY CHECK (id = 1), body TEXT NOT NULL) STRICT;
 CREATE TABLE outbox (
-    round INTEGER PRIMARY KEY, nonce TEXT NOT NULL, payload_digest TEXT NOT NULL, body BLOB NOT NULL
+    round INTEGER NOT NULL, nonce TEXT NOT NULL, payload_digest TEXT NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (round, nonce)
 ) STRICT;
+CREATE TABLE ledger (id INTEGER PRIMARY KEY CHECK (id = 1), head TEXT NOT NULL, records INTEGER NOT NULL) STRICT;
 CREATE TABLE checkpoint (
     service TEXT NOT NULL, sequence INTEGER NOT NULL, taken_ms INTEGER NOT NULL, files INTEGER NOT NULL,
     bytes INTEGER NOT NULL, PRIMARY KEY (service, sequence)
@@ -45,6 +48,18 @@ CREATE TABLE checkpoint (
 CREATE TABLE approval (
     incident INTEGER PRIMARY KEY, approve INTEGER NOT NULL CHECK (approve IN (0, 1))
 ) STRICT;
+";
+
+/// From version 1: the outbox was keyed by the round alone, and the ledger's head was not kept.
+const FROM_VERSION_1: &str = "
+ALTER TABLE outbox RENAME TO outbox_1;
+CREATE TABLE outbox (
+    round INTEGER NOT NULL, nonce TEXT NOT NULL, payload_digest TEXT NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (round, nonce)
+) STRICT;
+INSERT INTO outbox (round, nonce, payload_digest, body) SELECT round, nonce, payload_digest, body FROM outbox_1;
+DROP TABLE outbox_1;
+CREATE TABLE ledger (id INTEGER PRIMARY KEY CHECK (id = 1), head TEXT NOT NULL, records INTEGER NOT NULL) STRICT;
 ";
 
 /// Why the store failed.
@@ -82,6 +97,16 @@ pub enum StoreError {
         path: PathBuf,
         /// SQLite's word.
         source: rusqlite::Error,
+    },
+    /// Other bytes wait for the same announcement already.
+    #[error("round {round}: the outbox holds {expected}, not {found}; only the stored bytes may be sent")]
+    OtherBytes {
+        /// The round.
+        round: Round,
+        /// Digest of what is stored.
+        expected: Digest,
+        /// Digest of what came.
+        found: Digest,
     },
     /// The writer's thread is gone.
     #[error("the store is closed")]
@@ -225,30 +250,71 @@ impl Store {
         self.call(move |connection| incidents(connection, limit)).await
     }
 
-    /// Puts an encoded update where it survives, before it is sent. A second one of the same round is ignored: the
-    /// first bytes are the ones that count.
+    /// Puts an encoded update where it survives, before it is sent. A second one of the same round and nonce is ignored:
+    /// the first bytes are the ones that count. Another nonce is another announcement and another row.
     ///
     /// # Errors
-    /// [`StoreError`]
+    /// [`StoreError::OtherBytes`] when other bytes wait for the same round and nonce, [`StoreError`] otherwise.
     pub async fn put_outbox(&self, row: &OutboxRow) -> Result<(), StoreError> {
         let row = row.clone();
+        let (round, found) = (row.round, row.payload_digest);
+        let stored = self
+            .call(move |connection| {
+                let nonce = format!("{:016x}", row.nonce);
+                connection.execute(
+                    "INSERT INTO outbox (round, nonce, payload_digest, body) VALUES (?1, ?2, ?3, ?4)
+                     ON CONFLICT (round, nonce) DO NOTHING",
+                    params![
+                        signed(row.round.0),
+                        nonce,
+                        row.payload_digest.to_string(),
+                        row.body.as_ref()
+                    ],
+                )?;
+                connection.query_row(
+                    "SELECT round, nonce, payload_digest, body FROM outbox WHERE round = ?1 AND nonce = ?2",
+                    params![signed(row.round.0), nonce],
+                    outbox_row,
+                )
+            })
+            .await?;
+        if stored.payload_digest == found {
+            return Ok(());
+        }
+        Err(StoreError::OtherBytes {
+            round,
+            expected: stored.payload_digest,
+            found,
+        })
+    }
+
+    /// Notes how far the privacy ledger has come, so that a lost or older one is noticed. An earlier state of the ledger
+    /// does not overwrite a later one.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then nothing may be sent.
+    pub async fn note_ledger(&self, known: KnownHead) -> Result<(), StoreError> {
         self.call(move |connection| {
             connection.execute(
-                "INSERT INTO outbox (round, nonce, payload_digest, body) VALUES (?1, ?2, ?3, ?4)
-                 ON CONFLICT (round) DO NOTHING",
-                params![
-                    signed(row.round.0),
-                    format!("{:016x}", row.nonce),
-                    row.payload_digest.to_string(),
-                    row.body.as_ref()
-                ],
+                "INSERT INTO ledger (id, head, records) VALUES (1, ?1, ?2)
+                 ON CONFLICT (id) DO UPDATE SET head = excluded.head, records = excluded.records
+                 WHERE excluded.records > ledger.records",
+                params![known.head.to_string(), signed(known.records)],
             )?;
             Ok(())
         })
         .await
     }
 
-    /// The update that waits for its receipt: the one of the latest round.
+    /// How far the privacy ledger is known to have come; `None` when nothing was ever charged.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn known_ledger(&self) -> Result<Option<KnownHead>, StoreError> {
+        self.call(|connection| known_ledger(connection)).await
+    }
+
+    /// The update that waits for its receipt: the last one of the latest round.
     ///
     /// # Errors
     /// [`StoreError`]
@@ -256,7 +322,7 @@ impl Store {
         self.call(|connection| {
             connection
                 .query_row(
-                    "SELECT round, nonce, payload_digest, body FROM outbox ORDER BY round DESC LIMIT 1",
+                    "SELECT round, nonce, payload_digest, body FROM outbox ORDER BY round DESC, rowid DESC LIMIT 1",
                     [],
                     outbox_row,
                 )
@@ -348,6 +414,24 @@ impl Store {
         .unwrap();
     }
 
+    /// Fills the pages of the intents, so that the next one needs a new page.
+    #[cfg(test)]
+    pub(crate) async fn fill(&self) {
+        let filled = self
+            .call(|connection| {
+                for row in 0..10_000 {
+                    connection.execute(
+                        "INSERT INTO intent (id, incident, service, action, decided_ms, reason)
+                         VALUES (?1, 0, '', '', 0, '')",
+                        [1_000_000 + row],
+                    )?;
+                }
+                Ok(())
+            })
+            .await;
+        assert!(filled.is_err_and(|error| error.is_full()), "the disk is not full");
+    }
+
     async fn call<T: Send + 'static>(
         &self,
         work: impl Fn(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
@@ -386,7 +470,7 @@ impl StoreReader {
         }
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags).map_err(|error| classify(path, error))?;
-        check_identity(&connection, path)?;
+        check_identity(&connection, path, 1)?;
         connection
             .busy_timeout(Duration::from_secs(5))
             .map_err(|error| classify(path, error))?;
@@ -415,6 +499,42 @@ impl StoreReader {
             })
             .optional()
             .map_err(|error| classify(&self.path, error))
+    }
+
+    /// Numbers of the intents that were recorded, oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn intents(&self) -> Result<Vec<u64>, StoreError> {
+        let read = || -> rusqlite::Result<Vec<u64>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT id FROM intent ORDER BY id")?;
+            let rows = statement.query_map([], |row| Ok(unsigned(row.get(0)?)))?;
+            rows.collect()
+        };
+        read().map_err(|error| classify(&self.path, error))
+    }
+
+    /// How far the privacy ledger is known to have come; `None` when nothing was ever charged.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn known_ledger(&self) -> Result<Option<KnownHead>, StoreError> {
+        let read = || {
+            let kept: bool = self.connection.query_row(
+                "SELECT count(*) > 0 FROM sqlite_schema WHERE type = 'table' AND name = 'ledger'",
+                [],
+                |row| row.get(0),
+            )?;
+            // A store of version 1, which no edge of this build has opened yet, knows nothing of it.
+            if kept {
+                known_ledger(&self.connection)
+            } else {
+                Ok(None)
+            }
+        };
+        read().map_err(|error| classify(&self.path, error))
     }
 
     /// Leaves word for the running edge.
@@ -476,7 +596,16 @@ fn open(path: &Path) -> Result<Connection, StoreError> {
             .map_err(at)?;
         transaction.commit().map_err(at)?;
     }
-    check_identity(&connection, path)?;
+    check_identity(&connection, path, 1)?;
+    if version == 1 {
+        let transaction = connection.transaction().map_err(at)?;
+        transaction.execute_batch(FROM_VERSION_1).map_err(at)?;
+        transaction
+            .pragma_update(None, "user_version", SCHEMA_VERSION)
+            .map_err(at)?;
+        transaction.commit().map_err(at)?;
+    }
+    check_identity(&connection, path, SCHEMA_VERSION)?;
     Ok(connection)
 }
 
@@ -484,7 +613,7 @@ fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row("SELECT count(*) = 0 FROM sqlite_schema", [], |row| row.get(0))
 }
 
-fn check_identity(connection: &Connection, path: &Path) -> Result<(), StoreError> {
+fn check_identity(connection: &Connection, path: &Path, oldest: i32) -> Result<(), StoreError> {
     let pragma = |name: &str| -> Result<i32, StoreError> {
         connection
             .query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))
@@ -502,7 +631,7 @@ fn check_identity(connection: &Connection, path: &Path) -> Result<(), StoreError
             "not a store of theriac-edge (application id {application:#x}, expected {APPLICATION_ID:#x})"
         ));
     }
-    if version != SCHEMA_VERSION {
+    if !(oldest..=SCHEMA_VERSION).contains(&version) {
         return foreign(format!(
             "its schema is version {version}, this build knows {SCHEMA_VERSION}: use the build that wrote it"
         ));
@@ -563,6 +692,18 @@ fn incidents(connection: &Connection, limit: u32) -> rusqlite::Result<Vec<Incide
         .collect::<Result<_, _>>()?;
     found.reverse();
     Ok(found)
+}
+
+fn known_ledger(connection: &Connection) -> rusqlite::Result<Option<KnownHead>> {
+    connection
+        .query_row("SELECT head, records FROM ledger WHERE id = 1", [], |row| {
+            let head: String = row.get(0)?;
+            Ok(KnownHead {
+                head: head.parse().map_err(|error| conversion(0, error))?,
+                records: unsigned(row.get(1)?),
+            })
+        })
+        .optional()
 }
 
 fn outbox_row(row: &Row<'_>) -> rusqlite::Result<OutboxRow> {
@@ -692,6 +833,77 @@ mod tests {
         );
         store.drop_outbox(Round(7)).await.unwrap();
         assert_eq!(store.outbox().await.unwrap(), None);
+    }
+
+    fn update(round: u64, nonce: u64, payload: &[u8]) -> OutboxRow {
+        OutboxRow {
+            round: Round(round),
+            nonce,
+            payload_digest: Digest::of(payload),
+            body: Bytes::copy_from_slice(payload),
+        }
+    }
+
+    #[tokio::test]
+    async fn another_nonce_of_a_round_is_another_update_and_other_bytes_for_the_same_are_refused() {
+        let (_root, dir) = dir();
+        let store = Store::open(&dir).unwrap();
+        store.put_outbox(&update(7, 9, b"first")).await.unwrap();
+        let second = update(7, 2, b"second");
+        store.put_outbox(&second).await.unwrap();
+        assert_eq!(
+            store.outbox().await.unwrap(),
+            Some(second.clone()),
+            "the last announcement is the one that is answered"
+        );
+        let error = store.put_outbox(&update(7, 2, b"other")).await.unwrap_err();
+        assert!(
+            matches!(error, StoreError::OtherBytes { expected, .. } if expected == second.payload_digest),
+            "{error}"
+        );
+        assert_eq!(store.outbox().await.unwrap(), Some(second));
+        store.drop_outbox(Round(7)).await.unwrap();
+        assert_eq!(store.outbox().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn the_known_ledger_never_goes_backwards() {
+        let (_root, dir) = dir();
+        let head = |records| KnownHead {
+            head: Digest([u8::try_from(records).unwrap(); 32]),
+            records,
+        };
+        let store = Store::open(&dir).unwrap();
+        assert_eq!(store.known_ledger().await.unwrap(), None);
+        for records in [3, 5, 4] {
+            store.note_ledger(head(records)).await.unwrap();
+        }
+        assert_eq!(store.known_ledger().await.unwrap(), Some(head(5)));
+        let reader = StoreReader::open(&dir.database()).unwrap().unwrap();
+        assert_eq!(reader.known_ledger().unwrap(), Some(head(5)));
+    }
+
+    #[tokio::test]
+    async fn a_store_of_version_1_is_read_and_brought_up_with_its_outbox() {
+        let (_root, dir) = dir();
+        let row = update(7, 9, b"first");
+        Store::open(&dir).unwrap().put_outbox(&row).await.unwrap();
+        let old = Connection::open(dir.database()).unwrap();
+        old.execute_batch(
+            "DROP TABLE ledger; ALTER TABLE outbox RENAME TO o;
+             CREATE TABLE outbox (
+                 round INTEGER PRIMARY KEY, nonce TEXT NOT NULL, payload_digest TEXT NOT NULL, body BLOB NOT NULL
+             ) STRICT;
+             INSERT INTO outbox SELECT * FROM o; DROP TABLE o; PRAGMA user_version = 1;",
+        )
+        .unwrap();
+        drop(old);
+        let reader = StoreReader::open(&dir.database()).unwrap().unwrap();
+        assert_eq!(reader.known_ledger().unwrap(), None);
+        let store = Store::open(&dir).unwrap();
+        assert_eq!(store.outbox().await.unwrap(), Some(row));
+        store.put_outbox(&update(7, 2, b"second")).await.unwrap();
+        assert_eq!(store.known_ledger().await.unwrap(), None);
     }
 
     #[tokio::test]

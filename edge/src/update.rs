@@ -7,7 +7,7 @@
 //! The charge is durable before a row is read, and the stored bytes are the ones that are sent, however often. A round
 //! that was charged and whose bytes were lost in a crash is declined: noise is never drawn twice for one charge.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
@@ -15,14 +15,14 @@ use rand::Rng as _;
 use theriac_model::global::{GlobalModel, delta_layout, moments_layout};
 use theriac_model::{moments, train};
 use theriac_privacy::ledger::{
-    Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError, Reserved,
+    KnownHead, Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError, Reserved, Spent,
 };
 use theriac_privacy::noise::NoiseMechanism;
 use theriac_privacy::update::{LocalUpdate, UpdateError};
 use theriac_protocol::codec::{CodecError, decode_to_aggregator, encode_to_aggregator};
 use theriac_protocol::frame::{HEADER_BYTES, kind};
 use theriac_protocol::message::{AnnounceV1, DeclineReason, ToAggregator, UpdateKind};
-use theriac_protocol::units::{Digest, Timestamp};
+use theriac_protocol::units::{Digest, NoiseMultiplier, Timestamp};
 
 use crate::Tamper;
 use crate::detect::LaneShared;
@@ -93,10 +93,45 @@ pub enum Release {
     Stored,
 }
 
+/// What was spent and how far the ledger has come, as last published by a [`Releaser`]; cheap to clone. Reading it never
+/// waits for a release.
+#[derive(Debug, Clone)]
+pub struct Budget(Arc<Mutex<Published>>);
+
+/// See [`Budget`].
+#[derive(Debug, Clone, Copy)]
+pub struct Published {
+    /// What was spent.
+    pub spent: Spent,
+    /// How far the ledger has come.
+    pub known: KnownHead,
+    /// The policy's floor on the noise.
+    pub noise_multiplier_min: NoiseMultiplier,
+}
+
+impl Published {
+    fn of(ledger: &Ledger) -> Self {
+        Self {
+            spent: ledger.spent(),
+            known: ledger.known_head(),
+            noise_multiplier_min: ledger.policy().noise_multiplier_min(),
+        }
+    }
+}
+
+impl Budget {
+    /// The state after the last charge or mark.
+    pub fn published(&self) -> Published {
+        // Held for a copy.
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Makes updates of one lane's history under one ledger.
 #[derive(Debug)]
 pub struct Releaser {
     ledger: Ledger,
+    budget: Budget,
     lane: Arc<LaneShared>,
     step: Duration,
     local_steps: usize,
@@ -123,8 +158,10 @@ impl Releaser {
         mechanism: Box<dyn NoiseMechanism + Send>,
         tamper: Option<Tamper>,
     ) -> Self {
+        let budget = Budget(Arc::new(Mutex::new(Published::of(&ledger))));
         Self {
             ledger,
+            budget,
             lane,
             step,
             local_steps,
@@ -136,6 +173,15 @@ impl Releaser {
     /// The ledger.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    /// What the ledger says, to be read without waiting for a release.
+    pub fn budget(&self) -> Budget {
+        self.budget.clone()
+    }
+
+    fn publish(&self) {
+        *self.budget.0.lock().unwrap_or_else(PoisonError::into_inner) = Published::of(&self.ledger);
     }
 
     /// Makes the update of a round: blocks the thread for the ledger's sync and the arithmetic. `base` is the model that the
@@ -153,7 +199,9 @@ impl Releaser {
             return Ok(Release::Stored);
         }
         let plan = self.plan(announce)?;
-        let reservation = match self.ledger.reserve(plan, now())? {
+        let reserved = self.ledger.reserve(plan, now());
+        self.publish();
+        let reservation = match reserved? {
             Reserved::Fresh(reservation) => reservation,
             Reserved::AlreadyCharged { .. } => return Ok(Release::Stored),
         };
@@ -167,7 +215,9 @@ impl Releaser {
     /// # Errors
     /// [`LedgerError`]; then they must not be sent.
     pub fn mark_released(&mut self, id: ReservationId, payload_digest: Digest) -> Result<(), LedgerError> {
-        self.ledger.mark_released(id, payload_digest, now())
+        let marked = self.ledger.mark_released(id, payload_digest, now());
+        self.publish();
+        marked
     }
 
     /// Whether the ledger knows of the charge for these bytes. Where it does not, the ledger wins: nothing may be sent.
@@ -209,8 +259,15 @@ impl Releaser {
             noise_multiplier: announce.noise_multiplier,
         };
         if announce.kind == UpdateKind::Moments {
-            // The round's blocks in time; the ledger refuses blocks of another length than the policy's.
+            // Before anything is counted: the aggregator does not choose how the history is cut up.
+            let expected = plan.block_span;
             plan.block_span = self.step * announce.block_rows;
+            if plan.block_span != expected {
+                return Err(Unreleased::Reserve(ReserveError::OtherBlocks {
+                    expected_ms: expected.as_millis(),
+                    found_ms: plan.block_span.as_millis(),
+                }));
+            }
             let span_ms = u64::try_from(plan.block_span.as_millis()).unwrap_or(u64::MAX);
             let mut blocks = self.lane.history().complete_blocks(span_ms, announce.block_rows);
             blocks.retain(|block| self.ledger.is_chargeable(*block));
@@ -311,7 +368,7 @@ mod tests {
     use theriac_model::sample::Sample;
     use theriac_privacy::noise::OpenDpGaussian;
     use theriac_privacy::policy::Policy;
-    use theriac_protocol::units::{L2Norm, ModelVersion, NodeId, NoiseMultiplier, Round};
+    use theriac_protocol::units::{L2Norm, ModelVersion, NodeId, Round};
 
     use super::*;
 

@@ -1,4 +1,7 @@
 //! The sample loop: every interval one row for each lane, scored, and told to the incident machine.
+//!
+//! An alarm that lasts half an hour while the service answers and nothing else is wrong is taken for a new normal: the
+//! alarm is told as over, the next rows are gathered unscored, and a new model is fitted on them.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +23,10 @@ use crate::state_dir::StateDir;
 use crate::status::{Board, Phase};
 use crate::storage::StorageWatch;
 use crate::supervise::Shutdown;
+
+/// Time that an alarm must have lasted, with a sound service, to be taken for a new normal. Long enough for a person
+/// who was told of the incident to look; short enough that the models do not grow old behind it.
+const NEW_NORMAL_AFTER: Duration = Duration::from_mins(30);
 
 /// What the loop works with.
 #[derive(Debug, Clone)]
@@ -49,6 +56,8 @@ struct Row {
     sampler: ServiceSampler,
     pid: Option<u32>,
     blames_host: bool,
+    untold: Untold,
+    normal: NewNormal,
     latest: Option<RowVerdict>,
 }
 
@@ -73,6 +82,8 @@ pub async fn run(watch: Watch, mut shutdown: Shutdown) -> Result<(), std::conver
             sampler: ServiceSampler::default(),
             pid: None,
             blames_host: false,
+            untold: Untold::default(),
+            normal: NewNormal::default(),
             latest: None,
         })
         .collect();
@@ -128,10 +139,29 @@ impl Watch {
             .service
             .as_ref()
             .is_some_and(|service| service.disturbed.load(Ordering::Relaxed) || service.pid().is_none());
-        let verdict = state.lane.push(sample, disturbed);
+        let sound = state.service.as_ref().is_none_or(|service| service.is_sound());
+        let verdict = if state.normal.learning.is_some() {
+            state.lane.shared().history().push(sample, sound);
+            RowVerdict {
+                score: f32::NAN,
+                threshold: f32::NAN,
+                signal: Signal::Quiet,
+            }
+        } else {
+            state.lane.push(sample, disturbed)
+        };
         self.tell(state, &verdict);
+        self.watch_for_new_normal(state, &verdict.signal, sound);
+        state.untold.send(&self.events, &state.lane.shared().name);
         state.latest = Some(verdict);
-        match state.lane.tend().await {
+        if state.normal.learning.is_some_and(|rows_left| rows_left > 0) {
+            return;
+        }
+        let event = state.lane.tend().await;
+        if event.is_some() {
+            state.normal.learning = None;
+        }
+        match event {
             Some(FitEvent::Fitted(detector)) => self.fitted(state.lane.shared(), detector),
             Some(FitEvent::Failed(reason)) => {
                 self.metrics.fits.get_or_create(&kind("failed")).inc();
@@ -145,9 +175,36 @@ impl Watch {
         }
     }
 
+    /// Begins to gather rows for a new model when the alarm has lasted long enough.
+    fn watch_for_new_normal(&self, state: &mut Row, signal: &Signal, sound: bool) {
+        let interval_ms = self.sampling.interval.as_millis().max(1);
+        let patience = usize::try_from(NEW_NORMAL_AFTER.as_millis() / interval_ms).unwrap_or(usize::MAX);
+        // At least half of what the fit looks at is then new.
+        let rows = self.detection.warm_up_rows.max(self.detection.fit_rows / 2);
+        if !state.normal.row(signal, sound, patience, rows) {
+            return;
+        }
+        let shared = Arc::clone(state.lane.shared());
+        tracing::warn!(
+            lane = shared.name,
+            rows,
+            "the alarm lasts and the service is well: taken for a new normal, gathering rows for a new model"
+        );
+        state.lane = Lane::new(shared, self.detection.clone(), self.sampling.interval);
+        state.untold.service = true;
+        state.untold.host |= std::mem::take(&mut state.blames_host);
+    }
+
     fn tell(&self, state: &mut Row, verdict: &RowVerdict) {
         let name = state.lane.shared().name.clone();
         match &verdict.signal {
+            // An open incident waits for word that the service is normal again.
+            Signal::Quiet if verdict.score.is_finite() => {
+                let waits = |service: &Arc<ServiceShared>| service.disturbed.load(Ordering::Relaxed);
+                if state.service.as_ref().is_some_and(waits) {
+                    self.send(Input::Calm { service: name });
+                }
+            }
             Signal::Quiet => {}
             Signal::Anomaly {
                 raised,
@@ -166,8 +223,12 @@ impl Watch {
                     );
                 }
                 let service = match blame {
-                    Blame::Service => name,
+                    Blame::Service => {
+                        state.untold.service = false;
+                        name
+                    }
                     Blame::Host => {
+                        state.untold.host = false;
                         state.blames_host = true;
                         HOST.to_owned()
                     }
@@ -181,17 +242,14 @@ impl Watch {
                 });
             }
             Signal::Cleared => {
-                if std::mem::take(&mut state.blames_host) && name != HOST {
-                    self.send(Input::AnomalyCleared {
-                        service: HOST.to_owned(),
-                    });
-                }
-                self.send(Input::AnomalyCleared { service: name });
+                state.untold.host |= std::mem::take(&mut state.blames_host) && name != HOST;
+                state.untold.service = true;
             }
         }
     }
 
-    /// Never waits: the loop must not stand still because healing is busy. What is lost is told again with the next row.
+    /// Never waits: the loop must not stand still because healing is busy. What is lost is told again with the next row,
+    /// the end of an alarm by [`Untold`].
     fn send(&self, input: Input) {
         if self.events.try_send(input).is_err() {
             tracing::debug!("the incident machine is busy");
@@ -260,8 +318,116 @@ impl Watch {
     }
 }
 
+/// Ends of alarms that the incident machine has not been told yet, because its queue was full.
+#[derive(Debug, Default)]
+struct Untold {
+    service: bool,
+    host: bool,
+}
+
+impl Untold {
+    fn send(&mut self, events: &mpsc::Sender<Input>, lane: &str) {
+        for (untold, service) in [(&mut self.host, HOST), (&mut self.service, lane)] {
+            if *untold {
+                let service = service.to_owned();
+                *untold = events.try_send(Input::AnomalyCleared { service }).is_err();
+            }
+        }
+    }
+}
+
+/// How long an alarm has lasted, and the rows that are being gathered for the model after it.
+#[derive(Debug, Default)]
+struct NewNormal {
+    alarmed_rows: usize,
+    /// Rows still to gather; at zero the fit is under way.
+    learning: Option<usize>,
+}
+
+impl NewNormal {
+    /// Counts a row. True when the alarm has now lasted `patience` rows with a sound service: `rows` are then gathered.
+    fn row(&mut self, signal: &Signal, sound: bool, patience: usize, rows: usize) -> bool {
+        if let Some(left) = &mut self.learning {
+            *left = left.saturating_sub(usize::from(sound));
+            return false;
+        }
+        match signal {
+            _ if !sound => self.alarmed_rows = 0,
+            Signal::Cleared => self.alarmed_rows = 0,
+            Signal::Anomaly { .. } => self.alarmed_rows = self.alarmed_rows.saturating_add(1),
+            Signal::Quiet => {}
+        }
+        if self.alarmed_rows < patience.max(1) {
+            return false;
+        }
+        self.alarmed_rows = 0;
+        self.learning = Some(rows);
+        true
+    }
+}
+
 fn unix_ms() -> u64 {
     // A wall clock before 1970 counts as 1970: blocks then never end, and nothing is released.
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn anomaly() -> Signal {
+        Signal::Anomaly {
+            raised: false,
+            blame: Blame::Service,
+            causes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_end_of_an_alarm_is_told_again_until_there_is_room_for_it() {
+        let (events, mut received) = mpsc::channel(1);
+        let service = || "kv".to_owned();
+        events.try_send(Input::StateGood { service: service() }).unwrap();
+        let mut untold = Untold {
+            service: true,
+            host: false,
+        };
+        untold.send(&events, "kv");
+        assert!(untold.service, "the queue is full");
+        received.try_recv().unwrap();
+        untold.send(&events, "kv");
+        assert!(!untold.service);
+        assert_eq!(
+            received.try_recv().unwrap(),
+            Input::AnomalyCleared { service: service() }
+        );
+        untold.send(&events, "kv");
+        assert!(received.try_recv().is_err(), "told once");
+    }
+
+    #[test]
+    fn an_alarm_becomes_the_new_normal_only_when_it_lasts_and_the_service_is_sound_all_the_time() {
+        let mut normal = NewNormal::default();
+        for _ in 0..9 {
+            assert!(!normal.row(&anomaly(), true, 10, 3));
+        }
+        assert!(!normal.row(&anomaly(), false, 10, 3), "it did not answer");
+        for _ in 0..9 {
+            assert!(!normal.row(&anomaly(), true, 10, 3));
+        }
+        assert!(!normal.row(&Signal::Cleared, true, 10, 3));
+        for _ in 0..9 {
+            assert!(!normal.row(&anomaly(), true, 10, 3));
+        }
+        assert!(normal.row(&anomaly(), true, 10, 3));
+        for (sound, left) in [(true, 2), (false, 2), (true, 1), (true, 0), (true, 0)] {
+            assert!(!normal.row(&Signal::Quiet, sound, 10, 3));
+            assert_eq!(
+                normal.learning,
+                Some(left),
+                "rows of an unsound service do not count"
+            );
+        }
+    }
 }

@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 const ADDRESS: &str = "THERIAC_TEST_SERVICE";
+const DELAY_MS: &str = "THERIAC_TEST_SERVICE_DELAY_MS";
 
 /// Not a test of its own: with an address in the environment it is the service that the tests supervise.
 #[test]
@@ -25,6 +26,9 @@ fn service_process() {
     let Ok(address) = std::env::var(ADDRESS) else {
         return;
     };
+    if let Ok(delay_ms) = std::env::var(DELAY_MS) {
+        std::thread::sleep(Duration::from_millis(delay_ms.parse().unwrap()));
+    }
     let listener = TcpListener::bind(address).unwrap();
     for stream in listener.incoming() {
         let mut stream = stream.unwrap();
@@ -232,6 +236,16 @@ async fn a_stopped_service_is_found_from_outside_and_replaced() {
     edge.finish().await;
     let gone = |pid: u32| !Path::new(&format!("/proc/{pid}")).exists();
     assert!(gone(pid) && gone(next), "a service outlived its edge");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_takes_its_time_to_start_is_left_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let slow = service("").replace("env = { ", &format!("env = {{ {DELAY_MS} = '1500', "));
+    let edge = Edge::start(&root.path().join("state"), &slow);
+    edge.well(0).await;
+    assert_eq!(edge.incidents().await.unwrap(), []);
+    edge.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -45,6 +45,11 @@ pub struct HealingSection {
     pub stopped_confirm: Option<u32>,
     /// See [`HealPolicy::anomaly_confirm`].
     pub anomaly_confirm: Option<u32>,
+    /// See [`HealPolicy::anomaly_lasting`].
+    #[serde(with = "duration_opt")]
+    pub anomaly_lasting: Option<Duration>,
+    /// See [`HealPolicy::anomaly_restarts`].
+    pub anomaly_restarts: Option<u32>,
     /// See [`HealPolicy::verify_probes`].
     pub verify_probes: Option<u32>,
     /// See [`HealPolicy::verify_window`].
@@ -87,18 +92,27 @@ pub struct HealPolicy {
     pub probe_window: u32,
     /// So many sightings in a row of process state `T` (stopped) mean a hang. Default 2, 1 to 60.
     pub stopped_confirm: u32,
-    /// So many anomalous verdicts in a row open an incident. Default 3, 1 to 600.
+    /// So many rows whose score reaches the threshold, within one alarm, open an incident. Default 3, 1 to 600. Rows on which
+    /// the alarm is only held do not count.
     pub anomaly_confirm: u32,
+    /// Least time between the first and the latest such row of one alarm before an incident opens. Default 10 s, 0 s to 1 h.
+    /// Too short: a burst of honest work restarts a healthy service. Too long: a leak goes on.
+    pub anomaly_lasting: Duration,
+    /// So many restarts within `window` that were verified as healed, for one class that the detector alone finds. When the
+    /// class returns after them, a person has to look. Default 2, 1 to 1000.
+    pub anomaly_restarts: u32,
     /// So many good probes in a row after an action mean healed. Default 3, 1 to 60.
     pub verify_probes: u32,
-    /// Time that an action has to show its effect. Default 30 s, 1 s to 1 h.
+    /// Time that an action has to show its effect. Default 30 s, 1 s to 1 h. For trouble that the detector alone finds it
+    /// begins when `settle` ends.
     pub verify_window: Duration,
     /// Most starts of a crashed service within one incident, each a cool-down apart. Default 2, 1 to 10.
     pub start_attempts: u32,
     /// Time after which an executor that has not reported is handed to a person. Default 2 min, 1 s to 1 h. Longer than the
     /// service's grace for stopping, its state check and its start together.
     pub action_timeout: Duration,
-    /// Time after a start in which anomalies open no incident, because a young process looks unusual. Default 30 s, 0 s to 1 h.
+    /// Time after a start in which anomalies open no incident, because a young process looks unusual. An alarm that is on in
+    /// it still keeps an action from being called healed. Default 30 s, 0 s to 1 h.
     pub settle: Duration,
     /// An incident that a person has to look at is told again after this time. Default 15 min, 10 s to 24 h.
     pub remind_every: Duration,
@@ -146,6 +160,8 @@ impl HealingSection {
             probe_window: self.probe_window.or(above.probe_window),
             stopped_confirm: self.stopped_confirm.or(above.stopped_confirm),
             anomaly_confirm: self.anomaly_confirm.or(above.anomaly_confirm),
+            anomaly_lasting: self.anomaly_lasting.or(above.anomaly_lasting),
+            anomaly_restarts: self.anomaly_restarts.or(above.anomaly_restarts),
             verify_probes: self.verify_probes.or(above.verify_probes),
             verify_window: self.verify_window.or(above.verify_window),
             start_attempts: self.start_attempts.or(above.start_attempts),
@@ -217,6 +233,21 @@ impl HealingSection {
                 1,
                 600,
                 "1 to 600",
+            )?,
+            anomaly_lasting: span(
+                "healing.anomaly_lasting",
+                self.anomaly_lasting,
+                seconds(10),
+                Duration::ZERO,
+                HOUR,
+                "0s to 1h",
+            )?,
+            anomaly_restarts: count(
+                "healing.anomaly_restarts",
+                self.anomaly_restarts.unwrap_or(2),
+                1,
+                1000,
+                "1 to 1000",
             )?,
             verify_probes: count(
                 "healing.verify_probes",
@@ -432,6 +463,8 @@ mod tests {
             probe_window = 5
             stopped_confirm = 1
             anomaly_confirm = 4
+            anomaly_lasting = "2s"
+            anomaly_restarts = 3
             verify_probes = 2
             verify_window = "8s"
             start_attempts = 3

@@ -64,6 +64,11 @@ pub enum FaultClass {
 }
 
 impl FaultClass {
+    /// Whether the detector alone finds trouble of this class.
+    pub fn from_detector(self) -> bool {
+        matches!(self, Self::MemoryLeak | Self::CpuContention | Self::Unknown)
+    }
+
     /// The class as the contract's files spell it.
     pub fn as_str(self) -> &'static str {
         match self {

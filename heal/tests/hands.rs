@@ -374,3 +374,20 @@ async fn a_node_that_died_between_intent_and_effect_looks_before_it_acts() {
         }
     }
 }
+
+#[tokio::test]
+async fn state_that_passes_its_check_once_the_service_has_stopped_is_kept() {
+    let mut node = Node::new();
+    node.boot().await;
+    node.hands.checkpoint(1).await.unwrap().unwrap();
+    fs::write(
+        node.dir.path().join("state/newer"),
+        "written after the checkpoint",
+    )
+    .unwrap();
+    let outcome = node.hands.execute(&intent(ActionKind::RestoreAndStart)).await;
+    assert_eq!(outcome, Outcome::Done);
+    assert!(node.hands.supervisor.pid().is_some());
+    assert!(node.dir.path().join("state/newer").exists());
+    assert!(!node.dir.path().join("state.replaced-1").exists());
+}

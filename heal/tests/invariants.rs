@@ -146,6 +146,7 @@ impl World {
             window: Duration::from_mins(10),
             cooldown: Duration::from_secs(5),
             settle: Duration::from_secs(2),
+            anomaly_lasting: Duration::ZERO,
             ..HealPolicy::default()
         };
         let services = SERVICES
@@ -234,7 +235,7 @@ impl World {
                 let causes = vec![Cause {
                     channel: channel.to_owned(),
                     contribution: *score,
-                    rising: None,
+                    rising: Some(true),
                 }];
                 self.tell(Input::Anomaly {
                     service: name(*service),

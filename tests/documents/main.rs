@@ -1,6 +1,9 @@
 //! The documents against the code: what is written must exist, and what exists must be written.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a file that cannot be read is a failure")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: a file that cannot be read is a failure"
+)]
 
 use std::collections::BTreeSet;
 use std::fs;

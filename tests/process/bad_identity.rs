@@ -61,9 +61,10 @@ fn unusable_keys_switch_only_the_federation_off() {
     // Nothing of that was lasting.
     fs::write(&authority, kept).unwrap();
     edge.start();
-    runtime.block_on(centre.welcome(None));
+    let session = runtime.block_on(centre.welcome(None));
     edge.until_connected();
     edge.stop();
+    drop(session);
 }
 
 #[test]

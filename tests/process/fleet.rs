@@ -331,11 +331,6 @@ impl Edge {
         assert_eq!(self.running.take().unwrap().stop(), Some(0));
     }
 
-    /// Everything it printed so far.
-    pub(crate) fn said(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
     /// Waits until its page says so.
     pub(crate) fn until(&mut self, what: &str, ready: impl Fn(&Status) -> bool) -> Status {
         let (page, name) = (self.page, &self.name);

@@ -34,7 +34,8 @@ fn a_token_is_good_once_in_time_and_for_one_key() {
     let first = made("press-3");
     let token = centre.token("press-3", "1h");
     first.join(&centre, &token).expect_done();
-    // A lost answer costs nothing, but then the pending key is still there; another host's key is another matter.
+    // The same command again on the same host changes nothing; another host's key is another matter.
+    first.join(&centre, &token).expect_done();
     let thief = Edge::new(&root.path().join("press-3"), "press-3", "");
     thief.join(&centre, &token).expect_problem(
         1,
@@ -184,12 +185,13 @@ fn an_answer_that_could_not_be_kept_is_asked_for_again() {
     let mut centre = serving(root.path());
     let edge = Edge::new(root.path(), "press-2", "");
     let token = centre.token("press-2", "1h");
-    // Something stands where `join.json` is to go.
-    fs::create_dir_all(edge.dir.join("join.json")).unwrap();
+    // Something stands where `join.json` is written before it is renamed.
+    fs::create_dir_all(edge.dir.join("join.tmp")).unwrap();
     fs::set_permissions(&edge.dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
     edge.join(&centre, &token)
         .expect_problem(1, &["TH-E0313", "the token stays good for this key"]);
-    fs::remove_dir(edge.dir.join("join.json")).unwrap();
+    assert!(!edge.dir.join("join.json").exists());
+    fs::remove_dir(edge.dir.join("join.tmp")).unwrap();
     edge.join(&centre, &token).expect_done();
     centre.stop();
 }

@@ -206,7 +206,7 @@ fn a_model_that_is_cut_swapped_or_of_another_layout_is_refused() {
     desk.score(&input)
         .expect_problem(1, &["TH-E0323", "`a`", "its card lists them"]);
     desk.train(&input).expect_done();
-    let (good, good_card) = (fs::read(&model).unwrap(), fs::read(&card).unwrap());
+    let good = fs::read(&model).unwrap();
     let refused = |words: &[&str]| {
         let words = [&["TH-E0321", "model", "theriac-edge train"], words].concat();
         desk.score(&input).expect_problem(1, &words);
@@ -220,15 +220,11 @@ fn a_model_that_is_cut_swapped_or_of_another_layout_is_refused() {
     *flipped.last_mut().unwrap() ^= 1;
     fs::write(&model, flipped).unwrap();
     refused(&[]);
-    // Values of another layout under this card.
+    // Another model beside this card: what counts is the card inside the model's file.
     fs::write(&model, other).unwrap();
-    refused(&[]);
+    desk.score(&input).expect_problem(1, &["TH-E0323", "`a`"]);
     fs::write(&model, &good).unwrap();
-    fs::write(&card, &good_card[..good_card.len() / 2]).unwrap();
-    refused(&[]);
     fs::remove_file(&card).unwrap();
-    refused(&[]);
-    fs::write(&card, good_card).unwrap();
     desk.score(&input).expect_done();
     // A name that is no model's.
     let odd = desk.path("model.bin");

@@ -26,11 +26,15 @@ fn init_serve_join_and_run_give_a_published_model() {
         ("press-1", "accepted")
     );
     assert!(status.epsilon_spent.unwrap() > 0.0 && status.epsilon_spent < status.epsilon_limit);
-    let seen = centre.until("the verdict of the gate", |status| {
-        status.sites[0].last_verdict.is_some()
+    let seen = centre.until("the publication", |status| {
+        status.rounds_published >= 1 && status.sites[0].epsilon.is_some()
     });
+    assert_eq!(
+        seen.sites[0].last_verdict, None,
+        "the gate's verdict depends on the site's rows and was sent"
+    );
     assert!(seen.rounds_published >= 1 && seen.model_version >= 1);
-    assert_eq!(seen.sites[0].epsilon.is_some(), true);
+    assert!(seen.sites[0].epsilon.is_some());
     edge.stop();
     centre.stop();
 }

@@ -136,7 +136,7 @@ pub(super) fn prepare(connection: &Connection) -> Result<(), StoreError> {
     connection.busy_timeout(std::time::Duration::from_secs(10))?;
     connection.execute_batch(
         "PRAGMA foreign_keys = ON; PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 1000;
-         PRAGMA journal_size_limit = 8388608; PRAGMA temp_store = MEMORY;",
+         PRAGMA journal_size_limit = 8388608; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -512;",
     )?;
     Ok(())
 }

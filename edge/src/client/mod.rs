@@ -3,10 +3,12 @@
 //! It connects with jittered backoff, answers rounds, fetches and judges models. Everything here may fail or stand still
 //! without detection or healing noticing.
 
+pub mod opening;
 mod work;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -15,7 +17,7 @@ use theriac_certs::{Identity, files, trust};
 use theriac_model::gate::GateOutcome;
 use theriac_model::global::{GlobalError, GlobalModel, delta_layout, model_layout, moments_layout};
 use theriac_protocol::message::{
-    FetchModelV1, HelloV1, ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
+    AnnounceV1, FetchModelV1, HelloV1, ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
 };
 use theriac_protocol::participant::{Input, LayoutDigests, Output, Participant, ParticipantConfig};
 use theriac_protocol::refusal::RefusalCode;
@@ -35,7 +37,7 @@ use crate::status::{Board, Federation};
 use crate::storage::StorageWatch;
 use crate::store::{OutboxRow, Store};
 use crate::supervise::Shutdown;
-use crate::update::Releaser;
+use crate::update::{Budget, Releaser};
 
 use self::work::next_answer;
 
@@ -102,6 +104,8 @@ pub struct Client {
     pub lanes: Vec<Arc<LaneShared>>,
     /// The way out; held by one blocking task at a time.
     pub releaser: Arc<Mutex<Releaser>>,
+    /// What the releaser's ledger says, without waiting for it.
+    pub budget: Budget,
     /// Where the outbox is.
     pub store: Store,
     /// Whether the disk can be written.
@@ -120,9 +124,13 @@ struct Driver {
     outbox: Option<OutboxRow>,
     arrived: Option<(ModelV1, Bytes, Result<Arc<GlobalModel>, GlobalError>)>,
     training: work::Training,
+    /// What is to be trained for once the training at hand has ended: one release at a time.
+    announced: Option<AnnounceV1>,
     judging: Option<Judging>,
     /// The held model still waits for a detector to be judged with.
     unjudged: bool,
+    /// Addresses of the aggregator's name that did not answer in a row.
+    dials: usize,
     epoch: Instant,
 }
 
@@ -289,12 +297,7 @@ impl Client {
     }
 
     fn show_budget(&self) {
-        let spent = self
-            .releaser
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .ledger()
-            .spent();
+        let spent = self.budget.published().spent;
         self.metrics.epsilon_spent.set(spent.epsilon);
         self.metrics.epsilon_limit.set(spent.epsilon_limit.value());
         self.board.update(|status| {
@@ -311,18 +314,16 @@ impl Driver {
         let held = global_store::load(&client.dir.model(), channels)
             .map(|(held, digest, model)| (held, digest, Arc::new(model)));
         let outbox = client.store.outbox().await?;
-        if let Some(row) = &outbox {
-            let confirmed = client
-                .releaser
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .confirm(row);
-            confirmed.map_err(|error| ClientError::Disagree {
-                reason: error.to_string(),
-            })?;
+        if let Some(row) = outbox.clone() {
+            let disagree = |reason: String| ClientError::Disagree { reason };
+            let confirmed = client.with_releaser(move |releaser| releaser.confirm(&row)).await;
+            confirmed
+                .map_err(|join| disagree(join.to_string()))?
+                .map_err(|error| disagree(error.to_string()))?;
+            client.store.note_ledger(client.budget.published().known).await?;
         }
         let config = ParticipantConfig {
-            noise_multiplier_min: client.noise_multiplier_min(),
+            noise_multiplier_min: client.budget.published().noise_multiplier_min,
             clip_norm_max: None,
             layout_digests: LayoutDigests {
                 model: Digest(model_layout(channels).digest()),
@@ -354,8 +355,10 @@ impl Driver {
             outbox,
             arrived: None,
             training: None,
+            announced: None,
             judging: None,
             unjudged,
+            dials: 0,
             epoch,
         })
     }
@@ -394,10 +397,13 @@ impl Driver {
             address: format!("{host}:{port}"),
             reason,
         };
-        let mut found = tokio::net::lookup_host((host.as_str(), port))
+        let found = resolve(&host, port)
             .await
-            .map_err(|e| unresolved(e.to_string()))?;
-        let address = found.next().ok_or_else(|| unresolved("no address".to_owned()))?;
+            .map_err(|error| unresolved(error.to_string()))?;
+        // The next one each time, for a name of which only one address answers.
+        let address = found.get(self.dials % found.len().max(1)).copied();
+        let address = address.ok_or_else(|| unresolved("no address".to_owned()))?;
+        self.dials = self.dials.wrapping_add(1);
         let hello = self.hello();
         let (session, welcome) = Box::pin(connect(endpoint, address, &host, tls, hello)).await?;
         let skew = welcome.time.0.abs_diff(unix_ms());
@@ -412,6 +418,8 @@ impl Driver {
             model = welcome.model_version.0,
             "connected"
         );
+        // The address that answered is tried first again.
+        self.dials = self.dials.wrapping_sub(1);
         self.client.metrics.connected.set(1);
         self.client.board.update(|status| {
             status.federation = Federation::Connected;
@@ -425,13 +433,8 @@ impl Driver {
 
     fn hello(&self) -> HelloV1 {
         let schema = &self.client.lane.schema;
-        let spent = self
-            .client
-            .releaser
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .ledger()
-            .spent();
+        let published = self.client.budget.published();
+        let spent = published.spent;
         let model = self.participant.status().model;
         HelloV1 {
             protocol_min: PROTOCOL_MIN,
@@ -441,7 +444,7 @@ impl Driver {
             profile: schema.name.clone(),
             profile_digest: Digest(schema.digest()),
             layout_digest: Digest(model_layout(schema.channels()).digest()),
-            noise_multiplier_min: self.client.noise_multiplier_min(),
+            noise_multiplier_min: published.noise_multiplier_min,
             ledger_head: spent.head,
             ledger_records: spent.records,
             model_version: model.version,
@@ -550,6 +553,7 @@ impl Driver {
                 Output::CancelTraining { round } => {
                     // The charge, if made, stays; an answer that still comes is harmless.
                     tracing::debug!(round = round.0, "training is not wanted any more");
+                    self.announced = self.announced.take().filter(|announce| announce.round != round);
                     continue;
                 }
                 Output::SendUpdate { round } => {
@@ -564,7 +568,10 @@ impl Driver {
                     self.judge(version);
                     continue;
                 }
-                Output::SendVerdict(verdict) => ToAggregator::Verdict(verdict),
+                Output::SendVerdict(verdict) => match work::told(verdict) {
+                    Some(message) => message,
+                    None => continue,
+                },
                 Output::DropOutbox { round } => {
                     self.drop_outbox(round).await;
                     continue;
@@ -592,6 +599,17 @@ fn ends_the_session(code: RefusalCode) -> bool {
             | RefusalCode::Revoked
             | RefusalCode::LedgerRollback
     )
+}
+
+/// The addresses of a name, IPv4 first: `localhost` often means `::1` as well, where an aggregator that listens on
+/// `0.0.0.0` is not.
+///
+/// # Errors
+/// The resolver's.
+pub(crate) async fn resolve(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
+    let mut found: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await?.collect();
+    found.sort_by_key(SocketAddr::is_ipv6);
+    Ok(found)
 }
 
 async fn sleep_until(epoch: Instant, due: Option<Moment>) {

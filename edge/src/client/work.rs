@@ -4,10 +4,10 @@ use std::sync::{Arc, PoisonError};
 
 use theriac_model::gate::{self, GateOutcome};
 use theriac_model::global::{GlobalError, GlobalModel};
-use theriac_protocol::message::{AnnounceV1, DeclineReason, GateVerdict, ToAggregator};
+use theriac_protocol::message::{AnnounceV1, DeclineReason, GateVerdict, ToAggregator, VerdictV1};
 use theriac_protocol::participant::{Input, ParticipantEvent};
 use theriac_protocol::refusal::RoundOutcome;
-use theriac_protocol::units::{ModelVersion, NoiseMultiplier, Round};
+use theriac_protocol::units::{ModelVersion, Round};
 use theriac_transport::Endpoint;
 use tokio::task::{JoinError, JoinHandle};
 
@@ -16,7 +16,7 @@ use crate::detect::keep_detector;
 use crate::global_store::{self, Held};
 use crate::metrics::{kind, raise_to};
 use crate::store::OutboxRow;
-use crate::update::{Release, Unreleased, message_of};
+use crate::update::{Release, Releaser, Unreleased, message_of};
 
 /// Why a round gets no update from us.
 #[derive(Debug)]
@@ -85,14 +85,16 @@ pub(super) async fn next_answer(training: &mut Training, judging: &mut Option<Ju
 }
 
 impl Client {
-    /// The policy's floor on the noise.
-    pub(super) fn noise_multiplier_min(&self) -> NoiseMultiplier {
-        self.releaser
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .ledger()
-            .policy()
-            .noise_multiplier_min()
+    /// Does what may wait for the disk or for a release, off the runtime's own threads.
+    pub(super) async fn with_releaser<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Releaser) -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        let releaser = Arc::clone(&self.releaser);
+        tokio::task::spawn_blocking(move || {
+            work(&mut releaser.lock().unwrap_or_else(PoisonError::into_inner))
+        })
+        .await
     }
 
     /// Charges, trains, and fills the outbox.
@@ -116,37 +118,65 @@ impl Client {
         }
         let base =
             base.ok_or_else(|| Untrained::new(DeclineReason::UnknownLayout, "the base model is not held"))?;
-        let releaser = Arc::clone(&self.releaser);
-        let released = tokio::task::spawn_blocking(move || {
-            releaser
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .release(&announce, &base)
-        });
-        let released = released
-            .await
-            .map_err(|join| Untrained::new(DeclineReason::StorageUnavailable, join))?;
-        match released? {
+        let released = self
+            .with_releaser(move |releaser| releaser.release(&announce, &base))
+            .await;
+        // Whatever came of it, a charge may have been made.
+        self.note_ledger().await?;
+        match released.map_err(unavailable)?? {
             Release::Stored => stored.ok_or_else(|| Unreleased::BytesLost.into()),
             Release::Fresh { row, id } => {
                 if let Err(error) = self.store.put_outbox(&row).await {
                     self.storage.failed("keep an update", &error);
-                    return Err(Untrained::new(DeclineReason::StorageUnavailable, error));
+                    return Err(unavailable(error));
                 }
+                let digest = row.payload_digest;
                 let marked = self
-                    .releaser
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .mark_released(id, row.payload_digest);
-                marked.map_err(|error| Untrained::new(DeclineReason::StorageUnavailable, error))?;
+                    .with_releaser(move |releaser| releaser.mark_released(id, digest))
+                    .await;
+                marked.map_err(unavailable)?.map_err(unavailable)?;
+                self.note_ledger().await?;
                 Ok(row)
             }
         }
     }
+
+    /// Keeps in `edge.db` how far the ledger has come. Nothing is sent unless that is durable.
+    async fn note_ledger(&self) -> Result<(), Untrained> {
+        let known = self.budget.published().known;
+        self.store.note_ledger(known).await.map_err(|error| {
+            self.storage.failed("note the privacy ledger's head", &error);
+            unavailable(error)
+        })
+    }
+}
+
+fn unavailable(error: impl std::fmt::Display) -> Untrained {
+    Untrained::new(DeclineReason::StorageUnavailable, error)
+}
+
+/// The message that tells a verdict, or `None` for one that stays here.
+///
+/// Whether a model is accepted depends on this host's rows, and the aggregator chooses the models: it could ask one
+/// bit about the data with each of them, and no ledger would be charged. So it hears only what it could have computed
+/// itself. This is the only place that makes a `Verdict` message.
+pub(super) fn told(verdict: VerdictV1) -> Option<ToAggregator> {
+    match verdict.verdict {
+        GateVerdict::NonFinite | GateVerdict::LayoutMismatch | GateVerdict::Stale => {
+            Some(ToAggregator::Verdict(verdict))
+        }
+        GateVerdict::Accepted | GateVerdict::WorseOnTail | GateVerdict::TooFewRows => None,
+    }
 }
 
 impl Driver {
+    /// Begins a training, or lets it wait for the one at hand, whose thread cannot be ended: the aggregator announces as
+    /// often as it likes, and gets one thread. Only the latest announcement waits.
     pub(super) fn train(&mut self, announce: AnnounceV1) {
+        if self.training.is_some() {
+            self.announced = Some(announce);
+            return;
+        }
         let (round, nonce) = (announce.round, announce.nonce);
         let base = self
             .held
@@ -168,7 +198,7 @@ impl Driver {
         match answer {
             Answer::Trained { round, nonce, result } => {
                 self.client.show_budget();
-                Some(match result {
+                let input = Some(match result {
                     Ok(row) => {
                         let payload_digest = row.payload_digest;
                         self.outbox = Some(row);
@@ -188,7 +218,11 @@ impl Driver {
                         }
                         Input::CannotTrain { round, nonce, reason }
                     }
-                })
+                });
+                if let Some(announce) = self.announced.take() {
+                    self.train(announce);
+                }
+                input
             }
             Answer::Judged {
                 version,
@@ -267,7 +301,12 @@ impl Driver {
                 return GateOutcome::TooFewRows;
             };
             let history = lane.history().quiet(GATE_ROWS);
-            gate::judge(&detector, &history, &model)
+            match gate::judge(&detector, &history, &model) {
+                // The model's own values were finite when it was read, so this is about what came of this host's rows:
+                // it is no verdict to tell, nor to turn the model down for.
+                GateOutcome::NonFinite => GateOutcome::WorseOnTail,
+                outcome => outcome,
+            }
         });
         self.judging = Some(Judging {
             version,
@@ -313,13 +352,7 @@ impl Driver {
         let Some((held, _, model)) = &self.held else {
             return;
         };
-        let spent = self
-            .client
-            .releaser
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .ledger()
-            .spent();
+        let spent = self.client.budget.published().spent;
         detector.set_provenance(theriac_model::detector::Provenance {
             model_version: version.0,
             round: held.round,
@@ -440,5 +473,32 @@ fn decline_word(reason: DeclineReason) -> &'static str {
         DeclineReason::UnknownLayout => "unknown_layout",
         DeclineReason::StorageUnavailable => "storage_unavailable",
         DeclineReason::ReceiveOnly => "receive_only",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_verdict_that_depends_on_the_rows_is_ever_told() {
+        let all = [
+            GateVerdict::Accepted,
+            GateVerdict::WorseOnTail,
+            GateVerdict::NonFinite,
+            GateVerdict::LayoutMismatch,
+            GateVerdict::Stale,
+            GateVerdict::TooFewRows,
+        ];
+        let version = ModelVersion(3);
+        let words: Vec<&str> = all
+            .into_iter()
+            .filter_map(|verdict| told(VerdictV1 { version, verdict }))
+            .map(|message| match message {
+                ToAggregator::Verdict(verdict) => verdict_word(verdict.verdict),
+                _ => "another message",
+            })
+            .collect();
+        assert_eq!(words, ["non_finite", "layout_mismatch", "stale"]);
     }
 }

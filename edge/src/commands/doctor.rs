@@ -20,7 +20,7 @@ use theriac_protocol::units::{Digest, ModelVersion, NoiseMultiplier};
 use theriac_transport::{ConnectError, Limits, bind_client, connect};
 
 use super::{ConfigArguments, unprinted};
-use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY};
+use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY, opening, resolve};
 use crate::config::{EdgeConfig, host_and_port};
 use crate::probe::{self, ProbeUrl};
 use crate::state_dir::{Joined, StateDir};
@@ -296,20 +296,14 @@ fn store(dir: &StateDir) -> Check {
 }
 
 fn ledger(config: &EdgeConfig, dir: &StateDir) -> Check {
-    if !dir.ledger().exists() {
-        return Check::skip("ledger", "nothing was ever released");
-    }
-    let path = config
-        .federation
-        .privacy_policy
-        .clone()
-        .unwrap_or_else(|| dir.privacy_policy());
-    let policy = match Policy::load(&path) {
-        Ok(policy) => policy,
-        Err(error) => return Check::fail("ledger", error, format!("correct {}", path.display())),
-    };
-    match Ledger::inspect(&dir.ledger(), policy) {
-        Ok(status) => {
+    // A store that cannot be read has its own line.
+    let known = StoreReader::open(&dir.database())
+        .ok()
+        .flatten()
+        .and_then(|reader| reader.known_ledger().ok().flatten());
+    match opening::inspect(config, dir, known.as_ref()) {
+        Ok(None) => Check::skip("ledger", "nothing was ever released"),
+        Ok(Some(status)) => {
             let detail = format!(
                 "sound, {} releases, epsilon {:.3} of {}",
                 status.releases, status.epsilon_spent, status.epsilon_limit
@@ -319,10 +313,10 @@ fn ledger(config: &EdgeConfig, dir: &StateDir) -> Check {
             }
             Check::ok("ledger", detail)
         }
-        Err(error) => Check::fail(
+        Err(barred) => Check::fail(
             "ledger",
-            error,
-            "keep the file as evidence; nothing is sent meanwhile",
+            format!("{}: {barred}; federation is off", barred.code()),
+            barred.fix(),
         ),
     }
 }
@@ -381,11 +375,8 @@ async fn aggregator(config: &EdgeConfig, dir: &StateDir, joined: &Joined) -> Che
             "correct federation.aggregator",
         );
     };
-    let resolved = tokio::net::lookup_host((host.as_str(), port))
-        .await
-        .ok()
-        .and_then(|mut found| found.next());
-    let Some(socket) = resolved else {
+    let resolved = resolve(&host, port).await.unwrap_or_default();
+    let Some(socket) = resolved.first().copied() else {
         return Check::fail(
             NAME,
             format!("`{host}` does not resolve"),

@@ -19,7 +19,7 @@ use theriac_transport::join::{Enrolled, JoinError, request};
 use theriac_transport::{Limits, bind_client};
 
 use super::{ConfigArguments, unprinted};
-use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY};
+use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY, resolve};
 use crate::config::host_and_port;
 use crate::run::EdgeError;
 use crate::state_dir::{Joined, StateDir};
@@ -120,16 +120,19 @@ async fn ask(host: &str, port: u16, token: &JoinToken, csr: Vec<u8>) -> Result<E
             "check the address, that UDP passes the firewall, and this host's clock; the same token may be used again",
         )
     };
-    let mut found = tokio::net::lookup_host((host, port))
+    let found = resolve(host, port)
         .await
         .map_err(|error| unreachable(error.to_string()))?;
-    let address = found.next().ok_or_else(|| unreachable("no address".to_owned()))?;
     let endpoint = bind_client(&Limits::default()).map_err(|error| unreachable(error.to_string()))?;
-    let answer = Box::pin(request(&endpoint, address, host, token, csr)).await;
-    answer.map_err(|error| match error {
-        JoinError::Refused(refusal) => refused(refusal),
-        other => unreachable(other.to_string()),
-    })
+    let mut last = "no address".to_owned();
+    for address in found {
+        match Box::pin(request(&endpoint, address, host, token, csr.clone())).await {
+            Ok(enrolled) => return Ok(enrolled),
+            Err(JoinError::Refused(refusal)) => return Err(refused(refusal)),
+            Err(other) => last = other.to_string(),
+        }
+    }
+    Err(unreachable(last))
 }
 
 fn refused(refusal: JoinRefusal) -> Problem {

@@ -10,6 +10,7 @@ use theriac_command::problem::Problem;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ConfigArguments, unprinted};
+use crate::client::opening;
 use crate::state_dir::StateDir;
 
 #[derive(Debug, Args)]
@@ -51,6 +52,9 @@ struct Checked {
     services: Vec<String>,
     page: String,
     joined: bool,
+    /// The site that the privacy policy is for; absent without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policy_site: Option<String>,
     #[serde(rename = "not_checked")]
     left_out: [&'static str; 3],
 }
@@ -65,9 +69,13 @@ pub(super) fn check<W: Write>(
         return Ok(ExitCode::SUCCESS);
     }
     let config = arguments.config.load()?;
-    let joined = StateDir::existing(&config.state_dir.path)
-        .joined()
-        .is_ok_and(|joined| joined.is_some());
+    let dir = StateDir::existing(&config.state_dir.path);
+    let joined = dir.joined().is_ok_and(|joined| joined.is_some());
+    let policy = if config.federation.enabled {
+        opening::existing_policy(&config, &dir)?
+    } else {
+        None
+    };
     let checked = Checked {
         valid: true,
         state_dir: config.state_dir.path.display().to_string(),
@@ -79,6 +87,7 @@ pub(super) fn check<W: Write>(
             .collect(),
         page: format!("http://{}/status", config.http.listen),
         joined,
+        policy_site: policy.as_ref().map(|policy| policy.site().to_string()),
         left_out: [
             "programs and files of services",
             "whether ports are free",
@@ -86,7 +95,7 @@ pub(super) fn check<W: Write>(
         ],
     };
     let human = format!(
-        "valid\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  not checked: {}",
+        "valid\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  policy      {}\n  not checked: {}",
         checked.state_dir,
         if config.state_dir.by_default {
             " (default)"
@@ -100,6 +109,10 @@ pub(super) fn check<W: Write>(
         },
         checked.page,
         if joined { "joined" } else { "off: not joined" },
+        policy.as_ref().map_or_else(
+            || "none yet".to_owned(),
+            |policy| format!("for {}, epsilon {} at most", policy.site(), policy.epsilon())
+        ),
         checked.left_out.join(", "),
     );
     output.result(&checked, human).map_err(unprinted)?;

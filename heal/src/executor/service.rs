@@ -139,13 +139,26 @@ impl ServiceHands {
             ));
         };
         let (store, dir) = (state.checkpoints.clone(), state.dir.clone());
-        if store.list()?.is_empty() {
-            return Err(Refused::Failed(format!(
-                "{} holds no checkpoint",
-                store.dir().display()
-            )));
+        let nothing_to_restore = || {
+            let empty = store.list()?.is_empty();
+            let words = format!("{} holds no checkpoint", store.dir().display());
+            if empty {
+                Err(Refused::Failed(words))
+            } else {
+                Ok(())
+            }
+        };
+        // A service that may still be serving is not stopped for nothing.
+        if self.supervisor.pid().is_some() {
+            nothing_to_restore()?;
         }
         self.supervisor.stop().await?;
+        // What a check said while the service wrote, or before somebody mended it, may not hold now.
+        if exists(&dir) && self.check_state().await == Some(StateVerdict::Good) {
+            tracing::info!(service = %intent.service, "the state passes its check again and is kept");
+            return self.start(Some(intent)).await.map(drop);
+        }
+        nothing_to_restore()?;
         let restored: Restored = blocking(move || store.restore(&dir)).await?;
         tracing::info!(
             service = %intent.service,

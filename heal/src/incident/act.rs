@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::decide::{Circumstances, Decision, decide, ladder};
 use super::diagnose::{Diagnosis, diagnose};
-use super::{IncidentMachine, Open, Output, Phase};
+use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
 use crate::types::{
-    ActionKind, ActionRecord, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, NoticeKind,
-    Now, Outcome, Verdict,
+    ActionKind, ActionRecord, Incident, IncidentId, IncidentState, Intent, IntentId, NoticeKind, Now,
+    Outcome, Verdict,
 };
 
 impl IncidentMachine {
@@ -429,6 +429,7 @@ impl IncidentMachine {
             node: self.node,
             halted: self.halted,
             demoted: self.demoted.contains(&record.service),
+            healed_before: self.healed_before(now, &record),
             approved,
             now: now.monotonic,
         };
@@ -528,7 +529,12 @@ impl IncidentMachine {
             return;
         };
         seen.renew(now);
-        let until = now.monotonic.saturating_add(seen.policy.verify_window);
+        let from = if record.class.from_detector() {
+            seen.settle_until
+        } else {
+            now.monotonic
+        };
+        let until = from.saturating_add(seen.policy.verify_window);
         record.set_state(IncidentState::Verifying);
         self.outputs.push_back(Output::Updated(record.clone()));
         self.put(Open {
@@ -554,6 +560,37 @@ impl IncidentMachine {
             });
             self.evaluate(now, &service);
         }
+    }
+
+    /// Remembers a restart that was verified as healed, so that the same trouble is not restarted away for ever.
+    pub(super) fn note_relapse(&mut self, now: Now, record: &Incident) {
+        let window = self
+            .services
+            .get(&record.service)
+            .map_or(Duration::ZERO, |seen| seen.policy.window);
+        let at_ms = now.when().monotonic_ms;
+        self.healed
+            .retain(|healed| healed.service != record.service || healed.age(at_ms) <= window);
+        if record.class.from_detector() {
+            self.healed.push(HealedRestart {
+                service: record.service.clone(),
+                class: record.class,
+                at_ms,
+            });
+        }
+    }
+
+    /// Restarts within the service's window that were verified as healed for this class.
+    fn healed_before(&self, now: Now, record: &Incident) -> u32 {
+        let window = self
+            .services
+            .get(&record.service)
+            .map_or(Duration::ZERO, |seen| seen.policy.window);
+        let at_ms = now.when().monotonic_ms;
+        let same = |healed: &&HealedRestart| {
+            healed.service == record.service && healed.class == record.class && healed.age(at_ms) <= window
+        };
+        u32::try_from(self.healed.iter().filter(same).count()).unwrap_or(u32::MAX)
     }
 
     pub(super) fn harmed(&mut self, now: Now, record: Incident) {
@@ -632,10 +669,7 @@ impl IncidentMachine {
             record.score = Some(anomaly.score);
             record.threshold = Some(anomaly.threshold);
         }
-        if matches!(
-            record.class,
-            FaultClass::MemoryLeak | FaultClass::CpuContention | FaultClass::Unknown
-        ) {
+        if record.class.from_detector() {
             record.causes.clone_from(&anomaly.causes);
         }
     }

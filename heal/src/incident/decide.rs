@@ -35,6 +35,8 @@ pub(super) struct Circumstances<'a> {
     pub(super) halted: bool,
     /// An earlier action harmed this service.
     pub(super) demoted: bool,
+    /// Restarts within the window that were verified as healed for this class of trouble.
+    pub(super) healed_before: u32,
     /// A person approved the action for this incident.
     pub(super) approved: bool,
     pub(super) now: Duration,
@@ -117,6 +119,15 @@ fn pick(
         };
         return hand_over(format!("{why}: {}", diagnosis.reason));
     };
+    if class.from_detector() && !with.approved && with.healed_before >= policy.anomaly_restarts {
+        let reason = format!(
+            "{class} came back after {} restarts within {} that seemed to heal it",
+            with.healed_before,
+            human(policy.window)
+        );
+        alternatives.push(not(action, reason.clone()));
+        return hand_over(reason);
+    }
     let mut chosen = |chosen: bool, reason: String| {
         alternatives.push(Alternative {
             action: Some(action),

@@ -17,7 +17,10 @@ impl Observed {
         if self.stopped_run >= self.policy.stopped_confirm {
             self.stopped = true;
         }
-        if self.anomaly_run >= self.policy.anomaly_confirm {
+        let lasted = self
+            .anomaly_span
+            .is_some_and(|(since, latest)| latest.saturating_sub(since) >= self.policy.anomaly_lasting);
+        if lasted && self.anomaly_run >= self.policy.anomaly_confirm {
             self.anomalous = true;
         }
     }
@@ -37,7 +40,7 @@ impl Observed {
         self.known
             && !self.is_sick()
             && self.stopped_run == 0
-            && self.anomaly_run == 0
+            && self.anomaly.is_none()
             && (!self.probed || self.ok_run >= self.policy.verify_probes)
     }
 }
@@ -55,6 +58,7 @@ mod tests {
         // 2 of 3 probes, T twice, 3 anomalies; 3 good probes clear.
         Observed::new(HealPolicy {
             settle: Duration::ZERO,
+            anomaly_lasting: Duration::ZERO,
             ..HealPolicy::default()
         })
     }
@@ -120,6 +124,7 @@ mod tests {
     fn an_anomaly_is_confirmed_after_three_and_ignored_while_settling() {
         let mut seen = Observed::new(HealPolicy {
             settle: Duration::from_secs(10),
+            anomaly_lasting: Duration::from_secs(2),
             ..HealPolicy::default()
         });
         let anomaly = Input::Anomaly {

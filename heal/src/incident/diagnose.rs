@@ -1,5 +1,7 @@
 //! From confirmed symptoms to a fault class, by rules that a person can follow.
 
+use std::collections::VecDeque;
+
 use super::observe::Observed;
 use crate::types::{Cause, FaultClass};
 
@@ -36,16 +38,18 @@ pub(super) fn diagnose(seen: &Observed) -> Option<Diagnosis> {
         );
         (FaultClass::Hang, reason)
     } else if seen.anomalous {
-        suspect(seen.anomaly.as_ref().map_or(&[][..], |anomaly| &anomaly.causes))
+        let causes = seen.anomaly.as_ref().map_or(&[][..], |anomaly| &anomaly.causes);
+        suspect(causes, &seen.leaders)
     } else {
         return None;
     };
     Some(Diagnosis { class, reason })
 }
 
-/// The class that an anomaly's leading causes point to. Host-wide channels are evidence but never blame a service; a channel that
+/// The class that an anomaly's leading causes point to. A family of the service's resources is to blame when one of its channels,
+/// risen, leads now and led most of the `latest` rows. Host-wide channels are evidence but never blame a service; a channel that
 /// fell below what was expected neither.
-fn suspect(causes: &[Cause]) -> (FaultClass, String) {
+fn suspect(causes: &[Cause], latest: &VecDeque<Option<Family>>) -> (FaultClass, String) {
     let own = |family: Family| {
         causes
             .iter()
@@ -55,13 +59,16 @@ fn suspect(causes: &[Cause]) -> (FaultClass, String) {
     };
     let (memory, cpu) = (own(Family::Memory), own(Family::Cpu));
     let total: f32 = causes.iter().map(|cause| cause.contribution.max(0.0)).sum();
-    let (class, share, what) = if memory >= cpu {
+    let leader = causes.first().and_then(family_of);
+    let led = latest.iter().filter(|family| **family == leader).count();
+    let leads = leader.is_some() && 2 * led > latest.len();
+    let (class, share, what) = if leader == Some(Family::Memory) {
         (FaultClass::MemoryLeak, memory, "memory")
     } else {
         (FaultClass::CpuContention, cpu, "processor use")
     };
     let names: Vec<&str> = causes.iter().map(|cause| cause.channel.as_str()).collect();
-    if total > 0.0 && share >= LEADING_SHARE * total {
+    if leads && total > 0.0 && share >= LEADING_SHARE * total {
         let percent = 100.0 * share / total;
         (
             class,
@@ -84,14 +91,15 @@ fn suspect(causes: &[Cause]) -> (FaultClass, String) {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
+pub(super) enum Family {
     Memory,
     Cpu,
 }
 
-fn family_of(cause: &Cause) -> Option<Family> {
+/// The family of the service's resources that a cause belongs to; `None` also when the channel is not known to have risen.
+pub(super) fn family_of(cause: &Cause) -> Option<Family> {
     let name = cause.channel.to_ascii_lowercase();
-    if name.starts_with("host") || cause.rising == Some(false) {
+    if name.starts_with("host") || cause.rising != Some(true) {
         return None;
     }
     let has = |words: &[&str]| words.iter().any(|word| name.contains(word));
@@ -104,8 +112,8 @@ fn family_of(cause: &Cause) -> Option<Family> {
     }
 }
 
-/// Share of the leading causes that one family must explain. A judgement: a third of the score with at most five causes means
-/// that the family leads, or shares the lead.
+/// Share of the leading causes that the leading family must explain. A judgement: a third of the score with at most five causes,
+/// besides holding the first of them.
 const LEADING_SHARE: f32 = 0.34;
 
 #[cfg(test)]
@@ -125,7 +133,8 @@ mod tests {
             .iter()
             .map(|(name, value, rising)| cause(name, *value, *rising))
             .collect();
-        suspect(&causes).0
+        let latest = VecDeque::from([causes.first().and_then(family_of)]);
+        suspect(&causes, &latest).0
     }
 
     #[test]
@@ -175,6 +184,25 @@ mod tests {
             class(&[("service_probe_latency", 3.0, None)]),
             FaultClass::Unknown
         );
-        assert_eq!(class(&[("service_memory", 0.0, None)]), FaultClass::Unknown);
+        assert_eq!(class(&[("service_memory", 0.0, Some(true))]), FaultClass::Unknown);
+    }
+
+    #[test]
+    fn a_family_that_holds_a_third_of_the_weight_but_not_the_lead_is_not_to_blame() {
+        let causes = [
+            ("service_probe_latency", 5.0, Some(true)),
+            ("service_memory", 4.0, Some(true)),
+        ];
+        assert_eq!(class(&causes), FaultClass::Unknown);
+        assert_eq!(class(&[("service_memory", 9.0, None)]), FaultClass::Unknown);
+    }
+
+    #[test]
+    fn a_family_that_leads_one_row_of_many_is_not_to_blame() {
+        let causes = [cause("service_cpu", 9.0, Some(true))];
+        let one = VecDeque::from([None, None, Some(Family::Cpu)]);
+        assert_eq!(suspect(&causes, &one).0, FaultClass::Unknown);
+        let most = VecDeque::from([None, Some(Family::Cpu), Some(Family::Cpu)]);
+        assert_eq!(suspect(&causes, &most).0, FaultClass::CpuContention);
     }
 }

@@ -27,8 +27,8 @@ use self::observe::Observed;
 use crate::budget::{Charge, Ledger};
 use crate::policy::{HealPolicy, NodeBudget};
 use crate::types::{
-    ActionKind, Cause, Evidence, Incident, IncidentId, IncidentState, Intent, IntentId, Notice, NoticeKind,
-    Now, Outcome,
+    ActionKind, Cause, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Notice,
+    NoticeKind, Now, Outcome,
 };
 
 /// State of a process as `/proc/PID/stat` tells it.
@@ -88,6 +88,11 @@ pub enum Input {
     },
     /// The detector's alarm ended.
     AnomalyCleared {
+        /// The service.
+        service: String,
+    },
+    /// The detector's verdict on the latest sample is normal. Needed only while an incident of the service is open.
+    Calm {
         /// The service.
         service: String,
     },
@@ -205,12 +210,32 @@ pub struct MachineState {
     pub charges: Vec<Charge>,
     /// Services that an action harmed.
     pub demoted: BTreeSet<String>,
+    /// Restarts that healed trouble found by the detector alone, see [`HealPolicy::anomaly_restarts`].
+    #[serde(default)]
+    pub healed: Vec<HealedRestart>,
     /// Services that were probed.
     pub probed: BTreeSet<String>,
     /// Whether the stop switch was on.
     pub halted: bool,
     /// Incidents that are not closed, oldest first.
     pub open: Vec<Incident>,
+}
+
+/// A restart that was verified as healed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealedRestart {
+    /// The service.
+    pub service: String,
+    /// What it was restarted for.
+    pub class: FaultClass,
+    /// When, milliseconds on the monotonic clock.
+    pub at_ms: u64,
+}
+
+impl HealedRestart {
+    fn age(&self, now_ms: u64) -> Duration {
+        Duration::from_millis(now_ms.saturating_sub(self.at_ms))
+    }
 }
 
 /// The loop's brain for one host. Memory is bounded by the number of services and the budgets.
@@ -222,6 +247,7 @@ pub struct IncidentMachine {
     open: BTreeMap<String, Open>,
     ledger: Ledger,
     demoted: BTreeSet<String>,
+    healed: Vec<HealedRestart>,
     halted: bool,
     last_incident: u64,
     last_intent: u64,
@@ -272,6 +298,7 @@ impl IncidentMachine {
             open: BTreeMap::new(),
             ledger: Ledger::default(),
             demoted: BTreeSet::new(),
+            healed: Vec::new(),
             halted: false,
             last_incident: 0,
             last_intent: 0,
@@ -290,6 +317,16 @@ impl IncidentMachine {
         machine.latest = now.monotonic;
         machine.ledger = Ledger::restore(state.charges, state.clock_id == machine.clock_id, now.monotonic);
         machine.demoted = state.demoted;
+        // On another clock nothing is known of their age, so they count as made now.
+        let (same_clock, now_ms) = (state.clock_id == machine.clock_id, now.when().monotonic_ms);
+        machine.healed = state.healed;
+        for healed in &mut machine.healed {
+            healed.at_ms = if same_clock {
+                healed.at_ms.min(now_ms)
+            } else {
+                now_ms
+            };
+        }
         machine.halted = state.halted;
         machine.last_incident = state
             .open
@@ -320,6 +357,7 @@ impl IncidentMachine {
             | Input::Process { service, .. }
             | Input::Anomaly { service, .. }
             | Input::AnomalyCleared { service }
+            | Input::Calm { service }
             | Input::StateCorrupt { service, .. }
             | Input::StateGood { service }
             | Input::DiskFull { service, .. }
@@ -395,6 +433,7 @@ impl IncidentMachine {
             last_intent: self.last_intent,
             charges: self.ledger.charges().to_vec(),
             demoted: self.demoted.clone(),
+            healed: self.healed.clone(),
             probed: self
                 .services
                 .iter()

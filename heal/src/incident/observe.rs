@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::diagnose::{Family, family_of};
 use super::{Input, ProcessState};
 use crate::policy::HealPolicy;
 use crate::types::{Cause, Evidence, Incident, Now};
@@ -23,8 +24,10 @@ pub(super) struct Observed {
     pub(super) probed: bool,
     /// Whether anything was seen that tells if the service runs.
     pub(super) known: bool,
-    /// The anomaly alarm cleared since the process was started.
+    /// The anomaly alarm cleared since the process was started, and was not raised again.
     pub(super) anomaly_cleared: bool,
+    /// Normal rows in a row after the time for settling.
+    pub(super) calm_rows: u32,
     /// Good probes in a row.
     pub(super) ok_run: u32,
     /// Bad probes in a row.
@@ -33,8 +36,13 @@ pub(super) struct Observed {
     pub(super) unresponsive: bool,
     pub(super) stopped_run: u32,
     pub(super) stopped: bool,
+    /// Rows of this alarm, after the time for settling, whose score reached the threshold.
     pub(super) anomaly_run: u32,
-    /// The latest anomaly, until the alarm clears.
+    /// The first and the latest of them.
+    pub(super) anomaly_span: Option<(Duration, Duration)>,
+    /// What led the latest rows of this alarm, oldest first; at most [`LEADERS_MAX`].
+    pub(super) leaders: VecDeque<Option<Family>>,
+    /// The latest anomaly, also while settling, until the alarm clears.
     pub(super) anomaly: Option<Anomaly>,
     pub(super) anomalous: bool,
     pub(super) corrupt: Option<String>,
@@ -63,12 +71,15 @@ impl Observed {
             probed: false,
             known: false,
             anomaly_cleared: false,
+            calm_rows: 0,
             ok_run: 0,
             bad_run: 0,
             unresponsive: false,
             stopped_run: 0,
             stopped: false,
             anomaly_run: 0,
+            anomaly_span: None,
+            leaders: VecDeque::new(),
             anomaly: None,
             anomalous: false,
             corrupt: None,
@@ -92,6 +103,8 @@ impl Observed {
                 self.known = true;
                 self.ok_run = 0;
                 self.exit = Some(brief(status));
+                // What a check said while the process wrote is old now: every start checks the state again.
+                self.corrupt = None;
                 self.stopped_run = 0;
                 self.stopped = false;
                 Some(format!("the process ended: {}", brief(status)))
@@ -105,11 +118,15 @@ impl Observed {
             } => self.anomaly(now, *score, *threshold, causes),
             Input::AnomalyCleared { .. } => {
                 let was = self.anomalous;
+                self.forget_alarm();
                 self.anomaly_cleared = true;
-                self.anomaly_run = 0;
-                self.anomaly = None;
-                self.anomalous = false;
                 return was.then(|| "the anomaly alarm cleared".to_owned());
+            }
+            Input::Calm { .. } => {
+                if now.monotonic >= self.settle_until {
+                    self.calm_rows = self.calm_rows.saturating_add(1);
+                }
+                return None;
             }
             Input::StateCorrupt { detail, .. } => {
                 self.corrupt = Some(brief(detail));
@@ -148,6 +165,7 @@ impl Observed {
     pub(super) fn renew(&mut self, now: Now) {
         self.known = true;
         self.anomaly_cleared = false;
+        self.calm_rows = 0;
         self.exit = None;
         self.corrupt = None;
         self.probes.clear();
@@ -156,16 +174,32 @@ impl Observed {
         self.unresponsive = false;
         self.stopped_run = 0;
         self.stopped = false;
-        self.anomaly_run = 0;
-        self.anomaly = None;
-        self.anomalous = false;
+        self.forget_alarm();
         self.signs.clear();
         self.settle_until = now.monotonic.saturating_add(self.policy.settle);
     }
 
-    /// Whether the service answers probes at present.
+    /// Whether the service serves at present: it answers probes, or, where it is not probed, its process runs.
     pub(super) fn answers(&self) -> bool {
-        self.exit.is_none() && self.ok_run >= 1 && !self.unresponsive
+        let up = if self.probed {
+            self.ok_run >= 1 && !self.unresponsive
+        } else {
+            self.known && !self.stopped
+        };
+        self.exit.is_none() && up
+    }
+
+    /// Whether the detector finds the service normal since its start: the alarm ended, or some rows after settling were normal.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.anomaly.is_none() && (self.anomaly_cleared || self.calm_rows >= CALM_ROWS)
+    }
+
+    fn forget_alarm(&mut self) {
+        self.anomaly_run = 0;
+        self.anomaly_span = None;
+        self.leaders.clear();
+        self.anomaly = None;
+        self.anomalous = false;
     }
 
     fn probe(&mut self, ok: bool, latency: Duration, detail: &str) -> Option<String> {
@@ -182,7 +216,7 @@ impl Observed {
                 // Whoever started it: a service that answers is not down.
                 self.exit = None;
                 if !self.anomalous
-                    && self.anomaly_run == 0
+                    && self.anomaly.is_none()
                     && self.disk_full.is_none()
                     && self.corrupt.is_none()
                 {
@@ -200,6 +234,7 @@ impl Observed {
     fn process(&mut self, state: ProcessState) -> Option<String> {
         match state {
             ProcessState::Alive => {
+                self.known = true;
                 self.stopped_run = 0;
                 self.stopped = false;
                 None
@@ -212,10 +247,9 @@ impl Observed {
     }
 
     fn anomaly(&mut self, now: Now, score: f32, threshold: f32, causes: &[Cause]) -> Option<String> {
-        if now.monotonic < self.settle_until {
-            return None;
-        }
-        self.anomaly_run = self.anomaly_run.saturating_add(1);
+        let new = self.anomaly.is_none();
+        self.anomaly_cleared = false;
+        self.calm_rows = 0;
         let mut causes: Vec<Cause> = causes
             .iter()
             .filter(|cause| cause.contribution.is_finite())
@@ -227,6 +261,16 @@ impl Observed {
                 .then_with(|| a.channel.cmp(&b.channel))
         });
         causes.truncate(Incident::CAUSES_MAX);
+        // A row on which the alarm is only held, or one of a young process, is no evidence for an incident.
+        if score >= threshold && now.monotonic >= self.settle_until {
+            self.anomaly_run = self.anomaly_run.saturating_add(1);
+            let since = self.anomaly_span.map_or(now.monotonic, |(since, _)| since);
+            self.anomaly_span = Some((since, now.monotonic));
+            self.leaders.push_back(causes.first().and_then(family_of));
+            while self.leaders.len() > LEADERS_MAX {
+                self.leaders.pop_front();
+            }
+        }
         let top = causes
             .first()
             .map_or("no single channel", |cause| cause.channel.as_str())
@@ -236,7 +280,7 @@ impl Observed {
             threshold,
             causes,
         });
-        (self.anomaly_run == 1).then(|| {
+        new.then(|| {
             format!(
                 "anomaly score {score:.2} above {threshold:.2}, led by {}",
                 brief(&top)
@@ -245,6 +289,10 @@ impl Observed {
     }
 }
 
+/// Normal rows in a row after settling that prove the alarm gone.
+const CALM_ROWS: u32 = 3;
+/// Rows of an alarm that tell what leads it.
+const LEADERS_MAX: usize = 8;
 /// Most signs kept from before an incident is opened.
 const SIGNS_MAX: usize = 8;
 

@@ -20,6 +20,7 @@ impl Story {
         let mut policy = HealPolicy {
             autonomy: Autonomy::Act,
             settle: Duration::ZERO,
+            anomaly_lasting: Duration::ZERO,
             ..HealPolicy::default()
         };
         change(&mut policy);
@@ -91,7 +92,43 @@ impl Story {
         })
     }
 
+    /// Nothing changed but the autonomy.
+    fn with_defaults() -> Self {
+        Self::new(|policy| {
+            *policy = HealPolicy {
+                autonomy: Autonomy::Act,
+                ..HealPolicy::default()
+            };
+        })
+    }
+
+    /// One second with good probes and one row.
+    fn second(&mut self, row: impl FnOnce(&mut Self)) {
+        self.pass(800);
+        self.probes(true, 2);
+        row(self);
+    }
+
+    fn calm(&mut self) -> Vec<Output> {
+        self.tell(Input::Calm { service: "a".into() })
+    }
+
+    fn cleared(&mut self) -> Vec<Output> {
+        self.tell(Input::AnomalyCleared { service: "a".into() })
+    }
+
+    /// The alarm ended and began again before the service had answered often enough to be judged.
+    fn cleared_then_anomaly(&mut self) {
+        self.probe(false);
+        self.cleared();
+        self.anomaly("service_cpu");
+    }
+
     fn anomaly(&mut self, channel: &str) -> Vec<Output> {
+        self.scored(channel, 9.0)
+    }
+
+    fn scored(&mut self, channel: &str, score: f32) -> Vec<Output> {
         let causes = vec![Cause {
             channel: channel.to_owned(),
             contribution: 5.0,
@@ -99,7 +136,7 @@ impl Story {
         }];
         self.tell(Input::Anomaly {
             service: "a".into(),
-            score: 9.0,
+            score,
             threshold: 3.0,
             causes,
         })
@@ -289,11 +326,13 @@ fn a_leak_is_restarted_and_verified_by_a_quiet_detector() {
     assert_eq!(incident.causes[0].channel, "service_memory");
     assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
     story.probes(true, 10);
-    // A young process looks unusual: that neither counts nor heals.
+    // A young process looks unusual: that opens nothing, and it does not heal.
     story.anomaly("service_memory");
     assert_eq!(story.state(), Some(IncidentState::Verifying));
     story.pass(5_000);
     story.probe(true);
+    assert_eq!(story.state(), Some(IncidentState::Verifying));
+    story.cleared();
     assert_eq!(story.closed().verdict, Some(Verdict::Healed));
 }
 
@@ -319,6 +358,172 @@ fn a_leak_that_comes_back_at_once_is_handed_over_and_not_restarted_again() {
         (incident.actions.len(), incident.verdict),
         (1, Some(Verdict::NoEffect))
     );
+}
+
+#[test]
+fn with_defaults_a_hog_that_lasts_through_the_restart_is_not_called_healed() {
+    let mut story = Story::with_defaults();
+    story.ms = 60_000;
+    story.probes(true, 3);
+    for row in 0..=10 {
+        assert!(story.incident().is_none(), "opened after {row} s");
+        story.second(|story| drop(story.anomaly("service_cpu")));
+    }
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    for _ in 0..59 {
+        story.second(|story| drop(story.anomaly("service_cpu")));
+        assert_eq!(story.state(), Some(IncidentState::Verifying));
+    }
+    story.second(|story| drop(story.anomaly("service_cpu")));
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.state, incident.verdict, incident.actions.len()),
+        (IncidentState::HandedToHuman, Some(Verdict::NoEffect), 1)
+    );
+}
+
+#[test]
+fn calm_rows_heal_only_after_settling_and_an_alarm_takes_them_back() {
+    let mut story = Story::with_defaults();
+    story.ms = 60_000;
+    story.probes(true, 3);
+    for _ in 0..=10 {
+        story.second(|story| drop(story.anomaly("service_cpu")));
+    }
+    story.carry_out(Outcome::Done);
+    for _ in 0..29 {
+        story.second(|story| drop(story.calm()));
+    }
+    assert_eq!(story.state(), Some(IncidentState::Verifying), "still settling");
+    // The alarm ends and is raised again: only its second end counts.
+    story.cleared_then_anomaly();
+    for _ in 0..5 {
+        story.second(|story| drop(story.calm()));
+    }
+    assert_eq!(story.state(), Some(IncidentState::Verifying));
+    story.cleared();
+    story.probe(true);
+    assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+}
+
+#[test]
+fn a_restart_without_any_word_of_the_detector_is_not_called_healed() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    for _ in 0..3 {
+        story.anomaly("service_memory");
+    }
+    story.carry_out(Outcome::Done);
+    story.probes(true, 400);
+    let incident = story.closed();
+    assert_eq!(
+        (incident.state, incident.verdict),
+        (IncidentState::Recovered, Some(Verdict::NoEffect))
+    );
+}
+
+#[test]
+fn a_short_burst_and_an_alarm_that_is_only_held_open_nothing() {
+    let mut story = Story::with_defaults();
+    story.ms = 60_000;
+    for _ in 0..9 {
+        story.second(|story| drop(story.anomaly("service_cpu")));
+    }
+    story.cleared();
+    story.second(|story| drop(story.anomaly("service_cpu")));
+    for _ in 0..60 {
+        story.second(|story| drop(story.scored("service_cpu", 2.9)));
+    }
+    assert!(story.incident().is_none());
+    for _ in 0..2 {
+        story.second(|story| drop(story.anomaly("service_cpu")));
+    }
+    assert_eq!(story.incident().unwrap().class, FaultClass::CpuContention);
+}
+
+#[test]
+fn trouble_that_returns_after_two_healing_restarts_is_handed_over_also_after_a_restart_of_the_node() {
+    let mut story = Story::new(|_| {});
+    for round in 0..3 {
+        story.pass(60_000);
+        story.probes(true, 3);
+        for _ in 0..3 {
+            story.anomaly("service_memory");
+        }
+        if round == 2 {
+            break;
+        }
+        assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+        story.cleared();
+        story.probes(true, 3);
+        assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+        story.restart("boot-1");
+    }
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.state, IncidentState::HandedToHuman);
+    assert!(incident.actions.is_empty());
+    // A person may still have it done, and an hour later it is new again.
+    let id = incident.id;
+    story.tell(Input::Approve { incident: id });
+    story.carry_out(Outcome::Done);
+    story.cleared();
+    story.probes(true, 3);
+    story.pass(3_700_000);
+    story.probes(true, 3);
+    for _ in 0..3 {
+        story.anomaly("service_memory");
+    }
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+}
+
+#[test]
+fn an_exit_while_corrupt_state_was_handed_over_is_acted_on() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.tell(Input::StateCorrupt {
+        service: "a".into(),
+        detail: "page 7 differs".into(),
+    });
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    story.crash();
+    // The start checks the state again: corrupt means restoring, good means that it runs.
+    assert_eq!(story.carry_out(corrupt(false)).action, ActionKind::Start);
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::RestoreAndStart);
+    story.probes(true, 3);
+    assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+}
+
+#[test]
+fn the_state_of_an_unprobed_service_is_not_replaced_while_its_process_runs() {
+    for process in [false, true] {
+        let mut story = Story::new(|_| {});
+        let service = || "a".to_owned();
+        if process {
+            let state = ProcessState::Alive;
+            story.tell(Input::Process {
+                service: service(),
+                state,
+            });
+        } else {
+            story.tell(Input::Started {
+                service: service(),
+                pid: 7,
+            });
+        }
+        story.tell(Input::StateCorrupt {
+            service: service(),
+            detail: "page 7 differs".into(),
+        });
+        assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+        assert!(story.incident().unwrap().actions.is_empty());
+    }
+    // Not started because of its state: nothing serves, so it is restored.
+    let mut story = Story::new(|_| {});
+    story.tell(Input::StateCorrupt {
+        service: "a".into(),
+        detail: "page 7 differs".into(),
+    });
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::RestoreAndStart);
 }
 
 #[test]
@@ -789,6 +994,15 @@ fn non_finite_scores_and_contributions_change_no_decision() {
         story.tell(Input::Anomaly {
             service: "a".into(),
             score: f32::NAN,
+            threshold: 1.0,
+            causes: causes.clone(),
+        });
+    }
+    assert!(story.incident().is_none(), "no number is no exceedance");
+    for _ in 0..5 {
+        story.tell(Input::Anomaly {
+            service: "a".into(),
+            score: f32::INFINITY,
             threshold: 1.0,
             causes: causes.clone(),
         });

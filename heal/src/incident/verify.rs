@@ -26,13 +26,20 @@ impl IncidentMachine {
         }
         record.verdict = Some(verdict);
         match verdict {
-            Verdict::Healed => self.close(now, record, IncidentState::Healed),
+            Verdict::Healed => {
+                self.note_relapse(now, &record);
+                self.close(now, record, IncidentState::Healed);
+            }
             Verdict::Unknown => self.close(now, record, IncidentState::Recovered),
             Verdict::Harm => self.harmed(now, record),
             Verdict::NoEffect if diagnose(seen).is_some() => self.go_on(now, record),
             Verdict::NoEffect => {
-                let reason = "the service did not come back within the time for verification".to_owned();
-                self.hand_over(now, record, reason);
+                let what = if record.class.from_detector() {
+                    "the detector did not find the service normal"
+                } else {
+                    "the service did not come back"
+                };
+                self.hand_over(now, record, format!("{what} within the time for verification"));
             }
         }
     }
@@ -56,21 +63,16 @@ fn judge(
         return Some(bad);
     }
     let answers = seen.ok_run >= seen.policy.verify_probes;
-    let from_detector = matches!(
-        class,
-        FaultClass::MemoryLeak | FaultClass::CpuContention | FaultClass::Unknown
-    );
-    if from_detector {
-        let quiet = seen.anomaly_cleared || (now >= seen.settle_until && seen.anomaly_run == 0);
+    if class.from_detector() {
         let healthy = answers || !seen.probed;
-        if healthy && quiet && !seen.anomalous {
+        if healthy && seen.is_quiet() {
             return Some(Verdict::Healed);
         }
-        let same = seen.anomalous && diagnose(seen).is_some_and(|diagnosis| diagnosis.class == class);
         return match (now >= until, healthy) {
             (false, _) => None,
             (true, false) => Some(bad),
-            (true, true) => Some(if same { Verdict::NoEffect } else { Verdict::Healed }),
+            // The alarm lasts, or the detector said nothing: that is no proof of healing.
+            (true, true) => Some(Verdict::NoEffect),
         };
     }
     if answers && !seen.stopped {

@@ -257,14 +257,15 @@ async fn once(stage: &mut Stage, fault: Fault, number: u32) -> Result<Option<Run
     }))
 }
 
-/// Lets another load take over without a pause, and gives the number of acknowledged writes that the former one could
-/// not read back.
+/// Ends the load, gives the number of acknowledged writes that it could not read back, and begins another. The former has
+/// to end first: both write to the same keys.
 async fn change_traffic(stage: &mut Stage, site: &Site, seed: u64) -> u64 {
-    let next = Traffic::start(site.service, REQUESTS_PER_S, seed);
-    match stage.cast[0].traffic.replace(next) {
+    let lost = match stage.cast[0].traffic.take() {
         Some(former) => former.stop().await.lost_writes,
         None => 0,
-    }
+    };
+    stage.cast[0].traffic = Some(Traffic::start(site.service, REQUESTS_PER_S, seed));
+    lost
 }
 
 fn row(fault: Fault, healer: Healer, runs: &[Run], lost_transactions: u64) -> ResultRow {

@@ -110,6 +110,9 @@ impl Site {
                 cooldown: Some(terms.cooldown),
                 max_actions: Some(terms.actions_max),
                 settle: Some(Duration::from_secs(5)),
+                anomaly_lasting: Some(Duration::from_millis(1_500)),
+                // Faults are injected here, so that they return is expected.
+                anomaly_restarts: Some(terms.actions_max),
                 verify_probes: Some(2),
                 ..HealingSection::default()
             },

@@ -122,6 +122,32 @@ pub enum LedgerError {
         /// The nonce.
         nonce: u64,
     },
+    /// The file is gone although charges are known to have been made.
+    #[error(
+        "{path} is missing, but {records} records of it are known to have been written; nothing will be trained: put the \
+         file back (the newest copy there is)"
+    )]
+    Lost {
+        /// The ledger.
+        path: PathBuf,
+        /// Records that were once written.
+        records: u64,
+    },
+    /// The file is an older copy, or another ledger, than the one last written.
+    #[error(
+        "{path} went backwards: {records} records ending in {head} are known to have been written, this file has \
+         {found} and not that one; nothing will be trained: restore a newer or equal copy"
+    )]
+    WentBackwards {
+        /// The ledger.
+        path: PathBuf,
+        /// Records that were once written.
+        records: u64,
+        /// Head of the last one.
+        head: Digest,
+        /// Records in the file.
+        found: u64,
+    },
     /// Other bytes were released for the same charge.
     #[error("round {round}: {expected} was released, and now {found}; send only the stored bytes")]
     OtherBytes {
@@ -241,6 +267,16 @@ pub struct Spent {
     pub records: u64,
 }
 
+/// How far a ledger is known to have come, kept outside of its file: a ledger that does not hold this head was lost or
+/// rolled back, and what it says was spent is too little.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownHead {
+    /// Head of the chain.
+    pub head: Digest,
+    /// Records up to it.
+    pub records: u64,
+}
+
 /// The open ledger of one node. Only one process holds it.
 #[derive(Debug)]
 pub struct Ledger {
@@ -276,6 +312,15 @@ impl Ledger {
     /// What was spent so far.
     pub fn spent(&self) -> Spent {
         self.state.spent(&self.policy, self.chain.heads())
+    }
+
+    /// How far it has come: keep it elsewhere after each reservation and release, for [`Ledger::open_known`].
+    pub fn known_head(&self) -> KnownHead {
+        let heads = self.chain.heads();
+        KnownHead {
+            head: heads.last().copied().unwrap_or_default(),
+            records: heads.len() as u64,
+        }
     }
 
     /// Everything that `privacy status` shows.

@@ -9,7 +9,7 @@ use theriac_protocol::units::{Digest, NodeId, Timestamp};
 
 use super::chain::{self, Chain, Damage, Storage};
 use super::record::Record;
-use super::{Ledger, LedgerError, Opening, Owner, State};
+use super::{KnownHead, Ledger, LedgerError, Opening, Owner, State};
 use crate::policy::Policy;
 use crate::report::Status;
 
@@ -22,6 +22,21 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError`]; nothing may be trained then.
     pub fn open(path: &Path, node: &NodeId, policy: Policy, now: Timestamp) -> Result<Self, LedgerError> {
+        Self::open_known(path, node, policy, None, now)
+    }
+
+    /// Like [`Ledger::open`], but `known` was noted elsewhere when the ledger was last written: then none is begun, and one
+    /// that does not hold that head is left as it is.
+    ///
+    /// # Errors
+    /// [`LedgerError::Lost`], [`LedgerError::WentBackwards`], and those of [`Ledger::open`].
+    pub fn open_known(
+        path: &Path,
+        node: &NodeId,
+        policy: Policy,
+        known: Option<&KnownHead>,
+        now: Timestamp,
+    ) -> Result<Self, LedgerError> {
         if policy.site() != node {
             return Err(LedgerError::OtherSite {
                 expected: node.clone(),
@@ -31,9 +46,16 @@ impl Ledger {
         let lock = lock(path)?;
         let created = !path.try_exists().map_err(io_error(path, "look for"))?;
         if created {
+            if let Some(known) = known {
+                return Err(lost(path, known));
+            }
             create(path, &genesis(node, &policy, now)).map_err(io_error(path, "create"))?;
         }
         let bytes = read_file(path)?;
+        if known.is_some() {
+            let (_, read) = replay(path, &bytes)?;
+            check_known(path, &read.heads, known)?;
+        }
         let file = OpenOptions::new()
             .append(true)
             .open(path)
@@ -49,8 +71,26 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError`], as for [`Ledger::open`].
     pub fn inspect(path: &Path, policy: Policy) -> Result<Status, LedgerError> {
+        Self::inspect_known(path, policy, None)
+    }
+
+    /// Like [`Ledger::inspect`], held to what is known of it as in [`Ledger::open_known`].
+    ///
+    /// # Errors
+    /// [`LedgerError`], as for [`Ledger::open_known`].
+    pub fn inspect_known(
+        path: &Path,
+        policy: Policy,
+        known: Option<&KnownHead>,
+    ) -> Result<Status, LedgerError> {
+        if let Some(known) = known
+            && !path.try_exists().map_err(io_error(path, "look for"))?
+        {
+            return Err(lost(path, known));
+        }
         let bytes = read_file(path)?;
         let (state, read) = replay(path, &bytes)?;
+        check_known(path, &read.heads, known)?;
         check_owner(path, policy.site(), &policy, &state)?;
         let spent = state.spent(&policy, &read.heads);
         Ok(Status::new(&state, &policy, spent))
@@ -124,6 +164,32 @@ fn replay(path: &Path, bytes: &[u8]) -> Result<(State, Replayed), LedgerError> {
             torn: read.torn,
         },
     ))
+}
+
+fn lost(path: &Path, known: &KnownHead) -> LedgerError {
+    LedgerError::Lost {
+        path: path.to_owned(),
+        records: known.records,
+    }
+}
+
+/// Whether the chain holds what is known of it.
+fn check_known(path: &Path, heads: &[Digest], known: Option<&KnownHead>) -> Result<(), LedgerError> {
+    let Some(&KnownHead { head, records }) = known else {
+        return Ok(());
+    };
+    let held = records
+        .checked_sub(1)
+        .and_then(|last| heads.get(usize::try_from(last).ok()?));
+    if held == Some(&head) {
+        return Ok(());
+    }
+    Err(LedgerError::WentBackwards {
+        path: path.to_owned(),
+        records,
+        head,
+        found: heads.len() as u64,
+    })
 }
 
 /// Whether the ledger is this node's and its unit is the policy's.

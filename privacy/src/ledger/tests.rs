@@ -577,6 +577,34 @@ fn on_disk_it_is_locked_private_and_the_same_after_reopening() {
     ));
 }
 
+#[test]
+fn a_ledger_is_held_to_what_is_known_of_it_and_left_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ledger.log");
+    let policy = policy("");
+    let open = |known: &KnownHead| {
+        Ledger::open_known(&path, policy.site(), policy.clone(), Some(known), Timestamp(1))
+    };
+    let mut ledger = Ledger::open(&path, policy.site(), policy.clone(), Timestamp(1)).unwrap();
+    let snapshot = std::fs::read(&path).unwrap();
+    let earlier = ledger.known_head();
+    let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(2)));
+    let known = ledger.known_head();
+    drop(ledger);
+    drop(open(&known).unwrap());
+    drop(open(&earlier).unwrap());
+    std::fs::write(&path, &snapshot).unwrap();
+    assert!(matches!(
+        open(&known),
+        Err(LedgerError::WentBackwards { records, .. }) if records == known.records
+    ));
+    assert!(Ledger::inspect_known(&path, policy.clone(), Some(&known)).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), snapshot);
+    std::fs::remove_file(&path).unwrap();
+    assert!(matches!(open(&known), Err(LedgerError::Lost { .. })));
+    assert!(!path.exists(), "a new ledger was begun in place of the lost one");
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Moments { first: u64, blocks: u64, sigma: f64 },

@@ -449,11 +449,6 @@ mod tests {
     }
 
     #[test]
-    fn zz_dump() {
-        std::fs::write("/tmp/theriac-specimen.html", render(&specimen())).unwrap();
-    }
-
-    #[test]
     fn fetches_nothing_from_outside() {
         let page = render(&specimen());
         for outside in ["src=", "href=", "url(", "@import", "<script", "<link", "<img"] {
