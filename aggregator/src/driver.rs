@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use theriac_audit::leaf::AuditEvent;
 use theriac_protocol::message::{AnnounceV1, DeclineReason, UpdateV1};
 use theriac_protocol::refusal::AbortReason;
 use theriac_protocol::round::{Input, PhaseName, RoundConfig, RoundMachine, RoundTerms};
@@ -40,6 +41,8 @@ use work::Done;
 pub(crate) const INPUTS_MAX: usize = 1_024;
 /// Most bytes of stored updates that are kept in memory until the round is combined; the rest is read back.
 const CACHE_BYTES_MAX: usize = 64 << 20;
+/// Name of the meta row with the digest of the terms that rounds ran under last.
+const META_TERMS: &str = "terms_digest";
 
 /// Why the driver cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -199,6 +202,7 @@ impl Driver {
         models.load(&store, &found.model).await?;
         let start = Instant::now();
         let now = Moment::default();
+        record_terms(&store, &round_config, rule, &found).await?;
         let (machine, receipts) = begin(&store, &round_config, rule, &found, now).await?;
         let status = Arc::new(Mutex::new(DriverStatus {
             phase: machine.status().phase,
@@ -540,6 +544,29 @@ async fn begin(
         RoundMachine::resume(config.clone(), unfinished.open.clone(), found.nonce_seed, now),
         receipts,
     ))
+}
+
+/// The audit log says when rounds began to run under other terms.
+async fn record_terms(
+    store: &Store,
+    config: &RoundConfig,
+    rule: RoundRule,
+    found: &Found,
+) -> Result<(), StoreError> {
+    let base = theriac_protocol::round::BaseModel {
+        version: found.model.version,
+        digest: found.model.digest,
+    };
+    let config_digest = rounds::terms_digest(&announcement(config, base), rule);
+    let record = move |work: &crate::store::Work<'_>| {
+        let known = records::meta(work.connection(), META_TERMS);
+        if known.is_ok_and(|known| known == config_digest.0) {
+            return Ok(());
+        }
+        records::set_meta(work, META_TERMS, &config_digest.0)?;
+        work.audit(AuditEvent::ConfigChanged { config_digest }).map(drop)
+    };
+    store.write(Urgency::Now, record).await
 }
 
 /// An announcement under `config`, for comparing terms.

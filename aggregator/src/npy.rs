@@ -9,6 +9,8 @@ use crate::robust::{MatrixRows, RuleError};
 const MAGIC: &[u8; 6] = b"\x93NUMPY";
 /// Longest header taken: those that NumPy writes have a few hundred bytes.
 const HEADER_BYTES_MAX: usize = 64 * 1_024;
+/// Values read at a time.
+const PIECE_VALUES: usize = 16 * 1_024;
 
 /// Why a matrix cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -97,16 +99,19 @@ pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
         return Err(format(format!("shape {shape:?}")));
     };
     let width = if wide { 8 } else { 4 };
-    let bytes = n
+    let count = n
         .checked_mul(d)
-        .and_then(|count| count.checked_mul(width))
+        .filter(|count| count.checked_mul(width).is_some())
         .ok_or_else(|| format("too large".into()))?;
-    let mut data = Vec::new();
-    file.take(bytes as u64 + 1).read_to_end(&mut data).map_err(io)?;
-    if data.len() != bytes {
+    let found = file
+        .metadata()
+        .map_err(io)?
+        .len()
+        .saturating_sub(10 + u64::from(start[6] - 1) * 2 + length as u64);
+    if found != (count * width) as u64 {
         return Err(format(format!(
-            "{} bytes of values where shape {shape:?} needs {bytes}",
-            data.len()
+            "{found} bytes of values where shape {shape:?} needs {}",
+            count * width
         )));
     }
     let finite = |index: Option<usize>| match index {
@@ -117,24 +122,30 @@ pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
         None => Ok(()),
     };
     if wide {
-        let values: Vec<f64> = data
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .map(|bytes| f64::from_le_bytes(*bytes))
-            .collect();
+        let values = read_values(&mut file, count, f64::from_le_bytes).map_err(io)?;
         finite(values.iter().position(|value| !value.is_finite()))?;
         Ok(Matrix::F64(MatrixRows::new(values, n, d)?))
     } else {
-        let values: Vec<f32> = data
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|bytes| f32::from_le_bytes(*bytes))
-            .collect();
+        let values = read_values(&mut file, count, f32::from_le_bytes).map_err(io)?;
         finite(values.iter().position(|value| !value.is_finite()))?;
         Ok(Matrix::F32(MatrixRows::new(values, n, d)?))
     }
+}
+
+/// Reads values piece by piece: the matrix is in memory once.
+fn read_values<T, const W: usize>(
+    file: &mut File,
+    count: usize,
+    decode: impl Fn([u8; W]) -> T,
+) -> io::Result<Vec<T>> {
+    let mut values = Vec::with_capacity(count);
+    let mut buffer = vec![0_u8; PIECE_VALUES * W];
+    while values.len() < count {
+        let piece = &mut buffer[..(count - values.len()).min(PIECE_VALUES) * W];
+        file.read_exact(piece)?;
+        values.extend(piece.as_chunks::<W>().0.iter().map(|bytes| decode(*bytes)));
+    }
+    Ok(values)
 }
 
 /// The text after a key of the header's dictionary, up to the next comma.

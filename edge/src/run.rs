@@ -446,3 +446,55 @@ fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
+
+#[cfg(test)]
+mod tests {
+    use theriac_privacy::ledger::KnownHead;
+    use theriac_protocol::units::Digest;
+
+    use super::*;
+
+    /// A joined edge's state directory and configuration.
+    fn joined(root: &std::path::Path) -> (EdgeConfig, StateDir) {
+        let dir = StateDir::open(&root.join("s")).unwrap();
+        dir.save_joined(&Joined {
+            node: "site-a".parse().unwrap(),
+            federation: "f".to_owned(),
+            aggregator: "127.0.0.1:1".to_owned(),
+        })
+        .unwrap();
+        let mut config = EdgeConfig::load(None, []).unwrap();
+        config.state_dir.path = dir.root().to_owned();
+        config.http.listen = "127.0.0.1:0".parse().unwrap();
+        (config, dir)
+    }
+
+    #[tokio::test]
+    async fn a_lost_ledger_and_a_bad_policy_turn_federation_off_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let (config, dir) = joined(root.path());
+        let edge = Box::pin(Edge::open(config.clone(), None)).await.unwrap();
+        assert!(edge.client.is_some() && dir.ledger().exists());
+        let known = KnownHead {
+            head: Digest([7; 32]),
+            records: 3,
+        };
+        edge.store.note_ledger(known).await.unwrap();
+        drop(edge);
+        std::fs::remove_file(dir.ledger()).unwrap();
+        let off = async |code: &str| {
+            let edge = Box::pin(Edge::open(config.clone(), None)).await.unwrap();
+            let status = edge.board.status();
+            assert!(edge.client.is_none() && status.federation == Federation::Off);
+            let detail = status.federation_detail.unwrap();
+            assert!(detail.starts_with(code), "{detail}");
+            assert!(!dir.ledger().exists(), "a new ledger was begun");
+        };
+        off("TH-E0309").await;
+        std::fs::write(dir.privacy_policy(), "epsilon = 'much'").unwrap();
+        off("TH-E0307").await;
+        std::fs::remove_file(dir.privacy_policy()).unwrap();
+        off("TH-E0307").await;
+        assert!(!dir.privacy_policy().exists(), "a lost policy was replaced");
+    }
+}
