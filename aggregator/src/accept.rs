@@ -449,13 +449,19 @@ impl Session {
                         reason: code.word(),
                     })
                     .inc();
+                let name = node.clone();
                 let write = move |work: &crate::store::Work<'_>| {
-                    rounds::refuse_upload(work, &node, &header, code, rule)
+                    rounds::refuse_upload(work, &name, &header, code, rule)
                 };
                 if let Err(error) = self.shared.store.write(Urgency::Lazy, write).await {
                     tracing::error!(%error, "a refusal could not be recorded");
                 }
-                self.say(&ToEdge::Refusal(refusal(code, Some(round)))).await
+                let told = self.say(&ToEdge::Refusal(refusal(code, Some(round)))).await;
+                if matches!(told, Flow::End(..)) || code.retryable() {
+                    return told;
+                }
+                // Nobody waits for this one any more.
+                self.tell(DriverInput::Refused { node, round }).await
             }
         }
     }

@@ -102,7 +102,8 @@ pub struct RoundSettings {
     /// What an edge sends: `"moments"` (second moments of the own-lag regression, one noised release; the default) or
     /// `"delta"` (a clipped weight delta of the network).
     pub kind: RoundKind,
-    /// Fewest updates that make a model, 1 to 100 000, default 3. Too low: a few edges decide. Too high: rounds abort while
+    /// Fewest updates that make a model, 1 to 100 000, default 3. Up to `byzantine` edges whose update was refused count as well
+    /// (not with `"mean"`). Too low: a few edges decide. Too high: rounds abort while
     /// edges are away. Rounds open only while as many edges are connected.
     pub quorum: usize,
     /// Time from announcement to close, 100 ms to 7 days, default `2m`. Too short: slow edges are charged and come late.

@@ -86,6 +86,8 @@ pub(crate) enum DriverInput {
         header: Box<UpdateV1>,
         validated: Option<Box<ValidatedUpdate>>,
     },
+    /// An update was refused for good, and that is on record.
+    Refused { node: NodeId, round: Round },
     /// A node takes no part.
     Declined {
         node: NodeId,
@@ -181,6 +183,7 @@ impl Driver {
         };
         let round_config = RoundConfig {
             quorum: rounds.quorum,
+            byzantine: rounds.rule.withstands(rounds.byzantine),
             deadline: rounds.deadline,
             pause: rounds.pause,
             rounds_max: rounds.rounds_max,
@@ -305,6 +308,10 @@ impl Driver {
             DriverInput::Arrived { arrival, reply } => self.arrived(*arrival, reply),
             DriverInput::Left { node, session } => self.left(&node, session),
             DriverInput::Declined { node, round, reason } => self.declined(now, node, round, reason),
+            DriverInput::Refused { node, round } => {
+                self.machine.handle(now, Input::Refused { node, round });
+                self.pump(None);
+            }
             DriverInput::Update {
                 node,
                 header,

@@ -13,7 +13,7 @@
 //! What it refuses to know: no sample, no feature value, no local model ever reaches this crate; an update is clipped
 //! and noised before it leaves its site, and no type here could hold more.
 //!
-//! Start at [`init`] (a data directory with authorities, identity and configuration), [`config::load`] and [`serve`].
+//! Start at [`init()`] (a data directory with authorities, identity and configuration), [`config::load`] and [`serve()`].
 
 pub mod accept;
 pub mod admit;

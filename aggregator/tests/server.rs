@@ -387,8 +387,8 @@ async fn bad_updates_cost_only_their_sender_and_leave_evidence() {
     }
     liar.session.send(&ToAggregator::Hello(hello(0))).await.unwrap();
     assert_eq!(liar.refused().await, RefusalCode::OutOfTurn);
-    // Nobody waits for a liar that leaves.
-    liar.session.send(&ToAggregator::Goodbye).await.unwrap();
+    // It stays connected, and nobody waits for it.
+    let begun = tokio::time::Instant::now();
     for edge in [&mut a, &mut b] {
         let announce = edge.announced().await;
         let (header, payload) = update(&announce, &[1.0; 4]);
@@ -399,7 +399,12 @@ async fn bad_updates_cost_only_their_sender_and_leave_evidence() {
         assert_eq!(edge.receipt().await, first);
     }
     assert_eq!(a.published().await, (Round(1), ModelVersion(1)));
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "the round went to its deadline"
+    );
     assert_eq!(b.model(ModelVersion(1)).await, [1.0; 4]);
+    drop(liar);
     let sites = records::sites(centre.database().read()).unwrap();
     let liar = sites.iter().find(|site| site.node.as_str() == "liar").unwrap();
     assert_eq!(
@@ -417,6 +422,42 @@ async fn bad_updates_cost_only_their_sender_and_leave_evidence() {
             .any(|line| line.contains("\"liar\"") && line.contains("norm_exceeded")),
         "{lines:?}"
     );
+    centre.stop().await;
+}
+
+/// Three edges, f = 1: the refused one counts as the one, so the other two make a model, with or without a restart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn as_many_refused_edges_as_the_rule_withstands_do_not_stop_the_round() {
+    let mut centre = Centre::start(|settings| {
+        settings.rounds.rounds_max = Some(1);
+        settings.rounds.rule = RuleName::TrimmedMean;
+        settings.rounds.quorum = 3;
+        settings.rounds.byzantine = 1;
+        settings.rounds.deadline = Duration::from_mins(10);
+    })
+    .await;
+    let identities = enrol(&centre, &["a", "b", "liar"]);
+    let mut liar = dial_soon(&centre, &identities[2], hello(0)).await;
+    let mut a = dial_soon(&centre, &identities[0], hello(0)).await;
+    let b = dial_soon(&centre, &identities[1], hello(0)).await;
+    let announce = liar.announced().await;
+    let (header, payload) = update(&announce, &[f32::NAN, 0.0, 0.0, 0.0]);
+    liar.send(header, payload).await;
+    assert_eq!(liar.refused().await, RefusalCode::NonFinite);
+    let (header, payload) = update(&a.announced().await, &[1.0, 0.0, 0.0, 0.0]);
+    let records = header.privacy.ledger_records;
+    a.send(header, payload).await;
+    a.receipt().await;
+    drop((a, b, liar));
+    centre.stop().await;
+    centre.serve().await;
+    let mut a = dial_soon(&centre, &identities[0], hello(records)).await;
+    let mut b = dial_soon(&centre, &identities[1], hello(0)).await;
+    let (header, payload) = update(&b.announced().await, &[3.0, 0.0, 0.0, 0.0]);
+    b.send(header, payload).await;
+    b.receipt().await;
+    assert_eq!(a.published().await, (Round(1), ModelVersion(1)));
+    assert_eq!(a.model(ModelVersion(1)).await, [2.0, 0.0, 0.0, 0.0]);
     centre.stop().await;
 }
 

@@ -4,6 +4,7 @@
 //! One thread owns the connection and takes jobs from a bounded queue. Settings: WAL, `synchronous = FULL`, strict
 //! tables, a small WAL. The privacy ledger is *not* in here: it is its own file, and where the two disagree it wins.
 
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -574,6 +575,15 @@ impl StoreReader {
 fn open(path: &Path) -> Result<Connection, StoreError> {
     let at = |error| classify(path, error);
     let existed = path.exists();
+    // Made here and not by SQLite, which would leave it to the umask; its -wal and -shm take the mode of the file.
+    // Where that fails SQLite fails too, and says why.
+    drop(
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path),
+    );
     let mut connection = Connection::open(path).map_err(at)?;
     connection
         .execute_batch(

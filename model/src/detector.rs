@@ -50,12 +50,6 @@ pub enum DetectorError {
         /// Rows given.
         found: usize,
     },
-    /// The history holds rows, and not one number in them.
-    #[error("none of the {rows} rows holds a number")]
-    NoValues {
-        /// Rows given.
-        rows: usize,
-    },
     /// The fit failed.
     #[error(transparent)]
     Unsolvable(#[from] Unsolvable),
@@ -142,7 +136,7 @@ impl Detector {
     ///
     /// # Errors
     /// [`DetectorError::Channels`] when the series does not match the schema; [`DetectorError::TooFewRows`] below
-    /// [`ROWS_MIN`]; [`DetectorError::NoValues`]; [`DetectorError::NoChannels`]; [`DetectorError::PriorChannels`].
+    /// [`ROWS_MIN`]; [`DetectorError::NoChannels`]; [`DetectorError::PriorChannels`].
     pub fn fit(schema: &FeatureSchema, series: &Series, options: &FitOptions) -> Result<Self, DetectorError> {
         Self::fit_with(schema, series, options, None)
     }
@@ -177,9 +171,6 @@ impl Detector {
                 needed: ROWS_MIN,
                 found: series.rows(),
             });
-        }
-        if series.values().iter().all(|value| !value.is_finite()) {
-            return Err(DetectorError::NoValues { rows: series.rows() });
         }
         let normaliser = local_scaler(schema, series, options.prior.is_some());
         let scaled = ScaledRows::new(&normaliser, series);
@@ -569,10 +560,6 @@ mod tests {
         assert!(matches!(
             fit(2, noisy(1)),
             DetectorError::TooFewRows { found: 1, .. }
-        ));
-        assert!(matches!(
-            fit(2, vec![f32::NAN; 100]),
-            DetectorError::NoValues { rows: 50 }
         ));
         assert!(matches!(
             fit(3, noisy(50)),

@@ -61,6 +61,7 @@ impl Centre {
         let values = terms.values;
         let config = RoundConfig {
             quorum: QUORUM,
+            byzantine: 0,
             deadline: DEADLINE,
             pause: Duration::from_secs(1),
             rounds_max: None,

@@ -95,6 +95,30 @@ fn every_page_that_a_page_links_to_exists() {
     }
 }
 
+/// The fenced `toml` block of a page whose first line holds `title`.
+fn block(page: &str, title: &str) -> String {
+    let text = fs::read_to_string(root().join(page)).unwrap();
+    let found = text
+        .split("```toml\n")
+        .skip(1)
+        .map(|rest| rest.split("```").next().unwrap());
+    found
+        .into_iter()
+        .find(|block| block.lines().next().unwrap().contains(title))
+        .unwrap()
+        .to_owned()
+}
+
+#[test]
+fn the_configuration_in_the_readme_is_one_that_the_edge_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("edge.toml");
+    fs::write(&file, block("README.md", "edge.toml")).unwrap();
+    let state = ("THERIAC__STATE_DIR".to_owned(), dir.path().display().to_string());
+    let config = theriac_edge::config::EdgeConfig::load(Some(&file), [state]);
+    assert!(config.is_ok(), "{:?}", config.err());
+}
+
 #[test]
 fn the_changelog_and_the_manifest_agree_on_the_version() {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();

@@ -293,9 +293,18 @@ impl Driver {
         tracing::info!(%node, round = header.round.0, code = code.word(), detail, "an update was refused");
         self.count_upload("refused", code.word());
         self.send_refusal(node, Some(header.round), code);
-        let (node, header, rule) = (node.clone(), header.clone(), self.rule.rule);
-        self.write_later(Urgency::Lazy, move |work| {
-            rounds::refuse_upload(work, &node, &header, code, rule)
+        let (store, node, header, rule) = (self.store.clone(), node.clone(), header.clone(), self.rule.rule);
+        // On record first: the machine must not know of a refusal that the store does not.
+        self.work.spawn(async move {
+            let (round, name) = (header.round, node.clone());
+            let write =
+                move |work: &crate::store::Work<'_>| rounds::refuse_upload(work, &name, &header, code, rule);
+            let result = store.write(Urgency::Lazy, write).await;
+            if code.retryable() {
+                Done::Written(result)
+            } else {
+                Done::Refused { node, round, result }
+            }
         });
     }
 

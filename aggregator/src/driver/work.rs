@@ -31,6 +31,12 @@ pub(super) enum Done {
         row: Row,
         result: Result<StoredUpload, StoreError>,
     },
+    /// An update's refusal is on record, or could not be recorded.
+    Refused {
+        node: NodeId,
+        round: Round,
+        result: Result<(), StoreError>,
+    },
     /// A round was combined, or could not be.
     Computed {
         round: Round,
@@ -72,6 +78,12 @@ impl Driver {
                 row,
                 result,
             } => return self.stored(node, *header, row, result),
+            Done::Refused { node, round, result } => {
+                if let Err(error) = result {
+                    tracing::error!(%error, "a refusal could not be recorded");
+                }
+                self.machine.handle(now, Input::Refused { node, round });
+            }
             Done::Computed {
                 round,
                 result: Ok(computed),
@@ -210,7 +222,12 @@ impl Driver {
             let base_payload = models
                 .payload_blocking(&store, base.version)
                 .map_err(|error| error.to_string())?;
-            let rule = rule(round_rule.rule, round_rule.byzantine);
+            // Out of the store, so that a restart computes the same bits. The refused are of the f that the rule withstands.
+            let refused = store
+                .read_blocking(|connection| rounds::refused(connection, round))
+                .map_err(|error| error.to_string())?;
+            let byzantine = round_rule.byzantine.saturating_sub(refused.len());
+            let rule = rule(round_rule.rule, byzantine);
             let candidate =
                 next_model(&spec, &terms, &base_payload, rows, &*rule).map_err(|error| error.to_string())?;
             let row = ModelRow {

@@ -71,6 +71,14 @@ pub enum RuleName {
 }
 
 impl RuleName {
+    /// How many of the `byzantine` hostile edges of the configuration the rule withstands: a mean withstands none.
+    pub fn withstands(self, byzantine: usize) -> usize {
+        match self {
+            Self::Mean => 0,
+            Self::Median | Self::TrimmedMean => byzantine,
+        }
+    }
+
     /// Every rule.
     pub const ALL: [Self; 3] = [Self::Mean, Self::Median, Self::TrimmedMean];
 

@@ -190,7 +190,7 @@ pub fn insert_upload(
     })
 }
 
-/// Audits and counts a refused update.
+/// Audits and counts a refused update. One that is refused for good marks its sender in the round, while that is open.
 ///
 /// # Errors
 /// [`StoreError::Database`].
@@ -213,7 +213,32 @@ pub fn refuse_upload(
     work.connection()
         .prepare_cached("UPDATE round SET refused = refused + 1 WHERE round = ?1")?
         .execute([to_sql(header.round.0)])?;
+    if !code.retryable() {
+        work.connection()
+            .prepare_cached(
+                "INSERT INTO cohort (round, node, refused) SELECT ?1, ?2, ?3 FROM round WHERE round = ?1 AND state = 'open'
+                 ON CONFLICT (round, node) DO UPDATE SET refused = ?3",
+            )?
+            .execute((to_sql(header.round.0), node.as_str(), code.word()))?;
+    }
     records::count_refusal(work, node, code)
+}
+
+/// Nodes whose update was refused for good while the round was open, and that have none stored.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn refused(connection: &Connection, round: Round) -> Result<BTreeSet<NodeId>, StoreError> {
+    let mut statement = connection.prepare_cached(
+        "SELECT node FROM cohort WHERE round = ?1 AND refused IS NOT NULL
+             AND node NOT IN (SELECT node FROM upload WHERE round = ?1)",
+    )?;
+    let mut rows = statement.query([to_sql(round.0)])?;
+    let mut nodes = BTreeSet::new();
+    while let Some(row) = rows.next()? {
+        nodes.insert(node_id(&row.get::<_, String>(0)?)?);
+    }
+    Ok(nodes)
 }
 
 /// What is known of a stored update, for its receipt.
@@ -464,6 +489,7 @@ pub fn unfinished(connection: &Connection) -> Result<Option<Unfinished>, StoreEr
             .map(|(node, upload)| (node.clone(), upload.payload_digest))
             .collect(),
         declined,
+        refused: refused(connection, Round(from_sql(number)))?,
         remaining: Duration::from_millis(from_sql(deadline).saturating_sub(wall_clock().0)),
     };
     Ok(Some(Unfinished {

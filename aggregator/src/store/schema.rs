@@ -8,7 +8,8 @@ use super::StoreError;
 pub const APPLICATION_ID: i32 = 0x5468_4167;
 
 /// Migrations in order; the file's `user_version` is the number that have run. **A shipped one is never edited.**
-const MIGRATIONS: [&str; 1] = [r"
+const MIGRATIONS: [&str; 2] = [
+    r"
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
     value BLOB NOT NULL
@@ -125,7 +126,10 @@ CREATE TABLE audit_leaf (
     hash BLOB NOT NULL CHECK (length(hash) = 32),
     line TEXT NOT NULL
 ) STRICT;
-"];
+",
+    // Why a site's update was refused for good in this round; NULL: it was not.
+    "ALTER TABLE cohort ADD COLUMN refused TEXT;",
+];
 
 /// Newest version of the tables that this build knows.
 #[expect(clippy::cast_possible_wrap, reason = "a handful")]

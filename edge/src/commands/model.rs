@@ -96,10 +96,17 @@ pub(super) fn train<W: Write>(
     if let Some([short, long]) = arguments.half_lives.as_deref() {
         options.half_lives = [*short, *long];
     }
-    let detector = Detector::fit(&schema, &series, &options).map_err(|error| {
-        Problem::failed("TH-E0322", format!("{}: {error}", arguments.input.display()))
+    let unusable = |why: String| {
+        Problem::failed("TH-E0322", format!("{}: {why}", arguments.input.display()))
             .hint("record longer, or check that the columns hold numbers")
-    })?;
+    };
+    if series.values().iter().all(|value| !value.is_finite()) {
+        return Err(unusable(format!(
+            "none of the {} rows holds a number",
+            series.rows()
+        )));
+    }
+    let detector = Detector::fit(&schema, &series, &options).map_err(|error| unusable(error.to_string()))?;
     detector.save(&dir, &name).map_err(|error| {
         Problem::failed("TH-E0321", error).hint("check the path and the room on that disk")
     })?;

@@ -52,7 +52,9 @@ pub(super) async fn status<W: Write>(
     let (code, health) = ask("/healthz")
         .await
         .map_err(|error| not_running(error.to_string()))?;
-    let healthy = code == 200 && status.storage == Storage::Ok;
+    // A service that is down, or that waits for a person, is what an operator asks about first.
+    let served = status.services.iter().all(|service| service.healthy);
+    let healthy = code == 200 && status.storage == Storage::Ok && served;
     let health = String::from_utf8_lossy(&health);
     output
         .result(&status, human(&status, health.trim()))

@@ -132,6 +132,7 @@ impl Center {
         };
         let config = RoundConfig {
             quorum: sites / 2 + 1,
+            byzantine: 0,
             deadline: DEADLINE,
             pause: Duration::ZERO,
             rounds_max: Some(settings.args.rounds.into()),

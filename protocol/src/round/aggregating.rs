@@ -62,6 +62,7 @@ impl Aggregating {
                 context.offer_out_of_turn(offer, Some((self.round, &self.stored)));
             }
             Input::Declined { .. } => context.ignore(Ignored::DeclineOutOfTurn),
+            Input::Refused { .. } => context.ignore(Ignored::RefusalOutOfTurn),
             Input::Stored { .. }
             | Input::StoreFailed { .. }
             | Input::Opened { .. }

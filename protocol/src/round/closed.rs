@@ -52,6 +52,7 @@ impl Aborting {
                 context.offer_out_of_turn(offer, Some((self.round, &self.stored)));
             }
             Input::Declined { .. } => context.ignore(Ignored::DeclineOutOfTurn),
+            Input::Refused { .. } => context.ignore(Ignored::RefusalOutOfTurn),
             Input::Stored { .. }
             | Input::StoreFailed { .. }
             | Input::Opened { .. }
@@ -99,6 +100,7 @@ impl Closed {
                 );
             }
             Input::Declined { .. } => context.ignore(Ignored::DeclineOutOfTurn),
+            Input::Refused { .. } => context.ignore(Ignored::RefusalOutOfTurn),
             Input::Stored { .. }
             | Input::StoreFailed { .. }
             | Input::Opened { .. }

@@ -21,6 +21,8 @@ pub(super) struct Collecting {
     storing: BTreeMap<NodeId, Digest>,
     stored: BTreeMap<NodeId, Digest>,
     declined: BTreeSet<NodeId>,
+    /// Sent something that was refused for good, and nothing valid since.
+    refused: BTreeSet<NodeId>,
     /// The deadline has passed; only what is on its way to the disk is waited for.
     over: bool,
 }
@@ -35,6 +37,7 @@ impl Collecting {
             storing: BTreeMap::new(),
             stored: BTreeMap::new(),
             declined: BTreeSet::new(),
+            refused: BTreeSet::new(),
             over: false,
         }
     }
@@ -47,12 +50,13 @@ impl Collecting {
             cohort,
             stored,
             declined,
+            refused,
             remaining,
         } = open;
         let missing = || {
-            cohort
-                .iter()
-                .filter(|node| !stored.contains_key(*node) && !declined.contains(*node))
+            cohort.iter().filter(|node| {
+                !stored.contains_key(*node) && !declined.contains(*node) && !refused.contains(*node)
+            })
         };
         let awaited = (!cohort.is_empty()).then(|| missing().cloned().collect());
         let deadline = now.after(remaining);
@@ -64,6 +68,7 @@ impl Collecting {
             storing: BTreeMap::new(),
             stored,
             declined,
+            refused,
             over: false,
         }
     }
@@ -100,6 +105,7 @@ impl Collecting {
                 round,
                 reason: _,
             } => self.declines(context, node, round),
+            Input::Refused { node, round } => self.is_refused(context, node, round),
             Input::Stored { node, round } => self.is_stored(context, node, round),
             Input::StoreFailed { node, round } => {
                 if round == self.round && self.storing.remove(&node).is_some() {
@@ -121,7 +127,7 @@ impl Collecting {
     /// Ends the round if it is complete or its time is over.
     pub(super) fn settle(mut self, context: &mut Context, now: Moment) -> Phase {
         self.over |= now >= self.deadline;
-        let quorum = self.stored.len() >= context.quorum();
+        let quorum = self.has_quorum(context);
         let complete = quorum && self.awaited.as_ref().is_some_and(BTreeSet::is_empty);
         if !self.storing.is_empty() || !(self.over || complete) {
             return Phase::Collecting(self);
@@ -136,6 +142,14 @@ impl Collecting {
                 AbortReason::QuorumMissed,
             ))
         }
+    }
+
+    /// At most f refused nodes stand in for updates: more of them would let fewer than f + 1 nodes make a model.
+    fn has_quorum(&self, context: &Context) -> bool {
+        let (stored, f) = (self.stored.len(), context.config.byzantine);
+        let refused = self.refused.len().min(f);
+        let majority = (f - refused).saturating_mul(2).saturating_add(1);
+        stored.saturating_add(refused) >= context.quorum() && stored >= majority
     }
 
     /// The deadline; `None` once it has passed and only the disk is waited for.
@@ -155,7 +169,8 @@ impl Collecting {
             return;
         }
         if let Some(announce) = self.announcement(context, now) {
-            if let Some(awaited) = &mut self.awaited {
+            // Coming back does not make anybody wait for a node that was refused.
+            if let Some(awaited) = self.awaited.as_mut().filter(|_| !self.refused.contains(&node)) {
                 awaited.insert(node.clone());
             }
             context.output(Output::Announce {
@@ -224,6 +239,19 @@ impl Collecting {
         }
     }
 
+    fn is_refused(&mut self, context: &mut Context, node: NodeId, round: Round) {
+        let has_update = self.stored.contains_key(&node) || self.storing.contains_key(&node);
+        if round != self.round || self.over || has_update {
+            return context.ignore(Ignored::RefusalOutOfTurn);
+        }
+        if let Some(awaited) = &mut self.awaited {
+            awaited.remove(&node);
+        }
+        if !self.refused.insert(node) {
+            context.ignore(Ignored::RefusalOutOfTurn);
+        }
+    }
+
     fn is_stored(&mut self, context: &mut Context, node: NodeId, round: Round) {
         let Some(payload_digest) = (round == self.round)
             .then(|| self.storing.remove(&node))
@@ -235,6 +263,7 @@ impl Collecting {
         if let Some(awaited) = &mut self.awaited {
             awaited.remove(&node);
         }
+        self.refused.remove(&node);
         self.stored.insert(node.clone(), payload_digest);
         context.output(Output::Receipt {
             node,

@@ -41,6 +41,9 @@ pub struct RoundTerms {
 pub struct RoundConfig {
     /// Fewest updates that make a model, at least 1 (0 counts as 1). Rounds open only while as many nodes are admitted.
     pub quorum: usize,
+    /// Number f of faulty nodes that the rule withstands; 0 for a rule that withstands none. Up to f nodes whose update was refused
+    /// count towards the quorum: they are of the f, so what is left needs to withstand fewer. The driver lowers the rule's f likewise.
+    pub byzantine: usize,
     /// Time from a round's opening to its end at the latest.
     pub deadline: Duration,
     /// Time from a round's end to the next one's opening at the earliest.
@@ -67,6 +70,8 @@ pub struct OpenRound {
     pub stored: BTreeMap<NodeId, Digest>,
     /// Nodes that declined.
     pub declined: BTreeSet<NodeId>,
+    /// Nodes whose update was refused and that have none stored.
+    pub refused: BTreeSet<NodeId>,
     /// What is left of the deadline.
     pub remaining: Duration,
 }

@@ -38,6 +38,7 @@ impl Idle {
                 );
             }
             Input::Declined { .. } => context.ignore(Ignored::DeclineOutOfTurn),
+            Input::Refused { .. } => context.ignore(Ignored::RefusalOutOfTurn),
             Input::Stored { .. }
             | Input::StoreFailed { .. }
             | Input::Opened { .. }
@@ -107,6 +108,7 @@ impl Opening {
                 );
             }
             Input::Declined { .. } => context.ignore(Ignored::DeclineOutOfTurn),
+            Input::Refused { .. } => context.ignore(Ignored::RefusalOutOfTurn),
             Input::Stored { .. }
             | Input::StoreFailed { .. }
             | Input::Opened { .. }

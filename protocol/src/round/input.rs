@@ -38,6 +38,14 @@ pub enum Input {
         /// Why.
         reason: DeclineReason,
     },
+    /// A node's update for this round was refused for good, and that is on record: nobody waits for the node any more. A valid update
+    /// of it is still taken.
+    Refused {
+        /// Who.
+        node: NodeId,
+        /// The round it named.
+        round: Round,
+    },
     /// Answer to [`Output::Store`](super::Output::Store): the update is durable.
     Stored {
         /// Whose.

@@ -18,9 +18,10 @@
 //!
 //! The rules:
 //!
-//! - A round ends when every node that was told of it and has not left since has reported or declined and the quorum is met;
+//! - A round ends when every node that was told of it and has not left since has reported, declined or been refused, and the quorum is met;
 //!   at the deadline with the quorum it ends as well, and without it publishes nothing. No slow, silent, early,
 //!   late, repeated or foreign message moves that deadline.
+//! - Up to f nodes whose update was refused count towards the quorum, so that f hostile nodes cannot stop the rounds.
 //! - An update on its way to the disk at the deadline is waited for: what is stored and what is published are the same set.
 //! - A node's first durable update counts. The same bytes again get the same receipt, other bytes are refused.
 //!

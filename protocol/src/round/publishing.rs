@@ -63,6 +63,7 @@ impl Publishing {
                 context.offer_out_of_turn(offer, Some((self.round, &self.stored)));
             }
             Input::Declined { .. } => context.ignore(Ignored::DeclineOutOfTurn),
+            Input::Refused { .. } => context.ignore(Ignored::RefusalOutOfTurn),
             Input::Stored { .. }
             | Input::StoreFailed { .. }
             | Input::Opened { .. }

@@ -32,6 +32,8 @@ pub enum Ignored {
     RepeatedWhileStoring,
     /// A decline of a round that is not collecting.
     DeclineOutOfTurn,
+    /// A refusal of a round that is not collecting, of a node whose update is already there, or the same again.
+    RefusalOutOfTurn,
     /// A decline by a node whose update is already there.
     DeclineAfterUpdate,
     /// A decline by a node that has declined.

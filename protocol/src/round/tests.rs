@@ -14,6 +14,7 @@ const SEED: [u8; 32] = [7; 32];
 fn config() -> RoundConfig {
     RoundConfig {
         quorum: 2,
+        byzantine: 0,
         deadline: DEADLINE,
         pause: PAUSE,
         rounds_max: None,
@@ -559,6 +560,85 @@ fn failed_aggregation_ends_the_round_without_a_model() {
     }
 }
 
+fn refusal_of(name: &str) -> Input {
+    Input::Refused {
+        node: node(name),
+        round: Round(1),
+    }
+}
+
+#[test]
+fn refused_node_is_not_waited_for_not_even_when_it_comes_back() {
+    let mut machine = collecting(&["a", "b", "liar"]);
+    assert_eq!(give(&mut machine, 1, refusal_of("liar")), []);
+    machine.handle(at(1), Input::Left { node: node("liar") });
+    let out = give(&mut machine, 1, Input::Admitted { node: node("liar") });
+    assert!(matches!(&out[..], [Output::Announce { .. }]), "{out:?}");
+    report(&mut machine, "a", 1);
+    let out = report(&mut machine, "b", 2);
+    assert!(matches!(&out[1], Output::Aggregate { members: m, .. } if *m == members(&[("a", 1), ("b", 2)])));
+}
+
+#[test]
+fn refused_node_may_still_report() {
+    let mut machine = collecting(&["a", "b", "c"]);
+    give(&mut machine, 1, refusal_of("c"));
+    assert_eq!(report(&mut machine, "c", 3), [receipt("c", 3)]);
+    // What is there stays there.
+    give(&mut machine, 1, refusal_of("c"));
+    report(&mut machine, "a", 1);
+    let out = report(&mut machine, "b", 2);
+    assert!(matches!(&out[1], Output::Aggregate { members: m, .. } if m.len() == 3));
+}
+
+/// Quorum 3, one faulty node withstood.
+fn withstands_one() -> RoundConfig {
+    RoundConfig {
+        quorum: 3,
+        byzantine: 1,
+        ..config()
+    }
+}
+
+#[test]
+fn as_many_refused_nodes_as_the_rule_withstands_count_towards_the_quorum() {
+    let mut machine = RoundMachine::new(withstands_one(), base(), Round(0), SEED, at(0));
+    admit(&mut machine, &["a", "b", "liar"]);
+    machine.handle(at(0), Input::Opened { round: Round(1) });
+    outputs(&mut machine);
+    report(&mut machine, "a", 1);
+    assert_eq!(give(&mut machine, 1, refusal_of("liar")), []);
+    let out = report(&mut machine, "b", 2);
+    assert!(
+        matches!(&out[1], Output::Aggregate { members: m, .. } if m.len() == 2),
+        "{out:?}"
+    );
+}
+
+#[test]
+fn more_refused_nodes_than_the_rule_withstands_do_not_replace_updates() {
+    let mut machine = RoundMachine::new(withstands_one(), base(), Round(0), SEED, at(0));
+    admit(&mut machine, &["a", "b", "c"]);
+    machine.handle(at(0), Input::Opened { round: Round(1) });
+    outputs(&mut machine);
+    give(&mut machine, 1, refusal_of("b"));
+    give(&mut machine, 1, refusal_of("c"));
+    report(&mut machine, "a", 1);
+    machine.handle_timeout(at(30));
+    let out = outputs(&mut machine);
+    assert!(matches!(&out[..], [Output::Abort { .. }]), "{out:?}");
+}
+
+#[test]
+fn resumed_round_remembers_whom_it_refused() {
+    let open_round = OpenRound {
+        refused: BTreeSet::from([node("liar")]),
+        ..open(&["a", "b", "liar"], &[("a", 1), ("b", 2)], 20)
+    };
+    let mut machine = RoundMachine::resume(withstands_one(), open_round, SEED, at(100));
+    assert!(matches!(&outputs(&mut machine)[..], [Output::Aggregate { .. }]));
+}
+
 fn open(cohort: &[&str], stored: &[(&str, u8)], remaining: u64) -> OpenRound {
     OpenRound {
         round: Round(1),
@@ -567,6 +647,7 @@ fn open(cohort: &[&str], stored: &[(&str, u8)], remaining: u64) -> OpenRound {
         cohort: cohort.iter().map(|name| node(name)).collect(),
         stored: members(stored).into_iter().collect(),
         declined: BTreeSet::new(),
+        refused: BTreeSet::new(),
         remaining: Duration::from_secs(remaining),
     }
 }
@@ -685,6 +766,10 @@ fn every_input_is_taken_in_every_phase() {
                 round: foreign,
                 reason: DeclineReason::ReceiveOnly,
             },
+            Input::Refused {
+                node: node.clone(),
+                round: foreign,
+            },
             Input::Stored {
                 node: node.clone(),
                 round: foreign,
@@ -770,7 +855,7 @@ fn every_input_is_taken_in_every_phase() {
         }
         assert_eq!(
             counted(&machine) - before,
-            11,
+            12,
             "{name:?}: all but coming and leaving are counted"
         );
         assert_eq!(machine.status().phase, name, "none of it moves {name:?}");

@@ -153,6 +153,7 @@ impl Aggregator {
     pub(super) fn install(config: &WorldConfig, nonce_seed: [u8; 32], now: Moment) -> Self {
         let config = RoundConfig {
             quorum: config.quorum,
+            byzantine: 0,
             deadline: config.deadline,
             pause: config.pause,
             rounds_max: None,
@@ -237,6 +238,7 @@ impl World {
             cohort: row.cohort.clone(),
             stored: store.updates_of(round).into_iter().collect(),
             declined: BTreeSet::new(),
+            refused: BTreeSet::new(),
             remaining: row.deadline.since(now),
         });
         let last = store
