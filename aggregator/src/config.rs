@@ -15,6 +15,7 @@ use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{L2Norm, NodeId, NoiseMultiplier};
 
 use crate::layout::{LayoutError, ModelSpec};
+use crate::models::frame_bytes_max;
 use crate::robust::RuleName;
 
 pub use example::example;
@@ -203,8 +204,8 @@ impl Default for ModelSettings {
 pub struct LimitSettings {
     /// Connections at one time, 1 to 100 000, default 6 000. Beyond it new ones are turned away with `busy`.
     pub connections_max: usize,
-    /// Bytes of updates held in memory while they are checked and stored, 1 MiB to 64 GiB, default 256 MiB. Beyond it
-    /// uploads are refused with `busy` and a time to come back.
+    /// Bytes of updates held in memory while they are checked and stored, 1 MiB to 64 GiB and at least two updates, default 256 MiB.
+    /// Beyond it uploads are refused with `busy` and a time to come back.
     pub upload_bytes_in_flight_max: usize,
     /// Messages one edge may send in one round, 4 to 1 000 000, default 64. Beyond it the connection is closed.
     pub messages_per_round_max: u32,
@@ -339,6 +340,21 @@ impl Settings {
             return Err(wrong(
                 "model.dimension",
                 "a model of bare numbers needs rounds.kind = \"delta\"".into(),
+            ));
+        }
+        let layout = model
+            .update(rounds.kind)
+            .map_err(|error| wrong("model.dimension", error.to_string()))?;
+        // One update that is checked must leave room for the next one to arrive.
+        let frame = frame_bytes_max(layout.values);
+        let (need, got) = (2 * u64::from(frame), limits.upload_bytes_in_flight_max);
+        if (got as u64) < need {
+            return Err(wrong(
+                "limits.upload_bytes_in_flight_max",
+                format!(
+                    "{got} holds no two updates of {frame} bytes ({} values): set it to {need} or more, or model.dimension lower",
+                    layout.values
+                ),
             ));
         }
         let data_dir = std::path::absolute(directory.join(&self.data_dir))
@@ -510,7 +526,7 @@ mod tests {
 
     #[test]
     fn refuses_values_out_of_range_and_names_key_and_value() {
-        let cases: [(&str, &str, &str); 11] = [
+        let cases: [(&str, &str, &str); 12] = [
             ("federation = \"De mo\"", "federation", "De mo"),
             ("federation = \"demo\"\nhttp = \"0.0.0.0:1\"", "http", "0.0.0.0:1"),
             (
@@ -557,6 +573,12 @@ mod tests {
                 "federation = \"demo\"\n[model]\ndimension = 5",
                 "model.dimension",
                 "delta",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nkind = \"delta\"\n[model]\ndimension = 200000\n[limits]\n\
+                 upload_bytes_in_flight_max = 1048576",
+                "limits.upload_bytes_in_flight_max",
+                "model.dimension",
             ),
         ];
         for (text, key, value) in cases {

@@ -150,6 +150,8 @@ pub(crate) struct Driver {
     storing: usize,
     rounds_kept: u64,
     candidate: Option<work::Computed>,
+    /// Another model is being put in force: until that is done nothing of what the machine asks for is carried out, and nothing new is taken.
+    rolling: bool,
     opened_at: Option<Instant>,
     work: JoinSet<Done>,
     status: Arc<Mutex<DriverStatus>>,
@@ -248,6 +250,7 @@ impl Driver {
             storing: 0,
             rounds_kept: config.limits.rounds_kept,
             candidate: None,
+            rolling: false,
             work: JoinSet::new(),
             status: Arc::clone(&status),
             registry,
@@ -272,7 +275,9 @@ impl Driver {
         let mut changes = self.store.changes();
         self.pump(None);
         loop {
-            let deadline = self.machine.poll_timeout().map(|moment| self.start + moment.0);
+            let rolling = self.rolling;
+            let deadline = self.machine.poll_timeout().filter(|_| !rolling);
+            let deadline = deadline.map(|moment| self.start + moment.0);
             let timer = async {
                 match deadline {
                     Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
@@ -280,7 +285,7 @@ impl Driver {
                 }
             };
             tokio::select! {
-                input = inputs.recv() => match input {
+                input = inputs.recv(), if !rolling => match input {
                     Some(input) => self.take(input),
                     None => break,
                 },
@@ -407,7 +412,8 @@ impl Driver {
             .candidate
             .as_ref()
             .is_some_and(|computed| computed.row.digest == model.digest);
-        if model.version > self.machine.status().base.version && !ours {
+        // During a roll-over the registry is read again at its end.
+        if model.version > self.machine.status().base.version && !ours && !self.rolling {
             self.roll_over(model);
         }
     }
@@ -419,6 +425,7 @@ impl Driver {
             rule = model.rule,
             "another model is in force"
         );
+        self.rolling = true;
         let (store, models) = (self.store.clone(), Arc::clone(&self.models));
         let reason = AbortReason::Operator;
         self.work.spawn(async move {

@@ -105,6 +105,7 @@ impl Enrolment {
             JoinRefusal::Spent => "spent",
             JoinRefusal::BadRequest => "bad_request",
             JoinRefusal::Busy => "busy",
+            JoinRefusal::RevokedKey => "revoked_key",
         });
         JoinReplyV1::Refused(reason)
     }

@@ -63,6 +63,8 @@ fn is_local(headers: &HeaderMap) -> bool {
     let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
     address.is_some_and(|address| address.ip().is_loopback())
         || matches!(name, "localhost" | "127.0.0.1" | "[::1]")
+        // Without a port the last colon is the address's own.
+        || host == "[::1]"
 }
 
 fn foreign() -> Response {
@@ -200,7 +202,13 @@ mod tests {
     #[test]
     fn answers_only_to_loopback_names() {
         let asked = |host: &str| is_local(&HeaderMap::from_iter([(header::HOST, host.parse().unwrap())]));
-        for good in ["127.0.0.1:7702", "[::1]:7702", "localhost:7702", "localhost"] {
+        for good in [
+            "127.0.0.1:7702",
+            "[::1]:7702",
+            "[::1]",
+            "localhost:7702",
+            "localhost",
+        ] {
             assert!(asked(good), "{good} was turned away");
         }
         for bad in ["evil.example:7702", "192.168.0.2:7702", ""] {

@@ -283,6 +283,7 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
         edge_authority,
         ends,
         endpoint: endpoint.clone(),
+        join_endpoint: joins.endpoint().clone(),
         _lock: ground.lock,
     };
     drop(store);
@@ -399,6 +400,7 @@ struct Renewal {
     edge_authority: Vec<u8>,
     ends: Arc<Mutex<SystemTime>>,
     endpoint: Endpoint,
+    join_endpoint: Endpoint,
     /// Lives as long as the server.
     _lock: DataDirLock,
 }
@@ -418,17 +420,25 @@ impl Renewal {
         let identity = Identity::load(&self.dir.identity(), IDENTITY)?;
         if let Some(next) = renewed(&identity, &self.authority, &self.hosts, &self.dir)? {
             let tls = theriac_certs::trust::server_config(&next, &self.edge_authority)?;
-            let address = self.endpoint.local_addr();
-            self.endpoint
-                .set_server_tls(tls)
-                .map_err(|source| ServeError::Listen {
-                    what: "listen",
-                    address: address.unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0))),
-                    source,
-                })?;
+            let join_tls = theriac_certs::trust::join_server_config(&next)?;
+            let failed = not_renewed("listen", &self.endpoint);
+            self.endpoint.set_server_tls(tls).map_err(failed)?;
+            let failed = not_renewed("join_listen", &self.join_endpoint);
+            self.join_endpoint.set_server_tls(join_tls).map_err(failed)?;
             *self.ends.lock().unwrap_or_else(PoisonError::into_inner) = next.expires();
         }
         Ok(())
+    }
+}
+
+/// A listener that does not take the new certificate.
+fn not_renewed(what: &'static str, endpoint: &Endpoint) -> impl FnOnce(EndpointError) -> ServeError {
+    let address = endpoint.local_addr();
+    let address = address.unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+    move |source| ServeError::Listen {
+        what,
+        address,
+        source,
     }
 }
 

@@ -266,7 +266,7 @@ fn rounding_slack(encoding: Encoding) -> f64 {
 /// Moments of any series have non-negative squares on the diagonal of `Σ p pᵀ`. Their sum carries Gaussian noise of a known
 /// standard deviation, σC√(number of entries), so a sum more than six of them below zero comes from no series: a strong
 /// sign flip, for example. (The ratio of cross to own moments would say more, but only for a centred scaler, which
-/// the public one is not: see `theriac_model::moments::plausible`.)
+/// the public one is not.)
 fn plausible(header: &UpdateV1, payload: &[u8], terms: &AnnounceV1) -> Result<(), UpdateError> {
     let mut channel = [0.0_f32; MOMENTS_PER_CHANNEL];
     let channels = usize::try_from(header.values).unwrap_or(usize::MAX) / MOMENTS_PER_CHANNEL;

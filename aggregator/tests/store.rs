@@ -13,11 +13,12 @@ use theriac_aggregator::data_dir::DataDir;
 use theriac_aggregator::robust::RuleName;
 use theriac_aggregator::store::records::{self, LedgerHead};
 use theriac_aggregator::store::rounds::{self, RoundRule};
-use theriac_aggregator::store::{Database, Store, StoreError, Urgency, models, schema};
+use theriac_aggregator::store::tokens::{self, Redemption};
+use theriac_aggregator::store::{Database, Store, StoreError, Urgency, history, models, schema};
 use theriac_aggregator::{InitOptions, init};
 use theriac_audit::leaf::SiteStanding;
-use theriac_protocol::message::{AnnounceV1, Encoding, PrivacyClaimV1, UpdateKind, UpdateV1};
-use theriac_protocol::refusal::{AbortReason, RefusalCode};
+use theriac_protocol::message::{AnnounceV1, Encoding, JoinRefusal, PrivacyClaimV1, UpdateKind, UpdateV1};
+use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::{Delta, Digest, Epsilon, L2Norm, ModelVersion, NodeId, NoiseMultiplier, Round};
 
 const RULE: RoundRule = RoundRule {
@@ -166,7 +167,7 @@ fn second_update_of_a_site_is_refused_by_the_store_itself() {
 }
 
 #[test]
-fn only_one_round_is_open_and_no_number_comes_twice() {
+fn opening_a_round_ends_a_stale_one_and_no_number_comes_twice() {
     let (_temporary, dir) = new_store();
     let terms = open_round(&dir, 1);
     let mut database = Database::open(&dir).unwrap();
@@ -174,24 +175,21 @@ fn only_one_round_is_open_and_no_number_comes_twice() {
         round: Round(2),
         ..terms.clone()
     };
-    assert!(
-        database
-            .write(|work| rounds::open(work, &next, &[], RULE))
-            .is_err(),
-        "a second round was opened"
-    );
-    database
-        .write(|work| rounds::abort(work, Round(1), AbortReason::QuorumMissed))
-        .unwrap();
-    assert!(
-        database
-            .write(|work| rounds::open(work, &terms, &[], RULE))
-            .is_err(),
-        "a number was used again"
-    );
     database
         .write(|work| rounds::open(work, &next, &[], RULE))
         .unwrap();
+    let stale = history::detail(database.read(), Round(1)).unwrap().round;
+    assert_eq!(stale.state, "aborted");
+    // A write that was held up, of the round before: it must not end the new one.
+    let late = database.write(|work| rounds::open(work, &terms, &[], RULE));
+    assert!(
+        matches!(late, Err(StoreError::Conflict(_))),
+        "a number was used again: {late:?}"
+    );
+    assert_eq!(
+        rounds::unfinished(database.read()).unwrap().unwrap().open.round,
+        Round(2)
+    );
     assert_eq!(rounds::last_round(database.read()).unwrap(), Round(2));
 }
 
@@ -274,15 +272,25 @@ fn revoked_key_stays_revoked_and_a_new_key_begins_a_new_ledger() {
     let (_temporary, dir) = new_store();
     enrol(&dir, &["a"]);
     let mut database = Database::open(&dir).unwrap();
+    let token = theriac_certs::JoinToken::generate([1; 32]).unwrap();
+    database
+        .write(|work| tokens::create(work, &token, &node("a"), tokens::LIFETIME))
+        .unwrap();
     let mut set = |state| database.write(|work| records::set_standing(work, &node("a"), state, "test"));
     set(SiteStanding::Suspended).unwrap();
     set(SiteStanding::Active).unwrap();
     set(SiteStanding::Revoked).unwrap();
+    let spent = database.write(|work| tokens::look_up(work, &token.id, &token.secret, &[9; 32]));
+    assert_eq!(spent.unwrap(), Redemption::Refused(JoinRefusal::UnknownToken));
+    let mut set = |state| database.write(|work| records::set_standing(work, &node("a"), state, "test"));
     assert!(matches!(set(SiteStanding::Active), Err(StoreError::Conflict(_))));
     let end = theriac_protocol::units::Timestamp(0);
-    database
-        .write(|work| records::enrol(work, &node("a"), [9; 32], [9; 32], end))
-        .unwrap();
+    let revoked = records::registry(database.read()).unwrap()[&node("a")].key_fingerprint;
+    let mut again = |key| database.write(|work| records::enrol(work, &node("a"), key, key, end));
+    assert!(matches!(again(revoked), Err(StoreError::Conflict(_))));
+    again([9; 32]).unwrap();
+    // Not with a newer key in force either.
+    assert!(matches!(again(revoked), Err(StoreError::Conflict(_))));
     let entry = records::registry(database.read()).unwrap()[&node("a")];
     assert_eq!(
         (entry.state, entry.ledger),

@@ -46,9 +46,6 @@ const LAMBDA_NOISE: f64 = 9.0;
 /// Entries of the upper triangle of `Σ p pᵀ`.
 const GRAM: usize = LAG_COUNT * (LAG_COUNT + 1) / 2;
 
-/// Range of `Σ p y / Σ p²` that time series have.
-const PLAUSIBLE: std::ops::Range<f64> = 0.25..1.1;
-
 type Gram = SMatrix<f64, LAG_COUNT, LAG_COUNT>;
 type Cross = SVector<f64, LAG_COUNT>;
 
@@ -133,25 +130,6 @@ pub fn solve(sum: &[f32], sites: usize, sigma: f64, clip_norm: f64, channels: us
     weights
 }
 
-/// Whether moments look like those of a time series: `Σ p y / Σ p²` over all channels lies in .25 to 1.1. With the public
-/// scaler honest sites are at .85 to 1.0, time-shuffled ones partly too; negated or inflated ones are not.
-///
-/// # Errors
-/// The ratio, when it is outside (or not a number).
-pub fn plausible(sum: &[f32], channels: usize) -> Result<(), f64> {
-    let (mut own, mut cross) = (0.0, 0.0);
-    for moments in sum.chunks_exact(MOMENTS_PER_CHANNEL).take(channels) {
-        own += diagonal().map(|index| f64::from(moments[index])).sum::<f64>();
-        cross += moments[GRAM..].iter().map(|v| f64::from(*v)).sum::<f64>();
-    }
-    let ratio = cross / own;
-    if PLAUSIBLE.contains(&ratio) {
-        Ok(())
-    } else {
-        Err(ratio)
-    }
-}
-
 fn channels_of(values: &[f32], rows: usize) -> usize {
     let channels = values.len().checked_div(rows).unwrap_or(0);
     assert_eq!(values.len(), channels * rows, "values are whole rows");
@@ -207,19 +185,19 @@ fn unpack(moments: &[f32]) -> (Gram, Cross) {
     (gram, Cross::from_fn(|i, _| value(GRAM + i)))
 }
 
-/// Places of the diagonal entries among the first 15.
-fn diagonal() -> impl Iterator<Item = usize> {
-    (0..LAG_COUNT).scan(0, |next, i| {
-        let index = *next;
-        *next += LAG_COUNT - i;
-        Some(index)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// Places of the diagonal entries among the first 15.
+    fn diagonal() -> impl Iterator<Item = usize> {
+        (0..LAG_COUNT).scan(0, |next, i| {
+            let index = *next;
+            *next += LAG_COUNT - i;
+            Some(index)
+        })
+    }
 
     /// `x_t = a x_{t−1} + shock`, one series per channel.
     fn process(rows: usize, channels: usize, a: f32) -> Vec<f32> {
@@ -319,18 +297,6 @@ mod tests {
         assert!(block(&[1.0; 20], 10).iter().all(|m| *m == 0.0));
         assert!(block(&[], 0).is_empty());
         assert!(record_rows(&[1.0; 20], 10, 1.0).is_empty());
-    }
-
-    #[test]
-    fn vet_tells_a_time_series_from_a_negated_one() {
-        let moments = block(&process(5000, 3, 0.8), 5000);
-        assert_eq!(plausible(&moments, 3), Ok(()));
-        let mut negated = moments.clone();
-        for m in negated.chunks_exact_mut(MOMENTS_PER_CHANNEL) {
-            m[GRAM..].iter_mut().for_each(|v| *v = -*v);
-        }
-        assert!(plausible(&negated, 3).is_err());
-        assert!(plausible(&[0.0; 20], 1).is_err() && plausible(&[f32::NAN; 20], 1).is_err());
     }
 
     proptest! {

@@ -364,6 +364,8 @@ pub enum JoinRefusal {
     BadRequest,
     /// Too many requests right now.
     Busy,
+    /// The request's key was revoked.
+    RevokedKey,
 }
 
 /// The aggregator goes down.

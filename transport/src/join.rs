@@ -267,6 +267,10 @@ fn refusal_text(refusal: JoinRefusal) -> &'static str {
         JoinRefusal::BadRequest => {
             "the aggregator could not read the certificate request: are both of one version?"
         }
+        JoinRefusal::RevokedKey => {
+            "the operator of the aggregator has revoked this key, which is for ever: join with a new state directory, \
+             which makes a new key, and a new token"
+        }
         JoinRefusal::Busy => "the aggregator has too much to do now: run the same command again in a minute",
     }
 }

@@ -24,8 +24,11 @@ pub(super) struct Offered {
 }
 
 impl Driver {
-    /// Carries out all that the machine asks for now.
+    /// Carries out all that the machine asks for now; during a roll-over that waits.
     pub(super) fn pump(&mut self, offered: Option<Offered>) {
+        if self.rolling {
+            return;
+        }
         let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
         self.carry_out_all(outputs, offered);
     }
@@ -255,6 +258,15 @@ impl Driver {
 
     /// An operator's model is in force: a new machine on the new base, with the same nodes.
     pub(super) fn rolled_over(&mut self, model: ModelRow, aborted: Option<Round>) {
+        self.rolling = false;
+        // What became durable in the meantime is still acknowledged; all else concerned the old base.
+        let receipts = std::iter::from_fn(|| self.machine.poll_output());
+        let receipts: Vec<Output> = receipts
+            .filter(|output| matches!(output, Output::Receipt { .. }))
+            .collect();
+        for receipt in receipts {
+            self.carry_out(receipt, &mut None);
+        }
         let last = aborted.unwrap_or(Round(0)).max(self.machine.status().round);
         let now = self.now();
         let base = theriac_protocol::round::BaseModel {
@@ -280,6 +292,8 @@ impl Driver {
                 .handle(now, theriac_protocol::round::Input::Admitted { node });
         }
         self.pump(None);
+        // Yet another model may have come while this one was being put in force.
+        self.refresh();
     }
 
     /// Tells the node, counts, and records it with its reason.

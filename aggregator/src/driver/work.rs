@@ -89,7 +89,10 @@ impl Driver {
                 result: Ok(computed),
             } => {
                 let (version, digest) = (computed.row.version, computed.candidate.digest);
-                self.candidate = Some(*computed);
+                // A round that a roll-over ended may be computed only now: nobody wants it any more.
+                if self.machine.status().round == round {
+                    self.candidate = Some(*computed);
+                }
                 self.machine.handle(
                     now,
                     Input::Aggregated {
@@ -138,7 +141,7 @@ impl Driver {
                     reason,
                     "cannot load the model that is to be in force; the last one stays"
                 );
-                return;
+                self.rolling = false;
             }
             Done::Written(result) => {
                 if let Err(error) = result {
@@ -168,7 +171,8 @@ impl Driver {
                 self.ledgers.insert(node.clone(), ledger);
                 self.count_upload("accepted", "");
                 self.receipts.insert((round, node.clone()), stored);
-                if self.cache_bytes + row.payload.len() <= self.cache_bytes_max {
+                let at_hand = self.machine.status().round == round;
+                if at_hand && self.cache_bytes + row.payload.len() <= self.cache_bytes_max {
                     self.cache_bytes += row.payload.len();
                     self.cache.insert(node.clone(), row);
                 }

@@ -103,7 +103,7 @@ pub fn registry(connection: &Connection) -> Result<Registry, StoreError> {
 /// because revocation is of a key and a new token was the operator's decision. A new key begins a new ledger.
 ///
 /// # Errors
-/// [`StoreError::Database`].
+/// [`StoreError::Conflict`] for a key that was revoked, [`StoreError::Database`].
 pub fn enrol(
     work: &Work<'_>,
     node: &NodeId,
@@ -111,6 +111,11 @@ pub fn enrol(
     certificate_fingerprint: [u8; 32],
     not_after: Timestamp,
 ) -> Result<(), StoreError> {
+    if is_revoked(work.connection(), &key_fingerprint)? {
+        return Err(StoreError::Conflict(format!(
+            "this key was revoked, which is for ever: {node} must make a new one"
+        )));
+    }
     work.connection().execute(
         "INSERT INTO site (node, state, key_fingerprint, enrolled_unix_ms, ledger_head, ledger_records)
          VALUES (?1, 'active', ?2, ?3, zeroblob(32), 0)
@@ -137,6 +142,15 @@ pub fn enrol(
     Ok(())
 }
 
+/// Whether a public key was revoked, at whichever site.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn is_revoked(connection: &Connection, key_fingerprint: &[u8; 32]) -> Result<bool, StoreError> {
+    let revoked = "SELECT EXISTS (SELECT 1 FROM revoked_key WHERE fingerprint = ?1)";
+    Ok(connection.query_row(revoked, [key_fingerprint], |row| row.get(0))?)
+}
+
 /// Changes what the registry says of a site; a running server notices within a second.
 ///
 /// # Errors
@@ -160,6 +174,15 @@ pub fn set_standing(
         return Err(StoreError::Conflict(format!(
             "{node}'s key was revoked, which is for ever: enrol it again with `token create --site {node}`"
         )));
+    }
+    if state == SiteStanding::Revoked {
+        // A token that is still about would be a way back in.
+        let tokens = "DELETE FROM token WHERE node = ?1 AND spent_unix_ms IS NULL";
+        work.connection().execute(tokens, [node.as_str()])?;
+        work.connection().execute(
+            "INSERT OR IGNORE INTO revoked_key (fingerprint, node) SELECT key_fingerprint, node FROM site WHERE node = ?1",
+            [node.as_str()],
+        )?;
     }
     if before == word(state) {
         return Ok(());

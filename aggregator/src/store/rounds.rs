@@ -43,16 +43,27 @@ pub fn terms_digest(announce: &AnnounceV1, rule: RoundRule) -> Digest {
     Digest::of(text.as_bytes())
 }
 
-/// Records a round as open.
+/// Records a round as open. One that was left open, because a roll-over came while it was on its way here, ends in the same transaction.
 ///
 /// # Errors
-/// [`StoreError::Database`]: there is another open round, or the number was used.
+/// [`StoreError::Conflict`]: the number, or a higher one, was used; [`StoreError::Database`].
 pub fn open(
     work: &Work<'_>,
     announce: &AnnounceV1,
     cohort: &[NodeId],
     rule: RoundRule,
 ) -> Result<(), StoreError> {
+    let last = last_round(work.connection())?;
+    if last >= announce.round {
+        return Err(StoreError::Conflict(format!(
+            "round {} cannot open: round {last} was there already",
+            announce.round
+        )));
+    }
+    let stale = unfinished(work.connection())?.map(|unfinished| unfinished.open.round);
+    if let Some(stale) = stale {
+        abort(work, stale, AbortReason::Operator)?;
+    }
     let now = wall_clock();
     let digest = terms_digest(announce, rule);
     let terms = serde_json::to_string(announce).map_err(|error| StoreError::Conflict(error.to_string()))?;

@@ -128,7 +128,14 @@ CREATE TABLE audit_leaf (
 ) STRICT;
 ",
     // Why a site's update was refused for good in this round; NULL: it was not.
-    "ALTER TABLE cohort ADD COLUMN refused TEXT;",
+    // Keys that were revoked, for ever, whichever key the site has now.
+    "ALTER TABLE cohort ADD COLUMN refused TEXT;
+     CREATE TABLE revoked_key (
+         fingerprint BLOB PRIMARY KEY CHECK (length(fingerprint) = 32),
+         node        TEXT NOT NULL REFERENCES site (node)
+     ) STRICT, WITHOUT ROWID;
+     INSERT OR IGNORE INTO revoked_key (fingerprint, node)
+         SELECT key_fingerprint, node FROM site WHERE state = 'revoked';",
 ];
 
 /// Newest version of the tables that this build knows.

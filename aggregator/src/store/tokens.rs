@@ -83,6 +83,9 @@ pub fn look_up(
     if wall_clock().0 >= from_sql(expires) {
         return Ok(Redemption::Refused(JoinRefusal::Expired));
     }
+    if records::is_revoked(work.connection(), key_fingerprint)? {
+        return Ok(Redemption::Refused(JoinRefusal::RevokedKey));
+    }
     let node = node_id(&node)?;
     Ok(match certificate {
         Some(certificate) => Redemption::Repeated { node, certificate },

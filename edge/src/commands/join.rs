@@ -153,6 +153,10 @@ fn refused(refusal: JoinRefusal) -> Problem {
             "the aggregator could not read the request",
             "use the same release of edge and aggregator",
         ),
+        JoinRefusal::RevokedKey => (
+            "the operator of the aggregator has revoked this key, which is for ever",
+            "join with a new state directory, which makes a new key, and a new token",
+        ),
         JoinRefusal::Busy => {
             return Problem::temporary("TH-E0311", "the aggregator has too many requests right now")
                 .hint("try again in a minute; the token stays good");

@@ -115,6 +115,7 @@ fn join() -> impl Strategy<Value = Message> {
             JoinRefusal::Spent,
             JoinRefusal::BadRequest,
             JoinRefusal::Busy,
+            JoinRefusal::RevokedKey,
         ])
         .prop_map(|refusal| Message::JoinReply(JoinReplyV1::Refused(refusal))),
     ]
