@@ -1,6 +1,7 @@
 //! What the demo prints at its end.
 
 use super::Outcome;
+use super::record::Record;
 use super::report::markup::{bytes, counted, maybe_seconds, whole, words};
 
 /// The figures at the end, for people.
@@ -82,6 +83,7 @@ pub fn results(outcome: &Outcome) -> String {
             ],
             &edges,
         ),
+        budget(record),
         format!("Caught: {}", caught.join("; ")),
         format!(
             "{} published, {} up, {} down, {} requests, {:.0} s in all.",
@@ -110,6 +112,30 @@ pub fn results(outcome: &Outcome) -> String {
             .map(|state| format!("State kept: {}", state.display())),
     );
     parts.join("\n\n")
+}
+
+/// Why the edge with the small budget stopped although its ε is that of the others.
+fn budget(record: &Record) -> String {
+    let stopped: Vec<String> = record
+        .edges
+        .iter()
+        .filter_map(|edge| {
+            Some(format!(
+                "{} may make {} releases in all",
+                edge.name, edge.releases_max?
+            ))
+        })
+        .collect();
+    let each =
+        "ε counts per block of time and no block is released twice, so it does not grow with the rounds";
+    if stopped.is_empty() {
+        format!("Privacy: {each}.")
+    } else {
+        format!(
+            "Privacy: {each}. {}: then it stops training and goes on watching.",
+            stopped.join("; ")
+        )
+    }
 }
 
 #[cfg(test)]
