@@ -94,7 +94,17 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
             ]
         })
         .collect();
-    let values: Vec<SiteStatus> = rows.into_iter().map(|row| SiteStatus::new(row, false)).collect();
+    // The store does not know who is connected; `status` asks the server.
+    let values: Vec<serde_json::Value> = rows
+        .into_iter()
+        .map(|row| {
+            let mut value = json!(SiteStatus::new(row, false));
+            if let Some(fields) = value.as_object_mut() {
+                fields.remove("connected");
+            }
+            value
+        })
+        .collect();
     let header = [
         "site", "state", "enrolled", "accepted", "refused", "epsilon", "gate",
     ];
