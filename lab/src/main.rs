@@ -139,6 +139,9 @@ struct LoadArgs {
     /// Instead of rounds: stay connected for so many seconds.
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u64>,
+    /// The `theriac-aggregator` to measure instead of the one inside this program.
+    #[arg(long, value_name = "FILE")]
+    aggregator: Option<PathBuf>,
     /// `human` or `json`.
     #[arg(long, default_value = "human")]
     format: Format,
@@ -272,6 +275,7 @@ fn run_load(args: LoadArgs) -> Result<ExitCode, Problem> {
         dimension: args.dimension,
         rounds: args.rounds,
         idle,
+        aggregator: args.aggregator,
     };
     let measured = runtime()?.block_on(load::run(options)).map_err(|error| {
         Problem::failed("TH-E0806", error)

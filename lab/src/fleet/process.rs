@@ -95,14 +95,27 @@ impl Processes {
         name: &str,
         arguments: impl IntoIterator<Item = A>,
     ) -> Result<Pid, ProcessError> {
+        let program = self.program.clone();
+        self.start_program(&program, name, arguments)
+    }
+
+    /// As [`start`](Self::start), with another program than this one.
+    ///
+    /// # Errors
+    /// [`ProcessError::Start`].
+    pub fn start_program<A: Into<OsString>>(
+        &mut self,
+        program: &Path,
+        name: &str,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Pid, ProcessError> {
         let failed = |source| ProcessError::Start {
             name: name.to_owned(),
             source,
         };
         let log = self.log(name);
         let output = File::create(&log).map_err(failed)?;
-        let child = self
-            .command(arguments, &output)
+        let child = command(program, arguments, &output)
             .and_then(|mut command| command.spawn())
             .map_err(failed)?;
         let pid = pid_of(&child);
@@ -133,7 +146,7 @@ impl Processes {
         let printed = log.with_extension("out");
         let stdout = File::create(&printed).map_err(failed)?;
         let output = File::create(&log).map_err(failed)?;
-        let mut command = self.command(arguments, &output).map_err(failed)?;
+        let mut command = command(&self.program, arguments, &output).map_err(failed)?;
         let mut child = command.stdout(stdout).spawn().map_err(failed)?;
         let Some(status) = wait(&mut child, limit) else {
             end_hard(&mut child);
@@ -208,34 +221,34 @@ impl Processes {
         self.running.clear();
         forced
     }
-
-    fn command<A: Into<OsString>>(
-        &self,
-        arguments: impl IntoIterator<Item = A>,
-        output: &File,
-    ) -> io::Result<Command> {
-        let mut command = Command::new(&self.program);
-        // A configuration in the caller's environment must not reach into the lab's federation.
-        let inherited = ["PATH", "HOME", "TMPDIR", "LANG"];
-        let kept = inherited
-            .into_iter()
-            .filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
-        command
-            .args(arguments.into_iter().map(Into::into))
-            .env_clear()
-            .envs(kept)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output.try_clone()?)
-            .process_group(0);
-        Ok(command)
-    }
 }
 
 impl Drop for Processes {
     fn drop(&mut self) {
         self.stop_all(Duration::from_secs(5));
     }
+}
+
+fn command<A: Into<OsString>>(
+    program: &Path,
+    arguments: impl IntoIterator<Item = A>,
+    output: &File,
+) -> io::Result<Command> {
+    let mut command = Command::new(program);
+    // A configuration in the caller's environment must not reach into the lab's federation.
+    let inherited = ["PATH", "HOME", "TMPDIR", "LANG"];
+    let kept = inherited
+        .into_iter()
+        .filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
+    command
+        .args(arguments.into_iter().map(Into::into))
+        .env_clear()
+        .envs(kept)
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output.try_clone()?)
+        .process_group(0);
+    Ok(command)
 }
 
 /// Ends processes of the program `program` that have `path` as one of their arguments: services whose edge had to be

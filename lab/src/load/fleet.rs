@@ -49,10 +49,11 @@ impl Fleet {
         let centre = Centre::new(root, [free[0], free[1], free[2]]);
         let identities = enrol(&centre, options)?;
         let configuration = centre.config().to_string_lossy().into_owned();
-        let aggregator = processes.start(
-            "aggregator",
-            ["__aggregator", "serve", "--config", &configuration],
-        )?;
+        let serve = ["serve", "--config", &configuration];
+        let aggregator = match &options.aggregator {
+            Some(program) => processes.start_program(program, "aggregator", serve)?,
+            None => processes.start("aggregator", std::iter::once("__aggregator").chain(serve))?,
+        };
         wait_until_open(&centre, processes).await?;
         let authority = Authority::load(&centre.dir.join("authority/aggregators"))?
             .certificate_der()

@@ -6,6 +6,7 @@ mod fleet;
 mod measurement;
 pub mod usage;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use theriac_aggregator::layout::LayoutError;
@@ -23,7 +24,7 @@ pub use self::measurement::{Measurement, RoundSeconds, results};
 use crate::fleet::process::{ProcessError, Processes};
 
 /// What is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// Number of edges.
     pub edges: usize,
@@ -33,6 +34,9 @@ pub struct Options {
     pub rounds: u64,
     /// Instead of rounds: stay connected for this long.
     pub idle: Option<Duration>,
+    /// The `theriac-aggregator` to measure; without, the one inside this program, whose file is larger and so are
+    /// its resident pages.
+    pub aggregator: Option<PathBuf>,
 }
 
 /// Why nothing was measured.
@@ -233,10 +237,23 @@ mod tests {
             dimension: 10,
             rounds: 10,
             idle: None,
+            aggregator: None,
         };
         assert!(check(&options).is_ok());
-        assert!(check(&Options { edges: 0, ..options }).is_err());
-        assert!(check(&Options { rounds: 0, ..options }).is_err());
+        assert!(
+            check(&Options {
+                edges: 0,
+                ..options.clone()
+            })
+            .is_err()
+        );
+        assert!(
+            check(&Options {
+                rounds: 0,
+                ..options.clone()
+            })
+            .is_err()
+        );
         assert!(
             check(&Options {
                 rounds: 0,
