@@ -72,7 +72,7 @@ impl From<EdgeError> for Problem {
     fn from(error: EdgeError) -> Self {
         let text = error.to_string();
         match error {
-            EdgeError::StateDir(StateDirError::InUse { .. }) => Self::failed("TH-E0304", text)
+            EdgeError::StateDir(StateDirError::InUse { .. }) => Self::temporary("TH-E0304", text)
                 .hint("stop that process, or give this one a state_dir of its own"),
             EdgeError::StateDir(_) => Self::failed("TH-E0303", text)
                 .hint("set state_dir in edge.toml to a directory that only this user can read and write"),
@@ -85,7 +85,7 @@ impl From<EdgeError> for Problem {
             EdgeError::OtherName { enrolled, .. } => Self::config("TH-E0308", text).hint(format!(
                 "set node = \"{enrolled}\", or leave it out; another name needs another state_dir"
             )),
-            EdgeError::Listen { .. } => Self::failed("TH-E0306", text)
+            EdgeError::Listen { .. } => Self::temporary("TH-E0306", text)
                 .hint("stop what uses the port, or set http.listen (127.0.0.1:0 takes a free one)"),
         }
     }

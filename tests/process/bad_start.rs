@@ -56,7 +56,7 @@ fn a_port_in_use_is_named_with_what_to_do() {
     let edge = Edge::new(root.path(), "press-1", "");
     let held = TcpListener::bind(edge.page).unwrap();
     edge.run(&["run"])
-        .expect_problem(1, &["TH-E0306", &edge.page.to_string(), "http.listen"]);
+        .expect_problem(75, &["TH-E0306", &edge.page.to_string(), "http.listen"]);
     drop(held);
 
     let centre = centre(root.path());
@@ -83,7 +83,7 @@ fn a_second_process_on_one_directory_is_refused_with_the_first_ones_id() {
     let first = format!("process {}", edge.pid());
     other
         .run(&["run"])
-        .expect_problem(1, &["TH-E0304", &first, "state_dir of its own"]);
+        .expect_problem(75, &["TH-E0304", &first, "state_dir of its own"]);
     edge.stop();
 
     let mut centre = centre(root.path());
