@@ -30,6 +30,8 @@ pub(super) struct Observed {
     pub(super) calm_rows: u32,
     /// Good probes in a row.
     pub(super) ok_run: u32,
+    /// The service answered often enough to count as up since its process was started.
+    pub(super) served: bool,
     /// Bad probes in a row.
     pub(super) bad_run: u32,
     /// Latched by [`super::detect`].
@@ -73,6 +75,7 @@ impl Observed {
             anomaly_cleared: false,
             calm_rows: 0,
             ok_run: 0,
+            served: false,
             bad_run: 0,
             unresponsive: false,
             stopped_run: 0,
@@ -170,6 +173,7 @@ impl Observed {
         self.corrupt = None;
         self.probes.clear();
         self.ok_run = 0;
+        self.served = false;
         self.bad_run = 0;
         self.unresponsive = false;
         self.stopped_run = 0;
@@ -213,6 +217,7 @@ impl Observed {
             self.ok_run = self.ok_run.saturating_add(1);
             self.bad_run = 0;
             if self.ok_run >= self.policy.verify_probes {
+                self.served = true;
                 // Whoever started it: a service that answers is not down.
                 self.exit = None;
                 if !self.anomalous

@@ -684,6 +684,36 @@ fn an_action_that_stops_an_answering_service_for_good_is_harm_and_demotes() {
 }
 
 #[test]
+fn a_kill_while_a_restart_for_cpu_is_verified_is_another_fault_and_no_harm() {
+    let mut story = Story::new(|policy| policy.cooldown = Duration::ZERO);
+    story.probes(true, 5);
+    for _ in 0..3 {
+        story.anomaly("service_cpu");
+    }
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    story.probes(true, 3);
+    story.crash();
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.actions[0].verdict, Some(Verdict::NoEffect));
+    assert_eq!(incident.class, FaultClass::Crash);
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+    story.probes(true, 3);
+    assert_eq!(story.closed().state, IncidentState::Healed);
+}
+
+#[test]
+fn a_restart_after_which_an_answering_service_ends_at_once_is_harm() {
+    let mut story = Story::new(|policy| policy.cooldown = Duration::ZERO);
+    story.probes(true, 5);
+    for _ in 0..3 {
+        story.anomaly("service_cpu");
+    }
+    story.carry_out(Outcome::Done);
+    story.crash();
+    assert_eq!(story.incident().unwrap().verdict, Some(Verdict::Harm));
+}
+
+#[test]
 fn an_action_on_a_hung_service_that_does_not_help_is_no_harm() {
     let mut story = Story::new(|_| {});
     story.probes(true, 5);

@@ -60,7 +60,8 @@ fn judge(
         Verdict::NoEffect
     };
     if seen.exit.is_some() || seen.corrupt.is_some() {
-        return Some(bad);
+        // What it was started for was done: a process that had served and ended later met another fault.
+        return Some(if seen.served { Verdict::NoEffect } else { bad });
     }
     let answers = seen.ok_run >= seen.policy.verify_probes;
     if class.from_detector() {
