@@ -101,6 +101,14 @@ impl Ledger {
         });
     }
 
+    /// Takes the last charge of an action back that could not be recorded and so was never carried out.
+    pub(crate) fn take_back(&mut self, service: &str, action: ActionKind) {
+        let of_it = |charge: &Charge| charge.service == service && charge.action == action;
+        if let Some(at) = self.charges.iter().rposition(of_it) {
+            self.charges.remove(at);
+        }
+    }
+
     fn count(&self, now: Duration, window: Duration, which: impl Fn(&Charge) -> bool) -> u32 {
         let count = self
             .charges

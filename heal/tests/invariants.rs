@@ -548,6 +548,7 @@ impl World {
                 self.end_executor(5);
             }
             for service in 0..SERVICES.len() {
+                self.apply(&Op::Started { service });
                 self.apply(&Op::Disk { service, full: false });
                 self.apply(&Op::Cleared { service });
                 self.apply(&Op::State { service, good: true });

@@ -6,8 +6,8 @@ use super::decide::{Circumstances, Decision, decide, ladder};
 use super::diagnose::{Diagnosis, diagnose};
 use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
 use crate::types::{
-    ActionKind, ActionRecord, Incident, IncidentId, IncidentState, Intent, IntentId, NoticeKind, Now,
-    Outcome, Verdict,
+    ActionKind, ActionRecord, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, NoticeKind,
+    Now, Outcome, Verdict,
 };
 
 impl IncidentMachine {
@@ -90,10 +90,20 @@ impl IncidentMachine {
                     ..open
                 });
             }
-            Phase::Handed { .. } => {
+            Phase::Handed {
+                retry_at: Some(retry_at),
+                ..
+            } if retry_at <= now.monotonic => match diagnose(seen) {
+                Some(diagnosis) => self.decide(now, open.record, diagnosis, false),
+                None => self.put(Open {
+                    phase: Phase::Watching { undecided: true },
+                    ..open
+                }),
+            },
+            Phase::Handed { retry_at, .. } => {
                 self.remind(&open.record);
                 self.put(Open {
-                    phase: Phase::Handed { remind_at },
+                    phase: Phase::Handed { remind_at, retry_at },
                     ..open
                 });
             }
@@ -149,6 +159,8 @@ impl IncidentMachine {
             id,
             deadline: now.monotonic.saturating_add(timeout),
         };
+        self.unrecorded.remove(&service);
+        open.record.handed_over = None;
         let mut intent = None;
         if let Some(action) = open.record.actions.last_mut() {
             action.acted = Some(now.when());
@@ -341,6 +353,7 @@ impl IncidentMachine {
             },
             (None, IncidentState::HandedToHuman, _) => Phase::Handed {
                 remind_at: after(remind_every),
+                retry_at: None,
             },
             _ => {
                 record.set_state(IncidentState::Open);
@@ -421,6 +434,15 @@ impl IncidentMachine {
                 now,
                 format!("it now looks like {}: {}", diagnosis.class, diagnosis.reason),
             );
+            if record.class == FaultClass::Unknown && record.last_action().is_none() {
+                // An unexplained anomaly is not the beginning of what is now seen.
+                let first = seen.signs.iter().map(|sign| sign.at);
+                record.opened = first
+                    .filter(|at| at.since(record.detected) > Duration::ZERO)
+                    .min_by_key(|at| at.monotonic_ms)
+                    .unwrap_or(now.when());
+                record.detected = now.when();
+            }
             record.class = diagnosis.class;
         }
         let with = Circumstances {
@@ -515,7 +537,6 @@ impl IncidentMachine {
             verdict: None,
         });
         record.set_state(IncidentState::Acting);
-        record.handed_over = None;
         let deadline = now.monotonic.saturating_add(RECORD_TIMEOUT);
         self.put(Open {
             record,
@@ -624,6 +645,7 @@ impl IncidentMachine {
             record,
             phase: Phase::Handed {
                 remind_at: now.monotonic.saturating_add(remind_every),
+                retry_at: None,
             },
         });
     }
@@ -637,12 +659,44 @@ impl IncidentMachine {
         if let Some(seen) = self.services.get_mut(&record.service) {
             seen.signs.clear();
         }
+        self.unrecorded.remove(&record.service);
         self.outputs.push_back(Output::Closed(record));
     }
 
+    /// Nothing is done without a record. A person hears of it once; the record is tried again, since a disk may get room.
     fn not_recorded(&mut self, now: Now, mut record: Incident, reason: String) {
+        let Some(remind_every) = self
+            .services
+            .get(&record.service)
+            .map(|seen| seen.policy.remind_every)
+        else {
+            return;
+        };
         finish(&mut record, now, Outcome::NotNeeded, None);
-        self.hand_over(now, record, format!("{reason}; nothing is done without a record"));
+        if let Some(action) = record.actions.last().map(|action| action.intent.action) {
+            self.ledger.take_back(&record.service, action);
+        }
+        let service = record.service.clone();
+        if self.unrecorded.insert(service.clone()) {
+            self.hand_over(now, record, format!("{reason}; nothing is done without a record"));
+        } else {
+            // A repeated failure adds nothing to the incident.
+            record.actions.pop();
+            record.set_state(IncidentState::HandedToHuman);
+            let remind_at = now.monotonic.saturating_add(remind_every);
+            self.put(Open {
+                record,
+                phase: Phase::Handed {
+                    remind_at,
+                    retry_at: None,
+                },
+            });
+        }
+        if let Some(open) = self.open.get_mut(&service)
+            && let Phase::Handed { retry_at, .. } = &mut open.phase
+        {
+            *retry_at = Some(now.monotonic.saturating_add(RECORD_RETRY));
+        }
     }
 
     fn remind(&mut self, record: &Incident) {
@@ -701,3 +755,5 @@ fn finish(record: &mut Incident, now: Now, outcome: Outcome, verdict: Option<Ver
 
 /// Time that the caller has to make an intent durable.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time after which an intent that could not be recorded is decided anew.
+const RECORD_RETRY: Duration = Duration::from_secs(10);

@@ -248,6 +248,8 @@ pub struct IncidentMachine {
     ledger: Ledger,
     demoted: BTreeSet<String>,
     healed: Vec<HealedRestart>,
+    /// Services whose last intent could not be recorded.
+    unrecorded: BTreeSet<String>,
     halted: bool,
     last_incident: u64,
     last_intent: u64,
@@ -280,8 +282,11 @@ enum Phase {
     Verifying { id: IntentId, until: Duration },
     /// Word of what became of an intent before the node's restart.
     Reconciling { id: IntentId },
-    /// A person. The class is the one that was handed over.
-    Handed { remind_at: Duration },
+    /// A person. The class is the one that was handed over. `retry_at`: only the record failed, so it is tried again.
+    Handed {
+        remind_at: Duration,
+        retry_at: Option<Duration>,
+    },
 }
 
 impl IncidentMachine {
@@ -299,6 +304,7 @@ impl IncidentMachine {
             ledger: Ledger::default(),
             demoted: BTreeSet::new(),
             healed: Vec::new(),
+            unrecorded: BTreeSet::new(),
             halted: false,
             last_incident: 0,
             last_intent: 0,
@@ -501,7 +507,10 @@ impl Phase {
     fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Watching { .. } | Self::Reconciling { .. } => None,
-            Self::AwaitingApproval { remind_at } | Self::Handed { remind_at } => Some(*remind_at),
+            Self::AwaitingApproval { remind_at } => Some(*remind_at),
+            Self::Handed { remind_at, retry_at } => {
+                Some(retry_at.map_or(*remind_at, |retry| retry.min(*remind_at)))
+            }
             Self::CoolingDown { until, .. } | Self::Verifying { until, .. } => Some(*until),
             Self::Recording { deadline, .. } | Self::Acting { deadline, .. } => Some(*deadline),
         }

@@ -218,9 +218,8 @@ impl Observed {
             self.bad_run = 0;
             if self.ok_run >= self.policy.verify_probes {
                 self.served = true;
-                // Whoever started it: a service that answers is not down.
-                self.exit = None;
                 if !self.anomalous
+                    && self.exit.is_none()
                     && self.anomaly.is_none()
                     && self.disk_full.is_none()
                     && self.corrupt.is_none()
@@ -228,7 +227,9 @@ impl Observed {
                     self.signs.clear();
                 }
             }
-            return None;
+            // Our process is gone, so another one has its address: that heals nothing, and a start will fail while it does.
+            let stranger = self.exit.is_some() && self.ok_run == self.policy.verify_probes;
+            return stranger.then(|| "its probe is answered by another process: ours has ended".to_owned());
         }
         self.ok_run = 0;
         self.bad_run = self.bad_run.saturating_add(1);

@@ -639,7 +639,21 @@ fn starts_are_spaced_and_bounded_and_then_a_person_hears_of_it_again_and_again()
     let notices = story.pass(3 * 900_000);
     assert_eq!(notices.len(), 3, "{notices:?}");
     assert!(matches!(&notices[0], Output::Notify(notice) if notice.kind == NoticeKind::StillOpen));
+    // Another process that answers at its address is no recovery.
+    story.probes(true, 3);
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    assert!(
+        story
+            .incident()
+            .unwrap()
+            .why()
+            .contains("answered by another process")
+    );
     // Still watched: when somebody mended it, it closes.
+    story.tell(Input::Started {
+        service: "a".into(),
+        pid: 7,
+    });
     story.probes(true, 3);
     assert_eq!(story.closed().state, IncidentState::Recovered);
 }
@@ -714,6 +728,51 @@ fn a_restart_after_which_an_answering_service_ends_at_once_is_harm() {
 }
 
 #[test]
+fn an_intent_that_could_not_be_recorded_is_tried_again_told_once_and_costs_no_budget() {
+    let mut story = Story::new(|policy| policy.max_actions = 1);
+    story.crash();
+    for round in 0..5 {
+        let intent = story.recorded().expect("an intent");
+        let outputs = story.tell(Input::IntentFailed {
+            id: intent.id,
+            detail: "no space left on device".into(),
+        });
+        let told = outputs
+            .iter()
+            .filter(|output| matches!(output, Output::Notify(_)))
+            .count();
+        assert_eq!(told, usize::from(round == 0), "{outputs:?}");
+        assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+        assert!(story.recorded().is_none());
+        story.pass(10_000);
+    }
+    assert_eq!(story.incident().unwrap().actions.len(), 2);
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+    story.probes(true, 3);
+    let closed = story.closed();
+    assert_eq!((closed.state, closed.handed_over), (IncidentState::Healed, None));
+}
+
+#[test]
+fn a_crash_during_an_unexplained_anomaly_is_timed_from_the_crash() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    for _ in 0..3 {
+        story.anomaly("host_load");
+    }
+    assert_eq!(story.incident().unwrap().class, FaultClass::Unknown);
+    story.pass(90_000);
+    story.crash();
+    let crashed = story.now().when();
+    story.carry_out(Outcome::Done);
+    story.probes(true, 3);
+    let incident = story.incident().cloned().unwrap_or_else(|| story.closed());
+    assert_eq!(incident.class, FaultClass::Crash);
+    assert_eq!((incident.opened, incident.detected), (crashed, crashed));
+    assert!(incident.why().contains("-90"), "{}", incident.why());
+}
+
+#[test]
 fn an_action_on_a_hung_service_that_does_not_help_is_no_harm() {
     let mut story = Story::new(|_| {});
     story.probes(true, 5);
@@ -755,6 +814,10 @@ fn autonomy_observe_and_recommend_have_no_effect() {
                 .iter()
                 .any(|output| matches!(output, Output::Notify(notice) if notice.kind == kind))
         );
+        story.tell(Input::Started {
+            service: "a".into(),
+            pid: 7,
+        });
         story.probes(true, 3);
         assert_eq!(story.closed().state, IncidentState::Recovered);
     }

@@ -112,7 +112,12 @@ impl Incident {
     }
 
     fn after(&self, at: When) -> String {
-        format!("{:.2} s", at.since(self.opened).as_secs_f64())
+        let before = self.opened.since(at);
+        if before.is_zero() {
+            format!("{:.2} s", at.since(self.opened).as_secs_f64())
+        } else {
+            format!("-{:.2} s", before.as_secs_f64())
+        }
     }
 }
 
