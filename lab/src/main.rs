@@ -14,6 +14,7 @@ use theriac_edge::config::EdgeConfig;
 use theriac_lab::attack::Attack;
 use theriac_lab::campaign::{self, Healer};
 use theriac_lab::demo;
+use theriac_lab::evaluate::{self, EvaluateError};
 use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
@@ -59,6 +60,11 @@ enum Command {
         after_help = "Example: theriac-lab simulate --data recorded --out simulation --mode federated --rounds 2"
     )]
     Simulate(simulate::Args),
+    /// Measures anomaly scores against labels: areas, F1, alarms a day, delay; compares two detectors machine by machine.
+    #[command(
+        after_help = "Example: theriac-lab evaluate --scores simulation/scores --alarms simulation/alarms --labels recorded"
+    )]
+    Evaluate(evaluate::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -194,6 +200,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Campaign(args) => run_campaign(args),
         Command::Load(args) => run_load(args),
         Command::Simulate(args) => run_simulate(args),
+        Command::Evaluate(args) => run_evaluate(args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -289,6 +296,23 @@ fn run_simulate(args: simulate::Args) -> Result<ExitCode, Problem> {
     })?;
     print(format, &simulated.summary, simulated.table())?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn run_evaluate(args: evaluate::Args) -> Result<ExitCode, Problem> {
+    let format = args.format;
+    let evaluation = evaluate::run(&args).map_err(|error| match error {
+        EvaluateError::Option { .. } => Problem::usage("TH-E0810", error),
+        error => Problem::failed("TH-E0811", error).hint(
+            "one file a machine: NAME.npy of scores beside NAME.label.npy.gz of labels, of the same rows",
+        ),
+    })?;
+    print(format, &evaluation, evaluation.table())?;
+    // A mean over fewer machines than have labels must not pass for the whole.
+    Ok(if evaluation.missing.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn run_service(args: service::Args) -> Result<ExitCode, Problem> {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
 
-pub use npy::{NpyArray, read_npy, write_npy_f32, write_npy_u8};
+pub use npy::{NpyArray, read_npy, read_npy_f64, write_npy_f32, write_npy_u8};
 
 use crate::feature::FeatureSchema;
 use crate::series::{Series, SeriesError};
