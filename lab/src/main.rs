@@ -13,6 +13,7 @@ use theriac_command::telemetry::{self, LogFormat};
 use theriac_edge::config::EdgeConfig;
 use theriac_lab::attack::Attack;
 use theriac_lab::campaign::{self, Healer};
+use theriac_lab::causes::{self, CausesError};
 use theriac_lab::demo;
 use theriac_lab::evaluate::{self, EvaluateError};
 use theriac_lab::fleet::fault::Fault;
@@ -65,6 +66,9 @@ enum Command {
         after_help = "Example: theriac-lab evaluate --scores simulation/scores --alarms simulation/alarms --labels recorded"
     )]
     Evaluate(evaluate::Args),
+    /// Measures how well causes are found: channels of recorded servers, services of a recorded shop.
+    #[command(after_help = "Example: theriac-lab causes --data recorded --petshop shop")]
+    Causes(causes::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -201,6 +205,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Load(args) => run_load(args),
         Command::Simulate(args) => run_simulate(args),
         Command::Evaluate(args) => run_evaluate(args),
+        Command::Causes(args) => run_causes(args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -313,6 +318,17 @@ fn run_evaluate(args: evaluate::Args) -> Result<ExitCode, Problem> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn run_causes(args: causes::Args) -> Result<ExitCode, Problem> {
+    let measured = causes::run(&args).map_err(|error| match error {
+        CausesError::Step(_) => Problem::usage("TH-E0812", error),
+        error => {
+            Problem::failed("TH-E0813", error).hint("`theriac-lab causes --help` says which files are read")
+        }
+    })?;
+    print(args.format, &measured, measured.table())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_service(args: service::Args) -> Result<ExitCode, Problem> {
