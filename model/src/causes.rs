@@ -412,7 +412,7 @@ mod tests {
         assert!(alarm.rows.end >= 340);
         let first = alarm.causes[0];
         assert_eq!((first.channel, first.since), (1, Some(300)));
-        assert!(first.change > 4.0 && first.residual_share > 0.5, "{first:?}");
+        assert!(first.change > 2.0 && first.residual_share > 0.5, "{first:?}");
         assert_eq!(explained.levels.len(), series.rows());
     }
 

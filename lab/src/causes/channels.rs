@@ -1,5 +1,5 @@
 //! Channels of recorded servers: `HitRate@P`, the share of the `k` blamed channels of a segment that are among the first
-//! `⌈k·P/100⌉` of the ranking (Su et al., "OmniAnomaly", KDD 2019), averaged over all segments.
+//! `⌈k·P/100⌉` of the ranking (Su et al., `OmniAnomaly`, KDD 2019), averaged over all segments.
 
 use std::ops::Range;
 use std::path::Path;
@@ -105,14 +105,6 @@ fn measure_machine(data: &Path, machine: &str, step: Duration) -> Result<Vec<Hit
         path: path.clone(),
         reason,
     };
-    for pair in segments.windows(2) {
-        if pair[1].from <= pair[0].to {
-            return Err(wrong(format!(
-                "the segment from {} overlaps the one before",
-                pair[1].from
-            )));
-        }
-    }
     let channels = train.channels();
     if let Some(dim) = segments
         .iter()
@@ -132,13 +124,33 @@ fn measure_machine(data: &Path, machine: &str, step: Duration) -> Result<Vec<Hit
     let schema = FeatureSchema::recorded("recorded", channels);
     let detector = Detector::fit(&schema, &train, &options).map_err(failed)?;
     let (_, contributions) = detector.explain_series(&test).map_err(failed)?;
-    let incidents: Vec<Range<usize>> = segments.iter().map(|s| s.from..s.to.max(s.from) + 1).collect();
-    let ranked = detector.rank_rows(&test, &contributions, &incidents);
-    Ok(segments
-        .iter()
-        .zip(&ranked)
-        .map(|(segment, ranked)| hits(&segment.dims, ranked))
-        .collect())
+    let mut hit = Vec::with_capacity(segments.len());
+    // Recorded segments may overlap, a pass over the rows cannot: those that do not fit wait for the next one.
+    while !segments.is_empty() {
+        let mut behind = 0;
+        let (pass, waiting): (Vec<Segment>, Vec<Segment>) = segments.into_iter().partition(|segment| {
+            let fits = segment.from >= behind;
+            if fits {
+                behind = segment.rows().end;
+            }
+            fits
+        });
+        let incidents: Vec<Range<usize>> = pass.iter().map(Segment::rows).collect();
+        let ranked = detector.rank_rows(&test, &contributions, &incidents);
+        hit.extend(
+            pass.iter()
+                .zip(&ranked)
+                .map(|(segment, ranked)| hits(&segment.dims, ranked)),
+        );
+        segments = waiting;
+    }
+    Ok(hit)
+}
+
+impl Segment {
+    fn rows(&self) -> Range<usize> {
+        self.from..self.to.max(self.from) + 1
+    }
 }
 
 fn hits(blamed: &[usize], ranked: &[ChannelCause]) -> Hits {

@@ -1,4 +1,4 @@
-//! A recorded shop of services: files of the `PetShop` kind (Hardt et al., "The `PetShop` Dataset", CLeaR 2024).
+//! A recorded shop of services: files of the `PetShop` kind (Hardt et al., "The `PetShop` Dataset", `CLeaR` 2024).
 
 use std::collections::BTreeMap;
 use std::path::Path;

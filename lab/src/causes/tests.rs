@@ -116,11 +116,13 @@ fn blamed_channels_of_a_recorded_server_are_found() {
     assert_eq!(measured.segments, 1, "the one beyond the end is left out");
     assert!((measured.hit_rate_100 - 1.0).abs() < 1e-12);
 
+    let overlapping = r#"[{"from": 190, "to": 229, "dims": [1]}, {"from": 205, "to": 215, "dims": [1]}]"#;
+    fs::write(dir.path().join("m.interpretation.json"), overlapping).unwrap();
+    let measured = run(&args(Some(dir.path()), None)).unwrap().channels.unwrap();
+    assert_eq!(measured.segments, 2, "each of two that overlap is measured");
+    assert!((measured.hit_rate_100 - 1.0).abs() < 1e-12);
+
     for (segments, wanted) in [
-        (
-            r#"[{"from": 1, "to": 9, "dims": [0]}, {"from": 9, "to": 10, "dims": [0]}]"#,
-            "overlaps",
-        ),
         (r#"[{"from": 1, "to": 9, "dims": [3]}]"#, "channel 3 of 3"),
         ("{}", "interpretation.json"),
     ] {

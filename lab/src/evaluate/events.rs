@@ -97,7 +97,7 @@ pub(super) fn alarm_quality(
     }
 }
 
-/// Range-based F1: Tatbul et al., "Precision and Recall for Time Series", NeurIPS 2018, flat bias, no existence bonus,
+/// Range-based F1: Tatbul et al., "Precision and Recall for Time Series", `NeurIPS` 2018, flat bias, no existence bonus,
 /// reciprocal cardinality.
 pub(super) fn range_f1(events: &[Run], predicted: &[bool]) -> f64 {
     let alarms = runs(predicted, 0);

@@ -42,8 +42,13 @@ pub(super) fn find(folder: &Path, name: &str) -> Option<PathBuf> {
 
 /// Every value of a file, in order. A table's last column is taken, its header may be missing, an empty cell is NaN.
 pub(super) fn read_values(path: &Path) -> Result<Vec<f64>, EvaluateError> {
-    let name = path.to_string_lossy();
-    if name.trim_end_matches(".gz").ends_with(".npy") {
+    let packed = is(path, "gz");
+    let plain = if packed {
+        path.with_extension("")
+    } else {
+        path.to_owned()
+    };
+    if is(&plain, "npy") {
         return Ok(read_npy_f64(path)?.values);
     }
     let io = |source| ReadError::Io {
@@ -51,7 +56,7 @@ pub(super) fn read_values(path: &Path) -> Result<Vec<f64>, EvaluateError> {
         source,
     };
     let file = BufReader::new(File::open(path).map_err(io)?);
-    let text: Box<dyn Read> = if name.ends_with(".gz") {
+    let text: Box<dyn Read> = if packed {
         Box::new(MultiGzDecoder::new(file))
     } else {
         Box::new(file)
@@ -78,6 +83,11 @@ pub(super) fn read_values(path: &Path) -> Result<Vec<f64>, EvaluateError> {
         header_allowed = false;
     }
     Ok(values)
+}
+
+fn is(path: &Path, extension: &str) -> bool {
+    path.extension()
+        .is_some_and(|found| found.eq_ignore_ascii_case(extension))
 }
 
 /// Values that must be 0 or 1. `missing` is what NaN means, where it may stand.
