@@ -87,14 +87,20 @@ impl Axis {
         }
     }
 
-    /// Logarithms of values, ticks at powers of ten. `range` is in decimal logarithms.
+    /// Logarithms of values, ticks at powers of ten, over less than two of them also at 2 and 5. `range` is in decimal logarithms.
     pub(super) fn decades(range: Range<f64>) -> Self {
         let range = wide(range);
+        let decades = range.end - range.start;
+        let ticks = if decades < 2.0 {
+            let whole = range.start.floor()..range.end.ceil();
+            let powers = multiples(&whole, 1.0).into_iter();
+            let ticks = powers.flat_map(|power| [1.0_f64, 2.0, 5.0].map(|factor| power + factor.log10()));
+            ticks.filter(|tick| range.contains(tick)).collect()
+        } else {
+            multiples(&range, round_step(decades / 6.0).ceil().max(1.0))
+        };
         Self {
-            ticks: multiples(
-                &range,
-                1.0_f64.max(round_step((range.end - range.start) / 6.0).ceil()),
-            ),
+            ticks,
             range,
             meaning: Meaning::Decades,
         }
@@ -257,6 +263,7 @@ mod tests {
         assert_eq!(labels(&bytes), ["0", "5 G"]);
         let decades = Axis::decades(-0.5..2.2);
         assert_eq!(labels(&decades), ["1", "10", "100"]);
+        assert_eq!(labels(&Axis::decades(-0.4..0.8)), ["0.5", "1", "2", "5"]);
     }
 
     #[test]

@@ -51,7 +51,7 @@ impl<'a> Panel<'a> {
             chart.draw_series(dashed)?;
         }
         self.number_alarms(area, &chart)?;
-        self.title(area, if self.titles { "anomaly score" } else { "" }, name)
+        title(area, if self.titles { "anomaly score" } else { "" }, name)
     }
 
     /// One metric with its usual range, on the scale that the whole recording needs.
@@ -75,11 +75,11 @@ impl<'a> Panel<'a> {
             chart.draw_series(LineSeries::new(line, METRIC.stroke_width(1)))?;
         }
         let feature = &self.view.detector.schema().features[channel];
-        let title = match feature.unit.as_str() {
+        let name = match feature.unit.as_str() {
             "" | "1" => feature.name.clone(),
             unit => format!("{}, {unit}", feature.name),
         };
-        self.title(area, if self.titles { &title } else { "" }, "")
+        title(area, if self.titles { &name } else { "" }, "")
     }
 
     fn chart<'x, 'b>(
@@ -122,19 +122,6 @@ impl<'a> Panel<'a> {
         Ok(chart)
     }
 
-    fn title(&self, area: &Area, left: &str, right: &str) -> Drawn {
-        let bold = ("sans-serif", 15).into_font().style(FontStyle::Bold).color(&INK);
-        area.draw(&Text::new(left.to_owned(), (24, 4), bold))?;
-        let (width, _) = area.dim_in_pixel();
-        let at = (i32::try_from(width).unwrap_or(0) - 16, 4);
-        let style = TextStyle::from(("sans-serif", 14).into_font()).color(&PALE_INK);
-        let style = style.pos(plotters::style::text_anchor::Pos::new(
-            plotters::style::text_anchor::HPos::Right,
-            plotters::style::text_anchor::VPos::Top,
-        ));
-        area.draw(&Text::new(right.to_owned(), at, style))
-    }
-
     fn seconds(&self) -> Range<f64> {
         let clock = &self.view.clock;
         clock.seconds(self.rows.start)..clock.seconds(self.rows.end)
@@ -164,28 +151,20 @@ impl<'a> Panel<'a> {
     fn number_alarms(&self, area: &Area, chart: &Chart) -> Drawn {
         let top = chart.plotting_area().get_y_range().end;
         let (left, upper) = area.get_base_pixel();
-        let mut last: Option<i32> = None;
-        let mut listed: Vec<usize> = self
-            .view
-            .by_score()
-            .iter()
-            .take(super::ALARMS_MAX)
-            .map(|(number, _)| *number)
-            .collect();
-        listed.sort_unstable();
-        for number in listed {
-            let rows = &self.view.explained.alarms[number].rows;
+        let mut placed: Vec<i32> = Vec::new();
+        for (number, alarm) in self.view.by_score().into_iter().take(super::ALARMS_MAX) {
+            let rows = &alarm.rows;
             let middle = usize::midpoint(rows.start, rows.end);
             if !self.rows.contains(&middle) {
                 continue;
             }
             let seconds = self.view.clock.seconds(middle);
             let (x, y) = chart.plotting_area().map_coordinate(&(seconds, top));
-            // Where two would lie on each other the first stays.
-            if last.is_some_and(|last| x - last < 16) {
+            // Where two would lie on each other the higher one stays.
+            if placed.iter().any(|other| (x - other).abs() < 18) {
                 continue;
             }
-            last = Some(x);
+            placed.push(x);
             let style = TextStyle::from(("sans-serif", 14).into_font().style(FontStyle::Bold)).color(&ALARM);
             let style = style.pos(plotters::style::text_anchor::Pos::new(
                 plotters::style::text_anchor::HPos::Center,
@@ -237,6 +216,20 @@ impl<'a> Panel<'a> {
         lines.retain(|line| !line.is_empty());
         lines
     }
+}
+
+/// A name at the upper left and one at the upper right.
+fn title(area: &Area, left: &str, right: &str) -> Drawn {
+    let bold = ("sans-serif", 15).into_font().style(FontStyle::Bold).color(&INK);
+    area.draw(&Text::new(left.to_owned(), (24, 4), bold))?;
+    let (width, _) = area.dim_in_pixel();
+    let at = (i32::try_from(width).unwrap_or(0) - 16, 4);
+    let style = TextStyle::from(("sans-serif", 14).into_font()).color(&PALE_INK);
+    let style = style.pos(plotters::style::text_anchor::Pos::new(
+        plotters::style::text_anchor::HPos::Right,
+        plotters::style::text_anchor::VPos::Top,
+    ));
+    area.draw(&Text::new(right.to_owned(), at, style))
 }
 
 fn extremes(column: &[(f64, f64)]) -> Vec<(f64, f64)> {

@@ -20,7 +20,7 @@ pub(super) fn draw(view: &View, area: &Area) -> Drawn {
     let alarms = view.by_score();
     if alarms.is_empty() {
         let words = "no alarm: the metrics shown are those that surprised most";
-        return area.draw(&Text::new(words, (LEFT, 30), plain(14, &PALE_INK)));
+        return area.draw(&Text::new(words, (LEFT, 30), pale(14)));
     }
     let bottom = i32::try_from(area.dim_in_pixel().1).unwrap_or(0) - 20;
     let mut y = 30;
@@ -45,11 +45,12 @@ pub(super) fn draw(view: &View, area: &Area) -> Drawn {
         area.draw(&Text::new(when, (LEFT, y), style))?;
         let level = view.explained.levels[alarm.rows.start];
         let words = format!("score up to {:.1}, threshold {level:.1}", alarm.score);
-        area.draw(&Text::new(words, (LEFT, y + 19), plain(13, &PALE_INK)))?;
+        area.draw(&Text::new(words, (LEFT, y + 19), pale(13)))?;
         y += 40;
-        let strongest = causes.first().map_or(1.0, |cause| cause.strength.max(1e-6));
+        let strongest = causes.first().map_or(0.0, |cause| cause.strength);
         for cause in causes {
-            bar(view, area, y, cause, cause.strength / strongest)?;
+            // Strengths are logarithms.
+            bar(view, area, y, cause, (cause.strength - strongest).exp())?;
             y += CAUSE_HEIGHT;
         }
         y += ALARM_HEIGHT - 40;
@@ -57,7 +58,7 @@ pub(super) fn draw(view: &View, area: &Area) -> Drawn {
     }
     if alarms.len() > shown {
         let words = format!("and {} lower alarms", alarms.len() - shown);
-        area.draw(&Text::new(words, (LEFT, y.min(bottom)), plain(13, &PALE_INK)))?;
+        area.draw(&Text::new(words, (LEFT, y.min(bottom)), pale(13)))?;
     }
     Ok(())
 }
@@ -68,8 +69,8 @@ fn bar(view: &View, area: &Area, y: i32, cause: &ChannelCause, share: f32) -> Dr
         .chars()
         .take(NAME_MAX)
         .collect();
-    area.draw(&Text::new(name, (LEFT, y), plain(14, &INK)))?;
-    let right = plain(13, &PALE_INK).pos(plotters::style::text_anchor::Pos::new(
+    area.draw(&Text::new(name, (LEFT, y), ink(14)))?;
+    let right = pale(13).pos(plotters::style::text_anchor::Pos::new(
         plotters::style::text_anchor::HPos::Right,
         plotters::style::text_anchor::VPos::Top,
     ));
@@ -92,6 +93,10 @@ fn evidence(cause: &ChannelCause) -> String {
     )
 }
 
-fn plain(size: u32, color: &'static RGBColor) -> TextStyle<'static> {
-    TextStyle::from(("sans-serif", size).into_font()).color(color)
+fn ink(size: u32) -> TextStyle<'static> {
+    TextStyle::from(("sans-serif", size).into_font()).color(&INK)
+}
+
+fn pale(size: u32) -> TextStyle<'static> {
+    TextStyle::from(("sans-serif", size).into_font()).color(&PALE_INK)
 }
