@@ -212,6 +212,10 @@ pub struct ServiceSettings {
     pub probe: Option<ProbeSettings>,
     /// The service's durable state: checked before each start, checkpointed, restored when corrupt. Optional.
     pub state: Option<StateSettings>,
+    /// Names of the supervised services that this one calls. Default none. `incidents why` then says which of them to look at
+    /// first; healing does not depend on it. A missing name hides a cause, a wrong one blames a bystander.
+    #[serde(default)]
+    pub depends_on: Vec<String>,
     /// What may be done to this service, where it differs from `[healing]`.
     #[serde(default)]
     pub healing: HealingSection,
@@ -338,6 +342,8 @@ pub struct ServiceConfig {
     pub probe: Option<ProbeConfig>,
     /// Its durable state.
     pub state: Option<StateSettings>,
+    /// Names of services that it calls, each one supervised here.
+    pub depends_on: Vec<String>,
 }
 
 /// A checked probe.
@@ -585,7 +591,24 @@ fn check_services(
         }
         services.push(service);
     }
+    check_dependencies(&services)?;
     Ok(services)
+}
+
+/// Circles are allowed: services may call each other.
+fn check_dependencies(services: &[ServiceConfig]) -> Result<(), ConfigError> {
+    for service in services {
+        let own = service.name.as_str();
+        for named in &service.depends_on {
+            if named == own || !services.iter().any(|other| other.name.as_str() == named) {
+                return Err(wrong(
+                    format!("service `{own}`, depends_on"),
+                    format!("`{named}` is no other [[service]] of this file: name supervised services only"),
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<ServiceConfig, ConfigError> {
@@ -677,6 +700,7 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
         output: service.output,
         probe,
         state: service.state,
+        depends_on: service.depends_on,
     })
 }
 
@@ -793,6 +817,14 @@ mod tests {
             (
                 "[[service]]\nname = 'a'\nargv = ['x']\nstate = { dir = 'd', keep = 0 }",
                 "keep",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\ndepends_on = ['db']",
+                "`db` is no other [[service]]",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\ndepends_on = ['a']",
+                "service `a`, depends_on",
             ),
         ];
         for (text, expected) in cases {

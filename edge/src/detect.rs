@@ -8,7 +8,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use theriac_heal::types::Cause;
+use theriac_heal::types::{Cause, CauseEvidence};
+use theriac_model::causes::{CauseTracker, ChannelCause};
 use theriac_model::detector::{Detector, DetectorError, FitOptions, Scored, Scorer};
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::{GlobalModel, OwnLagWeights};
@@ -164,6 +165,9 @@ struct Running {
     detector: Arc<Detector>,
     scorer: Scorer,
     alarm: AlarmState,
+    causes: CauseTracker,
+    /// The latest row in robust spreads from the history's median.
+    deviations: Vec<f32>,
 }
 
 /// How a fit ended.
@@ -229,12 +233,23 @@ impl Lane {
         } else {
             score
         };
+        let reached = score / factor >= running.alarm.level();
         let verdict = running.alarm.push(score / factor);
+        running
+            .detector
+            .deviations(&sample.values, &mut running.deviations);
+        running.causes.push(
+            sample.at_ms,
+            &contributions,
+            &running.deviations,
+            reached || verdict.alarmed(),
+        );
         let threshold = running.alarm.level() * factor;
         let signal = if verdict.alarmed() {
             self.alarm_open = true;
             self.calm = 0;
-            let (blame, causes) = blame(&self.shared, &sample, &contributions);
+            let ranked = running.causes.ranked();
+            let (blame, causes) = blame(&self.shared, &sample, &contributions, &ranked);
             Signal::Anomaly {
                 raised: verdict == Verdict::Raised,
                 blame,
@@ -267,6 +282,7 @@ impl Lane {
         if let Some(running) = &mut self.running {
             running.scorer = Scorer::new(Arc::clone(&running.detector));
             running.alarm = AlarmState::new(running.detector.threshold());
+            running.causes = CauseTracker::new(running.deviations.len());
             self.calm = 0;
         }
         if let Some(levels) = &mut self.levels {
@@ -374,10 +390,13 @@ impl Lane {
             });
         }
         let alarm = AlarmState::new(detector.threshold());
+        let channels = detector.schema().channels();
         self.running = Some(Running {
             detector,
             scorer,
             alarm,
+            causes: CauseTracker::new(channels),
+            deviations: vec![0.0; channels],
         });
         self.fitted.get_or_insert_with(Instant::now);
     }
@@ -474,7 +493,15 @@ fn load_one(dir: &Path, name: &str, shared: &LaneShared) -> Option<Arc<Detector>
 /// A hog or leak of the service moves the host's channels too, often more strongly; so a *resource* channel of the
 /// service leads as soon as it has half the weight of the largest. Probe latency is a symptom that a busy host causes
 /// as well: it leads only when nothing else does.
-fn blame(shared: &LaneShared, sample: &Sample, contributions: &[f32]) -> (Blame, Vec<Cause>) {
+///
+/// Which causes are named goes by the whole incident (`ranked`), their order by this row, since that is what decisions
+/// go by.
+fn blame(
+    shared: &LaneShared,
+    sample: &Sample,
+    contributions: &[f32],
+    ranked: &[ChannelCause],
+) -> (Blame, Vec<Cause>) {
     let features = &shared.schema.features;
     let weight = |wanted: &dyn Fn(&str) -> bool| {
         features
@@ -507,15 +534,27 @@ fn blame(shared: &LaneShared, sample: &Sample, contributions: &[f32]) -> (Blame,
             rising: usual
                 .get(channel)
                 .and_then(|usual| rising(sample.values[channel], *usual)),
+            evidence: ranked.iter().find(|cause| cause.channel == channel).map(evidence),
         })
         .collect();
+    let strength = |cause: &Cause| cause.evidence.map_or(0.0, |evidence| evidence.strength);
+    causes.sort_by(|a, b| strength(b).total_cmp(&strength(a)));
+    causes.truncate(CAUSES_MAX);
     causes.sort_by(|a, b| {
         b.contribution
             .total_cmp(&a.contribution)
             .then_with(|| a.channel.cmp(&b.channel))
     });
-    causes.truncate(CAUSES_MAX);
     (blame, causes)
+}
+
+fn evidence(cause: &ChannelCause) -> CauseEvidence {
+    CauseEvidence {
+        strength: cause.strength,
+        residual_share: cause.residual_share,
+        change: cause.change,
+        since_unix_ms: cause.since,
+    }
 }
 
 /// Medians of the latest quiet rows.
@@ -642,6 +681,9 @@ mod tests {
             ("service_memory", Some(true))
         );
         assert!(causes.iter().all(|cause| cause.channel.starts_with("service_")));
+        let evidence = causes[0].evidence.unwrap();
+        assert!(evidence.change > 1.0 && evidence.strength > 1.0, "{evidence:?}");
+        assert!((0.0..=1.0).contains(&evidence.residual_share));
     }
 
     #[tokio::test]

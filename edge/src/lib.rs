@@ -30,6 +30,7 @@ pub mod status;
 pub mod storage;
 pub mod store;
 pub mod supervise;
+pub mod suspects;
 pub mod update;
 pub mod watch;
 

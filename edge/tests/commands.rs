@@ -138,17 +138,82 @@ async fn gaps_and_missing_values_are_counted() {
 }
 
 #[tokio::test]
+async fn a_column_that_vanished_is_missing_and_named() {
+    let place = Place::new();
+    let model = place.trained().await;
+    let text: String = std::iter::once("time,load,disk\n".to_owned())
+        .chain((0..100).map(|row| format!("{},0.3,0.1\n", 1_700_000_000 + 60 * row)))
+        .collect();
+    std::fs::write(place.path("two.csv"), text).unwrap();
+    let (input, output) = (place.text("two.csv"), place.text("s.npy"));
+    let report = json(&["score", "--model", &model, "--input", &input, "--output", &output]).await;
+    assert_eq!(report["absent"], serde_json::json!(["memory"]));
+    assert_eq!(report["missing"], 100);
+    assert!(
+        read_npy(Path::new(&output))
+            .unwrap()
+            .values
+            .iter()
+            .all(|score| score.is_finite())
+    );
+}
+
+#[tokio::test]
+async fn explained_alarms_name_the_planted_channel_with_its_evidence_and_are_drawn() {
+    let place = Place::new();
+    let model = place.trained().await;
+    metrics(&place.path("today.csv"), 400, |row, cells| {
+        if (220..260).contains(&row) {
+            "3.5".clone_into(&mut cells[2]);
+        }
+    });
+    let (input, scores, picture) = (place.text("today.csv"), place.text("s.npy"), place.text("s.svg"));
+    let words = [
+        "score",
+        "--model",
+        &model,
+        "--input",
+        &input,
+        "--output",
+        &scores,
+        "--explain",
+        "--plot",
+        &picture,
+    ];
+    let report = json(&words).await;
+    let alarms = report["alarms"].as_array().unwrap();
+    assert_eq!(alarms.len(), 1, "{alarms:?}");
+    let cause = &alarms[0]["causes"][0];
+    assert_eq!(cause["channel"], "memory");
+    assert_eq!(
+        (alarms[0]["row"].as_u64(), cause["since_row"].as_u64()),
+        (Some(220), Some(220))
+    );
+    assert_eq!(alarms[0]["from"], "2023-11-15T01:53:20Z");
+    assert!(cause["change"].as_f64().unwrap() > 4.0 && cause["residual_share"].as_f64().unwrap() > 0.5);
+    let svg = std::fs::read_to_string(place.path("s.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("today.csv") && svg.contains("memory"));
+    // Nowhere to write to.
+    let nowhere = place.text("no/such/folder/s.svg");
+    let words = [
+        "score", "--model", &model, "--input", &input, "--output", &scores, "--plot", &nowhere,
+    ];
+    assert_eq!(problem(&words).await.code, "TH-E0325");
+}
+
+#[tokio::test]
 async fn files_that_do_not_fit_are_refused_with_what_to_do() {
     let place = Place::new();
     let model = place.trained().await;
     let output = place.text("s.npy");
     std::fs::write(place.path("two.csv"), "time,load,disk\n1,0.1,0.2\n2,0.1,0.2\n").unwrap();
+    std::fs::write(place.path("one.csv"), "time,load,other\n1,0.1,0.2\n2,0.1,0.2\n").unwrap();
     let refused = problem(&[
         "score",
         "--model",
         &model,
         "--input",
-        &place.text("two.csv"),
+        &place.text("one.csv"),
         "--output",
         &output,
     ])

@@ -193,6 +193,22 @@ pub struct Cause {
     pub contribution: f32,
     /// Whether the channel lies above what was expected; `None` when the detector does not say.
     pub rising: Option<bool>,
+    /// What speaks for it over the whole incident; for people only, no decision goes by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<CauseEvidence>,
+}
+
+/// What speaks for a cause over the rows of the incident so far. It holds no measured value.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct CauseEvidence {
+    /// What people's ranking goes by, ≥ 0.
+    pub strength: f32,
+    /// The channel's share of the squared residuals of all channels, 0 to 1.
+    pub residual_share: f32,
+    /// Its mean distance from the median of the history, in robust spreads; above 0 = higher than usual.
+    pub change: f32,
+    /// When it left its usual range, milliseconds since the Unix epoch; `None` when it did not.
+    pub since_unix_ms: Option<u64>,
 }
 
 impl From<(String, f32)> for Cause {
@@ -201,6 +217,7 @@ impl From<(String, f32)> for Cause {
             channel,
             contribution,
             rising: None,
+            evidence: None,
         }
     }
 }

@@ -236,6 +236,7 @@ impl World {
                     channel: channel.to_owned(),
                     contribution: *score,
                     rising: Some(true),
+                    evidence: None,
                 }];
                 self.tell(Input::Anomaly {
                     service: name(*service),

@@ -5,11 +5,15 @@
 //! - [`campaign`] repeats single faults and reports medians.
 //! - [`load`] measures the aggregator alone, with light edges that train nothing.
 //! - [`simulate`] trains on recorded metrics, many sites in one process on virtual time.
+//! - [`evaluate`] measures anomaly scores against labels, from files.
+//! - [`causes`] measures how well root causes are found.
 //! - [`attack`] holds what a hostile edge does to the values it sends; [`hostile`] is such an edge.
 
 pub mod attack;
 pub mod campaign;
+pub mod causes;
 pub mod demo;
+pub mod evaluate;
 pub mod fleet;
 pub mod hostile;
 pub mod load;

@@ -13,7 +13,9 @@ use theriac_command::telemetry::{self, LogFormat};
 use theriac_edge::config::EdgeConfig;
 use theriac_lab::attack::Attack;
 use theriac_lab::campaign::{self, Healer};
+use theriac_lab::causes::{self, CausesError};
 use theriac_lab::demo;
+use theriac_lab::evaluate::{self, EvaluateError};
 use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
@@ -59,6 +61,14 @@ enum Command {
         after_help = "Example: theriac-lab simulate --data recorded --out simulation --mode federated --rounds 2"
     )]
     Simulate(simulate::Args),
+    /// Measures anomaly scores against labels: areas, F1, alarms a day, delay; compares two detectors machine by machine.
+    #[command(
+        after_help = "Example: theriac-lab evaluate --scores simulation/scores --alarms simulation/alarms --labels recorded"
+    )]
+    Evaluate(evaluate::Args),
+    /// Measures how well causes are found: channels of recorded servers, services of a recorded shop.
+    #[command(after_help = "Example: theriac-lab causes --data recorded --petshop shop")]
+    Causes(causes::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -197,6 +207,8 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Campaign(args) => run_campaign(args),
         Command::Load(args) => run_load(args),
         Command::Simulate(args) => run_simulate(args),
+        Command::Evaluate(args) => run_evaluate(args),
+        Command::Causes(args) => run_causes(args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -292,6 +304,34 @@ fn run_simulate(args: simulate::Args) -> Result<ExitCode, Problem> {
         error => Problem::failed("TH-E0809", error),
     })?;
     print(format, &simulated.summary, simulated.table())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_evaluate(args: evaluate::Args) -> Result<ExitCode, Problem> {
+    let format = args.format;
+    let evaluation = evaluate::run(&args).map_err(|error| match error {
+        EvaluateError::Option { .. } => Problem::usage("TH-E0810", error),
+        error => Problem::failed("TH-E0811", error).hint(
+            "one file a machine: NAME.npy of scores beside NAME.label.npy.gz of labels, of the same rows",
+        ),
+    })?;
+    print(format, &evaluation, evaluation.table())?;
+    // A mean over fewer machines than have labels must not pass for the whole.
+    Ok(if evaluation.missing.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn run_causes(args: causes::Args) -> Result<ExitCode, Problem> {
+    let measured = causes::run(&args).map_err(|error| match error {
+        CausesError::Step(_) => Problem::usage("TH-E0812", error),
+        error => {
+            Problem::failed("TH-E0813", error).hint("`theriac-lab causes --help` says which files are read")
+        }
+    })?;
+    print(args.format, &measured, measured.table())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -12,10 +12,13 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
 
-pub use npy::{NpyArray, read_npy, write_npy_f32, write_npy_u8};
+pub use npy::{NpyArray, read_npy, read_npy_f64, write_npy_f32, write_npy_u8};
 
 use crate::feature::FeatureSchema;
 use crate::series::{Series, SeriesError};
+
+/// Bytes asked of the disk at once.
+const BUFFER_BYTES: usize = 1 << 16;
 
 /// Why a metrics file was not read.
 #[derive(Debug, thiserror::Error)]
@@ -76,11 +79,17 @@ pub enum ReadError {
         /// What is wrong.
         reason: String,
     },
-    /// The table lacks a column of the profile.
-    #[error("column `{column}` of the profile `{profile}` is missing; the file has: {found}")]
-    MissingColumn {
-        /// The column.
-        column: String,
+    /// The table lacks more than half of the profile's columns.
+    #[error(
+        "{missing} of the {columns} columns of the profile `{profile}` are missing, first `{first}`; the file has: {found}"
+    )]
+    MissingColumns {
+        /// How many are missing.
+        missing: usize,
+        /// Columns of the profile.
+        columns: usize,
+        /// The first one.
+        first: String,
         /// The profile.
         profile: String,
         /// The columns that are there.
@@ -134,16 +143,20 @@ impl Recording {
         }
     }
 
-    /// The columns of `schema`, in its order. Columns that it does not name are left out; an array without
-    /// names must have exactly its number of channels.
+    /// The columns of `schema`, in its order. Columns that it does not name are left out; those that the file lacks are
+    /// missing values and are named. An array without names must have exactly its number of channels.
     ///
     /// # Errors
-    /// [`ReadError::MissingColumn`] naming the first one that is not there; [`ReadError::Channels`].
-    pub fn select(&self, schema: &FeatureSchema) -> Result<Series, ReadError> {
+    /// [`ReadError::MissingColumns`] when more than half of them are not there: it is then another kind of file;
+    /// [`ReadError::Channels`].
+    pub fn select(&self, schema: &FeatureSchema) -> Result<Selected, ReadError> {
         let channels = self.series.channels();
         let Some(names) = &self.names else {
             if channels == schema.channels() {
-                return Ok(self.series.clone());
+                return Ok(Selected {
+                    series: self.series.clone(),
+                    absent: Vec::new(),
+                });
             }
             return Err(SeriesError::Channels {
                 expected: schema.channels(),
@@ -156,45 +169,74 @@ impl Recording {
             .enumerate()
             .map(|(i, name)| (name.as_str(), i))
             .collect();
-        let columns: Vec<usize> = schema
+        let columns: Vec<Option<usize>> = schema
             .features
             .iter()
-            .map(|feature| {
-                places
-                    .get(feature.name.as_str())
-                    .copied()
-                    .ok_or_else(|| ReadError::MissingColumn {
-                        column: feature.name.clone(),
-                        profile: schema.name.clone(),
-                        found: names.join(", "),
-                    })
-            })
-            .collect::<Result<_, _>>()?;
+            .map(|feature| places.get(feature.name.as_str()).copied())
+            .collect();
+        let absent: Vec<String> = schema
+            .features
+            .iter()
+            .zip(&columns)
+            .filter(|(_, column)| column.is_none())
+            .map(|(feature, _)| feature.name.clone())
+            .collect();
+        if let Some(first) = absent.first().filter(|_| 2 * absent.len() > columns.len()) {
+            return Err(ReadError::MissingColumns {
+                missing: absent.len(),
+                columns: columns.len(),
+                first: first.clone(),
+                profile: schema.name.clone(),
+                found: names.join(", "),
+            });
+        }
         let values = self
             .series
             .iter_rows()
-            .flat_map(|row| columns.iter().map(|column| row[*column]))
+            .flat_map(|row| {
+                columns
+                    .iter()
+                    .map(|column| column.map_or(f32::NAN, |column| row[column]))
+            })
             .collect();
         let series = Series::new(columns.len(), values)?;
-        match self.series.times_ms() {
-            Some(times) => Ok(series.with_times(times.to_vec())?),
-            None => Ok(series),
-        }
+        let series = match self.series.times_ms() {
+            Some(times) => series.with_times(times.to_vec())?,
+            None => series,
+        };
+        Ok(Selected { series, absent })
     }
+}
+
+/// The columns of a profile, as [`Recording::select`] found them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Selected {
+    /// The rows.
+    pub series: Series,
+    /// Columns of the profile that the file does not have; all their values are missing.
+    pub absent: Vec<String>,
 }
 
 /// Reads a metrics file; its kind is told by its name.
 ///
 /// # Errors
-/// Every variant of [`ReadError`] but `MissingColumn`.
+/// Every variant of [`ReadError`] but `MissingColumns`.
 pub fn read_recording(path: &Path) -> Result<Recording, ReadError> {
+    read_recording_with(path, |_| ())
+}
+
+/// As [`read_recording`], and tells again and again how many bytes of the file have been read, for a bar.
+///
+/// # Errors
+/// As [`read_recording`].
+pub fn read_recording_with(path: &Path, progress: impl FnMut(u64)) -> Result<Recording, ReadError> {
     let plain = if is(path, "gz") {
         path.with_extension("")
     } else {
         path.to_owned()
     };
     if is(&plain, "npy") {
-        let NpyArray { shape, values } = read_npy(path)?;
+        let NpyArray { shape, values } = npy::read(path, open_with(path, progress)?)?;
         let [_, channels] = shape[..] else {
             return Err(ReadError::Shape {
                 path: path.to_owned(),
@@ -203,7 +245,7 @@ pub fn read_recording(path: &Path) -> Result<Recording, ReadError> {
         };
         Ok(Recording::new(Series::new(channels, values)?, None))
     } else if is(&plain, "csv") {
-        table::read_csv(path, open(path)?)
+        table::read_csv(path, open_with(path, progress)?)
     } else {
         Err(ReadError::UnknownKind(path.to_owned()))
     }
@@ -219,18 +261,42 @@ pub fn read_series(path: &Path) -> Result<Series, ReadError> {
 
 /// The file's bytes, decompressed when its name ends with `.gz`.
 fn open(path: &Path) -> Result<Box<dyn Read>, ReadError> {
+    open_with(path, |_| ())
+}
+
+fn open_with<'a>(path: &Path, progress: impl FnMut(u64) + 'a) -> Result<Box<dyn Read + 'a>, ReadError> {
     let file = File::open(path).map_err(|source| ReadError::Io {
         path: path.to_owned(),
         source,
     })?;
-    let file = BufReader::new(file);
-    if path
-        .extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("gz"))
-    {
+    let file = BufReader::with_capacity(
+        BUFFER_BYTES,
+        Counted {
+            file,
+            read: 0,
+            progress,
+        },
+    );
+    if is(path, "gz") {
         Ok(Box::new(BufReader::new(MultiGzDecoder::new(file))))
     } else {
         Ok(Box::new(file))
+    }
+}
+
+/// Counts the bytes that the disk gave.
+struct Counted<F> {
+    file: File,
+    read: u64,
+    progress: F,
+}
+
+impl<F: FnMut(u64)> Read for Counted<F> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.read += read as u64;
+        (self.progress)(self.read);
+        Ok(read)
     }
 }
 
@@ -297,19 +363,45 @@ mod tests {
     }
 
     #[test]
-    fn selects_columns_by_name_and_names_the_missing_one() {
+    fn selects_columns_by_name_in_the_order_of_the_profile() {
         let (_dir, path) = written("m.csv", b"t,channel-01,extra,channel-00\n1,10,20,30\n");
         let recording = read_recording(&path).unwrap();
-        let series = recording.select(&FeatureSchema::recorded("p", 2)).unwrap();
+        let selected = recording.select(&FeatureSchema::recorded("p", 2)).unwrap();
         assert_eq!(
-            (series.row(0), series.times_ms().unwrap()),
+            (selected.series.row(0), selected.series.times_ms().unwrap()),
             (&[30.0, 10.0][..], &[1000][..])
         );
+        assert!(selected.absent.is_empty());
+    }
+
+    #[test]
+    fn columns_that_vanished_are_missing_values_and_named_unless_most_are_gone() {
+        let (_dir, path) = written("m.csv", b"t,channel-01,extra,channel-00\n1,10,20,30\n");
+        let recording = read_recording(&path).unwrap();
+        let selected = recording.select(&FeatureSchema::recorded("p", 3)).unwrap();
+        assert_eq!(selected.absent, ["channel-02"]);
+        assert!(selected.series.row(0)[2].is_nan());
+        assert_eq!(selected.series.missing(), [0, 0, 1]);
         let error = recording
-            .select(&FeatureSchema::recorded("p", 3))
+            .select(&FeatureSchema::recorded("p", 5))
             .unwrap_err()
             .to_string();
-        assert!(error.contains("channel-02") && error.contains("extra"), "{error}");
+        assert!(
+            error.contains("3 of the 5") && error.contains("channel-02") && error.contains("extra"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn progress_ends_with_the_size_of_the_file() {
+        let text: String = std::iter::once("t,a\n".to_owned())
+            .chain((0..20_000).map(|row| format!("{row},1\n")))
+            .collect();
+        let (_dir, path) = written("m.csv", text.as_bytes());
+        let mut told = Vec::new();
+        read_recording_with(&path, |bytes| told.push(bytes)).unwrap();
+        assert!(told.len() > 2 && told.is_sorted());
+        assert_eq!(told.last(), Some(&(text.len() as u64)));
     }
 
     #[test]

@@ -12,11 +12,14 @@
 //!
 //! Start at [`detector::Detector`] (fit, score, save, load), [`detector::Scorer`] (one row at a time) and
 //! [`global::GlobalModel`] (what crosses sites). The score is the one of two forecasters, each channel from its
-//! own lags and each channel from all lags, with a head of two half-lives.
+//! own lags and each channel from all lags, with a head of two half-lives. [`causes`] and [`call_graph`] say what an
+//! alarm is about.
 //!
 //! Arithmetic: inputs, weights and forecasts are `f32`; Gram matrices, solves, quantiles and the smoothing of
 //! the score are `f64`.
 
+pub mod call_graph;
+pub mod causes;
 pub mod detector;
 pub mod feature;
 pub mod forecaster;

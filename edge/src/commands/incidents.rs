@@ -13,6 +13,10 @@ use crate::run::EdgeError;
 use crate::state_dir::StateDir;
 use crate::status::IncidentView;
 use crate::store::{StoreError, StoreReader};
+use crate::suspects;
+
+/// Latest incidents among which those of dependencies are looked for.
+const OTHERS_MAX: u32 = 1_000;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum IncidentsCommand {
@@ -75,8 +79,19 @@ pub(super) fn incidents<W: Write>(
             Ok(ExitCode::SUCCESS)
         }
         IncidentsCommand::Why(one) => {
-            let why = one.find()?.why();
-            let value = serde_json::json!({ "id": one.id, "why": why });
+            let incident = one.find()?;
+            let services = one.config.load()?.services;
+            let others = reader(&one.config)?
+                .map_or(Ok(Vec::new()), |reader| reader.incidents(OTHERS_MAX))
+                .map_err(failed)?;
+            let suspects = suspects::suspects(&services, &incident, &others);
+            let why = incident.why() + &suspects::words(&suspects, &incident);
+            let value = serde_json::json!({
+                "id": one.id,
+                "why": why,
+                "causes": incident.ranked_causes(),
+                "suspects": suspects,
+            });
             output.result(&value, why.trim_end()).map_err(unprinted)?;
             Ok(ExitCode::SUCCESS)
         }

@@ -1,9 +1,11 @@
 //! The command line: one function for each command, results through one writer, problems with code and hint.
 
 mod doctor;
+mod explain;
 mod incidents;
 mod join;
 mod model;
+mod picture;
 mod privacy;
 mod run;
 mod status;

@@ -9,12 +9,16 @@ use clap::Args;
 use serde::Serialize;
 use theriac_command::output::Output;
 use theriac_command::problem::Problem;
+use theriac_command::progress::Progress;
+use theriac_model::causes::Explained;
 use theriac_model::detector::{Detector, FitOptions};
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::OwnLagWeights;
-use theriac_model::io::{ReadReport, Recording, read_recording, write_npy_f32};
+use theriac_model::io::{ReadReport, Recording, Selected, read_recording_with, write_npy_f32};
 use theriac_model::series::Series;
 
+use super::explain::{self, AlarmView};
+use super::picture::{self, Clock, View};
 use super::unprinted;
 
 #[derive(Debug, Args)]
@@ -50,9 +54,13 @@ pub(super) struct ScoreArguments {
     /// Where the scores go: .npy, one f32 a row.
     #[arg(long)]
     output: PathBuf,
-    /// Also writes NAME.causes.npy, `[time, channel]`: what each channel adds to each row's score.
+    /// Tells every alarm with its ranked causes, and writes NAME.causes.npy, `[time, channel]`: what each channel adds to
+    /// each row's score.
     #[arg(long)]
     explain: bool,
+    /// Draws metrics, score, threshold, alarms and causes as an SVG.
+    #[arg(long, value_name = "OUT.svg")]
+    plot: Option<PathBuf>,
 }
 
 /// What `train` prints.
@@ -63,6 +71,7 @@ struct Trained {
     channels: usize,
     missing: u64,
     gaps: u64,
+    gap_rows: u64,
     threshold: f32,
     seed: u64,
 }
@@ -73,10 +82,19 @@ struct ScoredFile {
     output: PathBuf,
     rows: usize,
     missing: u64,
+    /// Columns of the profile that the file does not have.
+    absent: Vec<String>,
     gaps: u64,
+    gap_rows: u64,
     threshold: f32,
     above_threshold: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
     causes: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plot: Option<PathBuf>,
+    /// With `--explain`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alarms: Option<Vec<AlarmView>>,
 }
 
 pub(super) fn train<W: Write>(
@@ -86,7 +104,8 @@ pub(super) fn train<W: Write>(
     let (dir, name) = model_place(&arguments.model)?;
     let recording = read(&arguments.input)?;
     let schema = schema_of(&recording);
-    let series = select(&recording, &schema)?;
+    // The profile was made of the file's own columns, so none is absent.
+    let Selected { series, .. } = select(&recording, &schema)?;
     let step = step_of(&series).unwrap_or(arguments.step);
     let mut options = FitOptions {
         prior: Some(OwnLagWeights::public_constant(schema.channels())),
@@ -106,7 +125,10 @@ pub(super) fn train<W: Write>(
             series.rows()
         )));
     }
+    let mut fitting = Progress::new(format!("fitting on {} rows", series.rows()), 0);
+    fitting.set(0);
     let detector = Detector::fit(&schema, &series, &options).map_err(|error| unusable(error.to_string()))?;
+    drop(fitting);
     detector.save(&dir, &name).map_err(|error| {
         Problem::failed("TH-E0321", error).hint("check the path and the room on that disk")
     })?;
@@ -114,8 +136,9 @@ pub(super) fn train<W: Write>(
         model: arguments.model.clone(),
         rows: series.rows(),
         channels: series.channels(),
-        missing: missing(&recording.report),
+        missing: missing(&series),
         gaps: recording.report.gaps,
+        gap_rows: recording.report.gap_rows,
         threshold: detector.threshold().level(),
         seed: arguments.seed,
     };
@@ -123,7 +146,7 @@ pub(super) fn train<W: Write>(
         "fitted on {} rows of {} channels{}\nthreshold {:.3}\nwrote {} and its card",
         trained.rows,
         trained.channels,
-        flaws(&recording.report),
+        flaws(&series, &recording.report),
         trained.threshold,
         arguments.model.display(),
     );
@@ -141,44 +164,119 @@ pub(super) fn score<W: Write>(
             .hint("train it again with `theriac-edge train`")
     })?;
     let recording = read(&arguments.input)?;
-    let series = select(&recording, detector.schema())?;
-    let other = |error: &dyn std::fmt::Display| {
+    let Selected { series, absent } = select(&recording, detector.schema())?;
+    let judged = judge(arguments, &detector, &series)?;
+    write(&arguments.output, &[judged.scores.len()], &judged.scores)?;
+    let step = step_of(&series).unwrap_or(detector.options().step);
+    let clock = Clock::new(series.times_ms(), step.as_secs_f64());
+    let causes = arguments
+        .explain
+        .then(|| arguments.output.with_extension("causes.npy"));
+    if let Some(path) = &causes {
+        write(path, &[series.rows(), series.channels()], &judged.contributions)?;
+    }
+    if let Some(path) = &arguments.plot {
+        plot(path, arguments, &detector, &series, &judged, clock.clone())?;
+    }
+    let threshold = detector.threshold().level();
+    let scored = ScoredFile {
+        output: arguments.output.clone(),
+        rows: judged.scores.len(),
+        missing: missing(&series),
+        gaps: recording.report.gaps,
+        gap_rows: recording.report.gap_rows,
+        threshold,
+        above_threshold: judged.scores.iter().filter(|score| **score >= threshold).count(),
+        plot: arguments.plot.clone(),
+        alarms: arguments
+            .explain
+            .then(|| explain::alarms(&detector, &judged, &clock)),
+        causes,
+        absent,
+    };
+    output
+        .result(
+            &scored,
+            scored.words(&detector, &judged, &clock, &flaws(&series, &recording.report)),
+        )
+        .map_err(unprinted)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Scores, and with `--explain` or `--plot` contributions and alarms.
+fn judge(arguments: &ScoreArguments, detector: &Detector, series: &Series) -> Result<Explained, Problem> {
+    let mut scoring = Progress::new(format!("scoring {} rows", series.rows()), 0);
+    scoring.set(0);
+    let judged = if arguments.explain || arguments.plot.is_some() {
+        detector.explain_alarms(series)
+    } else {
+        detector.score_series(series).map(|scores| Explained {
+            scores,
+            contributions: Vec::new(),
+            levels: Vec::new(),
+            alarms: Vec::new(),
+        })
+    };
+    judged.map_err(|error| {
         Problem::failed(
             "TH-E0323",
             format!("{} does not fit the model: {error}", arguments.input.display()),
         )
         .hint("score a file with the columns that the model was trained on; its card lists them")
+    })
+}
+
+fn plot(
+    path: &Path,
+    arguments: &ScoreArguments,
+    detector: &Detector,
+    series: &Series,
+    judged: &Explained,
+    clock: Clock,
+) -> Result<(), Problem> {
+    let title = arguments.input.file_name().unwrap_or_default().to_string_lossy();
+    let view = View {
+        title: title.into_owned(),
+        detector,
+        series,
+        explained: judged,
+        clock,
     };
-    let causes = arguments
-        .explain
-        .then(|| arguments.output.with_extension("causes.npy"));
-    let scores = if let Some(path) = &causes {
-        let (scores, contributions) = detector.explain_series(&series).map_err(|error| other(&error))?;
-        write(path, &[series.rows(), series.channels()], &contributions)?;
-        scores
-    } else {
-        detector.score_series(&series).map_err(|error| other(&error))?
+    let unwritten = |error: &dyn std::fmt::Display| {
+        Problem::failed("TH-E0325", format!("cannot write {}: {error}", path.display()))
+            .hint("check the path and the room on that disk")
     };
-    write(&arguments.output, &[scores.len()], &scores)?;
-    let threshold = detector.threshold().level();
-    let scored = ScoredFile {
-        output: arguments.output.clone(),
-        rows: scores.len(),
-        missing: missing(&recording.report),
-        gaps: recording.report.gaps,
-        threshold,
-        above_threshold: scores.iter().filter(|score| **score >= threshold).count(),
-        causes,
-    };
-    let human = format!(
-        "scored {} rows{}\n{} at or above the threshold {threshold:.3}\nwrote {}",
-        scored.rows,
-        flaws(&recording.report),
-        scored.above_threshold,
-        arguments.output.display(),
-    );
-    output.result(&scored, human).map_err(unprinted)?;
-    Ok(ExitCode::SUCCESS)
+    let svg = picture::svg(&view).map_err(|error| unwritten(&error))?;
+    std::fs::write(path, svg).map_err(|error| unwritten(&error))
+}
+
+impl ScoredFile {
+    fn words(&self, detector: &Detector, judged: &Explained, clock: &Clock, flaws: &str) -> String {
+        let mut lines = vec![
+            format!("scored {} rows{flaws}", self.rows),
+            format!(
+                "{} at or above the threshold {:.3}",
+                self.above_threshold, self.threshold
+            ),
+        ];
+        if !self.absent.is_empty() {
+            let names = self.absent.join(", ");
+            lines.push(format!(
+                "columns that the file does not have, taken as missing: {names}"
+            ));
+        }
+        let written = [Some(&self.output), self.causes.as_ref(), self.plot.as_ref()];
+        lines.extend(
+            written
+                .into_iter()
+                .flatten()
+                .map(|path| format!("wrote {}", path.display())),
+        );
+        if self.alarms.is_some() {
+            lines.push(format!("\n{}", explain::words(detector, judged, clock)));
+        }
+        lines.join("\n")
+    }
 }
 
 /// Folder and name of a model file.
@@ -203,7 +301,9 @@ fn model_place(path: &Path) -> Result<(PathBuf, String), Problem> {
 }
 
 fn read(path: &Path) -> Result<Recording, Problem> {
-    read_recording(path).map_err(|error| {
+    let bytes = std::fs::metadata(path).map_or(0, |file| file.len());
+    let mut reading = Progress::new(format!("reading {}", path.display()), bytes);
+    read_recording_with(path, |done| reading.set(done)).map_err(|error| {
         Problem::failed("TH-E0320", format!("{}: {error}", path.display()))
             .hint("metrics are CSV with a header (time first), or .npy or .npy.gz of [time, channel]")
     })
@@ -227,7 +327,7 @@ fn schema_of(recording: &Recording) -> FeatureSchema {
     }
 }
 
-fn select(recording: &Recording, schema: &FeatureSchema) -> Result<Series, Problem> {
+fn select(recording: &Recording, schema: &FeatureSchema) -> Result<Selected, Problem> {
     recording.select(schema).map_err(|error| {
         Problem::failed("TH-E0323", format!("the file does not fit the model: {error}"))
             .hint("use a file with the columns that the model was trained on; its card lists them")
@@ -255,12 +355,12 @@ fn write(path: &Path, shape: &[usize], values: &[f32]) -> Result<(), Problem> {
     })
 }
 
-fn missing(report: &ReadReport) -> u64 {
-    report.missing.iter().sum()
+fn missing(series: &Series) -> u64 {
+    series.missing().iter().sum()
 }
 
-fn flaws(report: &ReadReport) -> String {
-    match (missing(report), report.gaps) {
+fn flaws(series: &Series, report: &ReadReport) -> String {
+    match (missing(series), report.gaps) {
         (0, 0) => String::new(),
         (missing, gaps) => format!(
             " ({missing} missing values, {gaps} gaps of {} rows)",

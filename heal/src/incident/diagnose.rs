@@ -125,6 +125,7 @@ mod tests {
             channel: channel.to_owned(),
             contribution,
             rising,
+            evidence: None,
         }
     }
 

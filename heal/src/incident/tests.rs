@@ -133,6 +133,7 @@ impl Story {
             channel: channel.to_owned(),
             contribution: 5.0,
             rising: Some(true),
+            evidence: None,
         }];
         self.tell(Input::Anomaly {
             service: "a".into(),
@@ -1076,11 +1077,13 @@ fn non_finite_scores_and_contributions_change_no_decision() {
             channel: "service_memory".into(),
             contribution: f32::NAN,
             rising: None,
+            evidence: None,
         },
         Cause {
             channel: "service_memory".into(),
             contribution: f32::INFINITY,
             rising: None,
+            evidence: None,
         },
     ];
     for _ in 0..5 {

@@ -1,8 +1,9 @@
 //! An incident in plain words.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
-use crate::types::{Incident, IncidentState, Outcome, Verdict, When};
+use crate::types::{Cause, CauseEvidence, Incident, IncidentState, Outcome, Verdict, When};
 
 impl Incident {
     /// Tells what happened, what was considered, what was done and what came of it, in lines for a terminal. Times are seconds
@@ -51,13 +52,16 @@ impl Incident {
         }
         if !self.causes.is_empty() {
             writeln!(text, "Leading causes:")?;
-            for cause in &self.causes {
+            for cause in self.ranked_causes() {
                 let way = match cause.rising {
                     Some(true) => ", higher than expected",
                     Some(false) => ", lower than expected",
                     None => "",
                 };
                 writeln!(text, "  {:<28} {:.2}{way}", cause.channel, cause.contribution)?;
+                if let Some(evidence) = &cause.evidence {
+                    writeln!(text, "  {:<28} {}", "", self.evidence_words(evidence))?;
+                }
             }
         }
         writeln!(text, "\nConsidered last:")?;
@@ -95,6 +99,35 @@ impl Incident {
         Ok(())
     }
 
+    /// The causes as people read them: by what speaks for each over the whole incident, where that is known.
+    pub fn ranked_causes(&self) -> Vec<&Cause> {
+        let strength = |cause: &Cause| cause.evidence.map_or(0.0, |evidence| evidence.strength);
+        let mut causes: Vec<&Cause> = self.causes.iter().collect();
+        // Stable: without evidence the order stays that of the contributions.
+        causes.sort_by(|a, b| strength(b).total_cmp(&strength(a)));
+        causes
+    }
+
+    fn evidence_words(&self, evidence: &CauseEvidence) -> String {
+        let way = if evidence.change < 0.0 { "below" } else { "above" };
+        let words = format!(
+            "{:.0} % of the residual, {:.1} spreads {way} its median",
+            100.0 * evidence.residual_share,
+            evidence.change.abs()
+        );
+        if let Some(since) = evidence.since_unix_ms {
+            let seconds = |from: u64, to: u64| Duration::from_millis(to.saturating_sub(from)).as_secs_f64();
+            let opened = self.opened.unix_ms;
+            let (passed, way) = if since <= opened {
+                (seconds(since, opened), "before")
+            } else {
+                (seconds(opened, since), "after")
+            };
+            return format!("{words}, since {passed:.1} s {way} the first sign");
+        }
+        words
+    }
+
     fn summary(&self) -> String {
         let end = |what: &str, at: Option<When>| {
             at.map_or(what.to_owned(), |at| format!("{what} after {}", self.after(at)))
@@ -129,5 +162,84 @@ fn outcome_words(outcome: Option<&Outcome>) -> String {
         Some(Outcome::Failed { detail, .. }) => format!("failed: {detail}"),
         Some(Outcome::NotNeeded) => "called off before it began".to_owned(),
         Some(Outcome::Interrupted) => "interrupted by a restart of the node".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{FaultClass, IncidentId};
+
+    fn cause(channel: &str, contribution: f32, evidence: Option<CauseEvidence>) -> Cause {
+        Cause {
+            channel: channel.to_owned(),
+            contribution,
+            rising: Some(true),
+            evidence,
+        }
+    }
+
+    fn incident(causes: Vec<Cause>) -> Incident {
+        let opened = When {
+            monotonic_ms: 1_000,
+            unix_ms: 50_000,
+        };
+        Incident {
+            id: IncidentId(1),
+            service: "kv".to_owned(),
+            class: FaultClass::MemoryLeak,
+            state: IncidentState::Open,
+            opened,
+            detected: opened,
+            acted: None,
+            healed: None,
+            closed: None,
+            score: Some(9.0),
+            threshold: Some(3.0),
+            evidence: Vec::new(),
+            evidence_dropped: 0,
+            causes,
+            alternatives: Vec::new(),
+            actions: Vec::new(),
+            verdict: None,
+            handed_over: None,
+        }
+    }
+
+    #[test]
+    fn causes_are_told_by_the_strength_of_their_evidence_with_share_change_and_since() {
+        let evidence = |strength, change, since_unix_ms| {
+            Some(CauseEvidence {
+                strength,
+                residual_share: 0.4,
+                change,
+                since_unix_ms,
+            })
+        };
+        let told = incident(vec![
+            cause("service_threads", 9.0, evidence(1.0, -2.0, Some(51_500))),
+            cause("service_memory", 5.0, evidence(3.0, 6.12, Some(45_800))),
+            cause("service_cpu", 4.0, evidence(0.5, 0.1, None)),
+        ])
+        .why();
+        let at = |words: &str| {
+            told.find(words)
+                .unwrap_or_else(|| panic!("{words} is missing:\n{told}"))
+        };
+        assert!(at("service_memory") < at("service_threads"), "{told}");
+        at("40 % of the residual, 6.1 spreads above its median, since 4.2 s before the first sign\n");
+        at("40 % of the residual, 2.0 spreads below its median, since 1.5 s after the first sign\n");
+        at("0.1 spreads above its median\n");
+    }
+
+    #[test]
+    fn without_evidence_the_contributions_keep_their_order() {
+        let told = incident(vec![cause("b", 9.0, None), cause("a", 5.0, None)]);
+        let names: Vec<&str> = told
+            .ranked_causes()
+            .iter()
+            .map(|cause| cause.channel.as_str())
+            .collect();
+        assert_eq!(names, ["b", "a"]);
     }
 }

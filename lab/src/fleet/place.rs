@@ -182,6 +182,7 @@ impl Site {
                 interval: Duration::from_secs(20),
                 keep: 2,
             }),
+            depends_on: Vec::new(),
             healing: HealingSection::default(),
         }
     }

@@ -12,16 +12,16 @@ const HEADER_BYTES_MAX: usize = 1 << 16;
 /// Bytes taken at once, so that a header that promises too much costs nothing.
 const CHUNK_BYTES: usize = 1 << 16;
 
-/// An array as it lies in a file, C order, its values as `f32` (`f64` and integers are rounded to it).
+/// An array as it lies in a file, C order, its values as `f32` or `f64` (what does not fit is rounded to it).
 #[derive(Clone, PartialEq)]
-pub struct NpyArray {
+pub struct NpyArray<T = f32> {
     /// Length of each dimension.
     pub shape: Vec<usize>,
     /// Values, the last dimension fastest.
-    pub values: Vec<f32>,
+    pub values: Vec<T>,
 }
 
-impl std::fmt::Debug for NpyArray {
+impl<T> std::fmt::Debug for NpyArray<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("NpyArray")
             .field("shape", &self.shape)
@@ -38,7 +38,15 @@ pub fn read_npy(path: &Path) -> Result<NpyArray, ReadError> {
     read(path, open(path)?)
 }
 
-fn read(path: &Path, mut file: impl Read) -> Result<NpyArray, ReadError> {
+/// As [`read_npy`], its values as `f64`: for what is ranked, where rounding would make ties.
+///
+/// # Errors
+/// As [`read_npy`].
+pub fn read_npy_f64(path: &Path) -> Result<NpyArray<f64>, ReadError> {
+    read(path, open(path)?)
+}
+
+pub(super) fn read<T: Value>(path: &Path, mut file: impl Read) -> Result<NpyArray<T>, ReadError> {
     let io = |source| ReadError::Io {
         path: path.to_owned(),
         source,
@@ -176,20 +184,55 @@ impl Kind {
     }
 
     /// Appends whole values; `CHUNK_BYTES` is a multiple of every size.
+    fn append<T: Value>(self, bytes: &[u8], values: &mut Vec<T>) {
+        let four = || bytes.as_chunks::<4>().0.iter().copied();
+        let eight = || bytes.as_chunks::<8>().0.iter().copied();
+        match self {
+            Self::F4 => values.extend(four().map(|b| T::of_f32(f32::from_le_bytes(b)))),
+            Self::I4 => values.extend(four().map(|b| T::of_i64(i32::from_le_bytes(b).into()))),
+            Self::F8 => values.extend(eight().map(|b| T::of_f64(f64::from_le_bytes(b)))),
+            Self::I8 => values.extend(eight().map(|b| T::of_i64(i64::from_le_bytes(b)))),
+            Self::U1 => values.extend(bytes.iter().map(|b| T::of_f32(f32::from(*b)))),
+        }
+    }
+}
+
+/// What values are read as.
+pub(super) trait Value {
+    fn of_f32(value: f32) -> Self;
+    fn of_f64(value: f64) -> Self;
+    fn of_i64(value: i64) -> Self;
+}
+
+impl Value for f32 {
+    fn of_f32(value: f32) -> Self {
+        value
+    }
+
     #[expect(
         clippy::cast_possible_truncation,
         reason = "rounding to f32 is what the reader promises"
     )]
-    fn append(self, bytes: &[u8], values: &mut Vec<f32>) {
-        let four = || bytes.as_chunks::<4>().0.iter().copied();
-        let eight = || bytes.as_chunks::<8>().0.iter().copied();
-        match self {
-            Self::F4 => values.extend(four().map(f32::from_le_bytes)),
-            Self::I4 => values.extend(four().map(|b| i32::from_le_bytes(b) as f32)),
-            Self::F8 => values.extend(eight().map(|b| f64::from_le_bytes(b) as f32)),
-            Self::I8 => values.extend(eight().map(|b| i64::from_le_bytes(b) as f32)),
-            Self::U1 => values.extend(bytes.iter().map(|b| f32::from(*b))),
-        }
+    fn of_f64(value: f64) -> Self {
+        value as Self
+    }
+
+    fn of_i64(value: i64) -> Self {
+        value as Self
+    }
+}
+
+impl Value for f64 {
+    fn of_f32(value: f32) -> Self {
+        value.into()
+    }
+
+    fn of_f64(value: f64) -> Self {
+        value
+    }
+
+    fn of_i64(value: i64) -> Self {
+        value as Self
     }
 }
 
@@ -329,6 +372,17 @@ mod tests {
             parse(&bytes("|u1", "False", "(0, 38)", &[])).unwrap().shape,
             [0, 38]
         );
+    }
+
+    #[test]
+    fn doubles_keep_what_single_precision_would_round_away() {
+        let close = [1.0_f64, 1.0 + 1e-12];
+        let values: Vec<u8> = close.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let file = bytes("<f8", "False", "(2,)", &values);
+        let array: NpyArray<f64> = read(Path::new("x.npy"), &file[..]).unwrap();
+        assert!(array.values[0] < array.values[1]);
+        let rounded: NpyArray = read(Path::new("x.npy"), &file[..]).unwrap();
+        assert_eq!(rounded.values[0].to_bits(), rounded.values[1].to_bits());
     }
 
     #[test]
