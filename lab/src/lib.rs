@@ -13,6 +13,7 @@ pub mod demo;
 pub mod fleet;
 pub mod hostile;
 pub mod load;
+pub mod risk;
 pub mod service;
 pub mod simulate;
 pub mod traffic;

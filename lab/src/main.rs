@@ -18,6 +18,7 @@ use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
 use theriac_lab::load;
+use theriac_lab::risk;
 use theriac_lab::service;
 use theriac_lab::simulate::{self, SimulateError};
 
@@ -59,6 +60,9 @@ enum Command {
         after_help = "Example: theriac-lab simulate --data recorded --out simulation --mode federated --rounds 2"
     )]
     Simulate(simulate::Args),
+    /// Judges how well failures are foretold, on recorded engines and drives and on made ramps.
+    #[command(after_help = "Example: theriac-lab risk --data recorded --out theriac-risk")]
+    Risk(risk::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -194,6 +198,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Campaign(args) => run_campaign(args),
         Command::Load(args) => run_load(args),
         Command::Simulate(args) => run_simulate(args),
+        Command::Risk(args) => run_risk(&args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -288,6 +293,13 @@ fn run_simulate(args: simulate::Args) -> Result<ExitCode, Problem> {
         error => Problem::failed("TH-E0809", error),
     })?;
     print(format, &simulated.summary, simulated.table())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_risk(args: &risk::Args) -> Result<ExitCode, Problem> {
+    telemetry::init("warn", LogFormat::Human);
+    let figures = risk::run(args).map_err(|error| Problem::failed("TH-E0820", error))?;
+    print(args.format, &figures, risk::table(&figures))?;
     Ok(ExitCode::SUCCESS)
 }
 
