@@ -329,3 +329,60 @@ impl Progress {
         std::io::stderr().write_all(line.as_bytes()).ok();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dataset::Floor;
+
+    fn recorded() -> Option<PathBuf> {
+        let data = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/data"));
+        if data.join("cmapss").exists() {
+            return Some(data.to_owned());
+        }
+        println!("left out: no recorded engines and drives in {}", data.display());
+        None
+    }
+
+    /// 0.786 / 0.793 / 0.798 and 0.045 / 0.153 / 0.238: the published floors of drives.
+    #[test]
+    fn the_floor_of_drives_is_the_published_one() {
+        let Some(data) = recorded() else { return };
+        let drives = drives::load(&data).unwrap();
+        assert_eq!((drives.set.len(), drives.set.width()), (35_975, 13));
+        let Floor::Scores(scores) = &drives.floor else {
+            panic!("drives have scores");
+        };
+        let published = [(0.786, 0.045), (0.793, 0.153), (0.798, 0.238)];
+        for ((horizon, scores), floor) in drives.settings.horizons.iter().zip(scores).zip(published) {
+            let failed = drives.set.outcomes().iter().map(|o| o.fails_before(*horizon));
+            let rows: Vec<(f64, bool)> = scores.iter().copied().zip(failed).collect();
+            let (roc, precision) = metric::areas(&rows);
+            assert!(
+                (roc - floor.0).abs() < 6e-4 && (precision - floor.1).abs() < 6e-4,
+                "{horizon}: {roc} {precision}"
+            );
+        }
+    }
+
+    /// RMSE 19.7 with folds by unit number: the published floor of engines.
+    #[test]
+    fn the_floor_of_engines_is_the_published_one() {
+        let Some(data) = recorded() else { return };
+        let engines = engines::load(&data).unwrap();
+        let Floor::RidgeTimes(rows) = &engines.floor else {
+            panic!("engines have times");
+        };
+        let cap = 125.0;
+        let mut squares = Vec::new();
+        for fold in 0..5 {
+            let test = rows.units_where(|unit| unit % 5 == fold);
+            let times = floor::ridge_times(&rows.units_where(|unit| unit % 5 != fold), &test, cap);
+            let errors = times.iter().zip(test.outcomes());
+            squares.extend(errors.map(|(time, outcome)| (time - outcome.time().min(cap)).powi(2)));
+        }
+        assert_eq!(squares.len(), 20_631);
+        let rmse = metric::mean(squares.into_iter()).sqrt();
+        assert!((rmse - 19.7).abs() < 0.05, "{rmse}");
+    }
+}
