@@ -32,7 +32,7 @@ const Z: f64 = 1.645;
 const FALL: f64 = 0.2;
 
 /// One resource of one service, as shares of its limit over time.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Track {
     horizons: Vec<Horizon>,
     step_s: f64,
@@ -81,11 +81,27 @@ pub struct Line {
 }
 
 /// What is known of a resource now.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Course<'a> {
     track: &'a Track,
     now_s: f64,
     value: f64,
+}
+
+impl std::fmt::Debug for Track {
+    /// Prints no value: raw data stay on the host, logs included.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Track")
+            .field("points", &self.points.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Course<'_> {
+    /// Prints no value either.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Course").finish_non_exhaustive()
+    }
 }
 
 /// What the line says.
@@ -568,6 +584,14 @@ mod tests {
         );
         let said = track.extrapolate().unwrap();
         assert!(said.chances[2].unwrap().probability < 0.1 && said.lead.is_none());
+    }
+
+    #[test]
+    fn debug_prints_no_measurement() {
+        let mut track = track();
+        feed(&mut track, 0, (0..20).map(|_| 0.123_456));
+        assert_eq!(format!("{track:?}"), "Track { points: 3, .. }");
+        assert_eq!(format!("{:?}", track.course().unwrap()), "Course { .. }");
     }
 
     #[test]

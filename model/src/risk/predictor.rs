@@ -368,7 +368,7 @@ mod tests {
         let mut set = TrainingSet::new(2).unwrap();
         for unit in 0..units {
             let life = rng.random_range(40.0..90.0_f64);
-            let lost = (unit % 3 == 0).then(|| life * 0.8);
+            let lost = (unit % 3 == 0).then_some(life * 0.8);
             let mut age = 0.0;
             while age < lost.unwrap_or(life) {
                 let row = [
