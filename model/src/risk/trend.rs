@@ -44,3 +44,37 @@ pub fn features(course: &Course<'_>) -> Result<Vec<f64>, Abstain> {
     }
     Ok(row)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::risk::Horizon;
+    use crate::risk::exhaustion::Track;
+
+    fn after(seconds: u32, share: impl Fn(f64) -> f64) -> Result<Vec<f64>, Abstain> {
+        let mut track = Track::new(&Horizon::DEFAULT).unwrap();
+        for second in 0..seconds {
+            let at_s = f64::from(second);
+            track.push(at_s, share(at_s));
+        }
+        features(&track.course().unwrap())
+    }
+
+    #[test]
+    fn every_feature_has_a_name_and_is_finite_even_past_the_limit() {
+        for row in [after(1000, |_| 0.5), after(1000, |at_s| at_s / 500.0)] {
+            let row = row.unwrap();
+            assert_eq!(row.len(), names().len());
+            assert!(row.iter().all(|value| value.is_finite()));
+        }
+        assert_eq!(after(10, |_| 0.5), Err(Abstain::TooShort));
+    }
+
+    #[test]
+    fn a_steeper_course_has_more_growth() {
+        let steep = after(900, |at_s| 0.1 + at_s / 1100.0).unwrap();
+        let flat = after(900, |at_s| 0.1 + at_s / 9000.0).unwrap();
+        let growth = names().iter().position(|name| name == "growth_15m").unwrap();
+        assert!(steep[growth] > flat[growth]);
+    }
+}
