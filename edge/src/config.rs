@@ -12,6 +12,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use theriac_command::settings::{self, SettingsError};
 use theriac_heal::policy::{HealPolicy, HealingSection, NodeBudget};
+use theriac_model::risk::Horizon;
+use theriac_model::risk::exhaustion::Limit;
 use theriac_protocol::units::NodeId;
 
 use crate::probe::ProbeUrl;
@@ -51,6 +53,8 @@ pub struct EdgeSettings {
     pub sampling: SamplingSettings,
     /// When a measurement counts as an anomaly.
     pub detection: DetectionSettings,
+    /// How far ahead failures are looked for.
+    pub risk: RiskSettings,
     /// Learning together with other sites.
     pub federation: FederationSettings,
     /// The page on loopback.
@@ -128,6 +132,46 @@ impl Default for DetectionSettings {
             threshold_factor: 1.0,
         }
     }
+}
+
+/// `[risk]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RiskSettings {
+    /// Horizons of the failure risk, 1 to 8, ascending, each 1 s to 24 h; default `["1m", "5m", "15m"]`. What a resource did
+    /// for as long as the longest one is remembered. Short ones leave no time to act; long ones are guesses.
+    #[serde(with = "duration_list")]
+    pub horizons: Vec<Duration>,
+    /// A fitted risk model (`theriac-lab risk` leaves one). Default: none, resources are extrapolated linearly towards
+    /// their limits. One whose horizons are others is refused, and the linear extrapolation stays.
+    pub model: Option<PathBuf>,
+}
+
+impl Default for RiskSettings {
+    fn default() -> Self {
+        Self {
+            horizons: Horizon::DEFAULT.map(Horizon::ahead).to_vec(),
+            model: None,
+        }
+    }
+}
+
+/// A checked `[risk]`.
+#[derive(Debug, Clone)]
+pub struct RiskConfig {
+    /// Ascending.
+    pub horizons: Vec<Horizon>,
+    /// Where the fitted model is.
+    pub model: Option<PathBuf>,
+}
+
+/// `[service.limits]`
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitSettings {
+    /// Resident memory, in bytes, at which the service fails or is ended, above 0. Default: not known; then the host's
+    /// memory is what runs out. Too low foretells failures that do not come; too high foretells none.
+    pub memory_bytes: Option<u64>,
 }
 
 /// `[federation]`
@@ -216,6 +260,9 @@ pub struct ServiceSettings {
     /// first; healing does not depend on it. A missing name hides a cause, a wrong one blames a bystander.
     #[serde(default)]
     pub depends_on: Vec<String>,
+    /// What the service must not use up; its failure risk is judged by it.
+    #[serde(default)]
+    pub limits: LimitSettings,
     /// What may be done to this service, where it differs from `[healing]`.
     #[serde(default)]
     pub healing: HealingSection,
@@ -300,6 +347,8 @@ pub struct EdgeConfig {
     pub sampling: SamplingSettings,
     /// Checked `[detection]`.
     pub detection: DetectionSettings,
+    /// Checked `[risk]`.
+    pub risk: RiskConfig,
     /// Checked `[federation]`.
     pub federation: FederationSettings,
     /// Checked `[http]`.
@@ -344,6 +393,8 @@ pub struct ServiceConfig {
     pub state: Option<StateSettings>,
     /// Names of services that it calls, each one supervised here.
     pub depends_on: Vec<String>,
+    /// Resident memory at which it fails, where that is known.
+    pub memory_limit: Option<Limit>,
 }
 
 /// A checked probe.
@@ -401,6 +452,7 @@ impl EdgeConfig {
         };
         check_sampling(&settings.sampling)?;
         check_detection(&settings.detection, &settings.sampling)?;
+        let risk = check_risk(settings.risk)?;
         check_federation(&settings.federation)?;
         if !settings.http.listen.ip().is_loopback() {
             let got = settings.http.listen;
@@ -423,6 +475,7 @@ impl EdgeConfig {
             state_dir,
             sampling: settings.sampling,
             detection: settings.detection,
+            risk,
             federation: settings.federation,
             http: settings.http,
             healing_budget,
@@ -541,6 +594,22 @@ fn check_detection(detection: &DetectionSettings, sampling: &SamplingSettings) -
         ));
     }
     Ok(())
+}
+
+fn check_risk(risk: RiskSettings) -> Result<RiskConfig, ConfigError> {
+    count("risk.horizons", risk.horizons.len(), 1, 8)?;
+    if !risk.horizons.windows(2).all(|pair| pair[0] < pair[1]) {
+        return Err(wrong("risk.horizons", "each must be longer than the one before"));
+    }
+    let horizons = risk
+        .horizons
+        .into_iter()
+        .map(|horizon| Horizon::new(horizon).map_err(|error| wrong("risk.horizons", error)))
+        .collect::<Result<_, _>>()?;
+    Ok(RiskConfig {
+        horizons,
+        model: risk.model,
+    })
 }
 
 fn check_federation(federation: &FederationSettings) -> Result<(), ConfigError> {
@@ -684,6 +753,11 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
         )?;
         count(&key("state.keep"), state.keep, 1, 100)?;
     }
+    let memory_limit = service
+        .limits
+        .memory_bytes
+        .map(|bytes| Limit::new(bytes as f64).map_err(|error| wrong(key("limits.memory_bytes"), error)))
+        .transpose()?;
     let healing = service
         .healing
         .over(above)
@@ -701,6 +775,7 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
         probe,
         state: service.state,
         depends_on: service.depends_on,
+        memory_limit,
     })
 }
 
@@ -725,6 +800,26 @@ mod duration_pair {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[Duration; 2], D::Error> {
         let [first, second] = <[Span; 2]>::deserialize(deserializer)?;
         Ok([first.0, second.0])
+    }
+}
+
+/// `["1m", "5m"]`
+mod duration_list {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use theriac_command::settings;
+
+    #[derive(Deserialize, Serialize)]
+    struct Span(#[serde(with = "settings::duration")] Duration);
+
+    pub(super) fn serialize<S: Serializer>(list: &[Duration], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(list.iter().copied().map(Span))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Duration>, D::Error> {
+        let list = Vec::<Span>::deserialize(deserializer)?;
+        Ok(list.into_iter().map(|span| span.0).collect())
     }
 }
 
@@ -764,6 +859,7 @@ mod tests {
         for section in [
             "[sampling]",
             "[detection]",
+            "[risk]",
             "[federation]",
             "[http]",
             "[healing]",
@@ -778,7 +874,14 @@ mod tests {
     fn example_shows_the_defaults() {
         let table: toml::Table = example().parse().unwrap();
         let defaults = toml::Table::try_from(EdgeSettings::default()).unwrap();
-        for section in ["sampling", "detection", "federation", "http", "healing_budget"] {
+        for section in [
+            "sampling",
+            "detection",
+            "risk",
+            "federation",
+            "http",
+            "healing_budget",
+        ] {
             let shown = table[section].as_table().unwrap();
             for (key, value) in defaults[section].as_table().unwrap() {
                 assert_eq!(shown.get(key), Some(value), "{section}.{key}");
@@ -795,6 +898,13 @@ mod tests {
             ("[detection]\nwarm_up_rows = 20000", "14400"),
             ("[detection]\nhalf_lives = ['12s', '3s']", "second"),
             ("[detection]\nthreshold_factor = nan", "NaN"),
+            ("[risk]\nhorizons = []", "risk.horizons"),
+            ("[risk]\nhorizons = ['5m', '1m']", "longer"),
+            ("[risk]\nhorizons = ['100ms']", "24 h"),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nlimits.memory_bytes = 0",
+                "above 0",
+            ),
             ("[federation]\naggregator = 'nowhere'", "nowhere"),
             ("[federation]\nretry_base = '10s'\nretry_max = '1s'", "1s"),
             ("[http]\nlisten = '0.0.0.0:80'", "0.0.0.0:80"),

@@ -22,6 +22,7 @@ mod level;
 pub mod metrics;
 pub mod probe;
 pub mod respond;
+pub mod risk;
 mod run;
 pub mod sample;
 pub mod service;

@@ -23,6 +23,15 @@ pub struct Service {
     pub service: String,
 }
 
+/// One supervised service, or the host, and how far ahead is looked.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ServiceHorizon {
+    /// Its name.
+    pub service: String,
+    /// Such as `5m`: as configured, at most 8.
+    pub horizon: String,
+}
+
 /// A gauge of real numbers.
 pub type Real = Gauge<f64, AtomicU64>;
 
@@ -42,6 +51,7 @@ pub struct Metrics {
     pub score: Family<Service, Real>,
     pub threshold: Family<Service, Real>,
     pub alarms: Family<Service, Counter>,
+    pub failure_risk: Family<ServiceHorizon, Real>,
     pub probes: Family<Service, Counter>,
     pub probe_failures: Family<Service, Counter>,
     pub service_up: Family<Service, Gauge>,
@@ -93,6 +103,11 @@ impl Metrics {
             score: r.add("score", "Latest anomaly score"),
             threshold: r.add("threshold", "Alarm threshold of the score"),
             alarms: r.add("alarms", "Alarms raised"),
+            failure_risk: r.unit(
+                "failure_risk",
+                "Chance that a resource runs out within the horizon; no series while the model abstains",
+                Unit::Other("ratio".to_owned()),
+            ),
             probes: r.add("probes", "Probes that ended"),
             probe_failures: r.add("probe_failures", "Probes that failed"),
             service_up: r.add(
@@ -189,6 +204,14 @@ pub fn service(name: impl Into<String>) -> Service {
     Service { service: name.into() }
 }
 
+/// The label set of one service and horizon.
+pub fn at_horizon(name: impl Into<String>, horizon: String) -> ServiceHorizon {
+    ServiceHorizon {
+        service: name.into(),
+        horizon,
+    }
+}
+
 /// Raises `counter` to a total that is counted elsewhere.
 pub fn raise_to(counter: &Counter, total: u64) {
     counter.inner().fetch_max(total, Ordering::Relaxed);
@@ -225,6 +248,10 @@ mod tests {
         let metrics = Metrics::new();
         metrics.samples.inc();
         metrics.updates.get_or_create(&kind("accepted")).inc();
+        metrics
+            .failure_risk
+            .get_or_create(&at_horizon("kv", "5m".to_owned()))
+            .set(0.25);
         raise_to(&metrics.bytes_sent, 7);
         raise_to(&metrics.bytes_sent, 5);
         let text = metrics.encode().unwrap();
@@ -233,6 +260,7 @@ mod tests {
             "theriac_edge_samples_total 1",
             "theriac_edge_updates_total{kind=\"accepted\"} 1",
             "theriac_edge_sent_bytes_total 7",
+            "theriac_edge_failure_risk_ratio{service=\"kv\",horizon=\"5m\"} 0.25",
             "theriac_edge_storage_ok 1",
         ] {
             assert!(

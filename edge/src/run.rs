@@ -21,6 +21,7 @@ use crate::detect::{LaneShared, load_detector};
 use crate::http::{self, Page};
 use crate::metrics::Metrics;
 use crate::respond::{self, Events, Hand, Responder};
+use crate::risk::RiskModel;
 use crate::service::{self, Command, Commands, ServiceContext, ServiceShared};
 use crate::state_dir::{Joined, Lock, StateDir, StateDirError};
 use crate::status::{Board, Federation};
@@ -243,6 +244,7 @@ impl Edge {
         let watch = Watch {
             sampling: self.config.sampling.clone(),
             detection: self.config.detection.clone(),
+            risk: risk_model(&self.config),
             lanes: self.lanes.iter().cloned().zip(self.services_of_lanes()).collect(),
             dir: self.dir.clone(),
             events,
@@ -320,6 +322,15 @@ impl Edge {
         let services: Vec<_> = self.services.iter().cloned().map(Some).collect();
         if services.is_empty() { vec![None] } else { services }.into_iter()
     }
+}
+
+/// The fitted risk model; the linear extrapolation when it cannot be used, for a bad file must not stop detection and
+/// healing.
+fn risk_model(config: &EdgeConfig) -> RiskModel {
+    RiskModel::load(&config.risk).unwrap_or_else(|error| {
+        tracing::error!(code = "TH-E0335", %error, "the risk model is not used; resources are extrapolated linearly");
+        RiskModel::linear(config.risk.horizons.clone())
+    })
 }
 
 /// One lane for each service; without services one for the bare host.

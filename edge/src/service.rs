@@ -13,6 +13,7 @@ use theriac_heal::executor::process::{
 use theriac_heal::executor::service::{ServiceHands, ServiceState};
 use theriac_heal::incident::Input;
 use theriac_heal::types::{ActionKind, Intent};
+use theriac_model::risk::Risk;
 use tokio::sync::{Notify, mpsc};
 
 use crate::config::{ProbeConfig, ServiceConfig, StateSettings};
@@ -60,6 +61,8 @@ pub struct ServiceShared {
     hurry: Notify,
     // Held for one addition or copy, never across an await.
     probes: Mutex<ProbeWindow>,
+    // The same.
+    risks: Mutex<Vec<Risk>>,
 }
 
 impl ServiceShared {
@@ -76,6 +79,7 @@ impl ServiceShared {
             answers: AtomicBool::new(false),
             hurry: Notify::new(),
             probes: Mutex::default(),
+            risks: Mutex::default(),
         }
     }
 
@@ -95,6 +99,16 @@ impl ServiceShared {
     /// The probes since the last call.
     pub fn take_probes(&self) -> ProbeWindow {
         self.probes.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Its failure risk as of the latest sample, one for each horizon, ascending; empty before the first sample. For whoever
+    /// plans ahead, such as the scheduler of checkpoints.
+    pub fn risks(&self) -> Vec<Risk> {
+        self.risks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn note_risks(&self, risks: Vec<Risk>) {
+        *self.risks.lock().unwrap_or_else(PoisonError::into_inner) = risks;
     }
 
     fn set_pid(&self, pid: Option<u32>) {

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use theriac_heal::types::Incident;
+use theriac_model::risk::Risk;
 
 /// Most incidents that the page shows; older ones are in the store.
 const INCIDENTS_SHOWN: usize = 200;
@@ -52,6 +53,9 @@ pub struct Status {
     /// Whether the state directory can be written and has room: `ok`, `full` or `failing`. Unless `ok`, nothing is trained
     /// or sent.
     pub storage: Storage,
+    /// Failure risk of the host itself, one for each horizon.
+    #[serde(default)]
+    pub risk: Vec<RiskView>,
     /// Services that are watched.
     pub services: Vec<ServiceStatus>,
     /// Seconds since the start.
@@ -115,6 +119,54 @@ pub struct ServiceStatus {
     pub alarm: bool,
     /// Complete checkpoints of its state.
     pub checkpoints: u64,
+    /// Its failure risk, one for each horizon; empty before the first sample.
+    #[serde(default)]
+    pub risk: Vec<RiskView>,
+}
+
+/// The failure risk within one horizon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RiskView {
+    /// Such as `5m`.
+    pub horizon: String,
+    /// Chance of failing within it, 0 to 1; absent when the model abstains.
+    pub probability: Option<f64>,
+    /// Lower bound of the chance.
+    pub low: Option<f64>,
+    /// Upper bound of the chance.
+    pub high: Option<f64>,
+    /// Why the model abstains: `no_limit`, `too_short`, `missing`, `out_of_domain`.
+    pub abstain: Option<String>,
+    /// What runs out: `memory`, `host_memory`, `disk`, `file_descriptors`.
+    pub resource: Option<String>,
+    /// The earliest time at which it runs out, in seconds from now; absent while nothing is in sight.
+    pub lead_low_s: Option<f64>,
+    /// The expected time, in seconds.
+    pub lead_expected_s: Option<f64>,
+    /// The latest time, in seconds; absent where the interval is open.
+    pub lead_high_s: Option<f64>,
+    /// `linear-1`, or the fitted model's version.
+    pub model: String,
+}
+
+impl From<&Risk> for RiskView {
+    fn from(risk: &Risk) -> Self {
+        let chance = risk.chance.ok();
+        // What a JSON number cannot say is left out.
+        let finite = |value: f64| Some(value).filter(|value| value.is_finite());
+        Self {
+            horizon: risk.horizon.to_string(),
+            probability: chance.map(|chance| chance.probability),
+            low: chance.map(|chance| chance.low),
+            high: chance.map(|chance| chance.high),
+            abstain: risk.chance.err().map(|abstain| abstain.word().to_owned()),
+            resource: risk.resource.map(str::to_owned),
+            lead_low_s: risk.lead.and_then(|lead| finite(lead.low)),
+            lead_expected_s: risk.lead.and_then(|lead| finite(lead.expected)),
+            lead_high_s: risk.lead.and_then(|lead| lead.high.and_then(finite)),
+            model: risk.model.to_string(),
+        }
+    }
 }
 
 /// One incident as `/incidents` shows it.
@@ -217,6 +269,7 @@ impl Board {
             updates_refused: 0,
             last_refusal: None,
             storage: Storage::Ok,
+            risk: Vec::new(),
             services: Vec::new(),
             uptime_s: 0.0,
         };
@@ -249,6 +302,7 @@ impl Board {
             threshold: None,
             alarm: false,
             checkpoints: 0,
+            risk: Vec::new(),
         };
         change(self.lock().services.entry(name.to_owned()).or_insert_with(fresh));
     }
@@ -324,6 +378,7 @@ mod tests {
             "updates_accepted",
             "updates_refused",
             "last_refusal",
+            "risk",
             "services",
             "uptime_s",
         ] {

@@ -10,14 +10,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use theriac_heal::incident::Input;
 use theriac_model::detector::Detector;
+use theriac_model::risk::{Risk, RiskError};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::HOST;
 use crate::config::{DetectionSettings, SamplingSettings};
 use crate::detect::{Blame, FitEvent, Lane, LaneShared, RowVerdict, Signal, keep_detector};
-use crate::metrics::{Metrics, kind, service as label};
-use crate::sample::{HostSampler, ProbeWindow, ServiceSampler, row};
+use crate::metrics::{Metrics, at_horizon, kind, service as label};
+use crate::risk::{HostRisk, RiskModel, ServiceRisk};
+use crate::sample::{HostSampler, ProbeWindow, ServiceReading, ServiceSampler, row};
 use crate::service::ServiceShared;
 use crate::state_dir::StateDir;
 use crate::status::{Board, Phase};
@@ -35,6 +37,8 @@ pub struct Watch {
     pub sampling: SamplingSettings,
     /// Checked `[detection]`.
     pub detection: DetectionSettings,
+    /// Judges how likely failures are.
+    pub risk: RiskModel,
     /// One lane for each service, or one for the bare host.
     pub lanes: Vec<(Arc<LaneShared>, Option<Arc<ServiceShared>>)>,
     /// Where detectors are kept.
@@ -59,13 +63,22 @@ struct Row {
     untold: Untold,
     normal: NewNormal,
     latest: Option<RowVerdict>,
+    risk: Option<ServiceRisk>,
+}
+
+/// What one tick saw of the host, with the time since the last one and since the start.
+struct Tick {
+    at_ms: u64,
+    now_s: f64,
+    elapsed: Duration,
+    host: crate::sample::HostReading,
 }
 
 /// Samples until the signal to stop.
 ///
 /// # Errors
-/// Never; the signature is the one of a task.
-pub async fn run(watch: Watch, mut shutdown: Shutdown) -> Result<(), std::convert::Infallible> {
+/// [`RiskError::Edges`] for horizons that do not ascend, which the configuration rules out.
+pub async fn run(watch: Watch, mut shutdown: Shutdown) -> Result<(), RiskError> {
     let interval = watch.sampling.interval;
     let space: PathBuf = watch
         .sampling
@@ -73,23 +86,12 @@ pub async fn run(watch: Watch, mut shutdown: Shutdown) -> Result<(), std::conver
         .clone()
         .unwrap_or_else(|| watch.dir.root().to_owned());
     let mut host = HostSampler::new(&space, watch.sampling.interfaces.clone());
-    let mut rows: Vec<Row> = watch
-        .lanes
-        .iter()
-        .map(|(shared, service)| Row {
-            lane: Lane::new(Arc::clone(shared), watch.detection.clone(), interval),
-            service: service.clone(),
-            sampler: ServiceSampler::default(),
-            pid: None,
-            blames_host: false,
-            untold: Untold::default(),
-            normal: NewNormal::default(),
-            latest: None,
-        })
-        .collect();
+    let mut host_risk = HostRisk::new(&watch.risk)?;
+    let mut rows = watch.rows()?;
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let mut before = Instant::now();
+    let started = Instant::now();
+    let mut before = started;
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -101,10 +103,24 @@ pub async fn run(watch: Watch, mut shutdown: Shutdown) -> Result<(), std::conver
         if elapsed > interval * 2 {
             watch.metrics.samples_late.inc();
         }
-        let reading = host.read(elapsed);
-        let at_ms = unix_ms();
+        let tick = Tick {
+            at_ms: unix_ms(),
+            now_s: begun.duration_since(started).as_secs_f64(),
+            elapsed,
+            host: host.read(elapsed),
+        };
+        let (host_memory, risks) = host_risk.tick(tick.now_s, &tick.host, host.disk_used());
+        watch.show_risk(HOST, &risks);
+        watch
+            .board
+            .update(|status| status.risk = risks.iter().map(Into::into).collect());
         for row in &mut rows {
-            watch.one(row, at_ms, &reading, elapsed).await;
+            let reading = watch.one(row, &tick).await;
+            if let (Some(risk), Some(service)) = (&mut row.risk, &row.service) {
+                let risks = risk.tick(tick.now_s, reading.as_ref(), &host_memory);
+                watch.show_risk(&service.name, &risks);
+                service.note_risks(risks);
+            }
         }
         watch.show(&rows);
         watch.metrics.sample_seconds.inc_by(begun.elapsed().as_secs_f64());
@@ -112,21 +128,44 @@ pub async fn run(watch: Watch, mut shutdown: Shutdown) -> Result<(), std::conver
 }
 
 impl Watch {
-    async fn one(&self, state: &mut Row, at_ms: u64, host: &crate::sample::HostReading, elapsed: Duration) {
+    fn rows(&self) -> Result<Vec<Row>, RiskError> {
+        let row = |(shared, service): &(Arc<LaneShared>, Option<Arc<ServiceShared>>)| {
+            let risk = service
+                .as_ref()
+                .map(|service| ServiceRisk::new(&self.risk, &service.config));
+            Ok(Row {
+                lane: Lane::new(Arc::clone(shared), self.detection.clone(), self.sampling.interval),
+                service: service.clone(),
+                sampler: ServiceSampler::default(),
+                pid: None,
+                blames_host: false,
+                untold: Untold::default(),
+                normal: NewNormal::default(),
+                latest: None,
+                risk: risk.transpose()?,
+            })
+        };
+        self.lanes.iter().map(row).collect()
+    }
+
+    async fn one(&self, state: &mut Row, tick: &Tick) -> Option<ServiceReading> {
         let pid = state.service.as_ref().and_then(|service| service.pid());
         if state.pid.is_some() && pid.is_some() && pid != state.pid {
             state.lane.restarted();
+            if let Some(risk) = &mut state.risk {
+                risk.restarted();
+            }
         }
         state.pid = pid.or(state.pid);
-        let reading = state.sampler.read(pid, elapsed);
+        let reading = state.sampler.read(pid, tick.elapsed);
         let probes = state
             .service
             .as_ref()
             .map_or_else(ProbeWindow::default, |service| service.take_probes());
         let sample = row(
             &state.lane.shared().schema,
-            at_ms,
-            host,
+            tick.at_ms,
+            &tick.host,
             reading.as_ref(),
             &probes,
         );
@@ -155,7 +194,7 @@ impl Watch {
         state.untold.send(&self.events, &state.lane.shared().name);
         state.latest = Some(verdict);
         if state.normal.learning.is_some_and(|rows_left| rows_left > 0) {
-            return;
+            return reading;
         }
         let event = state.lane.tend().await;
         if event.is_some() {
@@ -172,6 +211,26 @@ impl Watch {
                 );
             }
             None => {}
+        }
+        reading
+    }
+
+    /// Chances into the metrics and onto the page; a horizon without one has no series.
+    fn show_risk(&self, name: &str, risks: &[Risk]) {
+        for risk in risks {
+            let labels = at_horizon(name, risk.horizon.to_string());
+            if let Ok(chance) = risk.chance {
+                self.metrics
+                    .failure_risk
+                    .get_or_create(&labels)
+                    .set(chance.probability);
+            } else {
+                self.metrics.failure_risk.remove(&labels);
+            }
+        }
+        if name != HOST {
+            self.board
+                .update_service(name, |line| line.risk = risks.iter().map(Into::into).collect());
         }
     }
 

@@ -17,6 +17,7 @@ pub mod evaluate;
 pub mod fleet;
 pub mod hostile;
 pub mod load;
+pub mod risk;
 pub mod service;
 pub mod simulate;
 pub mod traffic;

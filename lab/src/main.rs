@@ -20,6 +20,7 @@ use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
 use theriac_lab::load;
+use theriac_lab::risk;
 use theriac_lab::service;
 use theriac_lab::simulate::{self, SimulateError};
 
@@ -69,6 +70,9 @@ enum Command {
     /// Measures how well causes are found: channels of recorded servers, services of a recorded shop.
     #[command(after_help = "Example: theriac-lab causes --data recorded --petshop shop")]
     Causes(causes::Args),
+    /// Judges how well failures are foretold, on recorded engines and drives and on made ramps.
+    #[command(after_help = "Example: theriac-lab risk --data recorded --out theriac-risk")]
+    Risk(risk::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -209,6 +213,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Simulate(args) => run_simulate(args),
         Command::Evaluate(args) => run_evaluate(args),
         Command::Causes(args) => run_causes(args),
+        Command::Risk(args) => run_risk(&args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -332,6 +337,13 @@ fn run_causes(args: causes::Args) -> Result<ExitCode, Problem> {
         }
     })?;
     print(args.format, &measured, measured.table())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_risk(args: &risk::Args) -> Result<ExitCode, Problem> {
+    telemetry::init("warn", LogFormat::Human);
+    let figures = risk::run(args).map_err(|error| Problem::failed("TH-E0820", error))?;
+    print(args.format, &figures, risk::table(&figures))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -31,6 +31,7 @@ pub mod moments;
 pub mod normalise;
 pub mod params;
 pub mod ridge;
+pub mod risk;
 pub mod sample;
 pub mod score;
 pub mod series;

@@ -11,7 +11,7 @@ use theriac_command::problem::Problem;
 use super::{ConfigArguments, or_dash, unprinted};
 use crate::probe::{self, ProbeUrl};
 use crate::state_dir::StateDir;
-use crate::status::{Phase, Status, Storage};
+use crate::status::{Phase, RiskView, Status, Storage};
 
 /// Longest wait for the page.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -102,6 +102,7 @@ fn human(status: &Status, health: &str) -> String {
             or_dash(status.delta)
         ),
         format!("storage     {}", word(status.storage)),
+        format!("host risk   {}", risk(&status.risk)),
     ];
     if !status.services.is_empty() {
         let rows: Vec<Vec<String>> = status
@@ -115,16 +116,46 @@ fn human(status: &Status, health: &str) -> String {
                     service.restarts.to_string(),
                     if service.healthy { "yes" } else { "NO" }.to_owned(),
                     or_dash(service.score.map(|score| format!("{score:.2}"))),
+                    risk(&service.risk),
                 ]
             })
             .collect();
         lines.push(String::new());
         lines.push(table(
-            &["service", "state", "pid", "restarts", "healthy", "score"],
+            &[
+                "service",
+                "state",
+                "pid",
+                "restarts",
+                "healthy",
+                "score",
+                "failure risk",
+            ],
             &rows,
         ));
     }
     lines.join("\n")
+}
+
+/// The chance of each horizon, then what runs out and when: `0% 1m, 4% 5m, 61% 15m (memory, 640 s)`.
+fn risk(risks: &[RiskView]) -> String {
+    let Some(last) = risks.last() else {
+        return "-".to_owned();
+    };
+    let chances: Vec<String> = risks
+        .iter()
+        .map(|risk| match (risk.probability, &risk.abstain) {
+            (Some(probability), _) => format!("{:.0}% {}", 100.0 * probability, risk.horizon),
+            (None, reason) => format!("{} {}", or_dash(reason.as_ref()), risk.horizon),
+        })
+        .collect();
+    let lead = risks.iter().find_map(|risk| risk.lead_expected_s);
+    let of = match (&last.resource, lead) {
+        (Some(resource), Some(lead)) => format!(" ({resource}, {lead:.0} s)"),
+        (Some(resource), None) => format!(" ({resource})"),
+        (None, _) => String::new(),
+    };
+    format!("{}{of}", chances.join(", "))
 }
 
 /// The word that the JSON form has for a state.

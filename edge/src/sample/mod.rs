@@ -89,6 +89,7 @@ mod tests {
             memory_bytes: 1.0,
             threads: 1.0,
             file_descriptors: 1.0,
+            file_descriptor_share: 1.0,
             disk_read: 1.0,
             disk_write: 1.0,
         };

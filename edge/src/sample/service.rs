@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use procfs::process::{Process, Stat};
+use procfs::process::{LimitValue, Process, Stat};
 
 use super::rate;
 
@@ -23,6 +23,9 @@ pub struct ServiceReading {
     pub threads: f64,
     /// Number of open file descriptors; NaN when it may not be read.
     pub file_descriptors: f64,
+    /// Share of its own limit of open files that the fullest process uses, 0 to 1; NaN when it may not be read or there is
+    /// no limit.
+    pub file_descriptor_share: f64,
     /// Bytes per second read from disk; NaN when it may not be read.
     pub disk_read: f64,
     /// Bytes per second written to disk; NaN when it may not be read.
@@ -42,6 +45,8 @@ struct Counters {
     cpu_ticks: u64,
     read_bytes: Option<u64>,
     written_bytes: Option<u64>,
+    /// Its limit of open files, read once.
+    open_files_max: Option<u64>,
 }
 
 /// Reads one service again and again. Processes are told apart by id *and* start time, since ids come back.
@@ -99,22 +104,28 @@ impl ServiceSampler {
 
     fn add(&self, sum: &mut Sum, process: &Process, stat: &Stat, identity: (i32, u64)) -> Counters {
         let io = process.io().ok();
+        let before = self.counters.get(&identity);
         let now = Counters {
+            open_files_max: before.map_or_else(|| open_files_max(process), |before| before.open_files_max),
             cpu_ticks: stat.utime + stat.stime,
             read_bytes: io.as_ref().map(|io| io.read_bytes),
             written_bytes: io.as_ref().map(|io| io.write_bytes),
         };
         // A process that was not there at the last reading did all of its work since.
-        let before = self.counters.get(&identity);
         sum.cpu_ticks += now
             .cpu_ticks
             .saturating_sub(before.map_or(0, |before| before.cpu_ticks));
         sum.memory_bytes += stat.rss * procfs::page_size();
         sum.threads += u64::try_from(stat.num_threads).unwrap_or(0);
-        sum.file_descriptors = match (sum.file_descriptors, process.fd_count()) {
-            (Some(sum), Ok(count)) => Some(sum + count as u64),
+        let descriptors = process.fd_count().ok();
+        sum.file_descriptors = match (sum.file_descriptors, descriptors) {
+            (Some(sum), Some(count)) => Some(sum + count as u64),
             _ => None,
         };
+        if let (Some(count), Some(most)) = (descriptors, now.open_files_max) {
+            // `max` passes over the NaN of "none so far".
+            sum.file_descriptor_share = sum.file_descriptor_share.max(count as f64 / most.max(1) as f64);
+        }
         let grown = |now: Option<u64>, before: Option<Option<u64>>| {
             Some(now?.saturating_sub(before.flatten().unwrap_or(0)))
         };
@@ -136,6 +147,7 @@ struct Sum {
     memory_bytes: u64,
     threads: u64,
     file_descriptors: Option<u64>,
+    file_descriptor_share: f64,
     read_bytes: Option<u64>,
     written_bytes: Option<u64>,
 }
@@ -147,6 +159,7 @@ impl Default for Sum {
             memory_bytes: 0,
             threads: 0,
             file_descriptors: Some(0),
+            file_descriptor_share: f64::NAN,
             read_bytes: Some(0),
             written_bytes: Some(0),
         }
@@ -165,9 +178,17 @@ impl Sum {
             memory_bytes: self.memory_bytes as f64,
             threads: self.threads as f64,
             file_descriptors: self.file_descriptors.map_or(f64::NAN, |count| count as f64),
+            file_descriptor_share: self.file_descriptor_share,
             disk_read: per_second(self.read_bytes),
             disk_write: per_second(self.written_bytes),
         }
+    }
+}
+
+fn open_files_max(process: &Process) -> Option<u64> {
+    match process.limits().ok()?.max_open_files.soft_limit {
+        LimitValue::Value(most) => Some(most),
+        LimitValue::Unlimited => None,
     }
 }
 
@@ -283,6 +304,12 @@ mod tests {
         child.wait().unwrap();
     }
 
+    /// Soft limit of open files of this process, which its children have too.
+    fn rustix_limit() -> (f64, Option<u64>) {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        (limit.current.unwrap_or(u64::MAX) as f64, limit.maximum)
+    }
+
     fn wait_until(mut done: impl FnMut() -> bool) {
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
         while !done() {
@@ -307,6 +334,12 @@ mod tests {
             reading.threads
         );
         assert!(reading.memory_bytes > 100_000.0 && reading.file_descriptors >= 9.0);
+        let (limit, _) = rustix_limit();
+        let share = reading.file_descriptor_share;
+        assert!(
+            share > 0.0 && share * limit <= reading.file_descriptors,
+            "the fullest, not the sum"
+        );
         assert!(reading.cpu_cores >= 0.0 && reading.disk_read >= 0.0);
         end(child);
     }

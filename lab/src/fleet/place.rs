@@ -17,6 +17,9 @@ pub const SERVICE: &str = "kv";
 /// How often an edge of the lab measures.
 pub const SAMPLING: Duration = Duration::from_millis(250);
 
+/// Memory at which the service counts as failed, in bytes: where its leak stops.
+const SERVICE_MEMORY_MAX: u64 = 1 << 30;
+
 /// One edge with its service.
 #[derive(Debug, Clone)]
 pub struct Site {
@@ -98,6 +101,7 @@ impl Site {
                 false_alarms_per_day: terms.false_alarms_per_day,
                 ..edge::DetectionSettings::default()
             },
+            risk: edge::RiskSettings::default(),
             federation: edge::FederationSettings {
                 privacy_policy: Some(self.privacy()),
                 retry_base: Duration::from_millis(200),
@@ -183,6 +187,9 @@ impl Site {
                 keep: 2,
             }),
             depends_on: Vec::new(),
+            limits: edge::LimitSettings {
+                memory_bytes: Some(SERVICE_MEMORY_MAX),
+            },
             healing: HealingSection::default(),
         }
     }
