@@ -17,9 +17,15 @@
 //! `ε = αρ + ln(1 − 1/α) − (ln δ + ln α)/(α − 1)` (Canonne, Kamath and Steinke 2020, proposition 12, solved for ε).
 //! Every α is a sound bound; we take the best one.
 
+mod gaussian;
+mod rdp;
+
 use std::fmt;
 
 use theriac_protocol::units::{Delta, Epsilon, NoiseMultiplier};
+
+pub use self::gaussian::{MechanismError, SamplingRate, SubsampledGaussian};
+pub use self::rdp::{ORDER_COUNT, ORDERS, RdpCurve, RdpEpsilon};
 
 /// Privacy loss in zCDP: at least 0, possibly infinite, never NaN.
 #[derive(Debug, Clone, Copy, Default, PartialEq, PartialOrd)]
