@@ -148,21 +148,21 @@ impl SubsampledGaussian {
 
 /// Logarithms that all orders share.
 struct LogPowers {
-    ln_rate: f64,
-    ln_rest: f64,
+    rate: f64,
+    rest: f64,
     /// ln(exp(k(k−1)/2σ²) − 1) for k = 0 ….
-    ln_gain: Vec<f64>,
+    gain: Vec<f64>,
 }
 
 impl LogPowers {
     fn new(rate: f64, per_pair: f64) -> Self {
-        let ln_gain = (0..=ORDERS[ORDERS.len() - 1])
+        let gain = (0..=ORDERS[ORDERS.len() - 1])
             .map(|k| ln_exp_m1(f64::from(k) * f64::from(k.saturating_sub(1)) * per_pair))
             .collect();
         Self {
-            ln_rate: rate.ln(),
-            ln_rest: (-rate).ln_1p(),
-            ln_gain,
+            rate: rate.ln(),
+            rest: (-rate).ln_1p(),
+            gain,
         }
     }
 
@@ -170,9 +170,9 @@ impl LogPowers {
         let ln_factorial = |n: u32| LN_FACTORIAL[n as usize];
         let term = |k: u32| {
             ln_factorial(order) - ln_factorial(k) - ln_factorial(order - k)
-                + f64::from(order - k) * self.ln_rest
-                + f64::from(k) * self.ln_rate
-                + self.ln_gain[k as usize]
+                + f64::from(order - k) * self.rest
+                + f64::from(k) * self.rate
+                + self.gain[k as usize]
         };
         let terms = || (2..=order).map(term);
         let largest = terms().fold(f64::NEG_INFINITY, f64::max);
