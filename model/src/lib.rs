@@ -27,6 +27,7 @@ mod model_file;
 pub mod moments;
 pub mod normalise;
 pub mod params;
+pub mod private_train;
 pub mod ridge;
 pub mod sample;
 pub mod score;
