@@ -10,7 +10,7 @@ use theriac_command::problem::{Exit, Problem};
 use theriac_heal::incident::Input;
 use theriac_model::feature::FeatureSchema;
 use theriac_privacy::ledger::Ledger;
-use theriac_privacy::noise::OpenDpGaussian;
+use theriac_privacy::noise::ExactGaussian;
 use theriac_protocol::units::{NodeId, Timestamp};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -165,7 +165,7 @@ impl Edge {
                     Arc::clone(&lanes[0]),
                     config.sampling.interval,
                     config.federation.local_steps,
-                    Box::new(OpenDpGaussian),
+                    Box::new(ExactGaussian),
                     tamper,
                 );
                 Some(Client {

@@ -366,7 +366,7 @@ fn now() -> Timestamp {
 mod tests {
     use theriac_model::feature::FeatureSchema;
     use theriac_model::sample::Sample;
-    use theriac_privacy::noise::OpenDpGaussian;
+    use theriac_privacy::noise::ExactGaussian;
     use theriac_privacy::policy::Policy;
     use theriac_protocol::units::{L2Norm, ModelVersion, NodeId, Round};
 
@@ -410,7 +410,7 @@ mod tests {
             lane(rows),
             STEP,
             2,
-            Box::new(OpenDpGaussian),
+            Box::new(ExactGaussian),
             tamper,
         )
     }
@@ -508,7 +508,7 @@ mod tests {
             lane(800),
             STEP,
             2,
-            Box::new(OpenDpGaussian),
+            Box::new(ExactGaussian),
             None,
         );
         assert!(matches!(

@@ -387,3 +387,121 @@ async fn wrong_configurations_and_tokens_have_their_own_exit_codes() {
     .await;
     assert_eq!((refused.code, refused.exit), ("TH-E0312", Exit::Usage));
 }
+
+#[tokio::test]
+async fn privacy_account_prints_both_figures_and_refuses_what_is_no_mechanism() {
+    // Row of dp-accounting 0.6.0: σ 1.1, q 64/15000, 14 063 steps, δ 1e-5: RDP 2.5967, distribution at most 2.3817, at least 2.3113.
+    let terms = [
+        "--sigma",
+        "1.1",
+        "--rate",
+        "0.004266666666666667",
+        "--steps",
+        "14063",
+        "--delta",
+        "1e-5",
+    ];
+    let account = json(&[&["privacy", "account"], &terms[..]].concat()).await;
+    let (rdp, pld) = (
+        account["epsilon_rdp"].as_f64().unwrap(),
+        account["epsilon_pld"].as_f64().unwrap(),
+    );
+    assert!(
+        (2.59..2.69).contains(&rdp) && (2.311..2.405).contains(&pld),
+        "{account}"
+    );
+    assert_eq!(account["order"], 8);
+    for bad in [
+        &["--sigma", "0"][..],
+        &["--sigma", "-1"],
+        &["--sigma", "nan"],
+        &["--sigma", "1", "--rate", "1.5"],
+        &["--sigma", "1", "--rate", "0"],
+        &["--sigma", "1", "--delta", "1"],
+        &["--sigma", "1", "--delta", "nan"],
+        &["--sigma", "1", "--steps", "0"],
+    ] {
+        let problem = problem(&[&["privacy", "account"], bad].concat()).await;
+        assert_eq!(
+            (problem.code, problem.exit),
+            ("TH-E0350", Exit::Usage),
+            "{bad:?}: {problem}"
+        );
+    }
+    // So little noise that no float holds the loss: infinite, and no NaN.
+    let nothing = json(&["privacy", "account", "--sigma", "1e-200"]).await;
+    assert!(
+        nothing["epsilon_rdp"].is_null() && nothing["epsilon_pld"].is_null(),
+        "{nothing}"
+    );
+}
+
+#[tokio::test]
+async fn privacy_plan_recommends_what_trains_and_nothing_when_hopeless() {
+    let plan = [
+        "privacy",
+        "plan",
+        "--epsilon",
+        "4",
+        "--delta",
+        "1e-6",
+        "--days",
+        "90",
+    ];
+    let (result, out) = command(&plan).await;
+    assert_eq!(
+        format!("{:?}", result.unwrap()),
+        format!("{:?}", ExitCode::SUCCESS)
+    );
+    let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        (&answer["blocks"], &answer["recommended"]),
+        (&2160.into(), &"moments".into())
+    );
+    for plan in answer["plans"].as_array().unwrap() {
+        assert!(plan["epsilon_rdp"].as_f64().unwrap() <= 4.0, "{plan}");
+    }
+    // One block of a day: the noise of every way of training is longer than five times what it says.
+    let hopeless = [
+        "privacy",
+        "plan",
+        "--epsilon",
+        "0.5",
+        "--days",
+        "1",
+        "--block",
+        "1day",
+        "--batch",
+        "1",
+    ];
+    let (result, out) = command(&hopeless).await;
+    assert_eq!(
+        format!("{:?}", result.unwrap()),
+        format!("{:?}", ExitCode::FAILURE)
+    );
+    let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert!(answer["recommended"].is_null(), "{answer}");
+    for bad in [
+        &["--epsilon", "0"][..],
+        &["--epsilon", "nan"],
+        &["--epsilon", "4", "--delta", "1"],
+        &["--epsilon", "4", "--days", "0"],
+        &["--epsilon", "4", "--block", "100days"],
+        &["--epsilon", "4", "--noise-multiplier-min", "nan"],
+    ] {
+        let problem = problem(&[&["privacy", "plan"], bad].concat()).await;
+        assert_eq!(problem.code, "TH-E0350", "{bad:?}: {problem}");
+    }
+    let spent = problem(&[
+        "privacy",
+        "plan",
+        "--epsilon",
+        "1e-9",
+        "--delta",
+        "1e-300",
+        "--batch",
+        "99999",
+    ])
+    .await;
+    assert_eq!(spent.code, "TH-E0351", "{spent}");
+}

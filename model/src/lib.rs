@@ -30,6 +30,7 @@ mod model_file;
 pub mod moments;
 pub mod normalise;
 pub mod params;
+pub mod private_train;
 pub mod ridge;
 pub mod risk;
 pub mod sample;

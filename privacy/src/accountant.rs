@@ -17,9 +17,25 @@
 //! `ε = αρ + ln(1 − 1/α) − (ln δ + ln α)/(α − 1)` (Canonne, Kamath and Steinke 2020, proposition 12, solved for ε).
 //! Every α is a sound bound; we take the best one.
 
+mod analytic;
+mod calibrate;
+mod fft;
+mod gaussian;
+mod loss;
+mod normal;
+mod pld;
+mod rdp;
+#[cfg(test)]
+mod reference;
+
 use std::fmt;
 
 use theriac_protocol::units::{Delta, Epsilon, NoiseMultiplier};
+
+pub use self::calibrate::calibrated_noise_multiplier;
+pub use self::gaussian::{MechanismError, SamplingRate, SubsampledGaussian};
+pub use self::pld::{Job, pld_epsilon};
+pub use self::rdp::{ORDER_COUNT, ORDERS, RdpCurve, RdpEpsilon};
 
 /// Privacy loss in zCDP: at least 0, possibly infinite, never NaN.
 #[derive(Debug, Clone, Copy, Default, PartialEq, PartialOrd)]

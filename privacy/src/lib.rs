@@ -19,8 +19,12 @@
 
 pub mod accountant;
 pub mod clip;
+pub mod descent;
+mod grid;
 pub mod ledger;
 pub mod noise;
+pub mod planner;
+pub mod poisson;
 pub mod policy;
 pub mod report;
 pub mod update;

@@ -56,7 +56,7 @@ use theriac_protocol::units::Digest;
 
 use crate::clip::GridSum;
 use crate::ledger::{ReleasePlan, Reservation, ReservationId};
-use crate::noise::{NoiseError, NoiseMechanism};
+use crate::noise::{NoiseError, NoiseMechanism, release};
 
 /// Why no update came of a reservation. The charge stays.
 #[derive(Debug, thiserror::Error)]
@@ -143,7 +143,11 @@ impl LocalUpdate {
             reservation,
             units,
         } = self;
-        let mut sum = GridSum::new(values(&terms.plan), terms.plan.clip_norm);
+        let mut sum = GridSum::new(
+            values(&terms.plan),
+            terms.plan.clip_norm,
+            terms.plan.noise_multiplier,
+        );
         for unit in &units {
             sum.add(unit);
         }
@@ -208,10 +212,7 @@ impl ClippedUpdate {
             reservation,
             sum,
         } = self;
-        let clip_norm = terms.plan.clip_norm.value();
-        let deviation = terms.plan.noise_multiplier.value() * clip_norm;
-        let sensitivity = reservation.sensitivity() * clip_norm;
-        let noisy = mechanism.release(&sum, deviation, sensitivity, reservation.rho())?;
+        let noisy = release(mechanism, &sum, reservation.sensitivity(), reservation.rho())?;
         #[expect(
             clippy::cast_possible_truncation,
             reason = "updates are sent in f32; rounding noised values costs nothing"

@@ -11,7 +11,7 @@ use theriac_model::global::moments_layout;
 use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS, block, public_values};
 use theriac_model::series::Series;
 use theriac_privacy::ledger::{Ledger, ReleasePlan, Reserved};
-use theriac_privacy::noise::OpenDpGaussian;
+use theriac_privacy::noise::ExactGaussian;
 use theriac_privacy::policy::Policy;
 use theriac_privacy::update::LocalUpdate;
 use theriac_protocol::codec::encode_to_aggregator;
@@ -92,7 +92,7 @@ pub(crate) fn update(
     let compressed = LocalUpdate::moments(reservation, announce.layout_digest, read)
         .unwrap()
         .clip()
-        .noise(&OpenDpGaussian)
+        .noise(&ExactGaussian)
         .unwrap()
         .compress(|| rng.random());
     ledger

@@ -21,7 +21,7 @@ use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS, public_values, solve};
 use theriac_model::sample::Sample;
 use theriac_model::series::Series;
 use theriac_privacy::ledger::Ledger;
-use theriac_privacy::noise::OpenDpGaussian;
+use theriac_privacy::noise::ExactGaussian;
 use theriac_privacy::policy::Policy;
 use theriac_protocol::codec::{encode_to_aggregator, encode_to_edge};
 use theriac_protocol::compress::{decode_range, encode_f32};
@@ -272,7 +272,7 @@ fn live(samples: &[Sample]) -> (Outside, Vec<f32>) {
     outside.add("debug", format!("{:?}", lane.history()));
 
     // Learning: charge, read, clip, noise, compress, encode.
-    let mut releaser = Releaser::new(ledger, lane, STEP, 2, Box::new(OpenDpGaussian), None);
+    let mut releaser = Releaser::new(ledger, lane, STEP, 2, Box::new(ExactGaussian), None);
     let base = GlobalModel::initial(schema.channels(), 1);
     let mut released = vec![0.0; 320];
     for (round, kind) in [(1, UpdateKind::Moments), (2, UpdateKind::Delta)] {

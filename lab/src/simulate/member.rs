@@ -13,7 +13,7 @@ use theriac_model::gate::{self, GateOutcome};
 use theriac_model::global::{GlobalModel, delta_layout, model_layout, moments_layout};
 use theriac_model::series::Series;
 use theriac_privacy::ledger::{Ledger, LedgerError, ReleasePlan, Reserved};
-use theriac_privacy::noise::OpenDpGaussian;
+use theriac_privacy::noise::ExactGaussian;
 use theriac_privacy::policy::{Policy, PolicyError, PrivacyUnit};
 use theriac_privacy::update::{LocalUpdate, UpdateError};
 use theriac_protocol::compress::{decode_range, encode_f32};
@@ -165,7 +165,7 @@ impl<'a> Member<'a> {
                 let id = reservation.id();
                 let read = |blocks: &[u64]| read_units(self.site, schema, unit, blocks, announce);
                 let local = LocalUpdate::moments(reservation, announce.layout_digest, read)?;
-                let noisy = local.clip().noise(&OpenDpGaussian)?;
+                let noisy = local.clip().noise(&ExactGaussian)?;
                 let tampered = self
                     .attack
                     .map(|attack| attack.apply(announce.round, noisy.values().to_vec()));

@@ -1,4 +1,7 @@
-//! `privacy status`.
+//! `privacy status`, `privacy account`, `privacy plan`.
+
+mod account;
+mod plan;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -20,13 +23,33 @@ pub(super) enum PrivacyCommand {
         #[command(flatten)]
         config: ConfigArguments,
     },
+    /// Computes what steps of the mechanism cost, by both accountants.
+    #[command(
+        after_help = "Example:\n  theriac-edge privacy account --sigma 1.27 --rate 1 --steps 1 --delta 1e-6 --format json"
+    )]
+    Account(account::AccountArguments),
+    /// Computes the noise that a promise needs, and whether anything can be learnt under it; exit code 1 when nothing can.
+    #[command(
+        after_help = "Example:\n  theriac-edge privacy plan --epsilon 4 --delta 1e-6 --days 90 --block 1h"
+    )]
+    Plan(plan::PlanArguments),
 }
 
 pub(super) fn privacy<W: Write>(
     command: PrivacyCommand,
     output: &mut Output<W>,
 ) -> Result<ExitCode, Problem> {
-    let PrivacyCommand::Status { config } = command;
+    match command {
+        PrivacyCommand::Status { config } => status(&config, output),
+        PrivacyCommand::Account(arguments) => account::account(&arguments, output),
+        PrivacyCommand::Plan(arguments) => plan::plan(&arguments, output),
+    }
+}
+
+/// Code of numbers that make no mechanism.
+const TERMS: &str = "TH-E0350";
+
+fn status<W: Write>(config: &ConfigArguments, output: &mut Output<W>) -> Result<ExitCode, Problem> {
     let config = config.load()?;
     let dir = StateDir::existing(&config.state_dir.path);
     let known = match StoreReader::open(&dir.database()) {

@@ -1,0 +1,245 @@
+//! Several noisy gradient steps for one charge (recipe B).
+//!
+//! **Mechanism.** In each of T steps every charged block's gradient is clipped to C on the grid, the sum gets noise of standard deviation `σ_T·C`, and
+//! is divided by the number of charged blocks: full participation, q = 1. **Guarantee.** T releases with multiplier `σ_T` of the same blocks are
+//! together exactly as private as one with `σ = σ_T/√T`, for every Rényi order, also when later gradients depend on earlier results
+//! (composition of Gaussians). So one reservation with multiplier σ pays for T steps with `σ_T = σ√T`, and nothing else has to be
+//! charged.
+//!
+//! The reservation is consumed here and its steps are counted: one more than was charged is refused, before anything is read. Where
+//! the model goes with the noisy gradients (momentum, averages of iterates, step lengths) is post-processing.
+
+mod sampled;
+
+use std::num::NonZeroU32;
+
+use theriac_protocol::message::UpdateKind;
+use theriac_protocol::units::{L2Norm, NoiseMultiplier};
+
+use crate::accountant::Rho;
+use crate::clip::GridSum;
+use crate::ledger::Reservation;
+use crate::noise::{NoiseError, NoiseMechanism, release};
+
+pub use self::sampled::SampledDescent;
+
+/// Why a step was not made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DescentError {
+    /// The charge covers no further step.
+    #[error("all {steps} charged steps were made; reserve again for more")]
+    Exhausted {
+        /// The steps that were charged.
+        steps: u32,
+    },
+    /// The reservation charges every block for one vector made of all data, so it names none.
+    #[error("gradient steps read single blocks: reserve `moments` blocks for them")]
+    NoBlocks,
+    /// The charge's noise is so weak or strong that no step has a multiplier.
+    #[error("{steps} steps of the reserved noise have no multiplier that a float can hold")]
+    NoMultiplier {
+        /// The steps.
+        steps: u32,
+    },
+    /// More gradients came than blocks were charged, or one of another length.
+    #[error("{found} gradients of {values} values are charged at most, others came")]
+    WrongShape {
+        /// Charged blocks.
+        found: usize,
+        /// Values of each.
+        values: usize,
+    },
+    /// No noise could be added.
+    #[error(transparent)]
+    Noise(#[from] NoiseError),
+}
+
+/// The noisy steps that one reservation pays for.
+#[derive(Debug)]
+pub struct NoisyDescent {
+    reservation: Reservation,
+    /// Of one step: σ√T.
+    noise_multiplier: NoiseMultiplier,
+    steps: u32,
+    made: u32,
+}
+
+impl NoisyDescent {
+    /// Spends a reservation on `steps` steps over its blocks.
+    ///
+    /// # Errors
+    /// [`DescentError::NoBlocks`], [`DescentError::NoMultiplier`]; the charge stays.
+    pub fn new(reservation: Reservation, steps: NonZeroU32) -> Result<Self, DescentError> {
+        if reservation.plan().kind != UpdateKind::Moments || reservation.blocks().is_empty() {
+            return Err(DescentError::NoBlocks);
+        }
+        let steps = steps.get();
+        let sigma = reservation.plan().noise_multiplier.value() * f64::from(steps).sqrt();
+        let noise_multiplier =
+            NoiseMultiplier::new(sigma).map_err(|_| DescentError::NoMultiplier { steps })?;
+        Ok(Self {
+            reservation,
+            noise_multiplier,
+            steps,
+            made: 0,
+        })
+    }
+
+    /// Steps that are left.
+    pub fn left(&self) -> u32 {
+        self.steps - self.made
+    }
+
+    /// Noise multiplier of each step.
+    pub fn noise_multiplier(&self) -> NoiseMultiplier {
+        self.noise_multiplier
+    }
+
+    /// The next noisy mean gradient. `read` gets the charged blocks' ids and gives one gradient for each that holds data; one with a value that
+    /// is not finite counts as zero. The sum is divided by the number of **charged** blocks.
+    ///
+    /// # Errors
+    /// [`DescentError::Exhausted`] before `read` is called; [`DescentError::WrongShape`] and [`DescentError::Noise`] after. A step that
+    /// failed counts as made.
+    pub fn step(
+        &mut self,
+        mechanism: &dyn NoiseMechanism,
+        read: impl FnOnce(&[u64]) -> Vec<Vec<f32>>,
+    ) -> Result<Vec<f32>, DescentError> {
+        if self.left() == 0 {
+            return Err(DescentError::Exhausted { steps: self.steps });
+        }
+        self.made += 1;
+        let plan = self.reservation.plan();
+        let (values, blocks) = (plan.values as usize, plan.blocks.len());
+        let gradients = read(&plan.blocks);
+        if gradients.len() > blocks || gradients.iter().any(|gradient| gradient.len() != values) {
+            return Err(DescentError::WrongShape {
+                found: blocks,
+                values,
+            });
+        }
+        let sum = clipped(&gradients, values, plan.clip_norm, self.noise_multiplier);
+        // What one step may cost: the T-th part of the charge.
+        let share = Rho::new(self.reservation.rho().value() / f64::from(self.steps));
+        let noisy = release(mechanism, &sum, self.reservation.sensitivity(), share)?;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "rounding noised values costs nothing"
+        )]
+        let mean = noisy.into_iter().map(|x| (x / blocks as f64) as f32).collect();
+        Ok(mean)
+    }
+}
+
+fn clipped(gradients: &[Vec<f32>], values: usize, clip_norm: L2Norm, noise: NoiseMultiplier) -> GridSum {
+    let mut sum = GridSum::new(values, clip_norm, noise);
+    for gradient in gradients {
+        sum.add(gradient);
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use theriac_protocol::units::{Round, Timestamp};
+
+    use super::*;
+    use crate::ledger::{Ledger, ReleasePlan, Reserved};
+    use crate::noise::{ExactGaussian, FixedNoise};
+    use crate::policy::Policy;
+
+    fn reservation(folder: &std::path::Path, kind: UpdateKind, blocks: u64) -> Reservation {
+        let text = "site = \"site-a\"\nepsilon = 4\nmechanisms = [\"moments\", \"delta\"]";
+        let policy = Policy::parse(text).unwrap();
+        let node = policy.site().clone();
+        let mut ledger = Ledger::open(&folder.join("ledger.log"), &node, policy, Timestamp(0)).unwrap();
+        let plan = ReleasePlan {
+            round: Round(1),
+            nonce: 1,
+            kind,
+            values: 3,
+            block_span: Duration::from_hours(1),
+            blocks: (0..blocks).collect(),
+            clip_norm: L2Norm::new(2.0).unwrap(),
+            noise_multiplier: NoiseMultiplier::new(3.0).unwrap(),
+        };
+        match ledger.reserve(plan, Timestamp(0)).unwrap() {
+            Reserved::Fresh(reservation) => reservation,
+            Reserved::AlreadyCharged { .. } => panic!("charged before"),
+        }
+    }
+
+    fn steps(count: u32) -> NonZeroU32 {
+        NonZeroU32::new(count).unwrap()
+    }
+
+    #[test]
+    fn a_step_is_the_clipped_sum_and_its_noise_over_the_charged_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut descent =
+            NoisyDescent::new(reservation(folder.path(), UpdateKind::Moments, 4), steps(16)).unwrap();
+        assert!(
+            (descent.noise_multiplier().value() - 12.0).abs() < 1e-12,
+            "3 · √16"
+        );
+        // (0, 30, 40) becomes (0, 1.2, 1.6); three of four blocks hold data; one deviation is 24.
+        let read = |_: &[u64]| {
+            vec![
+                vec![1.0, 0.0, 0.0],
+                vec![0.0, 30.0, 40.0],
+                vec![f32::NAN, 0.0, 0.0],
+            ]
+        };
+        let mean = descent.step(&FixedNoise(1.0), read).unwrap();
+        for (found, expected) in mean.iter().zip([25.0 / 4.0, 25.2 / 4.0, 25.6 / 4.0]) {
+            assert!((found - expected).abs() < 1e-4, "{mean:?}");
+        }
+        assert_eq!(descent.left(), 15);
+    }
+
+    /// Section 12 of the privacy design: the variance of the mean is (σC/B)².
+    #[test]
+    fn the_noise_of_the_mean_has_the_deviation_that_was_charged() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut descent =
+            NoisyDescent::new(reservation(folder.path(), UpdateKind::Moments, 5), steps(2000)).unwrap();
+        let deviation = descent.noise_multiplier().value() * 2.0 / 5.0;
+        let mut squares = 0.0;
+        while descent.left() > 0 {
+            let mean = descent.step(&ExactGaussian, |_| vec![]).unwrap();
+            squares += mean.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+        }
+        // 6 000 draws: the sample deviation is within 6 % beyond 1 − 1e-10.
+        let found = (squares / 6000.0).sqrt();
+        assert!(
+            (found / deviation - 1.0).abs() < 0.06,
+            "{found}, expected {deviation}"
+        );
+    }
+
+    #[test]
+    fn no_step_is_made_or_read_beyond_the_charge() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut descent =
+            NoisyDescent::new(reservation(folder.path(), UpdateKind::Moments, 2), steps(2)).unwrap();
+        assert!(descent.step(&ExactGaussian, |_| vec![]).is_ok());
+        let long = descent.step(&ExactGaussian, |_| vec![vec![0.0; 4]]);
+        assert!(matches!(long, Err(DescentError::WrongShape { .. })), "{long:?}");
+        let more = descent.step(&ExactGaussian, |_| panic!("data were read without a charge"));
+        assert!(
+            matches!(more, Err(DescentError::Exhausted { steps: 2 })),
+            "{more:?}"
+        );
+    }
+
+    #[test]
+    fn a_charge_of_all_data_pays_for_no_steps() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = NoisyDescent::new(reservation(folder.path(), UpdateKind::Delta, 0), steps(2));
+        assert!(matches!(refused, Err(DescentError::NoBlocks)), "{refused:?}");
+    }
+}
