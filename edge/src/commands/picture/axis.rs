@@ -217,8 +217,8 @@ pub(super) fn number(value: f64) -> String {
     let digits = match scaled.abs() {
         size if size >= 100.0 => 0,
         size if size >= 10.0 => 1,
-        size if size >= 0.1 || size < 1e-9 => 2,
-        _ => 4,
+        size if (1e-9..0.1).contains(&size) => 4,
+        _ => 2,
     };
     let text = format!("{scaled:.digits$}");
     let text = if text.contains('.') {
