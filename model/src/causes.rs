@@ -10,7 +10,8 @@
 //! `|x'_c|` from the history's median, in robust spreads, a channel's strength is `ln(1 + ρ_c) + ln(1 + δ_c)`. Neither part
 //! is enough: a forecaster soon follows a lasting shift, so its residuals fade while the fault goes on; the distance alone is led
 //! by channels that drift without trouble. Logarithms, because one channel's residual can be hundreds of times another's.
-//! No part of it was fitted to labels; `theriac-lab causes` measures it.
+//! The formula was chosen among several on the recorded segments that `theriac-lab causes` measures it on, so expect a
+//! little less elsewhere; it has no constant that was fitted.
 
 use std::fmt;
 use std::ops::Range;

@@ -157,7 +157,9 @@ impl<'a> Surface<'a> {
                 }
             }
         }
-        weights.iter_mut().for_each(|weight| *weight = weight.min(1.0));
+        for weight in &mut weights {
+            *weight = weight.min(1.0);
+        }
         weights
     }
 

@@ -1,6 +1,8 @@
 //! Values of the reference evaluator: its Python program (numpy 2.4) on the scores that `tests.rs` makes, through its
 //! function `evaluate(labels, scores, train=…)`, each value printed with `repr`.
 
+#![expect(clippy::unreadable_literal, reason = "values as Python prints them")]
+
 pub(super) const MIXED: &[(&str, f64)] = &[
     ("anomalies", 6.0),
     ("rate", 0.126),
