@@ -153,7 +153,7 @@ pub struct FederationSettings {
     pub retry_max: Duration,
     /// Local gradient steps of a `delta` round, 1 to 1 000, default 20. More drift away from the shared model.
     pub local_steps: usize,
-    /// Who draws the noise of a release, `"exact"` (default, 40 ns a value) or `"opendp"` (4 µs a value); the same distribution.
+    /// Who draws the noise of a release, `"exact"` (default, 15 ns a value) or `"opendp"` (4 µs a value); the same distribution.
     pub noise: NoiseBackend,
 }
 
