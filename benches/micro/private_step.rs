@@ -88,24 +88,10 @@ fn steps(
     let mut times: [Vec<Duration>; 4] = Default::default();
     for turn in 0..turns + turns / 10 {
         let taken = [
-            timed(|| Ok(drop(network.step(&mean(&gradients(1)?.sum()?), RATE)?)))?,
-            timed(|| {
-                Ok(drop(
-                    network.step(&mean(&gradients(1)?.clipped_sum(clip)?.sum), RATE)?,
-                ))
-            })?,
-            timed(|| {
-                Ok(drop(network.step(
-                    &noised(&gradients(1)?.clipped_sum(clip)?.sum, clip)?,
-                    RATE,
-                )?))
-            })?,
-            timed(|| {
-                Ok(drop(network.step(
-                    &mean(&gradients(16)?.clipped_sum(16.0 * clip)?.sum),
-                    RATE,
-                )?))
-            })?,
+            timed(|| Ok(network.step(&mean(&gradients(1)?.sum()?), RATE)?))?,
+            timed(|| Ok(network.step(&mean(&gradients(1)?.clipped_sum(clip)?.sum), RATE)?))?,
+            timed(|| Ok(network.step(&noised(&gradients(1)?.clipped_sum(clip)?.sum, clip)?, RATE)?))?,
+            timed(|| Ok(network.step(&mean(&gradients(16)?.clipped_sum(16.0 * clip)?.sum), RATE)?))?,
         ];
         if turn >= turns / 10 {
             times
@@ -144,7 +130,7 @@ fn noised(sum: &[f32], clip_norm: f32) -> Result<Vec<f32>, Box<dyn Error>> {
     Ok(mean)
 }
 
-fn timed(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<Duration, Box<dyn Error>> {
+fn timed<T>(work: impl FnOnce() -> Result<T, Box<dyn Error>>) -> Result<Duration, Box<dyn Error>> {
     let now = || {
         let time = clock_gettime(ClockId::ThreadCPUTime);
         Duration::new(
@@ -153,8 +139,10 @@ fn timed(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<Duration, 
         )
     };
     let start = now();
-    work()?;
-    Ok(now().saturating_sub(start))
+    let done = work()?;
+    let taken = now().saturating_sub(start);
+    drop(done);
+    Ok(taken)
 }
 
 fn median(times: &mut [Duration]) -> Duration {

@@ -197,6 +197,19 @@ pub struct FederationSettings {
     pub retry_max: Duration,
     /// Local gradient steps of a `delta` round, 1 to 1 000, default 20. More drift away from the shared model.
     pub local_steps: usize,
+    /// Who draws the noise of a release, `"exact"` (default, 15 ns a value) or `"opendp"` (4 µs a value); the same distribution.
+    pub noise: NoiseBackend,
+}
+
+/// Who draws the noise of a release. Both draw the same discrete Gaussian from the operating system's randomness.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NoiseBackend {
+    /// The exact sampler of `theriac-privacy`.
+    #[default]
+    Exact,
+    /// `OpenDP`, a library with published proofs.
+    OpenDp,
 }
 
 impl Default for FederationSettings {
@@ -209,6 +222,7 @@ impl Default for FederationSettings {
             retry_base: Duration::from_secs(1),
             retry_max: Duration::from_mins(1),
             local_steps: 20,
+            noise: NoiseBackend::Exact,
         }
     }
 }

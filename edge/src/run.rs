@@ -10,13 +10,13 @@ use theriac_command::problem::{Exit, Problem};
 use theriac_heal::incident::Input;
 use theriac_model::feature::FeatureSchema;
 use theriac_privacy::ledger::Ledger;
-use theriac_privacy::noise::ExactGaussian;
+use theriac_privacy::noise::{ExactGaussian, OpenDpGaussian};
 use theriac_protocol::units::{NodeId, Timestamp};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 use crate::client::{self, Client, opening};
-use crate::config::EdgeConfig;
+use crate::config::{EdgeConfig, NoiseBackend};
 use crate::detect::{LaneShared, load_detector};
 use crate::http::{self, Page};
 use crate::metrics::Metrics;
@@ -165,7 +165,10 @@ impl Edge {
                     Arc::clone(&lanes[0]),
                     config.sampling.interval,
                     config.federation.local_steps,
-                    Box::new(ExactGaussian),
+                    match config.federation.noise {
+                        NoiseBackend::Exact => Box::new(ExactGaussian),
+                        NoiseBackend::OpenDp => Box::new(OpenDpGaussian),
+                    },
                     tamper,
                 );
                 Some(Client {

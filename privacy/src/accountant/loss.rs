@@ -17,13 +17,20 @@ pub(super) enum Direction {
     Add,
 }
 
-/// Mass `masses[i]` at loss `(first + i)·step`, and `infinite` beyond all.
+/// Mass `exp(ln_masses[i])` at loss `(first + i)·step`, and `infinite` beyond all.
 #[derive(Debug)]
 pub(super) struct LossGrid {
     pub(super) first: i64,
     pub(super) step: f64,
-    pub(super) masses: Vec<f64>,
+    pub(super) ln_masses: Vec<f64>,
     pub(super) infinite: f64,
+}
+
+impl LossGrid {
+    /// The loss of an entry.
+    pub(super) fn loss(&self, index: usize) -> f64 {
+        (self.first + index.cast_signed() as i64) as f64 * self.step
+    }
 }
 
 /// x ↦ ln(P/Q) of a step: `L(x) = ln(1 − q + q exp((2x − 1)/2σ²))`, rising in x.
@@ -84,7 +91,7 @@ impl Loss {
         LossGrid {
             first,
             step,
-            masses,
+            ln_masses: masses.into_iter().map(f64::ln).collect(),
             infinite: self.mass(direction, outside(direction, edge, false)),
         }
     }
@@ -216,19 +223,16 @@ mod tests {
                     SamplingRate::new(q).unwrap(),
                 );
                 let grid = Loss::new(mechanism, 1e-16).grid(direction, 0.05);
-                let total: f64 = grid.masses.iter().sum::<f64>() + grid.infinite;
+                let entries = || {
+                    let masses = grid.ln_masses.iter().map(|ln_mass| ln_mass.exp());
+                    masses.enumerate().map(|(index, mass)| (grid.loss(index), mass))
+                };
+                let total: f64 = entries().map(|(_, mass)| mass).sum::<f64>() + grid.infinite;
                 assert!((total - 1.0).abs() < 1e-12, "mass {total}");
                 let of_grid = |epsilon: f64| {
-                    let losses = grid.masses.iter().enumerate();
-                    let above = losses.map(|(i, mass)| {
-                        (
-                            (grid.first + i.cast_signed() as i64) as f64 * grid.step - epsilon,
-                            mass,
-                        )
-                    });
+                    let above = entries().filter(|(loss, _)| *loss > epsilon);
                     above
-                        .filter(|(gap, _)| *gap > 0.0)
-                        .map(|(gap, mass)| mass * -(-gap).exp_m1())
+                        .map(|(loss, mass)| mass * -(epsilon - loss).exp_m1())
                         .sum::<f64>()
                         + grid.infinite
                 };

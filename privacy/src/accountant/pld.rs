@@ -101,7 +101,7 @@ impl<'a> Search<'a> {
             step = tilted.deviation * WINDOW / length as f64;
             let Some(finer) = self.grids(step) else { break };
             grids = finer;
-            if grids.iter().all(|grid| grid.masses.len() < FEW_CELLS) {
+            if grids.iter().all(|grid| grid.ln_masses.len() < FEW_CELLS) {
                 theta = Tilted::best_theta(self.jobs, &grids, self.delta);
             }
             let found = self.on_grid(Tilted::with(self.jobs, &grids, theta), length);
@@ -122,10 +122,7 @@ impl<'a> Search<'a> {
             .zip(grids)
             .map(|(job, grid)| job.steps as f64 * grid.infinite)
             .sum();
-        let of_job = |(job, grid): (&Job, &LossGrid)| {
-            let last = grid.first + grid.masses.len().cast_signed() as i64 - 1;
-            job.steps as f64 * last as f64 * grid.step
-        };
+        let of_job = |(job, grid): (&Job, &LossGrid)| job.steps as f64 * grid.loss(grid.ln_masses.len() - 1);
         if beyond <= self.delta {
             self.jobs.iter().zip(grids).map(of_job).sum::<f64>().max(0.0)
         } else {
@@ -291,9 +288,8 @@ impl<'a> Tilted<'a> {
     fn wrapped(&self, grid: &LossGrid, length: usize) -> Vec<Complex> {
         let log_moment = Moments::of_step(grid, self.theta).log_moment;
         let mut one = vec![Complex::default(); length];
-        for (index, mass) in grid.masses.iter().enumerate() {
-            let loss = (grid.first + index.cast_signed() as i64) as f64 * grid.step;
-            one[index % length].re += mass * (self.theta * loss - log_moment).exp();
+        for (index, ln_mass) in grid.ln_masses.iter().enumerate() {
+            one[index % length].re += (self.theta * grid.loss(index) + ln_mass - log_moment).exp();
         }
         one
     }
@@ -320,17 +316,23 @@ impl Moments {
     }
 
     fn of_step(grid: &LossGrid, theta: f64) -> Self {
-        let loss = |index: usize| (grid.first + index.cast_signed() as i64) as f64 * grid.step;
-        let held = || grid.masses.iter().enumerate().filter(|(_, mass)| **mass > 0.0);
-        let exponent = |(index, mass): (usize, &f64)| theta * loss(index) + mass.ln();
-        let largest = held().map(exponent).fold(f64::NEG_INFINITY, f64::max);
+        let losses = || {
+            let entries = grid.ln_masses.iter().enumerate();
+            entries.map(|(index, ln_mass)| (grid.loss(index), ln_mass))
+        };
+        let largest = losses().fold(f64::NEG_INFINITY, |most, (loss, ln_mass)| {
+            most.max(theta * loss + ln_mass)
+        });
         let (mut total, mut first, mut second) = (0.0, 0.0, 0.0);
-        for entry in held() {
-            let weight = (exponent(entry) - largest).exp();
-            let at = loss(entry.0);
-            total += weight;
-            first += weight * at;
-            second += weight * at * at;
+        for (loss, ln_mass) in losses() {
+            let exponent = theta * loss + ln_mass - largest;
+            // Most of a grid lies far from where the tilt looks.
+            if exponent > -80.0 {
+                let weight = exponent.exp();
+                total += weight;
+                first += weight * loss;
+                second += weight * loss * loss;
+            }
         }
         let mean = first / total;
         Self {
