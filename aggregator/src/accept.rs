@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use theriac_protocol::codec::{Encoded, encode_to_edge};
-use theriac_protocol::message::{AnnounceV1, HelloV1, ToAggregator, ToEdge, UpdateV1};
+use theriac_protocol::message::{AnnounceV1, FEATURE_LEDGER_SEAL, HelloV1, ToAggregator, ToEdge, UpdateV1};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::NodeId;
 use theriac_transport::{
@@ -162,6 +162,7 @@ impl Sessions {
             session: number,
             outbox,
             handle: session.handle().clone(),
+            seals: hello.features.iter().any(|name| name == FEATURE_LEDGER_SEAL),
         };
         let arrival = Box::new(arrival(node.clone(), link, protocol, &hello));
         let (reply, answer) = oneshot::channel();
@@ -365,6 +366,13 @@ impl Session {
                     tracing::warn!(%error, "a gate's verdict could not be recorded");
                 }
                 Flow::Continue
+            }
+            ToAggregator::Guarantee(guarantee) => {
+                self.tell(DriverInput::Declared {
+                    node: self.peer.node().clone(),
+                    guarantee: Box::new(guarantee),
+                })
+                .await
             }
             ToAggregator::Goodbye => Flow::End(CloseCode::Done, "the edge left"),
         }

@@ -14,6 +14,7 @@ use theriac_command::settings::{self, SettingsError};
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{L2Norm, NodeId, NoiseMultiplier};
 
+use crate::floor::FloorSettings;
 use crate::layout::{LayoutError, ModelSpec};
 use crate::models::frame_bytes_max;
 use crate::robust::RuleName;
@@ -78,6 +79,8 @@ pub struct Settings {
     pub model: ModelSettings,
     /// What one edge, and all of them together, may cost.
     pub limits: LimitSettings,
+    /// The weakest guarantee whose updates are taken.
+    pub privacy_floor: FloorSettings,
 }
 
 impl Default for Settings {
@@ -92,6 +95,7 @@ impl Default for Settings {
             rounds: RoundSettings::default(),
             model: ModelSettings::default(),
             limits: LimitSettings::default(),
+            privacy_floor: FloorSettings::default(),
         }
     }
 }
@@ -117,13 +121,14 @@ pub struct RoundSettings {
     pub pause: Duration,
     /// No round opens after this number; default none. For experiments.
     pub rounds_max: Option<u64>,
-    /// Clipping norm C of one privacy unit, above 0, default 588 (for moments of 60 rows). Too low: signal is cut off.
+    /// Clipping norm C of one privacy unit, above 0, default 42 200 (for moments of 3 600 rows; it grows with the rows of a
+    /// block: 11.76 for each row after the first ten). Too low: signal is cut off.
     /// Too high: noise σC drowns it.
     pub clip_norm: f64,
     /// Noise multiplier σ that every update must carry, 0.1 to 1000, default 1.27 (ε = 4 at δ = 1e-6 for one release). Too
     /// low: edges decline, their own policy wins. Too high: the model learns nothing.
     pub noise_multiplier: f64,
-    /// Samples in one block, the privacy unit of moments, 11 to 86 400, default 60.
+    /// Samples in one block, the privacy unit of moments, 11 to 86 400, default 3 600: one hour at one sample a second.
     pub block_rows: u32,
     /// An edge with fewer complete unspent blocks declines, 1 to `blocks_max`, default 2. Too low wastes budget on noise.
     pub blocks_min: u32,
@@ -145,9 +150,9 @@ impl Default for RoundSettings {
             deadline: Duration::from_mins(2),
             pause: Duration::from_mins(10),
             rounds_max: None,
-            clip_norm: 588.0,
+            clip_norm: 42_200.0,
             noise_multiplier: 1.27,
-            block_rows: 60,
+            block_rows: 3_600,
             blocks_min: 2,
             blocks_max: 60,
             rule: RuleName::TrimmedMean,
@@ -253,6 +258,8 @@ pub struct CheckedConfig {
     pub model: ModelSpec,
     /// Limits, all in range.
     pub limits: LimitSettings,
+    /// The fleet's floor.
+    pub privacy_floor: FloorSettings,
 }
 
 /// Terms of a round after the check.
@@ -369,8 +376,24 @@ impl Settings {
             rounds,
             model,
             limits,
+            privacy_floor: check_floor(self.privacy_floor)?,
         })
     }
+}
+
+fn check_floor(floor: FloorSettings) -> Result<FloorSettings, ConfigError> {
+    if let Some(block) = floor.block_min {
+        span("privacy_floor.block_min", block, Duration::from_secs(1), days(31))?;
+    }
+    let most = |key, got: Option<f64>, most: f64| match got {
+        Some(got) if !(got > 0.0 && got <= most) => {
+            Err(wrong(key, format!("{got} is not above 0 and at most {most}")))
+        }
+        _ => Ok(()),
+    };
+    most("privacy_floor.epsilon_max", floor.epsilon_max, 100.0)?;
+    most("privacy_floor.delta_max", floor.delta_max, 1e-3)?;
+    Ok(floor)
 }
 
 fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {

@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use theriac_audit::leaf::AuditEvent;
-use theriac_protocol::message::{AnnounceV1, DeclineReason, UpdateV1};
-use theriac_protocol::refusal::AbortReason;
+use theriac_protocol::message::{AnnounceV1, DeclineReason, GuaranteeV1, UpdateV1};
+use theriac_protocol::refusal::{AbortReason, RefusalCode};
 use theriac_protocol::round::{Input, PhaseName, RoundConfig, RoundMachine, RoundTerms};
 use theriac_protocol::units::{Digest, Moment, NodeId, Round};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use crate::admit::{AdmitError, check_ledger};
 use crate::audit::AuditKey;
 use crate::config::CheckedConfig;
+use crate::floor::FloorSettings;
 use crate::metrics::Metrics;
 use crate::models::{ModelError, Models};
 use crate::robust::Row;
@@ -86,6 +87,11 @@ pub(crate) enum DriverInput {
         header: Box<UpdateV1>,
         validated: Option<Box<ValidatedUpdate>>,
     },
+    /// A site has said what it guarantees.
+    Declared {
+        node: NodeId,
+        guarantee: Box<GuaranteeV1>,
+    },
     /// An update was refused for good, and that is on record.
     Refused { node: NodeId, round: Round },
     /// A node takes no part.
@@ -142,6 +148,9 @@ pub(crate) struct Driver {
     key: Arc<AuditKey>,
     metrics: Metrics,
     links: BTreeMap<NodeId, Link>,
+    /// What each site has declared.
+    guarantees: BTreeMap<NodeId, GuaranteeV1>,
+    floor: FloorSettings,
     ledgers: BTreeMap<NodeId, LedgerHead>,
     receipts: BTreeMap<(Round, NodeId), StoredUpload>,
     cache: BTreeMap<NodeId, Row>,
@@ -243,6 +252,8 @@ impl Driver {
             key,
             metrics,
             links: BTreeMap::new(),
+            guarantees: found.guarantees,
+            floor: config.privacy_floor.clone(),
             ledgers,
             receipts,
             cache: BTreeMap::new(),
@@ -317,6 +328,7 @@ impl Driver {
                 self.machine.handle(now, Input::Refused { node, round });
                 self.pump(None);
             }
+            DriverInput::Declared { node, guarantee } => self.declared(node, *guarantee),
             DriverInput::Update {
                 node,
                 header,
@@ -343,6 +355,9 @@ impl Driver {
         if !is_repeat && let Err(error) = check_ledger(self.ledger(&node), offered) {
             return self.refuse_update(&node, &header, error.code(), &error.to_string());
         }
+        if !is_repeat && let Err(error) = self.floor.check(self.guarantees.get(&node)) {
+            return self.refuse_update(&node, &header, RefusalCode::PrivacyTooWeak, &error.to_string());
+        }
         let open = self
             .terms
             .borrow()
@@ -350,11 +365,7 @@ impl Driver {
             .is_some_and(|terms| terms.round == header.round);
         if open && validated.is_none() && !is_repeat {
             // The round opened while the update was judged; nobody has looked at its bytes.
-            return self.send_refusal(
-                &node,
-                Some(header.round),
-                theriac_protocol::refusal::RefusalCode::Busy,
-            );
+            return self.send_refusal(&node, Some(header.round), RefusalCode::Busy);
         }
         let input = Input::Update {
             node,
@@ -379,6 +390,19 @@ impl Driver {
         });
         self.machine.handle(now, Input::Declined { node, round, reason });
         self.pump(None);
+    }
+
+    /// Keeps what a site guarantees. An update that comes later is held to it.
+    fn declared(&mut self, node: NodeId, guarantee: GuaranteeV1) {
+        if let Err(error) = self.floor.check(Some(&guarantee)) {
+            tracing::warn!(%node, %error, "the site's updates will not be taken");
+        }
+        if self.guarantees.get(&node) == Some(&guarantee) {
+            return;
+        }
+        let (name, said) = (node.clone(), guarantee.clone());
+        self.write_later(Urgency::Lazy, move |work| records::declare(work, &name, &said));
+        self.guarantees.insert(node, guarantee);
     }
 
     fn ledger(&self, node: &NodeId) -> LedgerHead {
@@ -492,6 +516,7 @@ struct Found {
     last: Round,
     outcomes: (u64, u64),
     nonce_seed: [u8; 32],
+    guarantees: BTreeMap<NodeId, GuaranteeV1>,
 }
 
 impl Found {
@@ -508,6 +533,7 @@ impl Found {
             last: rounds::last_round(connection)?,
             outcomes: history::outcomes(connection)?,
             nonce_seed,
+            guarantees: records::guarantees(connection)?,
         })
     }
 }

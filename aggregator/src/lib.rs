@@ -24,6 +24,7 @@ pub mod config;
 pub mod data_dir;
 pub mod driver;
 pub mod enrol;
+pub mod floor;
 pub mod http;
 pub mod init;
 pub mod layout;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
+use theriac_protocol::message::{GuaranteeUnit, GuaranteeV1};
 
 use crate::driver::DriverStatus;
 use crate::store::records::{self, SiteRow};
@@ -70,6 +71,55 @@ pub struct SiteStatus {
     pub delta: Option<f64>,
     /// What its gate said last.
     pub last_verdict: Option<String>,
+    /// What it guarantees, as it declared; absent for an edge that is too old to say.
+    pub guarantee: Option<GuaranteeStatus>,
+    /// Records of its privacy ledger that are counter-signed.
+    pub ledger_records: u64,
+    /// Head of the last of them.
+    pub ledger_head: String,
+}
+
+/// See [`SiteStatus::guarantee`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GuaranteeStatus {
+    /// `block` or `record`.
+    pub unit: String,
+    /// Length of one block.
+    pub block_ms: u64,
+    /// Largest ε of one period.
+    pub epsilon: f64,
+    /// δ.
+    pub delta: f64,
+    /// Time over which ε holds.
+    pub period: String,
+    /// Least noise multiplier.
+    pub noise_multiplier_min: f64,
+    /// Version of the policy.
+    pub policy_version: u64,
+    /// Its digest.
+    pub policy_hash: String,
+    /// Who signed it; absent: nobody.
+    pub policy_signer: Option<String>,
+}
+
+impl From<GuaranteeV1> for GuaranteeStatus {
+    fn from(declared: GuaranteeV1) -> Self {
+        Self {
+            unit: match declared.unit {
+                GuaranteeUnit::Block => "block",
+                GuaranteeUnit::Record => "record",
+            }
+            .to_owned(),
+            block_ms: declared.block_ms,
+            epsilon: declared.epsilon.value(),
+            delta: declared.delta.value(),
+            period: declared.period,
+            noise_multiplier_min: declared.noise_multiplier_min.value(),
+            policy_version: declared.policy_version,
+            policy_hash: declared.policy_hash.to_string(),
+            policy_signer: Some(declared.policy_signer).filter(|signer| !signer.is_empty()),
+        }
+    }
 }
 
 impl SiteStatus {
@@ -86,6 +136,9 @@ impl SiteStatus {
             epsilon: row.epsilon,
             delta: row.delta,
             last_verdict: row.last_verdict,
+            guarantee: row.guarantee.map(GuaranteeStatus::from),
+            ledger_records: row.ledger.records,
+            ledger_head: row.ledger.head.to_string(),
         }
     }
 }

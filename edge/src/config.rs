@@ -14,6 +14,7 @@ use theriac_command::settings::{self, SettingsError};
 use theriac_heal::policy::{HealPolicy, HealingSection, NodeBudget};
 use theriac_model::risk::Horizon;
 use theriac_model::risk::exhaustion::Limit;
+use theriac_privacy::policy::signed::PolicyPublicKey;
 use theriac_protocol::units::NodeId;
 
 use crate::probe::ProbeUrl;
@@ -183,9 +184,12 @@ pub struct FederationSettings {
     /// `HOST:PORT` of the aggregator. Default: what `join` was told.
     pub aggregator: Option<String>,
     /// Policy of the privacy budget, owned by compliance. Default: `privacy.toml` in the state directory; the first
-    /// federated run writes one there when it is missing (ε = 4, δ = 1e-6, blocks of 60 samples). Its `block` must be the
+    /// federated run writes one there when it is missing (ε = 4, δ = 1e-6, blocks of one hour) and signs it. Its `block` must be the
     /// announced rows of a block times `sampling.interval`, else the edge declines every round.
     pub privacy_policy: Option<PathBuf>,
+    /// Public key of whoever answers for privacy (`thpk1_…`, printed by `privacy keygen`): only a policy with that signature is taken. Default:
+    /// this edge's own key, `keys/policy.key`, with which it signs the first policy it writes; then nobody else vouches for it.
+    pub policy_key: Option<PolicyPublicKey>,
     /// Takes published models but sends nothing. Default `false`.
     pub receive_only: bool,
     /// First wait before a new attempt to connect, default `1s`, 50 ms to 1 min. Each attempt waits a random time that
@@ -218,6 +222,7 @@ impl Default for FederationSettings {
             enabled: true,
             aggregator: None,
             privacy_policy: None,
+            policy_key: None,
             receive_only: false,
             retry_base: Duration::from_secs(1),
             retry_max: Duration::from_mins(1),

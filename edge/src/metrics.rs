@@ -73,7 +73,7 @@ pub struct Metrics {
     pub model_version: Gauge,
     pub epsilon_spent: Real,
     pub epsilon_limit: Real,
-    pub ledger_refusals: Counter,
+    pub ledger_refusals: Family<Kind, Counter>,
     pub certificate_expiry_seconds: Real,
     pub storage_ok: Gauge,
     pub storage_failures: Counter,
@@ -139,7 +139,10 @@ impl Metrics {
             model_version: r.add("model_version", "Published model in use as prior, 0 for none"),
             epsilon_spent: r.add("epsilon_spent", "Largest privacy loss of any unit so far"),
             epsilon_limit: r.add("epsilon_limit", "Limit of the privacy policy"),
-            ledger_refusals: r.add("ledger_refusals", "Releases that the privacy ledger refused"),
+            ledger_refusals: r.add(
+                "ledger_refusals",
+                "Releases that policy, ledger or disk refused, by word",
+            ),
             certificate_expiry_seconds: r.unit(
                 "certificate_left",
                 "Time until the certificate ends",

@@ -222,6 +222,11 @@ impl StateDir {
         self.root.join("privacy.toml")
     }
 
+    /// This edge's own key for policies, used where nobody else's is pinned.
+    pub fn policy_key(&self) -> PathBuf {
+        self.keys().join("policy.key")
+    }
+
     /// Where models are kept.
     pub fn model(&self) -> PathBuf {
         self.root.join("model")

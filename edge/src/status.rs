@@ -48,6 +48,8 @@ pub struct Status {
     pub updates_accepted: u64,
     /// Updates that it refused.
     pub updates_refused: u64,
+    /// Why the latest round that got nothing from this edge got nothing: a word and what it means; absent after an update.
+    pub last_decline: Option<String>,
     /// Latest refusal's word.
     pub last_refusal: Option<String>,
     /// Whether the state directory can be written and has room: `ok`, `full` or `failing`. Unless `ok`, nothing is trained
@@ -267,6 +269,7 @@ impl Board {
             delta: None,
             updates_accepted: 0,
             updates_refused: 0,
+            last_decline: None,
             last_refusal: None,
             storage: Storage::Ok,
             risk: Vec::new(),
@@ -377,6 +380,7 @@ mod tests {
             "delta",
             "updates_accepted",
             "updates_refused",
+            "last_decline",
             "last_refusal",
             "risk",
             "services",

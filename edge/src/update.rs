@@ -15,13 +15,17 @@ use rand::Rng as _;
 use theriac_model::global::{GlobalModel, delta_layout, moments_layout};
 use theriac_model::{moments, train};
 use theriac_privacy::ledger::{
-    KnownHead, Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError, Reserved, Spent,
+    KnownHead, Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError, Reserved, Seal,
+    Spent,
 };
 use theriac_privacy::noise::NoiseMechanism;
+use theriac_privacy::policy::PrivacyUnit;
 use theriac_privacy::update::{LocalUpdate, UpdateError};
 use theriac_protocol::codec::{CodecError, decode_to_aggregator, encode_to_aggregator};
 use theriac_protocol::frame::{HEADER_BYTES, kind};
-use theriac_protocol::message::{AnnounceV1, DeclineReason, ToAggregator, UpdateKind};
+use theriac_protocol::message::{
+    AnnounceV1, DeclineReason, GuaranteeUnit, GuaranteeV1, ToAggregator, UpdateKind,
+};
 use theriac_protocol::units::{Digest, NoiseMultiplier, Timestamp};
 
 use crate::Tamper;
@@ -68,6 +72,18 @@ pub enum Unreleased {
 }
 
 impl Unreleased {
+    /// One stable word for metrics and events, finer than what the aggregator is told.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::TooFewBlocks { .. } => "too_few_blocks",
+            Self::Reserve(error) => error.word(),
+            Self::Layout { .. } => "unknown_layout",
+            Self::BytesLost => "bytes_lost",
+            Self::Update(_) => "no_noise",
+            Self::Codec(_) => "codec",
+        }
+    }
+
     /// What the aggregator is told: one word that depends on nothing measured.
     pub fn decline_reason(&self) -> DeclineReason {
         match self {
@@ -107,6 +123,8 @@ pub struct Published {
     pub known: KnownHead,
     /// The policy's floor on the noise.
     pub noise_multiplier_min: NoiseMultiplier,
+    /// How many records the aggregator has counter-signed.
+    pub sealed_records: u64,
 }
 
 impl Published {
@@ -115,6 +133,7 @@ impl Published {
             spent: ledger.spent(),
             known: ledger.known_head(),
             noise_multiplier_min: ledger.policy().noise_multiplier_min(),
+            sealed_records: ledger.seal().map_or(0, |seal| seal.records),
         }
     }
 }
@@ -178,6 +197,38 @@ impl Releaser {
     /// What the ledger says, to be read without waiting for a release.
     pub fn budget(&self) -> Budget {
         self.budget.clone()
+    }
+
+    /// Keeps what the aggregator has signed of this ledger. The caller has checked the signature.
+    ///
+    /// # Errors
+    /// [`LedgerError::WentBackwards`] when this ledger never was there: then nothing may be trained or sent with it.
+    pub fn keep_seal(&mut self, seal: Seal) -> Result<(), LedgerError> {
+        let kept = self.ledger.keep_seal(seal);
+        self.publish();
+        kept
+    }
+
+    /// What the policy guarantees, as the aggregator is told.
+    pub fn guarantee(&self) -> GuaranteeV1 {
+        let policy = self.ledger.policy();
+        GuaranteeV1 {
+            unit: match policy.unit() {
+                PrivacyUnit::Block => GuaranteeUnit::Block,
+                PrivacyUnit::Record => GuaranteeUnit::Record,
+            },
+            block_ms: u64::try_from(policy.block_span().as_millis()).unwrap_or(u64::MAX),
+            epsilon: policy.epsilon(),
+            delta: policy.delta(),
+            period: policy.period().to_string(),
+            noise_multiplier_min: policy.noise_multiplier_min(),
+            policy_version: policy.version(),
+            policy_hash: policy.hash(),
+            policy_signer: policy
+                .signature()
+                .map(|by| by.key.to_string())
+                .unwrap_or_default(),
+        }
     }
 
     fn publish(&self) {
@@ -255,6 +306,8 @@ impl Releaser {
             values: announce.values,
             block_span: self.ledger.policy().block_span(),
             blocks: Vec::new(),
+            sampling_rate: 1.0,
+            steps: 1,
             clip_norm: announce.clip_norm,
             noise_multiplier: announce.noise_multiplier,
         };
@@ -270,7 +323,8 @@ impl Releaser {
             }
             let span_ms = u64::try_from(plan.block_span.as_millis()).unwrap_or(u64::MAX);
             let mut blocks = self.lane.history().complete_blocks(span_ms, announce.block_rows);
-            blocks.retain(|block| self.ledger.is_chargeable(*block));
+            let now = now();
+            blocks.retain(|block| self.ledger.is_chargeable_at(*block, now));
             // The newest ones: they say most about now.
             blocks.drain(..blocks.len().saturating_sub(announce.blocks_max as usize));
             if blocks.len() < announce.blocks_min.max(1) as usize {
@@ -532,6 +586,75 @@ mod tests {
             reopened.confirm(&uncharged).is_err(),
             "bytes without a charge were confirmed"
         );
+    }
+
+    fn sample(at_ms: u64, value: f32) -> Sample {
+        Sample {
+            at_ms,
+            values: vec![value; 16],
+        }
+    }
+
+    /// Block edges are fixed in UTC, and rows whose lags would reach over one are not used.
+    #[test]
+    fn a_block_is_computed_from_its_own_rows_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let releaser = releaser(dir.path(), 180, 4.0, None);
+        let first = 1_000_000_020_000 / 60_000;
+        let before = releaser.moments(&[first + 1], 60);
+        let other = LaneShared::new("kv", FeatureSchema::host_service_v1(), 10_000);
+        for row in 0_u64..180 {
+            let at_ms = 1_000_000_020_000 + row * 1000;
+            let same = (0..16)
+                .map(|c| 0.1 * c as f32 + 0.01 * (row % 7) as f32)
+                .collect();
+            let values = if row / 60 == 1 { same } else { vec![9.0; 16] };
+            other.history().push(Sample { at_ms, values }, true);
+        }
+        let changed = Releaser {
+            lane: Arc::new(other),
+            ..releaser
+        };
+        assert_eq!(
+            changed.moments(&[first + 1], 60),
+            before,
+            "another block's rows were used"
+        );
+        assert_ne!(changed.moments(&[first], 60), before);
+    }
+
+    #[test]
+    fn a_clock_set_back_over_a_block_edge_releases_nothing_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut releaser = releaser(dir.path(), 400, 4.0, None);
+        let all = AnnounceV1 {
+            blocks_max: 60,
+            ..announce(1)
+        };
+        let _charged = fresh(releaser.release(&all, &base()).unwrap());
+        let before = releaser.ledger().spent();
+        // Three minutes back: the same blocks are measured again, and end again.
+        for row in 0..240 {
+            let back = 1_000_000_020_000 + 200_000 + row * 1000;
+            releaser.lane.history().push(sample(back, 0.5), true);
+        }
+        let again = AnnounceV1 {
+            blocks_min: 1,
+            ..announce(2)
+        };
+        let released = releaser.release(&again, &base());
+        let charged: Vec<u64> = releaser.ledger().charged_blocks().into_iter().flatten().collect();
+        let mut once = charged.clone();
+        once.dedup();
+        assert_eq!(charged, once);
+        let after = releaser.ledger().spent();
+        assert!(
+            (after.epsilon - before.epsilon).abs() < 1e-12,
+            "a block was charged twice"
+        );
+        if let Err(error) = released {
+            assert_eq!(error.decline_reason(), DeclineReason::TooFewBlocks, "{error}");
+        }
     }
 
     #[test]

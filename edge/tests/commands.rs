@@ -388,6 +388,142 @@ async fn wrong_configurations_and_tokens_have_their_own_exit_codes() {
     assert_eq!((refused.code, refused.exit), ("TH-E0312", Exit::Usage));
 }
 
+const POLICY: &str = "version = 1\nsite = \"site-a\"\nepsilon = 4.0\n";
+
+/// A state directory with a policy that its own key has signed.
+async fn signed_place() -> (Place, String) {
+    let place = Place::new();
+    drop(theriac_edge::state_dir::StateDir::open(&place.path("state")).unwrap());
+    std::fs::write(place.path("state/privacy.toml"), POLICY).unwrap();
+    let state = place.text("state");
+    json(&["privacy", "sign", "--state-dir", &state]).await;
+    (place, state)
+}
+
+#[tokio::test]
+async fn a_policy_is_signed_with_the_officers_key_and_every_edit_ends_the_signature() {
+    let place = Place::new();
+    let (key, policy, state) = (
+        place.text("officer.key"),
+        place.text("privacy.toml"),
+        place.text("state"),
+    );
+    let made = json(&["privacy", "keygen", "--out", &key]).await;
+    let public = made["policy_key"].as_str().unwrap();
+    assert!(public.starts_with("thpk1_"), "{public}");
+    let again = problem(&["privacy", "keygen", "--out", &key]).await;
+    assert_eq!(again.code, "TH-E0340", "a key was overwritten");
+
+    std::fs::write(&policy, POLICY).unwrap();
+    let check = [
+        "privacy",
+        "check",
+        &policy,
+        "--policy-key",
+        public,
+        "--state-dir",
+        &state,
+    ];
+    let unsigned = problem(&check).await;
+    assert_eq!((unsigned.code, unsigned.exit), ("TH-E0307", Exit::Config));
+    assert!(unsigned.message.contains("not signed"), "{unsigned}");
+    let signed = json(&["privacy", "sign", &policy, "--key", &key, "--state-dir", &state]).await;
+    assert_eq!(signed["signer"], public);
+    assert_eq!(json(&check).await["version"], 1);
+
+    std::fs::write(&policy, POLICY.replace("4.0", "8.0")).unwrap();
+    let altered = problem(&check).await;
+    assert_eq!((altered.code, altered.exit), ("TH-E0307", Exit::Config));
+    assert!(altered.message.contains("altered"), "{altered}");
+    std::fs::write(&policy, "site = \"site-a\"\nepsilon = 0\n").unwrap();
+    let bad = problem(&["privacy", "sign", &policy, "--key", &key, "--state-dir", &state]).await;
+    assert_eq!(bad.code, "TH-E0307", "what is no policy was signed");
+}
+
+#[tokio::test]
+async fn the_loader_of_run_takes_only_a_policy_with_the_pinned_signature() {
+    let (place, state) = signed_place().await;
+    json(&["check-config", "--state-dir", &state]).await;
+    let key = place.text("officer.key");
+    let public = json(&["privacy", "keygen", "--out", &key]).await["policy_key"].clone();
+    let config = place.text("edge.toml");
+    let text = format!("state_dir = '{state}'\n[federation]\npolicy_key = {public}\n");
+    std::fs::write(&config, text).unwrap();
+    // Its own key does not count any more.
+    let refused = problem(&["check-config", "--config", &config]).await;
+    assert_eq!((refused.code, refused.exit), ("TH-E0307", Exit::Config));
+    let file = place.text("state/privacy.toml");
+    json(&["privacy", "sign", &file, "--key", &key, "--config", &config]).await;
+    json(&["check-config", "--config", &config]).await;
+}
+
+#[tokio::test]
+async fn a_block_that_holds_no_whole_samples_is_a_configuration_error() {
+    let (place, state) = signed_place().await;
+    let config = place.text("edge.toml");
+    for (interval, block, fits) in [("7s", "1h", false), ("1m", "10m", false), ("1m", "11m", true)] {
+        std::fs::write(
+            &config,
+            format!("state_dir = '{state}'\n[sampling]\ninterval = '{interval}'\n"),
+        )
+        .unwrap();
+        let policy = format!("{POLICY}block = \"{block}\"\n");
+        std::fs::write(place.path("state/privacy.toml"), policy).unwrap();
+        json(&["privacy", "sign", "--state-dir", &state]).await;
+        let (result, _) = command(&["check-config", "--config", &config]).await;
+        match result {
+            Ok(_) => assert!(fits, "{interval} in {block}"),
+            Err(problem) => {
+                assert!(
+                    !fits && problem.code == "TH-E0307",
+                    "{interval} in {block}: {problem}"
+                );
+                assert!(problem.message.contains("sampling.interval"), "{problem}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_report_is_written_and_verified_and_a_changed_one_is_not_true() {
+    let (place, state) = signed_place().await;
+    let none = problem(&["privacy", "report", "--state-dir", &state]).await;
+    assert_eq!(none.code, "TH-E0341");
+    let config = theriac_edge::config::EdgeConfig::load(None, []).unwrap();
+    let dir = theriac_edge::state_dir::StateDir::existing(&place.path("state"));
+    let node = "site-a".parse().unwrap();
+    let at = theriac_protocol::units::Timestamp(1);
+    drop(theriac_edge::client::opening::ledger(&config, &dir, &node, None, at).unwrap());
+
+    let (report, page) = (place.text("report.json"), place.text("report.html"));
+    json(&[
+        "privacy",
+        "report",
+        "--state-dir",
+        &state,
+        "--output",
+        &report,
+        "--html",
+        &page,
+    ])
+    .await;
+    assert!(std::fs::read_to_string(&page).unwrap().contains("site-a"));
+    let verified = json(&["privacy", "verify", &report]).await;
+    assert_eq!(
+        (verified["releases"].as_u64(), verified["records"].as_u64()),
+        (Some(0), Some(2))
+    );
+    let text = std::fs::read_to_string(&report).unwrap();
+    std::fs::write(
+        &report,
+        text.replace("\"epsilon_limit\": 4.0", "\"epsilon_limit\": 40.0"),
+    )
+    .unwrap();
+    let untrue = problem(&["privacy", "verify", &report]).await;
+    assert_eq!((untrue.code, untrue.exit), ("TH-E0342", Exit::Failed));
+    assert!(untrue.message.contains("epsilon_limit"), "{untrue}");
+}
+
 #[tokio::test]
 async fn privacy_account_prints_both_figures_and_refuses_what_is_no_mechanism() {
     // Row of dp-accounting 0.6.0: σ 1.1, q 64/15000, 14 063 steps, δ 1e-5: RDP 2.5967, distribution at most 2.3817, at least 2.3113.

@@ -164,6 +164,8 @@ mod tests {
             values: 3,
             block_span: Duration::from_hours(1),
             blocks: (0..blocks).collect(),
+            sampling_rate: 1.0,
+            steps: 1,
             clip_norm: L2Norm::new(2.0).unwrap(),
             noise_multiplier: NoiseMultiplier::new(3.0).unwrap(),
         };

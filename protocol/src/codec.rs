@@ -18,8 +18,8 @@ use serde::de::DeserializeOwned;
 
 use crate::frame::{FrameHeader, HEADER_BYTES, kind};
 use crate::message::{
-    AnnounceV1, ClosedV1, DeclineV1, Encoding, FetchModelV1, GoodbyeV1, HelloV1, JoinReplyV1, JoinRequestV1,
-    ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateV1, VerdictV1, WelcomeV1,
+    AnnounceV1, ClosedV1, DeclineV1, Encoding, FetchModelV1, GoodbyeV1, GuaranteeV1, HelloV1, JoinReplyV1,
+    JoinRequestV1, LedgerSealV1, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateV1, VerdictV1, WelcomeV1,
 };
 use crate::refusal::{RefusalCode, RefusalV1};
 
@@ -64,11 +64,13 @@ pub fn body_bytes_max(kind: u16, payload_bytes_max: u32) -> Option<u32> {
         | kind::DECLINE_V1
         | kind::FETCH_MODEL_V1
         | kind::VERDICT_V1
+        | kind::GUARANTEE_V1
         | kind::WELCOME_V1
         | kind::REFUSAL_V1
         | kind::ANNOUNCE_V1
         | kind::RECEIPT_V1
         | kind::CLOSED_V1
+        | kind::LEDGER_SEAL_V1
         | kind::AGGREGATOR_GOODBYE_V1 => Some(PLAIN),
         _ => None,
     }
@@ -85,6 +87,7 @@ pub fn encode_to_aggregator(message: &ToAggregator) -> Result<Encoded, CodecErro
         ToAggregator::Decline(decline) => plain(kind::DECLINE_V1, decline),
         ToAggregator::FetchModel(fetch) => plain(kind::FETCH_MODEL_V1, fetch),
         ToAggregator::Verdict(verdict) => plain(kind::VERDICT_V1, verdict),
+        ToAggregator::Guarantee(guarantee) => plain(kind::GUARANTEE_V1, guarantee),
         ToAggregator::Goodbye => frame(kind::EDGE_GOODBYE_V1, &[], &Bytes::new()),
     }
 }
@@ -102,6 +105,7 @@ pub fn decode_to_aggregator(kind: u16, body: Bytes) -> Result<ToAggregator, Code
         kind::DECLINE_V1 => read_plain(kind, &body).map(ToAggregator::Decline),
         kind::FETCH_MODEL_V1 => read_plain(kind, &body).map(ToAggregator::FetchModel),
         kind::VERDICT_V1 => read_plain(kind, &body).map(ToAggregator::Verdict),
+        kind::GUARANTEE_V1 => read_plain(kind, &body).map(ToAggregator::Guarantee),
         kind::EDGE_GOODBYE_V1 => consumed(kind, 0, body.len()).map(|()| ToAggregator::Goodbye),
         _ => Err(CodecError::UnsupportedKind { kind }),
     }
@@ -119,6 +123,7 @@ pub fn encode_to_edge(message: &ToEdge) -> Result<Encoded, CodecError> {
         ToEdge::Receipt(receipt) => plain(kind::RECEIPT_V1, receipt),
         ToEdge::Model(model, payload) => with_payload(kind::MODEL_V1, model, payload),
         ToEdge::Closed(closed) => plain(kind::CLOSED_V1, closed),
+        ToEdge::Seal(seal) => plain(kind::LEDGER_SEAL_V1, seal),
         ToEdge::Goodbye(goodbye) => plain(kind::AGGREGATOR_GOODBYE_V1, goodbye),
     }
 }
@@ -137,6 +142,7 @@ pub fn decode_to_edge(kind: u16, body: Bytes) -> Result<ToEdge, CodecError> {
             read_with_payload(kind, body).map(|(header, payload)| ToEdge::Model(header, payload))
         }
         kind::CLOSED_V1 => read_plain(kind, &body).map(ToEdge::Closed),
+        kind::LEDGER_SEAL_V1 => read_plain(kind, &body).map(ToEdge::Seal),
         kind::AGGREGATOR_GOODBYE_V1 => read_plain(kind, &body).map(ToEdge::Goodbye),
         _ => Err(CodecError::UnsupportedKind { kind }),
     }
@@ -309,14 +315,21 @@ impl Checked for UpdateV1 {
 
 impl Checked for ReceiptV1 {
     fn check(&self) -> Result<(), CodecError> {
-        match self.signature.len() {
-            64 => Ok(()),
-            found => Err(CodecError::Field {
-                field: "ReceiptV1.signature",
-                found,
-                allowed: Allowed::Exactly(64),
-            }),
-        }
+        signature("ReceiptV1.signature", self.signature.len())
+    }
+}
+
+impl Checked for LedgerSealV1 {
+    fn check(&self) -> Result<(), CodecError> {
+        at_most("LedgerSealV1.key", self.key.len(), 512)?;
+        signature("LedgerSealV1.signature", self.signature.len())
+    }
+}
+
+impl Checked for GuaranteeV1 {
+    fn check(&self) -> Result<(), CodecError> {
+        at_most("GuaranteeV1.period", self.period.len(), 16)?;
+        at_most("GuaranteeV1.policy_signer", self.policy_signer.len(), 128)
     }
 }
 
@@ -373,6 +386,17 @@ impl Checked for RefusalV1 {}
 impl Checked for AnnounceV1 {}
 impl Checked for ClosedV1 {}
 impl Checked for GoodbyeV1 {}
+
+fn signature(field: &'static str, found: usize) -> Result<(), CodecError> {
+    match found {
+        64 => Ok(()),
+        found => Err(CodecError::Field {
+            field,
+            found,
+            allowed: Allowed::Exactly(64),
+        }),
+    }
+}
 
 fn at_most(field: &'static str, found: usize, max: usize) -> Result<(), CodecError> {
     if found <= max {

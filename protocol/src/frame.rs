@@ -36,6 +36,8 @@ pub mod kind {
     pub const FETCH_MODEL_V1: u16 = 0x0401;
     /// [`VerdictV1`](crate::message::VerdictV1), edge to aggregator.
     pub const VERDICT_V1: u16 = 0x0501;
+    /// [`GuaranteeV1`](crate::message::GuaranteeV1), edge to aggregator.
+    pub const GUARANTEE_V1: u16 = 0x0701;
     /// Goodbye of an edge; no body.
     pub const EDGE_GOODBYE_V1: u16 = 0x0601;
 
@@ -56,6 +58,8 @@ pub mod kind {
     pub const MODEL_V1: u16 = 0x8501;
     /// [`ClosedV1`](crate::message::ClosedV1), aggregator to edge.
     pub const CLOSED_V1: u16 = 0x8601;
+    /// [`LedgerSealV1`](crate::message::LedgerSealV1), aggregator to edge.
+    pub const LEDGER_SEAL_V1: u16 = 0x8801;
     /// [`GoodbyeV1`](crate::message::GoodbyeV1), aggregator to edge.
     pub const AGGREGATOR_GOODBYE_V1: u16 = 0x8701;
 }

@@ -33,6 +33,8 @@ pub enum ToAggregator {
     FetchModel(FetchModelV1),
     /// What the edge's gate made of a published model.
     Verdict(VerdictV1),
+    /// What the edge's policy guarantees; said after the first [`ToEdge::Seal`], which tells that it is understood.
+    Guarantee(GuaranteeV1),
     /// The edge leaves.
     Goodbye,
 }
@@ -52,9 +54,15 @@ pub enum ToEdge {
     Model(ModelV1, Bytes),
     /// A round has ended.
     Closed(ClosedV1),
+    /// How far the aggregator has seen the edge's privacy ledger come; only said to an edge whose Hello lists
+    /// [`FEATURE_LEDGER_SEAL`].
+    Seal(LedgerSealV1),
     /// The aggregator is going down; come back after the given time.
     Goodbye(GoodbyeV1),
 }
+
+/// Feature of a [`HelloV1`]: the edge keeps [`LedgerSealV1`] and answers the first with a [`GuaranteeV1`].
+pub const FEATURE_LEDGER_SEAL: &str = "ledger-seal-1";
 
 /// Who an edge is and what it knows. Its node id is *not* in here: it comes from the certificate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -280,6 +288,54 @@ pub struct ReceiptV1 {
     pub ledger_head: Digest,
     /// Ed25519 signature, 64 bytes.
     pub signature: Vec<u8>,
+}
+
+/// A counter-signature: the aggregator has a charge of this ledger on record that was made when it held so many records. A
+/// ledger that does not hold this head was lost, restored from a copy, or swapped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerSealV1 {
+    /// Records of the ledger up to that charge; 0: nothing is on record.
+    pub records: u64,
+    /// Head of the last of them (all zero for none).
+    pub head: Digest,
+    /// When it was signed, by the aggregator's clock.
+    pub signed: Timestamp,
+    /// Public key of the audit log, at most 512 bytes.
+    pub key: String,
+    /// Ed25519 signature by the audit log's key, 64 bytes.
+    pub signature: Vec<u8>,
+}
+
+/// What an edge's guarantee hides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum GuaranteeUnit {
+    /// All that the node measured in one block of time.
+    Block,
+    /// One sample.
+    Record,
+}
+
+/// What an edge's policy guarantees. Public: nothing in here depends on data.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GuaranteeV1 {
+    /// What is hidden; neighbouring data sets differ by one of them, present or absent.
+    pub unit: GuaranteeUnit,
+    /// Length of one block, in milliseconds.
+    pub block_ms: u64,
+    /// Largest ε of any unit in one period.
+    pub epsilon: Epsilon,
+    /// δ of the guarantee.
+    pub delta: Delta,
+    /// Time over which ε holds (`rolling`, `month`, …), at most 16 bytes.
+    pub period: String,
+    /// Least noise multiplier.
+    pub noise_multiplier_min: NoiseMultiplier,
+    /// Version of the policy.
+    pub policy_version: u64,
+    /// Digest of what the policy says.
+    pub policy_hash: Digest,
+    /// Public key of whoever signed it, at most 128 bytes; empty for nobody.
+    pub policy_signer: String,
 }
 
 /// Header of a published model; the values follow as raw bytes.

@@ -131,9 +131,12 @@ impl Centre {
                 node,
             ),
             Ok(ToAggregator::Goodbye) => self.feed(Input::Left { node: node.clone() }, node),
-            Ok(ToAggregator::Hello(_) | ToAggregator::FetchModel(_) | ToAggregator::Verdict(_)) => {
-                Answer::Silence
-            }
+            Ok(
+                ToAggregator::Hello(_)
+                | ToAggregator::FetchModel(_)
+                | ToAggregator::Verdict(_)
+                | ToAggregator::Guarantee(_),
+            ) => Answer::Silence,
             Err(error) => refused(error.refusal_code()),
         }
     }

@@ -80,6 +80,8 @@ pub(crate) fn update(
         values: announce.values,
         block_span: BLOCK_SPAN,
         blocks: (announce.round.0 * 1000..announce.round.0 * 1000 + blocks).collect(),
+        sampling_rate: 1.0,
+        steps: 1,
         clip_norm: announce.clip_norm,
         noise_multiplier: announce.noise_multiplier,
     };

@@ -7,10 +7,11 @@ use rand_chacha::ChaCha8Rng;
 use theriac_protocol::codec::encode_to_aggregator;
 use theriac_protocol::frame::{FrameHeader, HEADER_BYTES, kind};
 use theriac_protocol::message::{
-    DeclineReason, DeclineV1, FetchModelV1, GateVerdict, HelloV1, ToAggregator, UpdateV1, VerdictV1,
+    DeclineReason, DeclineV1, FetchModelV1, GateVerdict, GuaranteeUnit, GuaranteeV1, HelloV1, ToAggregator,
+    UpdateV1, VerdictV1,
 };
 use theriac_protocol::refusal::{RefusalCode, RoundOutcome};
-use theriac_protocol::units::{Digest, ModelVersion, NodeId, NoiseMultiplier, Round};
+use theriac_protocol::units::{Delta, Digest, Epsilon, ModelVersion, NodeId, NoiseMultiplier, Round};
 
 use crate::centre::{Answer, Centre, DEADLINE, Ended};
 use crate::honest;
@@ -118,6 +119,17 @@ fn plain_messages() -> Vec<ToAggregator> {
         ToAggregator::Verdict(VerdictV1 {
             version: ModelVersion(1),
             verdict: GateVerdict::Accepted,
+        }),
+        ToAggregator::Guarantee(GuaranteeV1 {
+            unit: GuaranteeUnit::Block,
+            block_ms: 3_600_000,
+            epsilon: Epsilon::new(4.0).unwrap(),
+            delta: Delta::new(1e-6).unwrap(),
+            period: "rolling".into(),
+            noise_multiplier_min: NoiseMultiplier::new(0.7).unwrap(),
+            policy_version: 1,
+            policy_hash: Digest([1; 32]),
+            policy_signer: String::new(),
         }),
         ToAggregator::Goodbye,
     ]

@@ -14,6 +14,7 @@ use theriac_aggregator::store::rounds::{self as stored, RoundDetail};
 use theriac_aggregator::store::{Database, records};
 use theriac_aggregator::{InitOptions, init};
 use theriac_edge::status::{Federation, IncidentView, Status};
+use theriac_privacy::policy::signed::{PolicyKey, signature_path};
 use theriac_protocol::round::RoundTerms;
 use theriac_protocol::units::{ModelVersion, Round};
 
@@ -276,13 +277,17 @@ impl Edge {
         let terms = format!(
             "site = \"{name}\"\nblock = \"{BLOCK}\"\nepsilon = 8\ndelta = 1e-6\nnoise_multiplier_min = 0.7\n"
         );
-        fs::write(&policy, terms).unwrap();
+        fs::write(&policy, &terms).unwrap();
+        let officer = PolicyKey::from_seed(&rand::random());
+        let signature = officer.sign(&terms).unwrap().to_string();
+        fs::write(signature_path(&policy), signature).unwrap();
+        let officer = officer.public();
         let text = format!(
             "state_dir = \"{}\"\n[sampling]\ninterval = \"100ms\"\nhistory_rows = 600\n\
              [detection]\nwarm_up_rows = 60\nfit_rows = 60\n[http]\nlisten = \"{}\"\n\
              [healing]\nautonomy = \"act\"\ncooldown = \"200ms\"\nmax_actions = 1000\nsettle = \"0s\"\nanomaly_confirm = 600\n\
              [healing_budget]\nmax_actions = 1000\n\
-             [federation]\nretry_base = \"50ms\"\nretry_max = \"300ms\"\nprivacy_policy = \"{}\"\n{federation}\n{more}\n",
+             [federation]\nretry_base = \"50ms\"\nretry_max = \"300ms\"\nprivacy_policy = \"{}\"\npolicy_key = \"{officer}\"\n{federation}\n{more}\n",
             edge.dir.display(),
             edge.page,
             policy.display(),

@@ -133,7 +133,7 @@ impl Played {
                     sent.ok()?;
                 }
                 Ok(report @ (ToAggregator::Update(..) | ToAggregator::Decline(_))) => return Some(report),
-                Ok(ToAggregator::Verdict(_)) => {}
+                Ok(ToAggregator::Verdict(_) | ToAggregator::Guarantee(_)) => {}
                 Ok(other) => panic!("{other:?} instead of a report"),
                 Err(_) => return None,
             }

@@ -205,12 +205,16 @@ async fn greet(
             let retry_after = Duration::from_millis(goodbye.retry_after_ms.into());
             Err(ConnectError::GoingDown { retry_after })
         }
-        Ok(other @ (ToEdge::Announce(_) | ToEdge::Receipt(_) | ToEdge::Model(..) | ToEdge::Closed(_))) => {
-            Err(ConnectError::Protocol(format!(
-                "a {} before the welcome",
-                word(&other)
-            )))
-        }
+        Ok(
+            other @ (ToEdge::Announce(_)
+            | ToEdge::Receipt(_)
+            | ToEdge::Model(..)
+            | ToEdge::Closed(_)
+            | ToEdge::Seal(_)),
+        ) => Err(ConnectError::Protocol(format!(
+            "a {} before the welcome",
+            word(&other)
+        ))),
         Err(SessionError::Ended) => {
             // A closed connection says more than an ended stream.
             match timeout_at(
@@ -237,6 +241,7 @@ fn word(message: &ToEdge) -> &'static str {
         ToEdge::Receipt(_) => "receipt",
         ToEdge::Model(..) => "model",
         ToEdge::Closed(_) => "round's end",
+        ToEdge::Seal(_) => "counter-signature",
         ToEdge::Goodbye(_) => "goodbye",
     }
 }

@@ -18,6 +18,8 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{Common, load, open, output_problem, print, store_problem};
+use theriac_protocol::message::{GuaranteeUnit, GuaranteeV1};
+
 use crate::audit::{AuditKey, AuditLog, lines};
 use crate::serve::ServeError;
 use crate::status::SiteStatus;
@@ -90,6 +92,8 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
                 row.refusals.values().sum::<u64>().to_string(),
                 row.epsilon
                     .map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
+                row.guarantee.as_ref().map_or_else(|| "-".to_owned(), promise),
+                row.ledger.records.to_string(),
                 row.last_verdict.clone().unwrap_or_default(),
             ]
         })
@@ -106,10 +110,35 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
         })
         .collect();
     let header = [
-        "site", "state", "enrolled", "accepted", "refused", "epsilon", "gate",
+        "site",
+        "state",
+        "enrolled",
+        "accepted",
+        "refused",
+        "epsilon",
+        "guarantee",
+        "sealed",
+        "gate",
     ];
     print(common.format, &values, table(&header, &cells))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A declared guarantee in a cell: `4@1e-6/block 1h/rolling`.
+fn promise(declared: &GuaranteeV1) -> String {
+    let unit = match declared.unit {
+        GuaranteeUnit::Block => {
+            let span = std::time::Duration::from_millis(declared.block_ms);
+            format!("block {}", humantime::format_duration(span))
+        }
+        GuaranteeUnit::Record => "record".to_owned(),
+    };
+    format!(
+        "{}@{:e}/{unit}/{}",
+        declared.epsilon,
+        declared.delta.value(),
+        declared.period
+    )
 }
 
 #[derive(Debug, Subcommand)]

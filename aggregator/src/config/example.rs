@@ -3,10 +3,16 @@
 use std::time::Duration;
 
 use super::{RoundKind, Settings};
+use crate::floor::FloorUnit;
 
 /// The commented file that `init` writes, with every key at the value of `settings`.
 pub fn example(settings: &Settings) -> String {
     let (rounds, model, limits) = (&settings.rounds, &settings.model, &settings.limits);
+    let floor = &settings.privacy_floor;
+    let floor_word = |unit| match unit {
+        FloorUnit::Block => "block",
+        FloorUnit::Record => "record",
+    };
     let text = |value: &str| toml::Value::String(value.to_owned()).to_string();
     let time = |span: Duration| text(&humantime::format_duration(span).to_string());
     let or_comment = |key: &str, value: Option<String>, other: &str| match value {
@@ -83,6 +89,18 @@ updates_per_round_max = {updates}
 write_timeout = {write_timeout}
 # Rounds whose updates are kept after they end, 1 to 1000000; older payloads are deleted, their records stay.
 rounds_kept = {rounds_kept}
+
+[privacy_floor]
+# The weakest guarantee whose updates are taken, held to what each site declares. Without any key nothing is asked.
+# "block" turns sites away that hide only single records.
+{floor_unit}
+# Shortest block, 1s to 31days.
+{block_min}
+# Largest epsilon of one period, above 0 to 100, and largest delta, above 0 to 0.001.
+{epsilon_max}
+{delta_max}
+# Whether somebody must have signed the site's policy.
+signed = {signed}
 "#,
         federation = text(&settings.federation),
         data_dir = text(&settings.data_dir.to_string_lossy()),
@@ -114,6 +132,11 @@ rounds_kept = {rounds_kept}
         updates = limits.updates_per_round_max,
         write_timeout = time(limits.write_timeout),
         rounds_kept = limits.rounds_kept,
+        floor_unit = or_comment("unit", floor.unit.map(floor_word).map(text), "\"block\""),
+        block_min = or_comment("block_min", floor.block_min.map(time), "\"1h\""),
+        epsilon_max = or_comment("epsilon_max", floor.epsilon_max.map(real), "4.0"),
+        delta_max = or_comment("delta_max", floor.delta_max.map(real), "1e-6"),
+        signed = floor.signed,
     )
 }
 
@@ -135,6 +158,13 @@ mod tests {
         changed.rounds.rounds_max = Some(9);
         changed.rounds.kind = RoundKind::Delta;
         changed.model.dimension = Some(10);
+        changed.privacy_floor = crate::floor::FloorSettings {
+            unit: Some(FloorUnit::Block),
+            block_min: Some(Duration::from_hours(1)),
+            epsilon_max: Some(4.0),
+            delta_max: Some(1e-6),
+            signed: true,
+        };
         for settings in [good(), changed] {
             let parsed: Settings = toml::from_str(&example(&settings)).unwrap();
             assert_eq!(parsed, settings);

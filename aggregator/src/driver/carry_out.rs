@@ -189,6 +189,7 @@ impl Driver {
             Some(stored) => {
                 let receipt = self.key.receipt(round, &node, stored);
                 self.send(&node, &ToEdge::Receipt(receipt));
+                self.send_seal(&node);
             }
             None => self.find_receipt(node, round),
         }

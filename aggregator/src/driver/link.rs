@@ -3,8 +3,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use theriac_audit::seal::SealBody;
 use theriac_protocol::codec::{Encoded, encode_to_edge};
-use theriac_protocol::message::{ToEdge, WelcomeV1};
+use theriac_protocol::message::{LedgerSealV1, ToEdge, WelcomeV1};
 use theriac_protocol::refusal::{RefusalCode, RefusalV1};
 use theriac_protocol::round::{Input, Output};
 use theriac_protocol::units::{NodeId, Round};
@@ -28,6 +29,8 @@ pub struct Link {
     pub outbox: mpsc::Sender<Arc<Encoded>>,
     /// The connection.
     pub handle: SessionHandle,
+    /// Whether the edge keeps counter-signatures of its ledger.
+    pub seals: bool,
 }
 
 impl Link {
@@ -111,6 +114,10 @@ impl Driver {
             round,
         };
         link.send(&ToEdge::Welcome(welcome));
+        if link.seals {
+            // Also of nothing: it tells the edge that its guarantee is wanted.
+            link.send(&ToEdge::Seal(self.seal(&node)));
+        }
         self.with_status(|status| {
             status.connected.insert(node.clone());
         });
@@ -153,6 +160,25 @@ impl Driver {
         let now = self.now();
         self.machine.handle(now, Input::Left { node: node.clone() });
         self.pump(None);
+    }
+
+    /// Tells an edge how far its ledger is on record here.
+    pub(super) fn send_seal(&mut self, node: &NodeId) {
+        if self.links.get(node).is_some_and(|link| link.seals) {
+            let seal = self.seal(node);
+            self.send(node, &ToEdge::Seal(seal));
+        }
+    }
+
+    fn seal(&self, node: &NodeId) -> LedgerSealV1 {
+        let LedgerHead { head, records } = self.ledger(node);
+        let body = SealBody {
+            node: node.clone(),
+            records,
+            head,
+            signed: wall_clock(),
+        };
+        body.sign(self.key.log_key())
     }
 
     pub(super) fn send(&mut self, node: &NodeId, message: &ToEdge) {

@@ -121,6 +121,7 @@ impl Driver {
                 if let Some(stored) = stored {
                     let receipt = self.key.receipt(round, &node, &stored);
                     self.send(&node, &ToEdge::Receipt(receipt));
+                    self.send_seal(&node);
                 }
                 return;
             }

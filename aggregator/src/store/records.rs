@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use rusqlite::{Connection, OptionalExtension as _};
 use theriac_audit::leaf::{AuditEvent, SiteStanding};
-use theriac_protocol::message::{GateVerdict, PrivacyClaimV1};
+use theriac_protocol::message::{GateVerdict, GuaranteeV1, PrivacyClaimV1};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::{Digest, ModelVersion, NodeId, Timestamp};
 
@@ -15,6 +15,9 @@ use super::{StoreError, Work, from_sql, to_sql, wall_clock, word};
 pub const META_FEDERATION: &str = "federation";
 /// Name of the meta row that holds the 32 bytes from which nonces are made.
 pub const META_NONCE_SEED: &str = "nonce_seed";
+
+/// Beginning of the meta rows that hold what sites declared; the site's name follows.
+const META_GUARANTEE: &str = "guarantee/";
 
 /// Reads a meta row.
 ///
@@ -199,6 +202,39 @@ pub fn set_standing(
     Ok(())
 }
 
+/// Keeps what a site guarantees.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub fn declare(work: &Work<'_>, node: &NodeId, guarantee: &GuaranteeV1) -> Result<(), StoreError> {
+    let said = serde_json::to_vec(guarantee).map_err(|error| StoreError::Corrupt {
+        row: format!("guarantee of {node}"),
+        reason: error.to_string(),
+    })?;
+    set_meta(work, &format!("{META_GUARANTEE}{node}"), &said)
+}
+
+/// What each site guarantees, as it declared last.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn guarantees(connection: &Connection) -> Result<BTreeMap<NodeId, GuaranteeV1>, StoreError> {
+    let mut statement = connection
+        .prepare_cached("SELECT substr(key, length(?1) + 1), value FROM meta WHERE key LIKE ?1 || '%'")?;
+    let rows = statement.query_map([META_GUARANTEE], |row| {
+        Ok((row.get::<_, String>(0)?, row.get::<_, Vec<u8>>(1)?))
+    })?;
+    rows.map(|row| {
+        let (node, said) = row?;
+        let guarantee = serde_json::from_slice(&said).map_err(|error| StoreError::Corrupt {
+            row: format!("guarantee of {node}"),
+            reason: error.to_string(),
+        })?;
+        Ok((node_id(&node)?, guarantee))
+    })
+    .collect()
+}
+
 /// A site as it is listed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SiteRow {
@@ -220,6 +256,10 @@ pub struct SiteRow {
     pub delta: Option<f64>,
     /// What its gate said last.
     pub last_verdict: Option<String>,
+    /// The ledger head that was counter-signed last.
+    pub ledger: LedgerHead,
+    /// What it guarantees, as it declared last.
+    pub guarantee: Option<GuaranteeV1>,
 }
 
 /// All sites, ordered by name.
@@ -232,7 +272,9 @@ pub fn sites(connection: &Connection) -> Result<Vec<SiteRow>, StoreError> {
         connection,
         "SELECT node, declined, count(*) FROM cohort WHERE declined IS NOT NULL GROUP BY node, declined",
     )?;
-    let columns = "node, state, enrolled_unix_ms, accepted, epsilon, delta, last_verdict";
+    let mut guarantees = guarantees(connection)?;
+    let columns =
+        "node, state, enrolled_unix_ms, accepted, epsilon, delta, last_verdict, ledger_head, ledger_records";
     let mut statement = connection.prepare_cached(&format!("SELECT {columns} FROM site ORDER BY node"))?;
     let mut rows = statement.query([])?;
     let mut sites = Vec::new();
@@ -248,6 +290,11 @@ pub fn sites(connection: &Connection) -> Result<Vec<SiteRow>, StoreError> {
             epsilon: row.get(4)?,
             delta: row.get(5)?,
             last_verdict: row.get(6)?,
+            ledger: LedgerHead {
+                head: Digest(row.get(7)?),
+                records: from_sql(row.get(8)?),
+            },
+            guarantee: guarantees.remove(&node_id(&node)?),
             node: node_id(&node)?,
         });
     }

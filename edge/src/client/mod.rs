@@ -13,11 +13,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use rand::Rng as _;
+use theriac_audit::seal::verify_seal;
 use theriac_certs::{Identity, files, trust};
 use theriac_model::gate::GateOutcome;
 use theriac_model::global::{GlobalError, GlobalModel, delta_layout, model_layout, moments_layout};
+use theriac_privacy::ledger::{LedgerError, Seal};
 use theriac_protocol::message::{
-    AnnounceV1, FetchModelV1, HelloV1, ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
+    AnnounceV1, FEATURE_LEDGER_SEAL, FetchModelV1, HelloV1, LedgerSealV1, ModelV1, PROTOCOL_MAX,
+    PROTOCOL_MIN, ToAggregator, ToEdge,
 };
 use theriac_protocol::participant::{Input, LayoutDigests, Output, Participant, ParticipantConfig};
 use theriac_protocol::refusal::RefusalCode;
@@ -129,6 +132,8 @@ struct Driver {
     judging: Option<Judging>,
     /// The held model still waits for a detector to be judged with.
     unjudged: bool,
+    /// Whether this session's aggregator was told what our policy guarantees.
+    declared: bool,
     /// Addresses of the aggregator's name that did not answer in a row.
     dials: usize,
     epoch: Instant,
@@ -148,6 +153,8 @@ enum Ended {
     Lost(String),
     Asked(Duration),
     Refused(RefusalCode),
+    /// The aggregator has signed more of our ledger than there is.
+    LedgerBehind(String),
 }
 
 /// Keeps the link up until the signal to stop.
@@ -186,6 +193,11 @@ pub async fn run(client: Client, mut shutdown: Shutdown) -> Result<(), ClientErr
                         driver.client.refused(code.word());
                         backoff.next(rand::rng().random()).max(settings.retry_base)
                     }
+                    Ended::LedgerBehind(reason) => {
+                        driver.client.ledger_behind(&reason);
+                        shutdown.wait().await;
+                        return Ok(());
+                    }
                     Ended::Lost(reason) => {
                         tracing::warn!(reason, "lost the aggregator");
                         driver.client.down(Federation::Connecting, &reason);
@@ -215,6 +227,13 @@ impl Client {
             status.federation = state;
             status.federation_detail = Some(detail.to_owned());
         });
+    }
+
+    /// Nothing is trained or sent any more, until a person has put the right ledger back and started the edge again.
+    fn ledger_behind(&self, reason: &str) {
+        let code = "TH-E0309";
+        tracing::error!(code, reason, "federation is off; detection and healing go on");
+        self.down(Federation::Off, &format!("{code}: {reason}"));
     }
 
     fn refused(&self, word: &str) {
@@ -358,6 +377,7 @@ impl Driver {
             announced: None,
             judging: None,
             unjudged,
+            declared: false,
             dials: 0,
             epoch,
         })
@@ -420,6 +440,7 @@ impl Driver {
         );
         // The address that answered is tried first again.
         self.dials = self.dials.wrapping_sub(1);
+        self.declared = false;
         self.client.metrics.connected.set(1);
         self.client.board.update(|status| {
             status.federation = Federation::Connected;
@@ -440,7 +461,7 @@ impl Driver {
             protocol_min: PROTOCOL_MIN,
             protocol_max: PROTOCOL_MAX,
             software: concat!("theriac-edge ", env!("CARGO_PKG_VERSION")).to_owned(),
-            features: Vec::new(),
+            features: vec![FEATURE_LEDGER_SEAL.to_owned()],
             profile: schema.name.clone(),
             profile_digest: Digest(schema.digest()),
             layout_digest: Digest(model_layout(schema.channels()).digest()),
@@ -472,6 +493,10 @@ impl Driver {
             let input = tokio::select! {
                 () = shutdown.wait() => break Ended::ByUs,
                 message = receiver.recv() => match message {
+                    Ok(ToEdge::Seal(seal)) => match self.sealed(seal, &mut sender).await {
+                        Ok(()) => None,
+                        Err(ended) => break ended,
+                    },
                     Ok(message) => match self.received(message) {
                         Ok(input) => input,
                         Err(ended) => break ended,
@@ -534,12 +559,63 @@ impl Driver {
                 Input::Model { header }
             }
             ToEdge::Closed(closed) => Input::Closed(closed),
+            // Taken out before.
+            ToEdge::Seal(_) => return Ok(None),
             ToEdge::Goodbye(goodbye) => {
                 return Err(Ended::Asked(Duration::from_millis(u64::from(
                     goodbye.retry_after_ms,
                 ))));
             }
         }))
+    }
+
+    /// Keeps what the aggregator has signed of our ledger, and answers the first seal of a session with what our policy guarantees.
+    async fn sealed(&mut self, seal: LedgerSealV1, sender: &mut EdgeSender) -> Result<(), Ended> {
+        let lost = |error: String| Ended::Lost(error);
+        if !std::mem::replace(&mut self.declared, true) {
+            let guarantee = self.client.with_releaser(|releaser| releaser.guarantee()).await;
+            let guarantee = guarantee.map_err(|error| lost(error.to_string()))?;
+            let told = sender.send(&ToAggregator::Guarantee(guarantee)).await;
+            told.map_err(|error| lost(error.to_string()))?;
+        }
+        if seal.records == 0 || seal.records <= self.client.budget.published().sealed_records {
+            return Ok(());
+        }
+        let node = &self.client.joined.node;
+        let holds = seal.key.parse().is_ok_and(|key| verify_seal(&seal, node, &key));
+        if !holds {
+            return Err(lost(
+                "the counter-signature of the privacy ledger is wrong".to_owned(),
+            ));
+        }
+        let kept = Seal {
+            records: seal.records,
+            head: seal.head,
+            signed: seal.signed,
+            key: seal.key,
+            signature: hexadecimal(&seal.signature),
+        };
+        let kept = self
+            .client
+            .with_releaser(|releaser| releaser.keep_seal(kept))
+            .await;
+        match kept.map_err(|error| lost(error.to_string()))? {
+            Ok(()) => {
+                self.client
+                    .store
+                    .note_ledger(self.client.budget.published().known)
+                    .await
+            }
+            Err(error @ LedgerError::WentBackwards { .. }) => {
+                return Err(Ended::LedgerBehind(error.to_string()));
+            }
+            // The charge is on record; only the evidence of the aggregator's word is missing.
+            Err(error) => {
+                tracing::warn!(%error, "a counter-signature of the privacy ledger could not be kept");
+                Ok(())
+            }
+        }
+        .map_err(|error| lost(error.to_string()))
     }
 
     /// Does what the participant asks for. `sender` is `None` between sessions.
@@ -624,4 +700,10 @@ fn unix_ms() -> u64 {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digits = |byte: &u8| [byte >> 4, byte & 15].map(|half| char::from(DIGITS[usize::from(half)]));
+    bytes.iter().flat_map(digits).collect()
 }

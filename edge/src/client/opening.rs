@@ -6,8 +6,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rand::RngCore as _;
 use theriac_command::problem::Problem;
 use theriac_privacy::ledger::{KnownHead, Ledger, LedgerError};
+use theriac_privacy::policy::signed::{PolicyKey, PolicyPublicKey, signature_path};
 use theriac_privacy::policy::{Policy, PolicyError};
 use theriac_privacy::report::Status;
 use theriac_protocol::units::{NodeId, Timestamp};
@@ -15,8 +17,10 @@ use theriac_protocol::units::{NodeId, Timestamp};
 use crate::config::EdgeConfig;
 use crate::state_dir::{StateDir, write_durably};
 
-/// Rows of one block that the first privacy policy is written for.
-pub const BLOCK_ROWS: u32 = 60;
+/// Length of one block in the first privacy policy.
+const BLOCK: Duration = Duration::from_hours(1);
+/// A block of fewer samples has no row whose lags lie inside it.
+const BLOCK_ROWS_MIN: u32 = 11;
 
 /// Why federation stays off.
 #[derive(Debug, thiserror::Error)]
@@ -30,13 +34,42 @@ pub enum Barred {
         /// The file.
         path: PathBuf,
     },
+    /// A key is pinned, and its owner has given no policy yet.
+    #[error(
+        "{path} is missing, and federation.policy_key says that somebody else signs it: put the signed policy there"
+    )]
+    PolicyAwaited {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Blocks of the policy do not hold whole samples.
+    #[error(
+        "{path}: `block` is {}, which does not hold 11 or more whole samples of `sampling.interval` {}",
+        humantime::format_duration(*.block), humantime::format_duration(*.interval)
+    )]
+    BlockMisfit {
+        /// The policy.
+        path: PathBuf,
+        /// Its block.
+        block: Duration,
+        /// Time between two samples.
+        interval: Duration,
+    },
     /// The policy cannot be used.
-    #[error("{path}: {source}")]
+    #[error("{source}")]
     Policy {
         /// The file.
         path: PathBuf,
         /// What is wrong.
         source: PolicyError,
+    },
+    /// This edge's own key cannot be read or made.
+    #[error("this edge's own policy key {path}: {reason}")]
+    OwnKey {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
     },
     /// The first policy cannot be written.
     #[error("cannot write the first privacy policy {path}: {source}")]
@@ -55,7 +88,15 @@ impl Barred {
     /// The code under which `docs/errors.md` explains it.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::PolicyMissing { .. } | Self::Policy { .. } | Self::FirstPolicy { .. } => "TH-E0307",
+            Self::PolicyMissing { .. }
+            | Self::PolicyAwaited { .. }
+            | Self::BlockMisfit { .. }
+            | Self::Policy { .. }
+            | Self::OwnKey { .. }
+            | Self::FirstPolicy { .. }
+            | Self::Ledger(LedgerError::PolicyOlder { .. } | LedgerError::PolicyUnversioned { .. }) => {
+                "TH-E0307"
+            }
             Self::Ledger(_) => "TH-E0309",
         }
     }
@@ -63,7 +104,13 @@ impl Barred {
     /// What a person does about it.
     pub fn fix(&self) -> &'static str {
         match self {
+            Self::PolicyAwaited { .. } => "detection and healing go on meanwhile",
+            Self::BlockMisfit { .. } => "choose a block that is a multiple of the interval, such as 1h",
             Self::PolicyMissing { .. } => "restore the policy; deleting the ledger does not help",
+            Self::OwnKey { .. } => "restore the key, or pin an officer's with federation.policy_key",
+            Self::Ledger(LedgerError::PolicyOlder { .. } | LedgerError::PolicyUnversioned { .. }) => {
+                "detection and healing go on meanwhile"
+            }
             Self::Policy { .. } | Self::FirstPolicy { .. } => {
                 "correct the policy, or set federation.enabled = false to run without the federation"
             }
@@ -80,7 +127,7 @@ impl From<Barred> for Problem {
     fn from(barred: Barred) -> Self {
         let (code, fix) = (barred.code(), barred.fix());
         match barred {
-            Barred::Ledger(_) => Self::failed(code, barred),
+            Barred::Ledger(_) if code == "TH-E0309" => Self::failed(code, barred),
             _ => Self::config(code, barred),
         }
         .hint(fix)
@@ -112,9 +159,9 @@ pub fn policy(
         if known.is_some() || dir.ledger().exists() {
             return Err(Barred::PolicyMissing { path });
         }
-        write_first_policy(&path, node, config.sampling.interval)?;
+        write_first_policy(config, dir, &path, node)?;
     }
-    load(path)
+    load(config, dir, path)
 }
 
 /// Opens the ledger and holds it to what is known of it.
@@ -155,7 +202,11 @@ pub fn inspect(
     if config.federation.privacy_policy.is_none() && !found.exists() {
         return Err(Barred::PolicyMissing { path: found });
     }
-    Ok(Some(Ledger::inspect_known(&path, load(found)?, known)?))
+    Ok(Some(Ledger::inspect_known(
+        &path,
+        load(config, dir, found)?,
+        known,
+    )?))
 }
 
 /// The policy as far as there is one: what `check-config` looks at.
@@ -167,23 +218,108 @@ pub fn existing_policy(config: &EdgeConfig, dir: &StateDir) -> Result<Option<Pol
     if config.federation.privacy_policy.is_none() && !path.exists() {
         return Ok(None);
     }
-    load(path).map(Some)
+    load(config, dir, path).map(Some)
 }
 
-fn load(path: PathBuf) -> Result<Policy, Barred> {
-    Policy::load(&path).map_err(|source| Barred::Policy { path, source })
+/// Whose signature counts: the key that is pinned, else this edge's own. `None`: neither is there.
+///
+/// # Errors
+/// [`Barred::OwnKey`]
+pub fn trusted_key(config: &EdgeConfig, dir: &StateDir) -> Result<Option<PolicyPublicKey>, Barred> {
+    match config.federation.policy_key {
+        Some(pinned) => Ok(Some(pinned)),
+        None => Ok(own_key(dir)?.map(|key| key.public())),
+    }
 }
 
-/// The policy of an edge to which compliance has given none: the documented default, as a file that can be seen.
-fn write_first_policy(path: &Path, node: &NodeId, interval: Duration) -> Result<(), Barred> {
-    let block = humantime::format_duration(interval * BLOCK_ROWS);
+/// This edge's own key, if it ever made one.
+fn own_key(dir: &StateDir) -> Result<Option<PolicyKey>, Barred> {
+    let path = dir.policy_key();
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
+    let key = text.and_then(|text| PolicyKey::from_text(&text).map_err(|error| error.to_string()));
+    key.map(Some).map_err(|reason| Barred::OwnKey { path, reason })
+}
+
+/// This edge's own key; made where there is none.
+///
+/// # Errors
+/// [`Barred::OwnKey`]
+pub fn own_key_or_new(dir: &StateDir) -> Result<PolicyKey, Barred> {
+    if let Some(key) = own_key(dir)? {
+        return Ok(key);
+    }
+    let (key, path) = (new_key(), dir.policy_key());
+    write_durably(&path, key.to_text().as_bytes()).map_err(|error| Barred::OwnKey {
+        path,
+        reason: error.to_string(),
+    })?;
+    Ok(key)
+}
+
+/// A key from the system's generator.
+pub fn new_key() -> PolicyKey {
+    let mut seed = [0; 32];
+    rand::rng().fill_bytes(&mut seed);
+    PolicyKey::from_seed(&seed)
+}
+
+/// Signs the text of the policy at `path`. The signature is durable when this returns.
+///
+/// # Errors
+/// [`Barred::Policy`] when the text is no policy, [`Barred::FirstPolicy`] when the signature cannot be written.
+pub fn sign(path: &Path, text: &str, key: &PolicyKey) -> Result<(), Barred> {
+    let signature = key.sign(text).map_err(|source| Barred::Policy {
+        path: path.to_owned(),
+        source,
+    })?;
+    let beside = signature_path(path);
+    write_durably(&beside, signature.to_string().as_bytes())
+        .map_err(|source| Barred::FirstPolicy { path: beside, source })
+}
+
+fn load(config: &EdgeConfig, dir: &StateDir, path: PathBuf) -> Result<Policy, Barred> {
+    let loaded = match trusted_key(config, dir)? {
+        Some(key) => Policy::load_signed(&path, key),
+        // Whatever is written there, nobody has signed it for us. Reading it first tells a missing file from an unsigned one.
+        None => Policy::load(&path).and(Err(PolicyError::Unsigned { path: path.clone() })),
+    };
+    let loaded = loaded.map_err(|source| Barred::Policy {
+        path: path.clone(),
+        source,
+    })?;
+    let (block, interval) = (loaded.block_span(), config.sampling.interval);
+    let whole = block.as_nanos().is_multiple_of(interval.as_nanos());
+    if !whole || block < interval * BLOCK_ROWS_MIN {
+        return Err(Barred::BlockMisfit {
+            path,
+            block,
+            interval,
+        });
+    }
+    Ok(loaded)
+}
+
+/// The policy of an edge to which compliance has given none: the documented default, as a file that can be seen, signed with this edge's own
+/// key. Where a key is pinned, nobody but its owner can write the first policy.
+fn write_first_policy(config: &EdgeConfig, dir: &StateDir, path: &Path, node: &NodeId) -> Result<(), Barred> {
+    if config.federation.policy_key.is_some() {
+        return Err(Barred::PolicyAwaited {
+            path: path.to_owned(),
+        });
+    }
+    let block = humantime::format_duration(BLOCK);
     let text = format!(
         "# Written by theriac-edge because there was none. It belongs to whoever answers for privacy: review it.\n\
-         # docs/privacy.md explains every key. A block is {BLOCK_ROWS} samples of this edge.\n\
-         site = \"{node}\"\nunit = \"block\"\nblock = \"{block}\"\nepsilon = 4.0\ndelta = 1e-6\n\
+         # docs/privacy.md explains every key. Signed with this edge's own key: sign again after a change, with a higher version.\n\
+         version = 1\nsite = \"{node}\"\nunit = \"block\"\nblock = \"{block}\"\nepsilon = 4.0\ndelta = 1e-6\n\
          noise_multiplier_min = 1.0\nmechanisms = [\"moments\"]\n"
     );
     tracing::warn!(path = %path.display(), "there is no privacy policy: wrote the default one, review it");
+    // The signature first: a crash in between leaves no policy, and the next start writes both again.
+    sign(path, &text, &own_key_or_new(dir)?)?;
     write_durably(path, text.as_bytes()).map_err(|source| Barred::FirstPolicy {
         path: path.to_owned(),
         source,
@@ -229,6 +365,8 @@ mod tests {
                 values: 320,
                 block_span: ledger.policy().block_span(),
                 blocks: vec![round],
+                sampling_rate: 1.0,
+                steps: 1,
                 clip_norm: L2Norm::new(1.0).unwrap(),
                 noise_multiplier: NoiseMultiplier::new(2.0).unwrap(),
             };
@@ -309,15 +447,13 @@ mod tests {
     fn the_first_policy_is_the_documented_one() {
         let place = Place::new();
         let policy = policy(&place.config, &place.dir, &place.node, None).unwrap();
-        assert_eq!(policy.block_span(), Duration::from_mins(1));
+        assert_eq!(policy.block_span(), Duration::from_hours(1));
+        assert_eq!(
+            policy.signature().unwrap().key,
+            own_key(&place.dir).unwrap().unwrap().public()
+        );
         let text = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/privacy.md"));
-        for line in [
-            "ε = 4",
-            "δ = 1e-6",
-            "`noise_multiplier_min = 1.0`",
-            "60 samples",
-            "one minute",
-        ] {
+        for line in ["ε = 4", "δ = 1e-6", "`noise_multiplier_min = 1.0`", "one hour"] {
             assert!(
                 text.contains(line),
                 "docs/privacy.md does not say `{line}` of the first policy"

@@ -22,6 +22,8 @@ use crate::update::{Release, Releaser, Unreleased, message_of};
 #[derive(Debug)]
 pub(super) struct Untrained {
     reason: DeclineReason,
+    /// One stable word, finer than the reason.
+    word: &'static str,
     detail: String,
 }
 
@@ -29,6 +31,7 @@ impl Untrained {
     fn new(reason: DeclineReason, detail: impl std::fmt::Display) -> Self {
         Self {
             reason,
+            word: decline_word(reason),
             detail: detail.to_string(),
         }
     }
@@ -36,7 +39,10 @@ impl Untrained {
 
 impl From<Unreleased> for Untrained {
     fn from(error: Unreleased) -> Self {
-        Self::new(error.decline_reason(), error)
+        Self {
+            word: error.word(),
+            ..Self::new(error.decline_reason(), error)
+        }
     }
 }
 
@@ -141,6 +147,29 @@ impl Client {
         }
     }
 
+    /// Says that nothing leaves for a round, and why: an event, a metric, and the page. Detection goes on.
+    fn not_released(&self, round: Round, reason: DeclineReason, word: &'static str, detail: &str) {
+        // What passes by itself is no news.
+        if matches!(reason, DeclineReason::TooFewBlocks | DeclineReason::ReceiveOnly) {
+            tracing::info!(
+                round = round.0,
+                refusal = word,
+                detail,
+                "no update for this round"
+            );
+        } else {
+            tracing::warn!(
+                round = round.0,
+                refusal = word,
+                detail,
+                "no update for this round; detection goes on"
+            );
+            self.metrics.ledger_refusals.get_or_create(&kind(word)).inc();
+        }
+        self.board
+            .update(|status| status.last_decline = Some(format!("{word}: {detail}")));
+    }
+
     /// Keeps in `edge.db` how far the ledger has come. Nothing is sent unless that is durable.
     async fn note_ledger(&self) -> Result<(), Untrained> {
         let known = self.budget.published().known;
@@ -202,20 +231,15 @@ impl Driver {
                     Ok(row) => {
                         let payload_digest = row.payload_digest;
                         self.outbox = Some(row);
+                        self.client.board.update(|status| status.last_decline = None);
                         Input::Trained {
                             round,
                             nonce,
                             payload_digest,
                         }
                     }
-                    Err(Untrained { reason, detail }) => {
-                        tracing::info!(round = round.0, ?reason, detail, "no update for this round");
-                        if matches!(
-                            reason,
-                            DeclineReason::BudgetSpent | DeclineReason::StorageUnavailable
-                        ) {
-                            self.client.metrics.ledger_refusals.inc();
-                        }
+                    Err(Untrained { reason, word, detail }) => {
+                        self.client.not_released(round, reason, word, &detail);
                         Input::CannotTrain { round, nonce, reason }
                     }
                 });

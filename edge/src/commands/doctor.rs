@@ -14,7 +14,6 @@ use theriac_command::problem::Problem;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::model_layout;
 use theriac_privacy::ledger::Ledger;
-use theriac_privacy::policy::Policy;
 use theriac_protocol::message::{HelloV1, PROTOCOL_MAX, PROTOCOL_MIN};
 use theriac_protocol::units::{Digest, ModelVersion, NoiseMultiplier};
 use theriac_transport::{ConnectError, Limits, bind_client, connect};
@@ -425,13 +424,8 @@ async fn aggregator(config: &EdgeConfig, dir: &StateDir, joined: &Joined) -> Che
 }
 
 fn hello(config: &EdgeConfig, dir: &StateDir) -> Option<HelloV1> {
-    let path = config
-        .federation
-        .privacy_policy
-        .clone()
-        .unwrap_or_else(|| dir.privacy_policy());
     let (head, records, floor): (Digest, u64, NoiseMultiplier) = if dir.ledger().exists() {
-        let policy = Policy::load(&path).ok()?;
+        let policy = opening::existing_policy(config, dir).ok()??;
         let floor = policy.noise_multiplier_min();
         let status = Ledger::inspect(&dir.ledger(), policy).ok()?;
         (status.ledger_head.parse().ok()?, status.ledger_records, floor)

@@ -104,6 +104,9 @@ fn human(status: &Status, health: &str) -> String {
         format!("storage     {}", word(status.storage)),
         format!("host risk   {}", risk(&status.risk)),
     ];
+    if let Some(declined) = &status.last_decline {
+        lines.push(format!("declining   {declined}"));
+    }
     if !status.services.is_empty() {
         let rows: Vec<Vec<String>> = status
             .services

@@ -10,6 +10,7 @@ use serde::Serialize;
 use theriac_aggregator::config as aggregator;
 use theriac_edge::config as edge;
 use theriac_heal::policy::{Autonomy, HealingSection, NodeBudget};
+use theriac_privacy::policy::signed::{PolicyKey, signature_path};
 
 /// Name of the service that every edge of the lab supervises.
 pub const SERVICE: &str = "kv";
@@ -33,6 +34,8 @@ pub struct Site {
     pub service: SocketAddr,
     /// Where the service takes faults.
     pub control: SocketAddr,
+    /// Key of the lab's compliance officer; only its public half is written down.
+    officer: PolicyKey,
 }
 
 /// What differs between the edges of the demo and those of a campaign.
@@ -57,6 +60,7 @@ impl Site {
             page,
             service,
             control,
+            officer: PolicyKey::from_seed(&rand::random()),
         }
     }
 
@@ -104,6 +108,7 @@ impl Site {
             risk: edge::RiskSettings::default(),
             federation: edge::FederationSettings {
                 privacy_policy: Some(self.privacy()),
+                policy_key: Some(self.officer.public()),
                 retry_base: Duration::from_millis(200),
                 retry_max: Duration::from_secs(5),
                 ..edge::FederationSettings::default()
@@ -129,7 +134,7 @@ impl Site {
         write_toml(&self.config(), &settings)
     }
 
-    /// Writes `privacy.toml`: ε = 8 at δ = 1e-6 for every block of `block`, and at most `releases_max` releases.
+    /// Writes and signs `privacy.toml`: ε = 8 at δ = 1e-6 for every block of `block`, and at most `releases_max` releases.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -142,7 +147,9 @@ impl Site {
             "site = \"{}\"\nunit = \"block\"\nblock = \"{block}\"\nepsilon = 8\ndelta = 1e-6\n{limit}",
             self.name
         );
-        std::fs::write(self.privacy(), text)
+        let signature = self.officer.sign(&text).map_err(io::Error::other)?;
+        std::fs::write(self.privacy(), text)?;
+        std::fs::write(signature_path(&self.privacy()), signature.to_string())
     }
 
     fn service_settings(&self, program: &Path) -> edge::ServiceSettings {
@@ -244,6 +251,7 @@ impl Centre {
             rounds,
             model,
             limits: aggregator::LimitSettings::default(),
+            privacy_floor: theriac_aggregator::floor::FloorSettings::default(),
         };
         write_toml(&self.config(), &settings)
     }
@@ -279,7 +287,8 @@ mod tests {
         assert_eq!(config.services[0].healing.autonomy, Autonomy::Act);
         assert_eq!(config.detection.warm_up_rows, 120);
         site.write_privacy(Duration::from_secs(4), Some(3)).unwrap();
-        let policy = theriac_privacy::policy::Policy::load(&site.privacy()).unwrap();
+        let pinned = config.federation.policy_key.unwrap();
+        let policy = theriac_privacy::policy::Policy::load_signed(&site.privacy(), pinned).unwrap();
         assert_eq!(
             (policy.site().as_str(), policy.releases_max()),
             ("amber", Some(3))

@@ -182,7 +182,7 @@ impl LightEdge {
                     .await
                     .ok();
                 }
-                ToEdge::Receipt(_) | ToEdge::Welcome(_) => {}
+                ToEdge::Receipt(_) | ToEdge::Welcome(_) | ToEdge::Seal(_) => {}
                 ToEdge::Goodbye(_) => return Ok(()),
             }
         }

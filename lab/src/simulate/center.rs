@@ -240,6 +240,7 @@ impl Center {
                 }
                 None
             }
+            ToAggregator::Guarantee(_) => None,
             ToAggregator::FetchModel(_) | ToAggregator::Hello(_) | ToAggregator::Goodbye => {
                 Some(refusal(RefusalCode::OutOfTurn, None))
             }

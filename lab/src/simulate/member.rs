@@ -152,6 +152,8 @@ impl<'a> Member<'a> {
                     values: announce.values,
                     block_span: ledger.policy().block_span(),
                     blocks: ids.collect(),
+                    sampling_rate: 1.0,
+                    steps: 1,
                     clip_norm: announce.clip_norm,
                     noise_multiplier: announce.noise_multiplier,
                 };

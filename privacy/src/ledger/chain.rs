@@ -1,10 +1,14 @@
 //! The ledger's file: an append-only chain of records, each sealed with a hash of itself and of all before it.
 //!
 //! ```text
-//! file    "THRCLEDG"  version u32 LE = 1  record*
+//! file    "THRCLEDG"  version u32 LE = 2  record*
 //! record  length u32 LE   !length u32 LE   body (length bytes)   head (32 bytes)
-//! head    SHA-256("theriac ledger v1\n" ‖ head of the record before (zeros for the first) ‖ length ‖ body)
+//! head    SHA-256("theriac ledger v1\n" ‖ head of the record before ‖ length ‖ body); before the first record stands the SHA-256 of
+//!         the file's header (version 1: zeros)
 //! ```
+//!
+//! Version 2 says that the file may hold charges by Rényi order. A file of version 1 is read and continued as it is: its
+//! header is never rewritten.
 //!
 //! The inverted length tells a record that was cut short by a crash, which is the only damage that is repaired, from a
 //! length that was changed. A missing tail of whole records cannot be seen here: the aggregator, which keeps the head
@@ -53,6 +57,8 @@ pub(crate) struct Damage {
 /// A chain as it was read.
 #[derive(Debug)]
 pub(crate) struct Read<'a> {
+    /// Of the file's format.
+    pub(crate) version: u32,
     /// Body and head of each record, and the offset where it begins.
     pub(crate) records: Vec<(u64, &'a [u8], Digest)>,
     /// Bytes up to the end of the last complete record.
@@ -63,7 +69,20 @@ pub(crate) struct Read<'a> {
 
 /// Bytes before the first record.
 pub(crate) fn file_header() -> Vec<u8> {
-    [MAGIC, &VERSION.to_le_bytes()].concat()
+    header(VERSION)
+}
+
+fn header(version: u32) -> Vec<u8> {
+    [MAGIC, &version.to_le_bytes()].concat()
+}
+
+/// What stands in the place of a head before the first record.
+pub(crate) fn origin(version: u32) -> Option<Digest> {
+    match version {
+        1 => Some(Digest::default()),
+        VERSION => Some(Digest::of(&header(version))),
+        _ => None,
+    }
 }
 
 /// Reads and checks a whole file.
@@ -72,19 +91,20 @@ pub(crate) fn read(file: &[u8]) -> Result<Read<'_>, Damage> {
         offset: offset as u64,
         what,
     };
-    let header = file_header();
-    if file.get(..MAGIC.len()) != Some(MAGIC) {
+    let Some(rest) = file.strip_prefix(MAGIC) else {
         return Err(damage(0, "this is no ledger: it does not begin with THRCLEDG"));
-    }
-    if file.get(..header.len()) != Some(&header) {
+    };
+    let version = rest
+        .first_chunk::<4>()
+        .map(|version| u32::from_le_bytes(*version));
+    let Some((version, mut head)) = version.and_then(|version| Some((version, origin(version)?))) else {
         return Err(damage(
             MAGIC.len(),
-            "this build knows only version 1 of the ledger's format",
+            "this build knows only versions 1 and 2 of the ledger's format",
         ));
-    }
+    };
     let mut records = Vec::new();
-    let mut head = Digest::default();
-    let mut offset = header.len();
+    let mut offset = MAGIC.len() + 4;
     let torn = loop {
         let rest = &file[offset..];
         let Some((prefix, after)) = rest.split_first_chunk::<8>() else {
@@ -112,6 +132,7 @@ pub(crate) fn read(file: &[u8]) -> Result<Read<'_>, Damage> {
         offset += prefix.len() + body.len() + found.len();
     };
     Ok(Read {
+        version,
         records,
         length: offset as u64,
         torn: torn as u64,
@@ -154,6 +175,11 @@ impl Chain {
         self.broken
     }
 
+    /// Forbids appending from here on.
+    pub(crate) fn break_off(&mut self) {
+        self.broken = true;
+    }
+
     /// Appends a record and returns once it is durable. On an error nothing is appended.
     pub(crate) fn append(&mut self, body: &[u8]) -> io::Result<()> {
         let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
@@ -194,7 +220,7 @@ fn encode(body: &[u8], head: Digest) -> Vec<u8> {
     [&length.to_le_bytes(), &(!length).to_le_bytes(), body, &head.0].concat()
 }
 
-fn seal(before: Digest, body: &[u8]) -> Digest {
+pub(crate) fn seal(before: Digest, body: &[u8]) -> Digest {
     let hash = Sha256::new()
         .chain_update(b"theriac ledger v1\n")
         .chain_update(before.0)
@@ -205,8 +231,13 @@ fn seal(before: Digest, body: &[u8]) -> Digest {
 
 /// A file holding these records; the head of each is computed.
 pub(crate) fn file_of(bodies: &[Vec<u8>]) -> Vec<u8> {
-    let mut file = file_header();
-    let mut head = Digest::default();
+    file_of_version(VERSION, bodies)
+}
+
+/// As [`file_of`], in an older format.
+pub(crate) fn file_of_version(version: u32, bodies: &[Vec<u8>]) -> Vec<u8> {
+    let mut file = header(version);
+    let mut head = origin(version).unwrap_or_default();
     for body in bodies {
         head = seal(head, body);
         file.extend(encode(body, head));
@@ -215,7 +246,7 @@ pub(crate) fn file_of(bodies: &[Vec<u8>]) -> Vec<u8> {
 }
 
 const MAGIC: &[u8] = b"THRCLEDG";
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// A charge of the largest plan whose blocks are all apart stays below it.
 const RECORD_BYTES_MAX: u32 = 16 << 20;
 
@@ -235,11 +266,25 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_is_found() {
-        let file = file_of(&bodies());
-        for bit in 0..file.len() * 8 {
-            let mut damaged = file.clone();
-            damaged[bit / 8] ^= 1 << (bit % 8);
-            assert!(read(&damaged).is_err(), "bit {bit} was flipped unseen");
+        for version in [1, 2] {
+            let file = file_of_version(version, &bodies());
+            for bit in 0..file.len() * 8 {
+                let mut damaged = file.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                assert!(
+                    read(&damaged).is_err(),
+                    "version {version}, bit {bit} was flipped unseen"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_version_cannot_be_changed() {
+        for (from, to) in [(1_u8, 2), (2, 1)] {
+            let mut file = file_of_version(from.into(), &bodies());
+            file[MAGIC.len()] = to;
+            assert!(read(&file).is_err(), "version {from} was read as {to}");
         }
     }
 

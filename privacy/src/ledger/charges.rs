@@ -1,29 +1,38 @@
-//! ρ of every block, run-length coded: neighbouring blocks with the same charge are one entry, so years of hourly
+//! The loss of every block, run-length coded: neighbouring blocks with the same charge are one entry, so years of hourly
 //! blocks take little memory.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use crate::accountant::Rho;
+use super::loss::Loss;
 
 /// What one block was charged.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Charge {
     /// Sum of the releases that read the block.
-    pub(crate) rho: Rho,
+    pub(crate) loss: Loss,
     /// How many they are.
     pub(crate) releases: u32,
 }
 
 impl Charge {
-    const NONE: Self = Self {
-        rho: Rho::ZERO,
-        releases: 0,
-    };
+    fn none() -> Self {
+        Self {
+            loss: Loss::none(),
+            releases: 0,
+        }
+    }
+
+    fn first(loss: &Loss) -> Self {
+        Self {
+            loss: loss.clone(),
+            releases: 1,
+        }
+    }
 }
 
 /// A charge that holds up to and including block `last`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Run {
     last: u64,
     charge: Charge,
@@ -39,13 +48,13 @@ impl BlockCharges {
     /// What `block` was charged.
     pub(crate) fn of(&self, block: u64) -> Charge {
         match self.runs.range(..=block).next_back() {
-            Some((_, run)) if run.last >= block => run.charge,
-            _ => Charge::NONE,
+            Some((_, run)) if run.last >= block => run.charge.clone(),
+            _ => Charge::none(),
         }
     }
 
-    /// Adds one release of `rho` to all `blocks`.
-    pub(crate) fn add(&mut self, blocks: RangeInclusive<u64>, rho: Rho) {
+    /// Adds one release of `loss` to all `blocks`.
+    pub(crate) fn add(&mut self, blocks: RangeInclusive<u64>, loss: &Loss) {
         let (first, last) = (*blocks.start(), *blocks.end());
         if first > last {
             return;
@@ -58,7 +67,7 @@ impl BlockCharges {
         let inside: Vec<(u64, Run)> = self
             .runs
             .range(first..=last)
-            .map(|(start, run)| (*start, *run))
+            .map(|(start, run)| (*start, run.clone()))
             .collect();
         let mut changed: Vec<(u64, Run)> = Vec::with_capacity(2 * inside.len() + 1);
         for (start, run) in inside {
@@ -67,7 +76,7 @@ impl BlockCharges {
                     gap,
                     Run {
                         last: start - 1,
-                        charge: Charge { rho, releases: 1 },
+                        charge: Charge::first(loss),
                     },
                 ));
             }
@@ -77,7 +86,7 @@ impl BlockCharges {
                 Run {
                     last: run.last,
                     charge: Charge {
-                        rho: run.charge.rho.plus(rho),
+                        loss: run.charge.loss.plus(loss),
                         releases,
                     },
                 },
@@ -89,7 +98,7 @@ impl BlockCharges {
                 gap,
                 Run {
                     last,
-                    charge: Charge { rho, releases: 1 },
+                    charge: Charge::first(loss),
                 },
             ));
         }
@@ -97,11 +106,36 @@ impl BlockCharges {
         self.join(first, last);
     }
 
-    /// The largest ρ of any block.
-    pub(crate) fn rho_max(&self) -> Rho {
+    /// The different losses that blocks have; one for each run.
+    pub(crate) fn losses(&self) -> impl Iterator<Item = &Loss> {
+        self.runs.values().map(|run| &run.charge.loss)
+    }
+
+    /// The different losses that the given blocks have, uncharged ones included.
+    pub(crate) fn losses_in(&self, blocks: RangeInclusive<u64>) -> Vec<Loss> {
+        let (first, last) = (*blocks.start(), *blocks.end());
+        let mut losses = vec![self.of(first).loss];
+        let mut covered = match self.runs.range(..=first).next_back() {
+            Some((_, run)) if run.last >= first => Some(run.last),
+            _ => first.checked_sub(1),
+        };
+        let mut gaps = false;
+        for (start, run) in self.runs.range(first..=last) {
+            gaps |= covered.map_or(*start > 0, |covered| *start > covered.saturating_add(1));
+            losses.push(run.charge.loss.clone());
+            covered = Some(run.last);
+        }
+        if gaps || covered.is_none_or(|covered| covered < last) {
+            losses.push(Loss::none());
+        }
+        losses
+    }
+
+    /// Runs of blocks with the same charge, ascending.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = (RangeInclusive<u64>, &Charge)> {
         self.runs
-            .values()
-            .fold(Rho::ZERO, |most, run| most.max(run.charge.rho))
+            .iter()
+            .map(|(first, run)| (*first..=run.last, &run.charge))
     }
 
     /// Number of blocks that were charged at all.
@@ -131,7 +165,7 @@ impl BlockCharges {
         if run.last >= block {
             let rest = Run {
                 last: run.last,
-                charge: run.charge,
+                charge: run.charge.clone(),
             };
             debug_assert!(*start < block, "the range ends before the block");
             run.last = block - 1;
@@ -150,7 +184,7 @@ impl BlockCharges {
         let runs: Vec<(u64, Run)> = self
             .runs
             .range(from..=to)
-            .map(|(start, run)| (*start, *run))
+            .map(|(start, run)| (*start, run.clone()))
             .collect();
         let mut kept: Option<(u64, Run)> = None;
         for (start, run) in runs {
@@ -160,7 +194,7 @@ impl BlockCharges {
                 {
                     before.last = run.last;
                     self.runs.remove(&start);
-                    self.runs.insert(*first, *before);
+                    self.runs.insert(*first, before.clone());
                 }
                 _ => kept = Some((start, run)),
             }
@@ -194,18 +228,24 @@ mod tests {
             let mut plain: BTreeMap<u64, (f64, u32)> = BTreeMap::new();
             for (first, length, rho) in charges {
                 let rho = f64::from(rho);
-                runs.add(first..=first + length, Rho::new(rho));
+                let touched = runs.losses_in(first..=first + length);
+                for block in first..=first + length {
+                    prop_assert!(touched.contains(&runs.of(block).loss), "block {}", block);
+                }
+                runs.add(first..=first + length, &Loss::zcdp(rho));
                 for block in first..=first + length {
                     let entry = plain.entry(block).or_default();
                     *entry = (entry.0 + rho, entry.1 + 1);
                 }
                 for block in 0..90 {
                     let (rho, releases) = plain.get(&block).copied().unwrap_or_default();
-                    prop_assert_eq!(runs.of(block), Charge { rho: Rho::new(rho), releases });
+                    prop_assert_eq!(runs.of(block), Charge { loss: Loss::zcdp(rho), releases });
                 }
                 prop_assert_eq!(runs.count(), plain.len() as u64);
-                let most = plain.values().fold(0.0_f64, |most, (rho, _)| most.max(*rho));
-                prop_assert_eq!(runs.rho_max(), Rho::new(most));
+                for (range, charge) in runs.runs() {
+                    prop_assert_eq!(charge, &runs.of(*range.start()));
+                    prop_assert_eq!(charge, &runs.of(*range.end()));
+                }
                 let listed: Vec<u64> = runs.ranges().into_iter().flatten().collect();
                 prop_assert_eq!(listed, plain.keys().copied().collect::<Vec<_>>());
             }
@@ -216,7 +256,7 @@ mod tests {
     fn a_year_of_hours_charged_one_by_one_is_one_entry() {
         let mut charges = BlockCharges::default();
         for hour in 0..8760 {
-            charges.add(hour..=hour, Rho::new(0.3));
+            charges.add(hour..=hour, &Loss::zcdp(0.3));
         }
         assert_eq!((charges.runs.len(), charges.count()), (1, 8760));
     }
@@ -224,8 +264,8 @@ mod tests {
     #[test]
     fn the_last_block_of_all_is_no_exception() {
         let mut charges = BlockCharges::default();
-        charges.add(u64::MAX..=u64::MAX, Rho::new(1.0));
-        charges.add(u64::MAX - 1..=u64::MAX, Rho::new(1.0));
+        charges.add(u64::MAX..=u64::MAX, &Loss::zcdp(1.0));
+        charges.add(u64::MAX - 1..=u64::MAX, &Loss::zcdp(1.0));
         assert_eq!(charges.of(u64::MAX).releases, 2);
         assert_eq!(charges.of(u64::MAX - 1).releases, 1);
     }

@@ -7,255 +7,59 @@
 //! other damage is an error naming file and offset, and nothing is trained until a person has looked.
 //!
 //! Clocks do no harm: a block's id is fixed when it is measured, and a block that was charged stays charged whatever the
-//! clock says later.
+//! clock says later. A clock that goes back brings no earlier period of the budget back.
+//!
+//! The loss is kept **by block**, as a curve over Rényi orders ([`loss`]): a block's vector enters only the releases that name the block, so
+//! each block's loss is the sum of those, and the node's figure is the largest over all blocks.
 
 mod chain;
 mod charges;
+mod error;
+mod export;
+pub mod loss;
 mod open;
+mod plan;
 mod record;
 mod reservation;
+mod state;
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use theriac_protocol::message::{DeclineReason, PrivacyClaimV1, UpdateKind};
-use theriac_protocol::units::{Delta, Digest, Epsilon, NodeId, Round, Timestamp};
+use theriac_protocol::message::PrivacyClaimV1;
+use theriac_protocol::units::{Delta, Digest, Epsilon, Timestamp};
 
 use self::chain::Chain;
-use self::charges::{BlockCharges, to_ranges};
-use self::record::{Charged, Record};
+pub(crate) use self::charges::Charge as BlockCharge;
+pub use self::error::{LedgerError, ReserveError};
+pub(crate) use self::export::{ReadRecord, replay_exported};
+use self::record::Record;
+pub use self::record::Seal;
 pub use self::reservation::{BLOCKS_MAX, ReleasePlan, Reservation, ReservationId, Reserved, VALUES_MAX};
+use self::state::Owner;
+pub(crate) use self::state::State;
 use crate::accountant::Rho;
-use crate::policy::{Policy, PrivacyUnit};
+use crate::policy::{Period, Policy};
 use crate::report::Status;
-
-/// Why the ledger cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LedgerError {
-    /// Another process has it open.
-    #[error("{path} is in use by another process; stop the other theriac-edge of this state directory")]
-    InUse {
-        /// The ledger.
-        path: PathBuf,
-    },
-    /// It is the ledger of another node.
-    #[error(
-        "{path} belongs to node `{found}`, not to `{expected}`; every node keeps its own state directory"
-    )]
-    OtherNode {
-        /// The ledger.
-        path: PathBuf,
-        /// Who opens it.
-        expected: NodeId,
-        /// Whose it is.
-        found: NodeId,
-    },
-    /// The policy is for another node.
-    #[error("the privacy policy is for site `{found}`, but this node is `{expected}`")]
-    OtherSite {
-        /// The node.
-        expected: NodeId,
-        /// The policy's site.
-        found: NodeId,
-    },
-    /// The policy's unit is not the one that the charges were made for.
-    #[error(
-        "{path} was begun with unit {expected_unit}, block {expected_ms} ms; the policy says {found_unit}, block \
-         {found_ms} ms; a ledger keeps its unit: restore it in privacy.toml"
-    )]
-    UnitChanged {
-        /// The ledger.
-        path: PathBuf,
-        /// Its unit.
-        expected_unit: PrivacyUnit,
-        /// Its block length.
-        expected_ms: u64,
-        /// The policy's unit.
-        found_unit: PrivacyUnit,
-        /// The policy's block length.
-        found_ms: u64,
-    },
-    /// The file is damaged elsewhere than in an incomplete last record.
-    #[error(
-        "{path} is damaged at byte {offset}: {what}; nothing will be trained: keep the file as evidence, find out \
-         what happened, and restore a newer or equal copy"
-    )]
-    Damaged {
-        /// The ledger.
-        path: PathBuf,
-        /// Where.
-        offset: u64,
-        /// What is wrong.
-        what: String,
-    },
-    /// The disk is full. Nothing was written.
-    #[error("the disk of {path} is full; nothing was charged: free some space")]
-    StorageFull {
-        /// The ledger.
-        path: PathBuf,
-    },
-    /// Reading or writing failed. Nothing was charged as far as this process knows.
-    #[error("cannot {action} {path}: {source}")]
-    Io {
-        /// The ledger.
-        path: PathBuf,
-        /// What was tried.
-        action: &'static str,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A write or sync failed before, so what is on the disk is unknown.
-    #[error("{path} could not be written earlier; restart the edge, which reads it again")]
-    Broken {
-        /// The ledger.
-        path: PathBuf,
-    },
-    /// Bytes are to be marked released that nobody was charged for.
-    #[error("round {round}, nonce {nonce}: no charge is recorded; the bytes must not be sent")]
-    NotReserved {
-        /// The round.
-        round: Round,
-        /// The nonce.
-        nonce: u64,
-    },
-    /// The file is gone although charges are known to have been made.
-    #[error(
-        "{path} is missing, but {records} records of it are known to have been written; nothing will be trained: put the \
-         file back (the newest copy there is)"
-    )]
-    Lost {
-        /// The ledger.
-        path: PathBuf,
-        /// Records that were once written.
-        records: u64,
-    },
-    /// The file is an older copy, or another ledger, than the one last written.
-    #[error(
-        "{path} went backwards: {records} records ending in {head} are known to have been written, this file has \
-         {found} and not that one; nothing will be trained: restore a newer or equal copy"
-    )]
-    WentBackwards {
-        /// The ledger.
-        path: PathBuf,
-        /// Records that were once written.
-        records: u64,
-        /// Head of the last one.
-        head: Digest,
-        /// Records in the file.
-        found: u64,
-    },
-    /// Other bytes were released for the same charge.
-    #[error("round {round}: {expected} was released, and now {found}; send only the stored bytes")]
-    OtherBytes {
-        /// The round.
-        round: Round,
-        /// Digest on record.
-        expected: Digest,
-        /// Digest that came now.
-        found: Digest,
-    },
-}
-
-/// Why a release is not charged, so not made. Nothing was written and no data were read.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReserveError {
-    /// The budget does not cover it.
-    #[error(
-        "privacy budget spent: this release would bring a {unit} to epsilon {epsilon_after:.4}, the policy allows {epsilon_limit}"
-    )]
-    BudgetSpent {
-        /// The unit.
-        unit: PrivacyUnit,
-        /// ε of the most charged unit afterwards.
-        epsilon_after: f64,
-        /// The policy's limit.
-        epsilon_limit: Epsilon,
-    },
-    /// The node's releases are used up.
-    #[error("privacy budget spent: {releases} releases were made, the policy allows {releases_max}")]
-    ReleasesSpent {
-        /// Releases so far.
-        releases: u64,
-        /// The policy's limit.
-        releases_max: u64,
-    },
-    /// A block was released as often as the policy allows.
-    #[error(
-        "block {block} was released {releases} times, the policy allows {releases_max}; plan uncharged blocks"
-    )]
-    BlockAlreadyCharged {
-        /// The block.
-        block: u64,
-        /// Its releases.
-        releases: u32,
-        /// The policy's limit.
-        releases_max: u32,
-    },
-    /// The noise is weaker than the policy wants.
-    #[error("the round offers noise multiplier {found}, the policy wants at least {expected}")]
-    TermsTooWeak {
-        /// The policy's floor.
-        expected: f64,
-        /// The plan's value.
-        found: f64,
-    },
-    /// The policy does not allow this kind of release.
-    #[error("the policy does not list {kind:?} among its mechanisms")]
-    KindNotAllowed {
-        /// The kind.
-        kind: UpdateKind,
-    },
-    /// Blocks of another length would be charged under wrong ids.
-    #[error("the plan's blocks last {found_ms} ms, the policy's {expected_ms} ms")]
-    OtherBlocks {
-        /// The policy's length.
-        expected_ms: u128,
-        /// The plan's length.
-        found_ms: u128,
-    },
-    /// No block is left to read.
-    #[error("the plan names no block; wait for a complete, uncharged one")]
-    NoBlocks,
-    /// The plan contradicts itself.
-    #[error("the plan cannot be released: {0}")]
-    BadPlan(&'static str),
-    /// The ledger cannot be written.
-    #[error(transparent)]
-    Ledger(#[from] LedgerError),
-}
-
-impl ReserveError {
-    /// What to tell the aggregator.
-    pub fn decline_reason(&self) -> DeclineReason {
-        match self {
-            Self::BudgetSpent { .. } | Self::ReleasesSpent { .. } => DeclineReason::BudgetSpent,
-            Self::TermsTooWeak { .. } | Self::OtherBlocks { .. } | Self::BadPlan(_) => {
-                DeclineReason::TermsTooWeak
-            }
-            Self::BlockAlreadyCharged { .. } | Self::NoBlocks => DeclineReason::TooFewBlocks,
-            Self::KindNotAllowed { .. } => DeclineReason::UnknownLayout,
-            Self::Ledger(_) => DeclineReason::StorageUnavailable,
-        }
-    }
-}
 
 /// What was spent so far.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Spent {
-    /// ρ of the most charged unit.
-    pub rho: Rho,
-    /// Its ε at `delta`: the node's statement. 0 when nothing was released.
+    /// ε of the most charged unit in the current period, at `delta`: what the policy limits. 0 when nothing was released.
     pub epsilon: f64,
-    /// The policy's limit on it.
+    /// The Rényi order that gives it.
+    pub order: u32,
+    /// Kind of the period.
+    pub period: Period,
+    /// Its number, as of the last charge.
+    pub period_index: u64,
+    /// The policy's limit.
     pub epsilon_limit: Epsilon,
-    /// ρ of all releases together, as if every one had read the same unit.
-    pub rho_lifetime: Rho,
-    /// ε of that at `delta`: what somebody loses whose data are in every block.
+    /// ε of the most charged unit over all time: the node's statement.
+    pub epsilon_unit_lifetime: f64,
+    /// ε of all releases together, as if every one had read the same unit: what somebody loses whose data are in every block.
     pub epsilon_lifetime: f64,
     /// δ of the policy.
     pub delta: Delta,
@@ -332,22 +136,21 @@ impl Ledger {
     ///
     /// # Errors
     /// The [`ReserveError`] that [`Ledger::reserve`] would give.
-    pub fn check(&self, plan: &ReleasePlan) -> Result<(), ReserveError> {
+    pub fn check(&self, plan: &ReleasePlan, now: Timestamp) -> Result<(), ReserveError> {
         if self.chain.is_broken() {
             return Err(LedgerError::Broken {
                 path: self.path.clone(),
             }
             .into());
         }
-        self.state
-            .charge_of(&self.policy, plan, Timestamp::default())
-            .map(drop)
+        self.state.charge_of(&self.policy, plan, now).map(drop)
     }
 
     /// Charges a release. When this returns [`Reserved::Fresh`] the charge is durable, and only then may data be read.
     ///
     /// A repeated round and nonce is not charged again and gives no key to the data: [`Reserved::AlreadyCharged`].
-    /// `now` is written for people; nothing is decided by it.
+    /// `now` decides only which period a calendar budget is charged in (never an earlier one than before) and which blocks are past their
+    /// retention.
     ///
     /// # Errors
     /// [`ReserveError`]; then nothing is charged, and the state is as before.
@@ -356,12 +159,14 @@ impl Ledger {
         if let Some(&payload_digest) = self.state.reservations.get(&id) {
             return Ok(Reserved::AlreadyCharged { id, payload_digest });
         }
-        let charged = self.state.charge_of(&self.policy, &plan, now)?;
-        let (sensitivity, rho) = (charged.sensitivity, Rho::new(charged.rho));
-        self.append(&Record::Reserve(charged))?;
+        let charge = self.state.charge_of(&self.policy, &plan, now)?;
+        let sensitivity = charge.sensitivity;
+        let rho = Rho::gaussian(sensitivity, plan.noise_multiplier);
+        self.append(&Record::Charge(Box::new(charge)))?;
         let spent = self.spent();
         // The header knows no ε of 0; `charge_of` has held the figure to the limit.
-        let epsilon_spent = Epsilon::new(spent.epsilon.max(f64::MIN_POSITIVE)).unwrap_or(spent.epsilon_limit);
+        let epsilon_spent =
+            Epsilon::new(spent.epsilon_unit_lifetime.max(f64::MIN_POSITIVE)).unwrap_or(spent.epsilon_limit);
         let claim = PrivacyClaimV1 {
             clip_norm: plan.clip_norm,
             noise_multiplier: plan.noise_multiplier,
@@ -414,18 +219,62 @@ impl Ledger {
 
     /// Whether the policy lets this block be read once more. (ε may still forbid it.)
     pub fn is_chargeable(&self, block: u64) -> bool {
-        self.state.blocks.of(block).releases < self.policy.block_releases_max()
+        self.state.lifetime.blocks.of(block).releases < self.policy.block_releases_max()
+    }
+
+    /// As [`Ledger::is_chargeable`], and whether the block is within the policy's retention at `now`.
+    pub fn is_chargeable_at(&self, block: u64, now: Timestamp) -> bool {
+        self.is_chargeable(block) && !plan::is_too_old(&self.policy, block, now)
     }
 
     /// The blocks that were charged, as ascending runs.
     pub fn charged_blocks(&self) -> Vec<RangeInclusive<u64>> {
-        self.state.blocks.ranges()
+        self.state.lifetime.blocks.ranges()
     }
 
     /// Whether the chain ever had this head. A head that somebody saw and that is missing here means that the
     /// ledger went backwards.
     pub fn contains_head(&self, head: &Digest) -> bool {
         *head == Digest::default() || self.chain.heads().contains(head)
+    }
+
+    /// Whether the chain holds this position. One that somebody has signed and that is missing here means that the ledger went
+    /// backwards, even if it grew since.
+    pub fn holds(&self, known: &KnownHead) -> bool {
+        known.records == 0 || open::holds(self.chain.heads(), known)
+    }
+
+    /// The last counter-signature of the aggregator.
+    pub fn seal(&self) -> Option<&Seal> {
+        self.state.seal.as_ref()
+    }
+
+    /// Keeps a counter-signature of the aggregator. The caller has checked its signature.
+    ///
+    /// # Errors
+    /// [`LedgerError::WentBackwards`] when this ledger never was where the seal says, or a failed write.
+    pub fn keep_seal(&mut self, seal: Seal) -> Result<(), LedgerError> {
+        let known = KnownHead {
+            head: seal.head,
+            records: seal.records,
+        };
+        if !self.holds(&known) {
+            return Err(LedgerError::WentBackwards {
+                path: self.path.clone(),
+                records: known.records,
+                head: known.head,
+                found: self.chain.heads().len() as u64,
+            });
+        }
+        if self
+            .state
+            .seal
+            .as_ref()
+            .is_some_and(|last| last.records >= seal.records)
+        {
+            return Ok(());
+        }
+        self.append(&Record::Sealed(seal))
     }
 
     /// Appends durably, then counts it.
@@ -435,12 +284,6 @@ impl Ledger {
             return Err(LedgerError::Broken { path: path() });
         }
         let body = record.to_bytes();
-        // Counted from the bytes, so that reading the file again gives the very same numbers.
-        let next = self.state.clone().after(&body).map_err(|what| LedgerError::Io {
-            path: path(),
-            action: "write a record to",
-            source: io::Error::new(io::ErrorKind::InvalidData, what),
-        })?;
         self.chain.append(&body).map_err(|source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 LedgerError::StorageFull { path: path() }
@@ -451,199 +294,18 @@ impl Ledger {
                 source,
             },
         })?;
-        self.state = next;
-        Ok(())
-    }
-}
-
-/// What the records add up to.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct State {
-    pub(crate) owner: Option<Owner>,
-    pub(crate) policy_hash: Digest,
-    pub(crate) blocks: BlockCharges,
-    /// ρ of releases made of all the node's data: every block bears it.
-    pub(crate) rho_node: Rho,
-    pub(crate) rho_lifetime: Rho,
-    pub(crate) releases: u64,
-    reservations: BTreeMap<ReservationId, Option<Digest>>,
-}
-
-/// What the first record says.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Owner {
-    pub(crate) node: NodeId,
-    pub(crate) unit: PrivacyUnit,
-    pub(crate) block_ms: u64,
-}
-
-impl State {
-    /// The state after one more record, or what is wrong with the record.
-    fn after(mut self, body: &[u8]) -> Result<Self, &'static str> {
-        let record: Record = serde_json::from_slice(body).map_err(|_| "a record does not parse")?;
-        match record {
-            Record::Genesis {
-                node, unit, block_ms, ..
-            } if self.owner.is_none() => {
-                self.owner = Some(Owner { node, unit, block_ms });
+        // Counted from the bytes, so that reading the file again gives the very same numbers. What cannot be counted is on the disk
+        // all the same: then nothing more is charged until the file has been read again.
+        self.state.take(&body).map_err(|what| {
+            self.chain.break_off();
+            LedgerError::Io {
+                path: path(),
+                action: "count a record of",
+                source: io::Error::new(io::ErrorKind::InvalidData, what),
             }
-            Record::Genesis { .. } => return Err("a second first record"),
-            _ if self.owner.is_none() => return Err("the first record is missing"),
-            Record::Policy { hash, .. } => self.policy_hash = hash,
-            Record::Reserve(charged) => self.charge(&charged)?,
-            Record::Released {
-                round,
-                nonce,
-                payload,
-                ..
-            } => {
-                let slot = self.reservations.get_mut(&ReservationId { round, nonce });
-                match slot {
-                    Some(released @ None) => *released = Some(payload),
-                    _ => return Err("a release without its charge, or a second one"),
-                }
-            }
-        }
-        Ok(self)
-    }
-
-    fn charge(&mut self, charged: &Charged) -> Result<(), &'static str> {
-        if !charged.is_consistent() {
-            return Err("a charge does not follow from its terms");
-        }
-        let id = ReservationId {
-            round: charged.round,
-            nonce: charged.nonce,
-        };
-        if self.reservations.insert(id, None).is_some() {
-            return Err("a round was charged twice");
-        }
-        let rho = Rho::new(charged.rho);
-        match charged.kind {
-            UpdateKind::Moments => {
-                charged
-                    .blocks
-                    .iter()
-                    .for_each(|(first, last)| self.blocks.add(*first..=*last, rho));
-            }
-            UpdateKind::Delta => self.rho_node = self.rho_node.plus(rho),
-        }
-        self.rho_lifetime = self.rho_lifetime.plus(rho);
-        self.releases += 1;
-        Ok(())
-    }
-
-    /// The charge of `plan`, or why it is not made.
-    fn charge_of(&self, policy: &Policy, plan: &ReleasePlan, at: Timestamp) -> Result<Charged, ReserveError> {
-        let blocks = check_plan(policy, plan)?;
-        if let Some(releases_max) = policy.releases_max().filter(|max| self.releases >= *max) {
-            return Err(ReserveError::ReleasesSpent {
-                releases: self.releases,
-                releases_max,
-            });
-        }
-        let sensitivity = policy.unit().sensitivity(plan.kind);
-        let rho = Rho::gaussian(sensitivity, plan.noise_multiplier);
-        let mut fullest = self.blocks.rho_max();
-        for block in &plan.blocks {
-            let charge = self.blocks.of(*block);
-            if charge.releases >= policy.block_releases_max() {
-                return Err(ReserveError::BlockAlreadyCharged {
-                    block: *block,
-                    releases: charge.releases,
-                    releases_max: policy.block_releases_max(),
-                });
-            }
-            fullest = fullest.max(charge.rho.plus(rho));
-        }
-        let node = match plan.kind {
-            UpdateKind::Moments => self.rho_node,
-            UpdateKind::Delta => self.rho_node.plus(rho),
-        };
-        let epsilon_after = fullest.plus(node).epsilon(policy.delta());
-        let epsilon_limit = policy.epsilon();
-        // Not `>`: what is not a number must refuse.
-        let covered = epsilon_after <= epsilon_limit.value();
-        if !covered {
-            return Err(ReserveError::BudgetSpent {
-                unit: policy.unit(),
-                epsilon_after,
-                epsilon_limit,
-            });
-        }
-        Ok(Charged {
-            round: plan.round,
-            nonce: plan.nonce,
-            kind: plan.kind,
-            values: plan.values,
-            blocks,
-            clip_norm: plan.clip_norm,
-            noise_multiplier: plan.noise_multiplier,
-            sensitivity,
-            rho: rho.value(),
-            policy: policy.hash(),
-            at,
         })
     }
-
-    pub(crate) fn spent(&self, policy: &Policy, heads: &[Digest]) -> Spent {
-        let rho = self.blocks.rho_max().plus(self.rho_node);
-        Spent {
-            rho,
-            epsilon: rho.epsilon(policy.delta()),
-            epsilon_limit: policy.epsilon(),
-            rho_lifetime: self.rho_lifetime,
-            epsilon_lifetime: self.rho_lifetime.epsilon(policy.delta()),
-            delta: policy.delta(),
-            releases: self.releases,
-            head: heads.last().copied().unwrap_or_default(),
-            records: heads.len() as u64,
-        }
-    }
 }
-
-/// Checks what does not depend on earlier charges; gives the plan's blocks as runs.
-fn check_plan(policy: &Policy, plan: &ReleasePlan) -> Result<Vec<(u64, u64)>, ReserveError> {
-    if !policy.allows(plan.kind) {
-        return Err(ReserveError::KindNotAllowed { kind: plan.kind });
-    }
-    let (expected, found) = (
-        policy.noise_multiplier_min().value(),
-        plan.noise_multiplier.value(),
-    );
-    if found < expected {
-        return Err(ReserveError::TermsTooWeak { expected, found });
-    }
-    if plan.block_span != policy.block_span() {
-        let (expected_ms, found_ms) = (policy.block_span().as_millis(), plan.block_span.as_millis());
-        return Err(ReserveError::OtherBlocks {
-            expected_ms,
-            found_ms,
-        });
-    }
-    if plan.values == 0 || plan.values > VALUES_MAX {
-        return Err(ReserveError::BadPlan("a release holds 1 to 16777216 values"));
-    }
-    if !CLIP_NORM.contains(&plan.clip_norm.value()) {
-        return Err(ReserveError::BadPlan(
-            "the clipping norm must lie between 1e-9 and 1e12",
-        ));
-    }
-    match plan.kind {
-        UpdateKind::Delta if !plan.blocks.is_empty() => Err(ReserveError::BadPlan(
-            "a weight delta is made of all data: it names no blocks",
-        )),
-        UpdateKind::Moments if plan.blocks.is_empty() => Err(ReserveError::NoBlocks),
-        UpdateKind::Moments if plan.blocks.len() > BLOCKS_MAX => {
-            Err(ReserveError::BadPlan("one release reads at most 262144 blocks"))
-        }
-        UpdateKind::Moments | UpdateKind::Delta => {
-            to_ranges(&plan.blocks).ok_or(ReserveError::BadPlan("block ids must strictly ascend"))
-        }
-    }
-}
-
-const CLIP_NORM: RangeInclusive<f64> = 1e-9..=1e12;
 
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use theriac_protocol::units::{Digest, NodeId, Timestamp};
 
 use super::chain::{self, Chain, Damage, Storage};
-use super::record::Record;
+use super::record::{Genesis, Record};
+use super::state::PolicySeen;
 use super::{KnownHead, Ledger, LedgerError, Opening, Owner, State};
 use crate::policy::Policy;
 use crate::report::Status;
@@ -92,6 +93,7 @@ impl Ledger {
         let (state, read) = replay(path, &bytes)?;
         check_known(path, &read.heads, known)?;
         check_owner(path, policy.site(), &policy, &state)?;
+        check_policy(&policy, &state)?;
         let spent = state.spent(&policy, &read.heads);
         Ok(Status::new(&state, &policy, spent))
     }
@@ -107,6 +109,7 @@ impl Ledger {
     ) -> Result<Self, LedgerError> {
         let (state, read) = replay(path, bytes)?;
         check_owner(path, node, &policy, &state)?;
+        check_policy(&policy, &state)?;
         if read.torn > 0 {
             storage
                 .truncate(read.length)
@@ -124,7 +127,7 @@ impl Ledger {
             policy,
             lock: None,
         };
-        if ledger.state.policy_hash != ledger.policy.hash() {
+        if ledger.state.policy != PolicySeen::of(&ledger.policy) {
             ledger.append(&Record::policy(&ledger.policy, now))?;
         }
         Ok(ledger)
@@ -132,23 +135,19 @@ impl Ledger {
 }
 
 /// What is left of a file's bytes once they are counted.
-struct Replayed {
-    heads: Vec<Digest>,
+pub(super) struct Replayed {
+    pub(super) heads: Vec<Digest>,
     length: u64,
     torn: u64,
 }
 
 /// Checks the chain and adds up its records.
-fn replay(path: &Path, bytes: &[u8]) -> Result<(State, Replayed), LedgerError> {
-    let damaged = |Damage { offset, what }| LedgerError::Damaged {
-        path: path.to_owned(),
-        offset,
-        what: what.to_owned(),
-    };
+pub(super) fn replay(path: &Path, bytes: &[u8]) -> Result<(State, Replayed), LedgerError> {
+    let damaged = |Damage { offset, what }| LedgerError::damaged(path, offset, what);
     let read = chain::read(bytes).map_err(damaged)?;
     let mut state = State::default();
     for (offset, body, _) in &read.records {
-        state = state.after(body).map_err(|what| {
+        state.take(body).map_err(|what| {
             damaged(Damage {
                 offset: *offset,
                 what,
@@ -174,14 +173,15 @@ fn lost(path: &Path, known: &KnownHead) -> LedgerError {
 }
 
 /// Whether the chain holds what is known of it.
-fn check_known(path: &Path, heads: &[Digest], known: Option<&KnownHead>) -> Result<(), LedgerError> {
-    let Some(&KnownHead { head, records }) = known else {
+pub(super) fn check_known(
+    path: &Path,
+    heads: &[Digest],
+    known: Option<&KnownHead>,
+) -> Result<(), LedgerError> {
+    let Some(known @ &KnownHead { head, records }) = known else {
         return Ok(());
     };
-    let held = records
-        .checked_sub(1)
-        .and_then(|last| heads.get(usize::try_from(last).ok()?));
-    if held == Some(&head) {
+    if holds(heads, known) {
         return Ok(());
     }
     Err(LedgerError::WentBackwards {
@@ -192,8 +192,35 @@ fn check_known(path: &Path, heads: &[Digest], known: Option<&KnownHead>) -> Resu
     })
 }
 
+/// Whether one of the heads stands where it is known to.
+pub(super) fn holds(heads: &[Digest], known: &KnownHead) -> bool {
+    let last = known
+        .records
+        .checked_sub(1)
+        .and_then(|last| usize::try_from(last).ok());
+    last.and_then(|last| heads.get(last)) == Some(&known.head)
+}
+
+/// Whether the policy is the one in force or comes after it.
+pub(super) fn check_policy(policy: &Policy, state: &State) -> Result<(), LedgerError> {
+    let (seen, found) = (state.policy, policy.version());
+    if found < seen.version {
+        let seen = seen.version;
+        return Err(LedgerError::PolicyOlder { found, seen });
+    }
+    if found == seen.version && policy.hash() != seen.hash {
+        return Err(LedgerError::PolicyUnversioned { version: found });
+    }
+    Ok(())
+}
+
 /// Whether the ledger is this node's and its unit is the policy's.
-fn check_owner(path: &Path, node: &NodeId, policy: &Policy, state: &State) -> Result<(), LedgerError> {
+pub(super) fn check_owner(
+    path: &Path,
+    node: &NodeId,
+    policy: &Policy,
+    state: &State,
+) -> Result<(), LedgerError> {
     let Some(Owner {
         node: found,
         unit,
@@ -227,12 +254,12 @@ fn check_owner(path: &Path, node: &NodeId, policy: &Policy, state: &State) -> Re
 
 /// The first record of a new ledger.
 fn genesis(node: &NodeId, policy: &Policy, at: Timestamp) -> Record {
-    Record::Genesis {
+    Record::Genesis(Genesis {
         node: node.clone(),
         unit: policy.unit(),
         block_ms: block_ms_of(policy),
         at,
-    }
+    })
 }
 
 /// Writes a new ledger beside its place, syncs it, and moves it there, so that a crash leaves all of it or nothing.
@@ -277,7 +304,7 @@ fn lock(path: &Path) -> Result<File, LedgerError> {
 }
 
 /// All bytes of the ledger; refuses files that no node can have written.
-fn read_file(path: &Path) -> Result<Vec<u8>, LedgerError> {
+pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, LedgerError> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(io_error(path, "open"))?;
     file.take(FILE_BYTES_MAX + 1)

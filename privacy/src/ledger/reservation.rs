@@ -21,8 +21,12 @@ pub struct ReleasePlan {
     /// Length of one block in time; must equal the policy's.
     pub block_span: Duration,
     /// Ids (Unix time / span) of the blocks that will be read, strictly ascending, at most [`BLOCKS_MAX`].
-    /// Empty for [`UpdateKind::Delta`], whose unit is the whole node.
+    /// Empty for a [`UpdateKind::Delta`] that is one vector made of all the node's data; every block is charged then.
     pub blocks: Vec<u64>,
+    /// Poisson sampling rate q of one step, above 0, at most 1; 1: every unit is in every step.
+    pub sampling_rate: f64,
+    /// Steps T, at least 1; all are charged at once.
+    pub steps: u32,
     /// Clipping norm C, 1e-9 to 1e12.
     pub clip_norm: L2Norm,
     /// Noise multiplier σ.
@@ -71,7 +75,7 @@ impl Reservation {
         self.sensitivity
     }
 
-    /// What was charged.
+    /// Cost of one full-batch step, for the noise's own check.
     pub fn rho(&self) -> Rho {
         self.rho
     }

@@ -4,7 +4,12 @@ use std::time::Duration;
 use proptest::prelude::*;
 use theriac_protocol::units::{L2Norm, NoiseMultiplier};
 
+use theriac_protocol::message::{DeclineReason, UpdateKind};
+use theriac_protocol::units::{NodeId, Round};
+
 use super::chain::Storage;
+use super::loss::Loss;
+use super::record::{Charged, Genesis};
 use super::*;
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -93,13 +98,17 @@ fn policy(extra: &str) -> Policy {
     Policy::parse(&format!("site = \"site-a\"\n{epsilon}{extra}\n")).unwrap()
 }
 
-fn new_disk(policy: &Policy) -> Disk {
-    let genesis = Record::Genesis {
+fn genesis(policy: &Policy) -> Record {
+    Record::Genesis(Genesis {
         node: policy.site().clone(),
         unit: policy.unit(),
         block_ms: u64::try_from(policy.block_span().as_millis()).unwrap(),
         at: Timestamp(1),
-    };
+    })
+}
+
+fn new_disk(policy: &Policy) -> Disk {
+    let genesis = genesis(policy);
     Disk::with(chain::file_of(&[genesis.to_bytes()]))
 }
 
@@ -111,6 +120,8 @@ fn plan(round: u64, blocks: impl IntoIterator<Item = u64>, sigma: f64) -> Releas
         values: 4,
         block_span: HOUR,
         blocks: blocks.into_iter().collect(),
+        sampling_rate: 1.0,
+        steps: 1,
         clip_norm: L2Norm::new(1.0).unwrap(),
         noise_multiplier: NoiseMultiplier::new(sigma).unwrap(),
     }
@@ -130,6 +141,11 @@ fn fresh(reserved: Result<Reserved, ReserveError>) -> Reservation {
     }
 }
 
+/// At the tests' δ.
+fn epsilon(loss: &Loss) -> f64 {
+    loss.epsilon(Delta::new(1e-6).unwrap()).epsilon
+}
+
 fn close(a: f64, b: f64) -> bool {
     (a - b).abs() <= 1e-9 * a.abs().max(b.abs())
 }
@@ -139,14 +155,16 @@ fn disjoint_blocks_compose_in_parallel_and_the_lifetime_adds_up() {
     let policy = policy("");
     let mut ledger = new_disk(&policy).open(&policy).unwrap();
     assert!(ledger.spent().epsilon == 0.0 && ledger.spent().releases == 0);
-    let one = Rho::gaussian(1.0, NoiseMultiplier::new(1.5).unwrap());
+    let one = Loss::gaussian(1.0, 1.5, 1.0, 1);
+    let rho = Rho::gaussian(1.0, NoiseMultiplier::new(1.5).unwrap());
     for round in 1..=6 {
         let reservation = fresh(ledger.reserve(plan(round, round * 10..round * 10 + 5, 1.5), Timestamp(9)));
-        assert_eq!(reservation.rho(), one);
+        assert_eq!(reservation.rho(), rho);
     }
     let spent = ledger.spent();
-    assert!(close(spent.rho.value(), one.value()) && close(spent.rho_lifetime.value(), 6.0 * one.value()));
-    assert!(close(spent.epsilon, one.epsilon(policy.delta())));
+    let six = Loss::gaussian(1.0, 1.5, 1.0, 6);
+    assert!(close(spent.epsilon, one.epsilon(policy.delta()).epsilon));
+    assert!(close(spent.epsilon_lifetime, six.epsilon(policy.delta()).epsilon));
     assert!(spent.epsilon_lifetime > spent.epsilon && spent.releases == 6);
     let blocks: u64 = ledger
         .charged_blocks()
@@ -174,9 +192,12 @@ fn a_block_is_charged_once_unless_the_policy_allows_more() {
 
     let twice = policy("block_releases_max = 2");
     let mut ledger = new_disk(&twice).open(&twice).unwrap();
-    let one = fresh(ledger.reserve(plan(1, [5], 2.0), Timestamp(1))).rho();
+    let _ = fresh(ledger.reserve(plan(1, [5], 2.0), Timestamp(1)));
     let _ = fresh(ledger.reserve(plan(2, [5], 2.0), Timestamp(1)));
-    assert!(close(ledger.spent().rho.value(), 2.0 * one.value()));
+    assert!(close(
+        ledger.spent().epsilon,
+        epsilon(&Loss::gaussian(1.0, 2.0, 1.0, 2))
+    ));
     assert!(matches!(
         ledger.reserve(plan(3, [5], 2.0), Timestamp(1)),
         Err(ReserveError::BlockAlreadyCharged { .. })
@@ -193,10 +214,11 @@ fn a_weight_delta_is_charged_to_every_block_at_twice_the_sensitivity() {
         close(node.value(), 4.0 * block.value()),
         "a delta is replaced, not removed: sensitivity 2C"
     );
-    assert!(close(ledger.spent().rho.value(), block.plus(node).value()));
+    let both = Loss::gaussian(1.0, 3.0, 1.0, 1).plus(&Loss::gaussian(2.0, 3.0, 1.0, 1));
+    assert!(close(ledger.spent().epsilon, epsilon(&both)));
     // A block measured later bears it as well.
     let _ = fresh(ledger.reserve(plan(3, [99], 3.0), Timestamp(1)));
-    assert!(close(ledger.spent().rho.value(), block.plus(node).value()));
+    assert!(close(ledger.spent().epsilon, epsilon(&both)));
 }
 
 #[test]
@@ -273,7 +295,7 @@ fn refuses_plans_outside_the_policy() {
         };
         assert!(matches!(refused(&mut ledger, odd), ReserveError::BadPlan(_)));
     }
-    assert!(ledger.check(&plan(1, [1], 2.0)).is_ok());
+    assert!(ledger.check(&plan(1, [1], 2.0), Timestamp(1)).is_ok());
     let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
     let spent = refused(&mut ledger, plan(2, [2], 2.0));
     assert!(matches!(
@@ -406,13 +428,25 @@ fn records_that_contradict_themselves_are_damage() {
         .map(|(_, body, _)| body.to_vec())
         .collect();
     let text = String::from_utf8(bodies[2].clone()).unwrap();
-    let cheaper = text.replace("\"rho\":0.1250001", "\"rho\":0.0250001");
-    assert_ne!(
-        cheaper, text,
-        "the record no longer holds rho as expected: {text}"
+    let cheaper = text.replace("\"noise_multiplier\":2.0", "\"noise_multiplier\":20.0");
+    let gentler = text.replace("\"sensitivity\":1.0", "\"sensitivity\":0.5");
+    let moved = text.replace("\"sequence\":2", "\"sequence\":1");
+    let sampled = text.replace("\"sampling_rate\":1.0", "\"sampling_rate\":0.1");
+    let other = text.replace("\"unit\":\"block\"", "\"unit\":\"record\"");
+    let changed = [&cheaper, &gentler, &moved, &sampled, &other];
+    assert!(
+        changed.iter().all(|changed| **changed != text),
+        "the record reads otherwise: {text}"
     );
+    for changed in changed {
+        let bodies = [bodies[0].clone(), bodies[1].clone(), changed.clone().into_bytes()];
+        let opened = Disk::with(chain::file_of(&bodies)).open(&policy);
+        assert!(
+            matches!(opened, Err(LedgerError::Damaged { .. })),
+            "{changed}: {opened:?}"
+        );
+    }
     let cases = [
-        vec![bodies[0].clone(), cheaper.into_bytes()],
         vec![bodies[0].clone(), bodies[2].clone(), bodies[2].clone()],
         vec![bodies[0].clone(), bodies[0].clone()],
         vec![bodies[2].clone()],
@@ -468,7 +502,7 @@ fn after_a_failed_sync_or_repair_nothing_is_charged_until_the_file_is_read_again
             matches!(broken, ReserveError::Ledger(LedgerError::Broken { .. })),
             "{broken:?}"
         );
-        assert!(ledger.check(&plan(2, [2], 2.0)).is_err());
+        assert!(ledger.check(&plan(2, [2], 2.0), Timestamp(1)).is_err());
         let mut reopened = disk.open(&policy).unwrap();
         let _ = fresh(reopened.reserve(plan(2, [2], 2.0), Timestamp(1)));
     }
@@ -508,16 +542,22 @@ fn keeps_its_node_and_its_unit() {
         );
     }
     let records = disk.open(&first).unwrap().spent().records;
-    let tightened = disk.open(&policy("epsilon = 3.0")).unwrap();
+    assert!(matches!(
+        disk.open(&policy("epsilon = 3.0")),
+        Err(LedgerError::PolicyUnversioned { version: 1 })
+    ));
+    let second = policy("epsilon = 3.0\nversion = 2");
+    let tightened = disk.open(&second).unwrap();
     assert_eq!(
         tightened.spent().records,
         records + 1,
         "a changed policy is recorded"
     );
-    assert_eq!(
-        disk.open(&policy("epsilon = 3.0")).unwrap().spent().records,
-        records + 1
-    );
+    assert_eq!(disk.open(&second).unwrap().spent().records, records + 1);
+    assert!(matches!(
+        disk.open(&first),
+        Err(LedgerError::PolicyOlder { found: 1, seen: 2 })
+    ));
 }
 
 #[test]
@@ -669,7 +709,7 @@ proptest! {
                     if let Ok(charged) = charged {
                         let shadow = Disk::with(disk.bytes());
                         let mut other = shadow.open(&policy).unwrap();
-                        other.append(&Record::Reserve(charged)).unwrap();
+                        other.append(&Record::Charge(Box::new(charged))).unwrap();
                         let whole = shadow.bytes();
                         let keep = (written + cut).min(whole.len() - 1);
                         disk.state().bytes = whole[..keep].to_vec();
@@ -687,11 +727,316 @@ proptest! {
                 }
             }
             let spent = ledger.spent();
-            prop_assert!(spent.rho >= most.rho && spent.rho_lifetime >= most.rho_lifetime);
+            prop_assert!(spent.epsilon >= most.epsilon && spent.epsilon_lifetime >= most.epsilon_lifetime);
             prop_assert!(spent.releases >= most.releases && spent.records >= most.records);
             prop_assert!(spent.epsilon <= policy.epsilon().value());
             prop_assert_eq!(disk.open(&policy).unwrap().spent(), spent);
             most = spent;
         }
     }
+}
+
+/// A ledger of the first release, as it wrote it: read, counted as it was, and continued in its own format.
+#[test]
+fn a_ledger_of_version_1_is_read_and_continued() {
+    let policy = policy("block_releases_max = 2");
+    let rho = Rho::gaussian(1.0, NoiseMultiplier::new(2.0).unwrap()).value();
+    let charged = Charged {
+        round: Round(1),
+        nonce: 7,
+        kind: UpdateKind::Moments,
+        values: 4,
+        blocks: vec![(3, 5)],
+        clip_norm: L2Norm::new(1.0).unwrap(),
+        noise_multiplier: NoiseMultiplier::new(2.0).unwrap(),
+        sensitivity: 1.0,
+        rho,
+        policy: policy.hash(),
+        at: Timestamp(2),
+    };
+    let note = format!(
+        "{{\"record\":\"policy\",\"hash\":\"{}\",\"epsilon\":4.0,\"delta\":1e-6,\"at\":1}}",
+        policy.hash()
+    );
+    let bodies = [
+        genesis(&policy).to_bytes(),
+        note.into_bytes(),
+        Record::Reserve(charged).to_bytes(),
+    ];
+    let disk = Disk::with(chain::file_of_version(1, &bodies));
+    let mut ledger = disk.open(&policy).unwrap();
+    let one = epsilon(&Loss::gaussian(1.0, 2.0, 1.0, 1));
+    assert!(close(ledger.spent().epsilon, one) && ledger.spent().releases == 1);
+    assert!(matches!(
+        ledger.reserve(
+            ReleasePlan {
+                nonce: 7,
+                ..plan(1, [9], 2.0)
+            },
+            Timestamp(3)
+        ),
+        Ok(Reserved::AlreadyCharged { .. })
+    ));
+    let _ = fresh(ledger.reserve(plan(2, [5], 2.0), Timestamp(3)));
+    let two = epsilon(&Loss::gaussian(1.0, 2.0, 1.0, 2));
+    assert!(close(ledger.spent().epsilon, two));
+    assert_eq!(disk.bytes()[8], 1, "the header was rewritten");
+    assert_eq!(disk.open(&policy).unwrap().spent(), ledger.spent());
+}
+
+#[test]
+fn steps_and_sampling_are_charged_at_once_and_held_to_the_policy() {
+    let policy = policy("mechanisms = [\"delta\"]\nsampling_rate_max = 0.1\nsteps_max = 100\nepsilon = 8");
+    let mut ledger = new_disk(&policy).open(&policy).unwrap();
+    let training = |round, rate, steps| ReleasePlan {
+        kind: UpdateKind::Delta,
+        sampling_rate: rate,
+        steps,
+        ..plan(round, [1, 2, 3], 1.0)
+    };
+    let refused = |ledger: &mut Ledger, plan| ledger.reserve(plan, Timestamp(1)).unwrap_err();
+    assert!(matches!(
+        refused(&mut ledger, training(1, 0.2, 10)),
+        ReserveError::SamplingRateTooHigh { .. }
+    ));
+    assert!(matches!(
+        refused(&mut ledger, training(1, 0.1, 101)),
+        ReserveError::TooManySteps {
+            found: 101,
+            expected: 100
+        }
+    ));
+    for (rate, steps) in [(0.0, 1), (-0.1, 1), (f64::NAN, 1), (0.1, 0)] {
+        assert!(matches!(
+            refused(&mut ledger, training(1, rate, steps)),
+            ReserveError::BadPlan(_)
+        ));
+    }
+    let reservation = fresh(ledger.reserve(training(1, 0.05, 20), Timestamp(1)));
+    assert!(close(reservation.sensitivity(), 1.0));
+    let loss = Loss::gaussian(1.0, 1.0, 0.05, 20);
+    assert!(close(ledger.spent().epsilon, epsilon(&loss)));
+    assert!(
+        ledger.spent().epsilon < epsilon(&Loss::gaussian(1.0, 1.0, 1.0, 20)),
+        "sampling amplifies"
+    );
+    // Charged to every block in the pool, drawn or not.
+    assert!(!ledger.is_chargeable(1) && !ledger.is_chargeable(3) && ledger.is_chargeable(4));
+}
+
+const MONTH: &str = "period = \"month\"\nblock_releases_max = 100\nepsilon = 3.5";
+/// 2026-11-15, 2026-11-30 and 2026-12-01, UTC.
+const NOVEMBER: Timestamp = Timestamp(1_794_700_800_000);
+const DECEMBER: Timestamp = Timestamp(1_796_083_200_000);
+
+#[test]
+fn a_new_month_is_a_new_limit_and_no_reset() {
+    let policy = policy(MONTH);
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let one = epsilon(&Loss::gaussian(1.0, 1.5, 1.0, 1));
+    assert!(one < 3.5 && epsilon(&Loss::gaussian(1.0, 1.5, 1.0, 2)) > 3.5);
+    let _ = fresh(ledger.reserve(plan(1, [5], 1.5), NOVEMBER));
+    let refused = ledger.reserve(plan(2, [5], 1.5), NOVEMBER).unwrap_err();
+    assert!(refused.to_string().contains("2026-11"), "{refused}");
+    let _ = fresh(ledger.reserve(plan(3, [5], 1.5), DECEMBER));
+    let spent = ledger.spent();
+    assert!(close(spent.epsilon, one), "of December alone");
+    let two = epsilon(&Loss::gaussian(1.0, 1.5, 1.0, 2));
+    assert!(close(spent.epsilon_unit_lifetime, two), "of all time");
+    assert_eq!(ledger.status().period, "2026-12");
+    assert_eq!(disk.open(&policy).unwrap().spent(), spent);
+}
+
+#[test]
+fn a_clock_that_goes_back_brings_no_earlier_budget_back() {
+    let policy = policy(MONTH);
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [5], 1.5), NOVEMBER));
+    let _ = fresh(ledger.reserve(plan(2, [5], 1.5), DECEMBER));
+    // Neither in November, which is over, nor in December, which is spent.
+    for now in [NOVEMBER, Timestamp(0), DECEMBER] {
+        assert!(matches!(
+            ledger.reserve(plan(3, [5], 1.5), now),
+            Err(ReserveError::BudgetSpent { .. })
+        ));
+    }
+    // What another block is charged counts in December.
+    let _ = fresh(ledger.reserve(plan(4, [6], 1.5), NOVEMBER));
+    assert_eq!(disk.open(&policy).unwrap().status().period, "2026-12");
+}
+
+#[test]
+fn a_policy_that_changes_its_period_starts_with_what_was_lost_before() {
+    let rolling = policy("block_releases_max = 100\nepsilon = 3.5");
+    let disk = new_disk(&rolling);
+    let _ = fresh(disk.open(&rolling).unwrap().reserve(plan(1, [5], 1.5), NOVEMBER));
+    let monthly = policy(&format!("{MONTH}\nversion = 2"));
+    let mut ledger = disk.open(&monthly).unwrap();
+    assert!(matches!(
+        ledger.reserve(plan(2, [5], 1.5), NOVEMBER),
+        Err(ReserveError::BudgetSpent { .. })
+    ));
+}
+
+#[test]
+fn a_block_past_its_retention_is_never_read_again() {
+    let policy = policy("retention = \"2h\"");
+    let mut ledger = new_disk(&policy).open(&policy).unwrap();
+    let hour = |hours: u64| Timestamp(hours * 3_600_000);
+    // Block 10 ends at hour 11, so it is too old after hour 13.
+    assert!(matches!(
+        ledger.reserve(plan(1, [10, 20], 2.0), Timestamp(hour(13).0 + 1)),
+        Err(ReserveError::BlockTooOld { block: 10 })
+    ));
+    let _ = fresh(ledger.reserve(plan(1, [10, 20], 2.0), hour(13)));
+}
+
+fn seal_of(known: KnownHead) -> Seal {
+    Seal {
+        records: known.records,
+        head: known.head,
+        signed: Timestamp(9),
+        key: "theriac/test+00000000+AAAA".to_owned(),
+        signature: "00".repeat(64),
+    }
+}
+
+#[test]
+fn a_copy_that_lacks_what_the_aggregator_has_signed_is_too_old_even_if_it_grew() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+    let snapshot = disk.bytes();
+    let _ = fresh(ledger.reserve(plan(2, [2], 2.0), Timestamp(1)));
+    let seal = seal_of(ledger.known_head());
+    ledger.keep_seal(seal.clone()).unwrap();
+    let kept = ledger.known_head();
+    ledger.keep_seal(seal.clone()).unwrap();
+    assert_eq!(ledger.known_head(), kept, "the same seal was written twice");
+    assert_eq!(disk.open(&policy).unwrap().seal(), Some(&seal));
+
+    let mut restored = Disk::with(snapshot).open(&policy).unwrap();
+    for round in 3..6 {
+        let _ = fresh(restored.reserve(plan(round, [round], 2.0), Timestamp(1)));
+    }
+    assert!(restored.spent().records > seal.records);
+    let before = restored.known_head();
+    assert!(matches!(
+        restored.keep_seal(seal),
+        Err(LedgerError::WentBackwards { .. })
+    ));
+    assert_eq!(restored.known_head(), before, "something was written");
+}
+
+/// A disk that forgets what was not synced, all of it or any part, when power fails.
+#[derive(Debug, Clone, Default)]
+struct ForgetfulDisk(Arc<Mutex<Forgetful>>);
+
+#[derive(Debug, Default)]
+struct Forgetful {
+    durable: Vec<u8>,
+    pending: Vec<u8>,
+    /// Calls until power fails.
+    calls_left: usize,
+}
+
+impl ForgetfulDisk {
+    fn call(&self) -> io::Result<std::sync::MutexGuard<'_, Forgetful>> {
+        let mut state = self.0.lock().unwrap();
+        match state.calls_left.checked_sub(1) {
+            Some(left) => state.calls_left = left,
+            None => return Err(io::Error::other("power is off")),
+        }
+        Ok(state)
+    }
+}
+
+impl Storage for ForgetfulDisk {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        // The write that power fails in has begun.
+        let mut state = self.0.lock().unwrap();
+        if state.calls_left > 0 || state.pending.is_empty() {
+            state.pending.extend(bytes);
+        }
+        drop(state);
+        self.call().map(drop)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        let mut state = self.call()?;
+        let pending = std::mem::take(&mut state.pending);
+        state.durable.extend(pending);
+        Ok(())
+    }
+
+    fn truncate(&mut self, length: u64) -> io::Result<()> {
+        let mut state = self.call()?;
+        let length = usize::try_from(length).unwrap();
+        let kept = length.saturating_sub(state.durable.len());
+        state.pending.truncate(kept);
+        state.durable.truncate(length);
+        Ok(())
+    }
+}
+
+/// Power failures at every call to the disk, each keeping any prefix of what was not synced: every charge that `reserve` had returned for
+/// is there afterwards. `THERIAC_POWER_FAILURES=10000` makes the full number.
+#[test]
+fn power_failures_lose_no_charge_that_reserve_had_returned_for() {
+    use rand::{Rng as _, SeedableRng as _};
+    let failures: usize = std::env::var("THERIAC_POWER_FAILURES").map_or(500, |text| text.parse().unwrap());
+    let seed = 77;
+    eprintln!("seed {seed}, {failures} power failures");
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let policy = policy("");
+    let open = |disk: &ForgetfulDisk, bytes: &[u8]| {
+        let path = std::path::Path::new("ledger.log");
+        let storage = Box::new(disk.clone());
+        Ledger::take_over(path, policy.site(), policy.clone(), storage, bytes, Timestamp(5))
+    };
+    let mut bytes = new_disk(&policy).bytes();
+    let (mut round, mut returned) = (0, Vec::<ReservationId>::new());
+    for failure in 0..failures {
+        if bytes.len() > 40_000 {
+            (bytes, returned) = (new_disk(&policy).bytes(), Vec::new());
+        }
+        let disk = ForgetfulDisk::default();
+        {
+            let mut state = disk.0.lock().unwrap();
+            state.durable = bytes.clone();
+            state.calls_left = rng.random_range(0..14);
+        }
+        // It may fail while it is opened, which writes as well.
+        if let Ok(mut ledger) = open(&disk, &bytes) {
+            for _ in 0..8 {
+                round += 1;
+                let next = plan(round, [round], 2.0);
+                let id = next.id();
+                match ledger.reserve(next, Timestamp(round)) {
+                    Ok(_) => returned.push(id),
+                    Err(_) => break,
+                }
+                drop(ledger.mark_released(id, Digest::of(&round.to_le_bytes()), Timestamp(round)));
+            }
+        }
+        let state = disk.0.lock().unwrap();
+        bytes = state.durable.clone();
+        let kept = rng.random_range(0..=state.pending.len());
+        bytes.extend(&state.pending[..kept]);
+        let after = Disk::with(bytes.clone());
+        let ledger = after
+            .open(&policy)
+            .unwrap_or_else(|error| panic!("failure {failure}: {error}"));
+        for id in &returned {
+            assert!(
+                ledger.reservation(*id).is_some(),
+                "failure {failure}: {id:?} was lost"
+            );
+        }
+        bytes = after.bytes();
+    }
+    assert!(returned.len() > 2, "nothing was ever charged");
 }

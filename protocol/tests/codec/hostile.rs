@@ -291,6 +291,11 @@ fn signatures_of_another_length_and_scales_that_are_no_step_are_refused() {
                     let error = Message::ToEdge(ToEdge::Receipt(receipt)).encode().unwrap_err();
                     assert!(matches!(error, CodecError::Field { found: 63, .. }));
                 }
+                Message::ToEdge(ToEdge::Seal(mut seal)) => {
+                    seal.signature.push(0);
+                    let error = Message::ToEdge(ToEdge::Seal(seal)).encode().unwrap_err();
+                    assert!(matches!(error, CodecError::Field { found: 65, .. }));
+                }
                 Message::ToAggregator(ToAggregator::Update(header, payload)) => {
                     for scale in [f32::NAN, f32::INFINITY, -1.0] {
                         let header = UpdateV1 {

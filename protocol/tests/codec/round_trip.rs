@@ -47,8 +47,39 @@ fn to_aggregator() -> impl Strategy<Value = ToAggregator> {
             version: ModelVersion(version),
             verdict
         })),
+        guarantee().prop_map(ToAggregator::Guarantee),
         Just(ToAggregator::Goodbye),
     ]
+}
+
+fn guarantee() -> impl Strategy<Value = GuaranteeV1> {
+    let unit = prop_oneof![Just(GuaranteeUnit::Block), Just(GuaranteeUnit::Record)];
+    (
+        unit,
+        any::<u64>(),
+        positive(),
+        1e-12..1e-3,
+        "[a-z]{0,16}",
+        positive(),
+        any::<u64>(),
+        digest(),
+        "[a-z0-9_]{0,128}",
+    )
+        .prop_map(
+            |(unit, block_ms, epsilon, delta, period, noise, policy_version, policy_hash, policy_signer)| {
+                GuaranteeV1 {
+                    unit,
+                    block_ms,
+                    epsilon: Epsilon::new(epsilon).unwrap(),
+                    delta: Delta::new(delta).unwrap(),
+                    period,
+                    noise_multiplier_min: NoiseMultiplier::new(noise).unwrap(),
+                    policy_version,
+                    policy_hash,
+                    policy_signer,
+                }
+            },
+        )
 }
 
 fn to_edge() -> impl Strategy<Value = ToEdge> {
@@ -83,6 +114,22 @@ fn to_edge() -> impl Strategy<Value = ToEdge> {
             round: Round(round),
             outcome
         })),
+        (
+            any::<u64>(),
+            digest(),
+            any::<u64>(),
+            "[a-z/+]{0,512}",
+            vec(any::<u8>(), 64)
+        )
+            .prop_map(
+                |(records, head, signed, key, signature)| ToEdge::Seal(LedgerSealV1 {
+                    records,
+                    head,
+                    signed: Timestamp(signed),
+                    key,
+                    signature,
+                })
+            ),
         any::<u32>().prop_map(|retry_after_ms| ToEdge::Goodbye(GoodbyeV1 { retry_after_ms })),
     ]
 }

@@ -209,6 +209,13 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<Message>)> {
         ledger_head: digest(4),
         signature: (0..64).collect(),
     };
+    let seal = LedgerSealV1 {
+        records: 77,
+        head: digest(4),
+        signed: Timestamp(1_700_000_000_000),
+        key: "theriac/plant+01234567+AAAA".into(),
+        signature: (0..64).collect(),
+    };
     let join_request = JoinRequestV1 {
         token_id: [1; 8],
         secret: [2; 16],
@@ -289,6 +296,26 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<Message>)> {
         (
             "aggregator_goodbye_v1",
             to_edge([GoodbyeV1 { retry_after_ms: 5000 }], ToEdge::Goodbye),
+        ),
+        ("ledger_seal_v1", to_edge([seal], ToEdge::Seal)),
+        (
+            "guarantee_v1",
+            to_aggregator(
+                [(GuaranteeUnit::Block, "thpk1_ab"), (GuaranteeUnit::Record, "")],
+                |(unit, signer)| {
+                    ToAggregator::Guarantee(GuaranteeV1 {
+                        unit,
+                        block_ms: 3_600_000,
+                        epsilon: Epsilon::new(4.0).unwrap(),
+                        delta: Delta::new(1e-6).unwrap(),
+                        period: "rolling".into(),
+                        noise_multiplier_min: NoiseMultiplier::new(1.25).unwrap(),
+                        policy_version: 3,
+                        policy_hash: digest(6),
+                        policy_signer: signer.into(),
+                    })
+                },
+            ),
         ),
         ("join_request_v1", vec![Message::JoinRequest(join_request)]),
         (

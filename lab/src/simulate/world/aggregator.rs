@@ -288,7 +288,7 @@ impl World {
             return;
         }
         match message {
-            ToAggregator::Hello(_) | ToAggregator::Verdict(_) => {}
+            ToAggregator::Hello(_) | ToAggregator::Verdict(_) | ToAggregator::Guarantee(_) => {}
             ToAggregator::Update(header, payload) => self.update(edge, &header, &payload),
             ToAggregator::Decline(decline) => {
                 let (round, reason) = (decline.round, decline.reason);

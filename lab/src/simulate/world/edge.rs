@@ -221,6 +221,8 @@ impl World {
                 self.edges[edge].arrived = Some(model);
                 Input::Model { header }
             }
+            // This edge's Hello does not ask for it.
+            Ok(ToEdge::Seal(_)) => return,
             Ok(ToEdge::Goodbye(_)) => return self.edge_notices(edge, session),
             Err(error) => return self.broken_codec(&error),
         };

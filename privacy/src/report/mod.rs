@@ -1,15 +1,23 @@
-//! What `privacy status` shows: a statement that an officer can read and a third party can recompute from the ledger.
+//! What an officer reads and a third party recomputes from the ledger: the status, the report, its page, and the check of it.
+
+mod document;
+mod html;
+mod verify;
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use theriac_protocol::units::NodeId;
 
+pub(crate) use self::document::block_runs;
+pub use self::document::{BlockRun, Document, ExportedRecord};
+pub use self::html::page;
+pub use self::verify::{SealCheck, Trust, Verified, VerifyError, verify};
 use crate::ledger::{Spent, State};
 use crate::policy::{Policy, PrivacyUnit};
 
 /// The state of a node's privacy budget. Holds no measurement.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The node.
     pub node: NodeId,
@@ -18,17 +26,23 @@ pub struct Status {
     /// Length of one block, in milliseconds.
     pub block_ms: u64,
     /// Neighbouring relation of the guarantee.
-    pub adjacency: &'static str,
-    /// ε that the most charged unit has lost, at `delta`.
+    pub adjacency: String,
+    /// ε that the most charged unit has lost in the current period, at `delta`.
     pub epsilon_spent: f64,
-    /// Largest ε that the policy allows any unit.
+    /// Largest ε that the policy allows any unit in one period.
     pub epsilon_limit: f64,
     /// δ of the guarantee.
     pub delta: f64,
-    /// The same loss in zCDP.
-    pub rho: f64,
+    /// The Rényi order that gives `epsilon_spent`.
+    pub order: u32,
+    /// The period, as of the last charge: `rolling`, or such as `2026-11`.
+    pub period: String,
+    /// ε that the most charged unit has lost in all.
+    pub epsilon_unit_lifetime: f64,
     /// ε of all releases added up, for somebody whose data are in every block.
     pub epsilon_lifetime: f64,
+    /// Whether every release would be refused: they are used up, or what all blocks bear alike has reached the limit.
+    pub exhausted: bool,
     /// Releases that were charged.
     pub releases: u64,
     /// The policy's limit on them.
@@ -39,6 +53,16 @@ pub struct Status {
     pub block_releases_max: u32,
     /// Least noise multiplier that the node accepts.
     pub noise_multiplier_min: f64,
+    /// Largest sampling rate of one step.
+    pub sampling_rate_max: f64,
+    /// Most steps of one release.
+    pub steps_max: u32,
+    /// Number of the policy in force.
+    pub policy_version: u64,
+    /// Who signed it; absent for one that was only parsed.
+    pub policy_signer: Option<String>,
+    /// Records that the aggregator has counter-signed; 0: none.
+    pub sealed_records: u64,
     /// Digest of the policy in force.
     pub policy_hash: String,
     /// Head of the ledger's chain.
@@ -53,17 +77,25 @@ impl Status {
             node: policy.site().clone(),
             unit: policy.unit(),
             block_ms: u64::try_from(policy.block_span().as_millis()).unwrap_or(u64::MAX),
-            adjacency: "add or remove one unit",
+            adjacency: "add or remove one unit".to_owned(),
             epsilon_spent: spent.epsilon,
             epsilon_limit: spent.epsilon_limit.value(),
             delta: spent.delta.value(),
-            rho: spent.rho.value(),
+            order: spent.order,
+            period: spent.period.label(spent.period_index),
+            epsilon_unit_lifetime: spent.epsilon_unit_lifetime,
             epsilon_lifetime: spent.epsilon_lifetime,
+            exhausted: state.is_exhausted(policy),
             releases: spent.releases,
             releases_max: policy.releases_max(),
-            blocks_charged: state.blocks.count(),
+            blocks_charged: state.lifetime.blocks.count(),
             block_releases_max: policy.block_releases_max(),
             noise_multiplier_min: policy.noise_multiplier_min().value(),
+            sampling_rate_max: policy.sampling_rate_max(),
+            steps_max: policy.steps_max(),
+            policy_version: policy.version(),
+            policy_signer: policy.signature().map(|signature| signature.key.to_string()),
+            sealed_records: state.seal.as_ref().map_or(0, |seal| seal.records),
             policy_hash: policy.hash().to_string(),
             ledger_head: spent.head.to_string(),
             ledger_records: spent.records,
@@ -82,8 +114,13 @@ impl fmt::Display for Status {
         writeln!(f, "protected unit   {unit} ({})", self.adjacency)?;
         writeln!(
             f,
-            "epsilon          {:.4} of {} at delta {:e} (most charged unit)",
-            self.epsilon_spent, self.epsilon_limit, self.delta
+            "epsilon          {:.4} of {} at delta {:e} (most charged unit, period {})",
+            self.epsilon_spent, self.epsilon_limit, self.delta, self.period
+        )?;
+        writeln!(
+            f,
+            "epsilon, ever    {:.4} for the most charged unit",
+            self.epsilon_unit_lifetime
         )?;
         writeln!(
             f,
@@ -97,9 +134,15 @@ impl fmt::Display for Status {
         }
         writeln!(
             f,
-            "ledger           {} records, head {}",
-            self.ledger_records, self.ledger_head
+            "ledger           {} records, {} counter-signed, head {}",
+            self.ledger_records, self.sealed_records, self.ledger_head
         )?;
-        write!(f, "policy           {}", self.policy_hash)
+        writeln!(
+            f,
+            "policy           version {}, {}",
+            self.policy_version, self.policy_hash
+        )?;
+        let signer = self.policy_signer.as_deref().unwrap_or("nobody");
+        write!(f, "signed by        {signer}")
     }
 }

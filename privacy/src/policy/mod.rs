@@ -1,7 +1,11 @@
 //! `privacy.toml`: what compliance permits. The edge obeys it; the centre may ask for more privacy, never for less.
 //!
 //! The file is separate from `edge.toml` so that another person can own it. Unknown keys are refused, because a
-//! misspelt limit would be no limit.
+//! misspelt limit would be no limit. It is signed by that person (see [`signed`]) and carries a version, so that neither an edited
+//! nor an older one is taken.
+
+mod period;
+pub mod signed;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -12,6 +16,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{Delta, Digest, Epsilon, NodeId, NoiseMultiplier};
+
+pub use self::period::Period;
+use self::signed::{PolicySignature, SignatureError, signature_path};
 
 /// What the guarantee hides: neighbouring data sets differ by one unit, present or absent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +69,25 @@ pub enum PolicyError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Nobody has signed it.
+    #[error(
+        "{path} is not signed: there is no {}; whoever answers for privacy reads it and runs `theriac-edge privacy sign {}`",
+        signature_path(.path).display(), .path.display()
+    )]
+    Unsigned {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// Its signature does not hold.
+    #[error(
+        "{path}: {source}; restore the signed file, or have it read and signed anew with `theriac-edge privacy sign`"
+    )]
+    Signature {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        source: SignatureError,
+    },
     /// It is no TOML, has an unknown key, lacks one, or a value has the wrong type or range.
     #[error("the privacy policy does not parse: {0}")]
     Parse(#[from] toml::de::Error),
@@ -86,6 +112,10 @@ struct RawPolicy {
     /// Version of this format. Default 1; only 1 is known.
     #[serde(default = "format")]
     format: u32,
+    /// Number of this policy. Default 1, at least 1. Every change of meaning needs a higher one; a node refuses a lower
+    /// one than it has seen, so that an older, looser policy cannot be put back.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    version: u64,
     /// The node that this policy is for; must equal the node's name. No default: a policy copied to another
     /// node must not be taken by accident.
     site: NodeId,
@@ -93,22 +123,40 @@ struct RawPolicy {
     /// [`PrivacyUnit`]), so the same ε needs twice the noise.
     #[serde(default = "unit")]
     unit: PrivacyUnit,
+    /// Two data sets are neighbours when one has one unit more. Only `"add_or_remove"` (the default) is known; written out so
+    /// that the officer signs it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    neighbouring: Neighbouring,
     /// Length of one block in time, such as `"1h"`. Default one hour, range 1 s to 31 days, whole milliseconds.
     /// Too short: an event longer than a block is not hidden. Too long: few blocks, so the noise outweighs the sum.
     /// A ledger keeps the length it began with.
     #[serde(default = "block", with = "span")]
     block: Duration,
-    /// Largest ε that any one unit may ever lose, at `delta`. No default, above 0, at most 100. Below about 0.5 the
+    /// Largest ε that any one unit may lose within one `period`, at `delta`. No default, above 0, at most 100. Below about 0.5 the
     /// noise leaves little to learn; above about 10 the promise is weak.
     epsilon: Epsilon,
     /// δ of the guarantee. Default 1e-6, above 0, at most 1e-3. Choose at most 1 / (10 × units). Too large: the guarantee may
     /// simply fail for one unit in 1/δ.
     #[serde(default = "delta")]
     delta: Delta,
+    /// Time over which `epsilon` holds: `"rolling"` (the default: for ever, each block on its own), or the calendar's `"month"`,
+    /// `"quarter"` or `"year"` in UTC. A new period is a new limit but no reset: reports say the loss of the period and of all time.
+    #[serde(default, skip_serializing_if = "is_default")]
+    period: Period,
     /// Least noise multiplier σ that the node accepts. Default 0.7, above 0, at most 10 000. Too low: one release may
     /// spend the whole budget. Too high: the node declines every round.
     #[serde(default = "noise_multiplier_min")]
     noise_multiplier_min: NoiseMultiplier,
+    /// Largest sampling rate q of one step. Default 1, above 0, at most 1. Too low: full-batch releases (q = 1) are declined.
+    #[serde(default = "full_batch", skip_serializing_if = "is_full_batch")]
+    sampling_rate_max: f64,
+    /// Most steps T of one release. Default 1 000, range 1 to 1 000 000. Too low: training stops early. Too high: only ε limits.
+    #[serde(default = "steps_max", skip_serializing_if = "is_steps_max")]
+    steps_max: u32,
+    /// Age at which a block is never read again, such as `"90days"`; absent: no limit. At least one block. Too short: no block is
+    /// ever ready. It bounds the time in which a block can lose anything.
+    #[serde(default, with = "optional_span", skip_serializing_if = "Option::is_none")]
+    retention: Option<Duration>,
     /// Releases that may read the same block. Default 1, range 1 to 1 000. Above 1 the charges of a block add
     /// up.
     #[serde(default = "block_releases_max")]
@@ -130,11 +178,21 @@ enum Mechanism {
     Delta,
 }
 
+/// The neighbouring relation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Neighbouring {
+    #[default]
+    AddOrRemove,
+}
+
 /// A checked privacy policy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
     raw: RawPolicy,
     hash: Digest,
+    text: String,
+    signature: Option<PolicySignature>,
 }
 
 impl Policy {
@@ -143,7 +201,7 @@ impl Policy {
         EXAMPLE
     }
 
-    /// Reads and checks a policy file.
+    /// Reads and checks a policy file, whoever wrote it. An edge takes only signed ones: [`Policy::load_signed`].
     ///
     /// # Errors
     /// [`PolicyError`], naming the file or the key.
@@ -172,6 +230,8 @@ impl Policy {
         Ok(Self {
             raw,
             hash: Digest(hash.finalize().into()),
+            text: text.to_owned(),
+            signature: None,
         })
     }
 
@@ -188,6 +248,48 @@ impl Policy {
     /// Length of one block. A block's id is its Unix time divided by this length, so blocks are aligned to UTC.
     pub fn block_span(&self) -> Duration {
         self.raw.block
+    }
+
+    /// The file as it was written.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Who signed it; `None` for a policy that was only parsed.
+    pub fn signature(&self) -> Option<&PolicySignature> {
+        self.signature.as_ref()
+    }
+
+    pub(crate) fn with_signature(self, signature: PolicySignature) -> Self {
+        Self {
+            signature: Some(signature),
+            ..self
+        }
+    }
+
+    /// Number of this policy.
+    pub fn version(&self) -> u64 {
+        self.raw.version
+    }
+
+    /// Time over which ε holds.
+    pub fn period(&self) -> Period {
+        self.raw.period
+    }
+
+    /// Largest sampling rate of one step.
+    pub fn sampling_rate_max(&self) -> f64 {
+        self.raw.sampling_rate_max
+    }
+
+    /// Most steps of one release.
+    pub fn steps_max(&self) -> u32 {
+        self.raw.steps_max
+    }
+
+    /// Age at which a block is never read again.
+    pub fn retention(&self) -> Option<Duration> {
+        self.raw.retention
     }
 
     /// Largest ε of any unit.
@@ -282,6 +384,36 @@ impl RawPolicy {
             "no round would ever be joined",
         )?;
         range(
+            self.version >= 1,
+            "version",
+            "at least 1",
+            self.version.to_string(),
+            "versions are counted from 1",
+        )?;
+        range(
+            self.sampling_rate_max > 0.0 && self.sampling_rate_max <= 1.0,
+            "sampling_rate_max",
+            "above 0 and at most 1",
+            self.sampling_rate_max.to_string(),
+            "it is a probability",
+        )?;
+        range(
+            (1..=STEPS_MAX).contains(&self.steps_max),
+            "steps_max",
+            "1 to 1000000",
+            self.steps_max.to_string(),
+            "0 forbids every release",
+        )?;
+        range(
+            self.retention.is_none_or(|retention| retention >= self.block),
+            "retention",
+            "at least one block, or absent",
+            self.retention
+                .map(|span| humantime::format_duration(span).to_string())
+                .unwrap_or_default(),
+            "a block would be too old before it is complete",
+        )?;
+        range(
             (1..=BLOCK_RELEASES_MAX).contains(&self.block_releases_max),
             "block_releases_max",
             "1 to 1000",
@@ -325,8 +457,74 @@ mod span {
     }
 }
 
+/// As [`span`], for a key that may be absent.
+mod optional_span {
+    use std::time::Duration;
+
+    use serde::{Deserializer, Serializer};
+
+    #[expect(clippy::ref_option, reason = "serde hands the field over like this")]
+    pub(super) fn serialize<S: Serializer>(
+        span: &Option<Duration>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match span {
+            Some(span) => super::span::serialize(span, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        super::span::deserialize(deserializer).map(Some)
+    }
+}
+
+// Keys that came after format 1 was first shipped are left out of the hash while they have their default: the hash of a policy that
+// does not know them stays what it was.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 fn format() -> u32 {
     1
+}
+
+fn one() -> u64 {
+    1
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands the field over like this"
+)]
+fn is_one(version: &u64) -> bool {
+    *version == one()
+}
+
+fn full_batch() -> f64 {
+    1.0
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands the field over like this"
+)]
+fn is_full_batch(rate: &f64) -> bool {
+    rate.to_bits() == full_batch().to_bits()
+}
+
+fn steps_max() -> u32 {
+    1_000
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands the field over like this"
+)]
+fn is_steps_max(steps: &u32) -> bool {
+    *steps == steps_max()
 }
 
 fn unit() -> PrivacyUnit {
@@ -366,8 +564,9 @@ const EPSILON_MAX: f64 = 100.0;
 const DELTA_MAX: f64 = 1e-3;
 const NOISE_MULTIPLIER_MAX: f64 = 10_000.0;
 const BLOCK_RELEASES_MAX: u32 = 1_000;
+const STEPS_MAX: u32 = 1_000_000;
 
-const EXAMPLE: &str = include_str!("../privacy.example.toml");
+const EXAMPLE: &str = include_str!("../../privacy.example.toml");
 
 #[cfg(test)]
 mod tests {
@@ -389,9 +588,18 @@ mod tests {
     fn the_example_parses_and_holds_every_key() {
         let policy = Policy::parse(Policy::example()).unwrap();
         let mut raw = serde_json::to_value(&policy.raw).unwrap();
-        raw.as_object_mut()
-            .unwrap()
-            .insert("releases_max".into(), 1.into());
+        let left_out = [
+            "releases_max",
+            "version",
+            "neighbouring",
+            "period",
+            "sampling_rate_max",
+            "steps_max",
+            "retention",
+        ];
+        for key in left_out {
+            raw.as_object_mut().unwrap().insert(key.into(), 1.into());
+        }
         for key in raw.as_object().unwrap().keys() {
             let named = Policy::example().lines().any(|line| {
                 line.trim_start_matches("# ")
@@ -441,6 +649,15 @@ mod tests {
             "mechanisms = []",
             "mechanisms = [\"none\"]",
             "unit = \"off\"",
+            "neighbouring = \"replace\"",
+            "period = \"week\"",
+            "version = 0",
+            "sampling_rate_max = 0.0",
+            "sampling_rate_max = 1.5",
+            "sampling_rate_max = nan",
+            "steps_max = 0",
+            "steps_max = 1000001",
+            "retention = \"30m\"",
             "format = 2",
             "site = \"A b\"",
             "epsilom = 4",
@@ -462,12 +679,26 @@ mod tests {
         let policy = Policy::parse(SHORTEST).unwrap();
         let same = Policy::parse("# comment\nepsilon = 4.0\nblock = \"60m\"\nsite = \"site-a\"").unwrap();
         assert_eq!(policy.hash(), same.hash());
+        let spelt_out = format!(
+            "{SHORTEST}version = 1\nneighbouring = \"add_or_remove\"\nperiod = \"rolling\"\nsampling_rate_max = 1.0\nsteps_max = 1000\n"
+        );
+        assert_eq!(policy.hash(), Policy::parse(&spelt_out).unwrap().hash());
+        // Of version 0.1: a ledger that holds it needs no new record for keys that are at their defaults.
+        assert_eq!(
+            policy.hash().to_string(),
+            "02de9e4a893892144315c4dc56a108cbb16622c897308740600b96ddeff7e061"
+        );
         for other in [
             "epsilon = 4.5",
             "delta = 1e-7",
             "block = \"2h\"",
             "releases_max = 9",
             "unit = \"record\"",
+            "version = 2",
+            "period = \"month\"",
+            "sampling_rate_max = 0.5",
+            "steps_max = 20",
+            "retention = \"90days\"",
         ] {
             assert_ne!(
                 with(other).unwrap().hash(),

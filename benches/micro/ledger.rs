@@ -1,0 +1,105 @@
+//! The privacy ledger: one durable charge, reading a year's file, and the figure of many blocks.
+
+use std::error::Error;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use criterion::Criterion;
+use theriac_privacy::ledger::{Ledger, ReleasePlan, Reserved};
+use theriac_privacy::policy::Policy;
+use theriac_privacy::report::{SealCheck, Trust, verify};
+use theriac_protocol::message::UpdateKind;
+use theriac_protocol::units::{Digest, L2Norm, NoiseMultiplier, Round, Timestamp};
+
+/// A year of hourly releases, each a charge and its release, is 17 520 records.
+const RECORDS: u64 = 10_000;
+const BLOCKS: u64 = 1_000;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // Where the state directory would be: a memory file system says nothing about a disk.
+    let folder = tempfile::tempdir_in(std::env::var_os("THERIAC_BENCH_DIR").unwrap_or_else(|| ".".into()))?;
+    let policy = Policy::parse("site = \"site-a\"\nepsilon = 100.0\nblock_releases_max = 1000\n")?;
+    let mut criterion = Criterion::default().configure_from_args().sample_size(50);
+
+    let path = folder.path().join("append.log");
+    let mut ledger = Ledger::open(&path, policy.site(), policy.clone(), Timestamp(1))?;
+    let mut round = 0;
+    criterion.bench_function("ledger/reserve_and_sync", |bencher| {
+        bencher.iter(|| {
+            round += 1;
+            black_box(ledger.reserve(plan(round, vec![round], 2.0), Timestamp(round))).is_ok()
+        });
+    });
+    drop(ledger);
+
+    let path = year(folder.path(), &policy)?;
+    let bytes = std::fs::metadata(&path)?.len();
+    eprintln!("{RECORDS} records are {bytes} bytes");
+    criterion.bench_function("ledger/open_10k_records", |bencher| {
+        bencher.iter(|| Ledger::open(&path, policy.site(), policy.clone(), Timestamp(1)).is_ok());
+    });
+    let report = Ledger::report(&path, &policy, None, Timestamp(1))?;
+    let text = serde_json::to_string(&report)?;
+    let seals = |_: &_, _: &_| SealCheck::Wrong;
+    let trust = Trust {
+        policy_key: None,
+        known: None,
+        seals: &seals,
+    };
+    criterion.bench_function("report/verify_10k_records", |bencher| {
+        bencher.iter(|| verify(black_box(&text), &trust).is_ok());
+    });
+
+    let path = folder.path().join("blocks.log");
+    let mut ledger = Ledger::open(&path, policy.site(), policy.clone(), Timestamp(1))?;
+    for block in 0..BLOCKS {
+        // Every block its own loss: nothing can be joined.
+        let sigma = 2.0 + block as f64 / 1e3;
+        let _reserved = ledger.reserve(plan(block + 1, vec![block], sigma), Timestamp(1))?;
+    }
+    criterion.bench_function("ledger/epsilon_of_1k_blocks", |bencher| {
+        bencher.iter(|| black_box(&ledger).spent().epsilon);
+    });
+    criterion.final_summary();
+    Ok(())
+}
+
+/// A ledger of [`RECORDS`] records: charges of one block each, and their releases.
+fn year(folder: &Path, policy: &Policy) -> Result<PathBuf, Box<dyn Error>> {
+    let path = folder.join("year.log");
+    let mut ledger = Ledger::open(&path, policy.site(), policy.clone(), Timestamp(1))?;
+    let mut round = 0;
+    while ledger.spent().records + 2 <= RECORDS {
+        round += 1;
+        let reserved = ledger.reserve(plan(round, vec![round], 2.0), Timestamp(round))?;
+        if let Reserved::Fresh(reservation) = reserved {
+            ledger.mark_released(
+                reservation.id(),
+                Digest::of(&round.to_le_bytes()),
+                Timestamp(round),
+            )?;
+        }
+    }
+    Ok(path)
+}
+
+fn plan(round: u64, blocks: Vec<u64>, sigma: f64) -> ReleasePlan {
+    #[expect(clippy::expect_used, reason = "constants in range")]
+    let (clip_norm, noise_multiplier) = (
+        L2Norm::new(588.0).expect("above 0"),
+        NoiseMultiplier::new(sigma).expect("above 0"),
+    );
+    ReleasePlan {
+        round: Round(round),
+        nonce: round,
+        kind: UpdateKind::Moments,
+        values: 320,
+        block_span: Duration::from_hours(1),
+        blocks,
+        sampling_rate: 1.0,
+        steps: 1,
+        clip_norm,
+        noise_multiplier,
+    }
+}

@@ -1,0 +1,298 @@
+//! `privacy verify`: every figure of a report, recomputed from its records alone, offline.
+//!
+//! A record that was changed, removed, reordered or added breaks the chain of heads, or, where somebody computed all heads anew, no longer
+//! fits what the aggregator has counter-signed. Records after the last counter-signature can only be held to a head that the verifier
+//! knows from elsewhere ([`Trust::known`]).
+
+use std::fmt;
+
+use serde::Serialize;
+use theriac_protocol::units::{Digest, NodeId};
+
+use super::Status;
+use super::document::{ASSUMPTIONS, Document, FORMAT, block_runs};
+use crate::ledger::loss::ORDERS;
+use crate::ledger::{KnownHead, ReadRecord, Seal, State, replay_exported};
+use crate::policy::Policy;
+use crate::policy::signed::{PolicyPublicKey, PolicySignature};
+
+/// What the verifier believes beforehand.
+pub struct Trust<'a> {
+    /// Who may sign policies; without it a signature is only held to the key that it names.
+    pub policy_key: Option<PolicyPublicKey>,
+    /// A position that the ledger is known to have reached, such as from `theriac-aggregator sites list`.
+    pub known: Option<KnownHead>,
+    /// Judges a counter-signature of this node.
+    pub seals: &'a dyn Fn(&Seal, &NodeId) -> SealCheck,
+}
+
+impl fmt::Debug for Trust<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trust")
+            .field("policy_key", &self.policy_key)
+            .field("known", &self.known)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of a counter-signature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SealCheck {
+    /// Signed with the key that the verifier trusts.
+    Trusted,
+    /// Signed with the key that the record itself names; the verifier trusts none.
+    Consistent,
+    /// Not signed with that key.
+    Wrong,
+}
+
+/// What holds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Verified {
+    /// The node.
+    pub node: NodeId,
+    /// Records in the chain.
+    pub records: u64,
+    /// Charges among them.
+    pub releases: u64,
+    /// Records up to the last counter-signature that is signed with a trusted key, or a consistent one.
+    pub sealed_records: u64,
+    /// Whether the key of the counter-signatures is one that the verifier trusts.
+    pub seals_trusted: bool,
+    /// Who signed the policy; absent: nobody.
+    pub policy_signer: Option<String>,
+    /// Whether that is the key that the verifier trusts.
+    pub policy_trusted: bool,
+    /// ε of the most charged unit in the current period.
+    pub epsilon: f64,
+    /// ε of the most charged unit over all time.
+    pub epsilon_unit_lifetime: f64,
+    /// The policy's limit on one period.
+    pub epsilon_limit: f64,
+    /// δ.
+    pub delta: f64,
+}
+
+/// Why a report is not true.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// It is no report.
+    #[error("this is no privacy report: {0}")]
+    Format(String),
+    /// The chain of records is broken.
+    #[error("record {index} was changed, removed, added or moved: {what}")]
+    Record {
+        /// Which, from 0.
+        index: usize,
+        /// What is wrong.
+        what: String,
+    },
+    /// A policy is not the one that was signed.
+    #[error("record {index}, the policy: {what}")]
+    Policy {
+        /// Which record.
+        index: usize,
+        /// What is wrong.
+        what: String,
+    },
+    /// A figure does not follow from the records.
+    #[error("`{figure}` is reported as {reported}, the records give {recomputed}")]
+    Figure {
+        /// Its name.
+        figure: String,
+        /// What the report says.
+        reported: String,
+        /// What follows.
+        recomputed: String,
+    },
+    /// A counter-signature is wrong.
+    #[error("record {index}, the aggregator's counter-signature of {records} records: {what}")]
+    Seal {
+        /// Which record.
+        index: usize,
+        /// What it covers.
+        records: u64,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// The records do not reach what is known of them.
+    #[error("{records} records ending in {head} are known, this report holds {found} and not that one")]
+    Behind {
+        /// Records that are known.
+        records: u64,
+        /// Head of the last.
+        head: Digest,
+        /// Records in the report.
+        found: usize,
+    },
+}
+
+/// Recomputes a report from its records.
+///
+/// # Errors
+/// [`VerifyError`], the first thing that is not as it says.
+pub fn verify(text: &str, trust: &Trust<'_>) -> Result<Verified, VerifyError> {
+    let report: Document =
+        serde_json::from_str(text).map_err(|error| VerifyError::Format(error.to_string()))?;
+    if report.format != FORMAT {
+        return Err(VerifyError::Format(format!(
+            "it calls itself `{}`",
+            report.format
+        )));
+    }
+    let replayed = replay_exported(report.ledger_version, &report.records)
+        .map_err(|(index, what)| VerifyError::Record { index, what })?;
+    let state = &replayed.state;
+    let node = state.owner.as_ref().map(|owner| owner.node.clone());
+    let node = node.ok_or_else(|| VerifyError::Format("it holds no records".to_owned()))?;
+    let policy = check_policies(&replayed.records, trust)?;
+    let (sealed_records, seals_trusted) = check_seals(&replayed.records, &replayed.heads, &node, trust)?;
+    check_known(&replayed.heads, trust)?;
+    let spent = state.spent(&policy, &replayed.heads);
+    check_figures(&report, state, &policy, &Status::new(state, &policy, spent))?;
+    Ok(Verified {
+        node,
+        records: spent.records,
+        releases: spent.releases,
+        sealed_records,
+        seals_trusted,
+        policy_signer: policy.signature().map(|by| by.key.to_string()),
+        policy_trusted: trust.policy_key.is_some(),
+        epsilon: spent.epsilon,
+        epsilon_unit_lifetime: spent.epsilon_unit_lifetime,
+        epsilon_limit: spent.epsilon_limit.value(),
+        delta: spent.delta.value(),
+    })
+}
+
+/// Every policy that was ever in force: its text has the hash that charges name, and its signature holds. Gives the last.
+fn check_policies(records: &[ReadRecord], trust: &Trust<'_>) -> Result<Policy, VerifyError> {
+    let mut last: Option<Policy> = None;
+    for (index, record) in records.iter().enumerate() {
+        let wrong = |what: String| VerifyError::Policy { index, what };
+        match record {
+            ReadRecord::Policy {
+                hash,
+                text,
+                signature,
+            } => {
+                // Old builds did not write the text down; a newer record follows as soon as the edge has been started once.
+                let Some(text) = text else { continue };
+                let policy = Policy::parse(text).map_err(|error| wrong(error.to_string()))?;
+                if policy.hash() != *hash {
+                    return Err(wrong("its text has another hash".to_owned()));
+                }
+                let signature = signature
+                    .as_deref()
+                    .map(str::parse::<PolicySignature>)
+                    .transpose();
+                let signature = signature.map_err(|error| wrong(error.to_string()))?;
+                last = Some(match (signature, trust.policy_key) {
+                    (Some(signature), trusted) => {
+                        let key = trusted.unwrap_or(signature.key);
+                        signature
+                            .verify(text, key)
+                            .map_err(|error| wrong(error.to_string()))?;
+                        policy.with_signature(signature)
+                    }
+                    (None, Some(_)) => return Err(wrong("nobody has signed it".to_owned())),
+                    (None, None) => policy,
+                });
+            }
+            ReadRecord::Charge { policy } => {
+                if last.as_ref().is_some_and(|last| last.hash() != *policy) {
+                    let what = "it was charged under another policy than the one in force".to_owned();
+                    return Err(VerifyError::Record { index, what });
+                }
+            }
+            ReadRecord::Sealed(_) | ReadRecord::Other => {}
+        }
+    }
+    last.ok_or_else(|| {
+        VerifyError::Format("no record holds a policy's text; start the edge once with this build".to_owned())
+    })
+}
+
+/// Records that are counter-signed, and whether with a trusted key.
+fn check_seals(
+    records: &[ReadRecord],
+    heads: &[Digest],
+    node: &NodeId,
+    trust: &Trust<'_>,
+) -> Result<(u64, bool), VerifyError> {
+    let (mut sealed, mut trusted) = (0, false);
+    for (index, record) in records.iter().enumerate() {
+        let ReadRecord::Sealed(seal) = record else {
+            continue;
+        };
+        let records = seal.records;
+        let wrong = |what| VerifyError::Seal { index, records, what };
+        let position = usize::try_from(records).unwrap_or(usize::MAX);
+        if position == 0 || position > index || heads[position - 1] != seal.head {
+            return Err(wrong("the records before it are not the ones that were signed"));
+        }
+        match (trust.seals)(seal, node) {
+            SealCheck::Trusted => trusted = true,
+            SealCheck::Consistent => {}
+            SealCheck::Wrong => return Err(wrong("the signature does not hold")),
+        }
+        sealed = sealed.max(records);
+    }
+    Ok((sealed, trusted))
+}
+
+fn check_known(heads: &[Digest], trust: &Trust<'_>) -> Result<(), VerifyError> {
+    let Some(KnownHead { head, records }) = trust.known else {
+        return Ok(());
+    };
+    let last = records.checked_sub(1).and_then(|last| usize::try_from(last).ok());
+    if records == 0 || last.and_then(|last| heads.get(last)) == Some(&head) {
+        return Ok(());
+    }
+    Err(VerifyError::Behind {
+        records,
+        head,
+        found: heads.len(),
+    })
+}
+
+/// Compares as text, digit by digit: both sides are written by the same code.
+fn check_figures(
+    report: &Document,
+    state: &State,
+    policy: &Policy,
+    status: &Status,
+) -> Result<(), VerifyError> {
+    let figure = |figure: &str, reported: &serde_json::Value, recomputed: &serde_json::Value| {
+        if reported.to_string() == recomputed.to_string() {
+            return Ok(());
+        }
+        Err(VerifyError::Figure {
+            figure: figure.to_owned(),
+            reported: reported.to_string(),
+            recomputed: recomputed.to_string(),
+        })
+    };
+    let recomputed = json(status);
+    let names = |value: &serde_json::Value| {
+        value
+            .as_object()
+            .map(|object| object.keys().cloned().collect::<Vec<_>>())
+    };
+    if names(&report.statement) != names(&recomputed) {
+        return Err(VerifyError::Format("its statement has other figures".to_owned()));
+    }
+    for name in names(&recomputed).unwrap_or_default() {
+        figure(&name, &report.statement[&name], &recomputed[&name])?;
+    }
+    figure("blocks", &json(&report.blocks), &json(&block_runs(state, policy)))?;
+    figure("orders", &json(&report.orders), &json(&ORDERS.to_vec()))?;
+    figure("assumptions", &json(&report.assumptions), &json(&ASSUMPTIONS))
+}
+
+/// As it is after it was written and read, so that both sides went the same way.
+fn json(value: &impl Serialize) -> serde_json::Value {
+    let text = serde_json::to_string(value).unwrap_or_default();
+    serde_json::from_str(&text).unwrap_or_default()
+}
