@@ -104,13 +104,13 @@ impl Barred {
     /// What a person does about it.
     pub fn fix(&self) -> &'static str {
         match self {
-            Self::PolicyAwaited { .. } => "detection and healing go on meanwhile",
+            Self::PolicyAwaited { .. }
+            | Self::Ledger(LedgerError::PolicyOlder { .. } | LedgerError::PolicyUnversioned { .. }) => {
+                "detection and healing go on meanwhile"
+            }
             Self::BlockMisfit { .. } => "choose a block that is a multiple of the interval, such as 1h",
             Self::PolicyMissing { .. } => "restore the policy; deleting the ledger does not help",
             Self::OwnKey { .. } => "restore the key, or pin an officer's with federation.policy_key",
-            Self::Ledger(LedgerError::PolicyOlder { .. } | LedgerError::PolicyUnversioned { .. }) => {
-                "detection and healing go on meanwhile"
-            }
             Self::Policy { .. } | Self::FirstPolicy { .. } => {
                 "correct the policy, or set federation.enabled = false to run without the federation"
             }

@@ -73,6 +73,10 @@ struct ConfigArguments {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "made once a process from its command line"
+)]
 enum Command {
     /// Watches this host until it is told to stop (SIGTERM, Ctrl-C).
     #[command(

@@ -42,12 +42,12 @@ fn written(report: &Document, status: &Status) -> Result<String, fmt::Error> {
 }
 
 fn statement(html: &mut String, status: &Status) -> fmt::Result {
-    write!(
+    writeln!(
         html,
         "<section class=\"statement\"><p>For <b>{}</b>, everything that node <b>{}</b> has ever released is \
          (ε, δ)-differentially private with <b>ε = {}</b> at <b>δ = {:e}</b>, against everyone who sees the releases.</p>\
          <p class=\"note\">Two data sets are neighbours when one of them has one such unit more. What lasts longer than a unit shows in several: \
-         for somebody whose data are in every block ε is {}. The site's own page, alarms and logs are not covered.</p></section>\n",
+         for somebody whose data are in every block ε is {}. The site's own page, alarms and logs are not covered.</p></section>",
         escape(&unit(status)),
         escape(status.node.as_str()),
         digits(status.epsilon_unit_lifetime),
@@ -166,9 +166,9 @@ fn table(html: &mut String, title: &str, rows: &[(&str, String)]) -> fmt::Result
 fn blocks(html: &mut String, report: &Document, status: &Status) -> fmt::Result {
     let shown = report.blocks.len().min(RUNS_SHOWN);
     let older = report.blocks.len() - shown;
-    write!(
+    writeln!(
         html,
-        "<section><h2>Loss by block</h2><table><tr><th>from</th><th>to</th><th>blocks</th><th>releases</th><th>ε</th></tr>\n"
+        "<section><h2>Loss by block</h2><table><tr><th>from</th><th>to</th><th>blocks</th><th>releases</th><th>ε</th></tr>"
     )?;
     for run in report.blocks.iter().rev().take(shown) {
         let BlockRun {

@@ -265,13 +265,14 @@ fn check_figures(
     status: &Status,
 ) -> Result<(), VerifyError> {
     let figure = |figure: &str, reported: &serde_json::Value, recomputed: &serde_json::Value| {
-        if reported.to_string() == recomputed.to_string() {
+        let (reported, recomputed) = (reported.to_string(), recomputed.to_string());
+        if reported == recomputed {
             return Ok(());
         }
         Err(VerifyError::Figure {
             figure: figure.to_owned(),
-            reported: reported.to_string(),
-            recomputed: recomputed.to_string(),
+            reported,
+            recomputed,
         })
     };
     let recomputed = json(status);

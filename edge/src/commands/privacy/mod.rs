@@ -19,6 +19,10 @@ use crate::state_dir::StateDir;
 use crate::store::StoreReader;
 
 #[derive(Debug, Subcommand)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "made once a process from its command line"
+)]
 pub(super) enum PrivacyCommand {
     /// Shows what was spent, what is left, and the ledger's head; works beside a running edge. Exit code 1 when every release
     /// would be refused.

@@ -74,22 +74,18 @@ pub(super) fn report<W: Write>(
             .ok_or_else(|| Problem::failed("TH-E0341", "the page cannot be made of this report"))?;
         write(path, &html)?;
     }
-    match &arguments.output {
-        Some(path) => {
-            let text = serde_json::to_string_pretty(&document)
-                .map_err(|error| Problem::failed("TH-E0341", error))?;
-            write(path, &text)?;
-            let value = serde_json::json!({ "report": path, "html": arguments.html, "statement": document.statement });
-            let human = format!(
-                "wrote {}; check it with: theriac-edge privacy verify {0}",
-                path.display()
-            );
-            output.result(&value, human).map_err(unprinted)?;
-        }
-        None => {
-            let text = serde_json::to_string_pretty(&document).unwrap_or_default();
-            output.result(&document, text).map_err(unprinted)?;
-        }
+    let text = serde_json::to_string_pretty(&document).map_err(|error| Problem::failed("TH-E0341", error))?;
+    if let Some(path) = &arguments.output {
+        write(path, &text)?;
+        let value =
+            serde_json::json!({ "report": path, "html": arguments.html, "statement": document.statement });
+        let human = format!(
+            "wrote {}; check it with: theriac-edge privacy verify {0}",
+            path.display()
+        );
+        output.result(&value, human).map_err(unprinted)?;
+    } else {
+        output.result(&document, text).map_err(unprinted)?;
     }
     Ok(ExitCode::SUCCESS)
 }
