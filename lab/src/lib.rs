@@ -3,12 +3,14 @@
 //!
 //! - [`demo`] runs the main job on this machine as separate processes, injects real faults, and ends by itself.
 //! - [`campaign`] repeats single faults and reports medians.
+//! - [`compare`] measures detectors against each other on labelled recordings.
 //! - [`load`] measures the aggregator alone, with light edges that train nothing.
 //! - [`simulate`] trains on recorded metrics, many sites in one process on virtual time.
 //! - [`attack`] holds what a hostile edge does to the values it sends; [`hostile`] is such an edge.
 
 pub mod attack;
 pub mod campaign;
+pub mod compare;
 pub mod demo;
 pub mod fleet;
 pub mod hostile;

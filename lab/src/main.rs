@@ -13,6 +13,7 @@ use theriac_command::telemetry::{self, LogFormat};
 use theriac_edge::config::EdgeConfig;
 use theriac_lab::attack::Attack;
 use theriac_lab::campaign::{self, Healer};
+use theriac_lab::compare;
 use theriac_lab::demo;
 use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
@@ -59,6 +60,11 @@ enum Command {
         after_help = "Example: theriac-lab simulate --data recorded --out simulation --mode federated --rounds 2"
     )]
     Simulate(simulate::Args),
+    /// Fits several detectors on labelled recordings and measures them against each other.
+    #[command(
+        after_help = "Example: theriac-lab compare --data recorded --out comparison --views all,5min,even,odd"
+    )]
+    Compare(compare::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -194,6 +200,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Campaign(args) => run_campaign(args),
         Command::Load(args) => run_load(args),
         Command::Simulate(args) => run_simulate(args),
+        Command::Compare(args) => run_compare(args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -288,6 +295,12 @@ fn run_simulate(args: simulate::Args) -> Result<ExitCode, Problem> {
         error => Problem::failed("TH-E0809", error),
     })?;
     print(format, &simulated.summary, simulated.table())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_compare(args: compare::Args) -> Result<ExitCode, Problem> {
+    let compared = compare::run(&args).map_err(|error| Problem::failed("TH-E0815", error))?;
+    print(args.format, &compared, compared.table())?;
     Ok(ExitCode::SUCCESS)
 }
 
