@@ -232,7 +232,9 @@ fn one_channel(path: &Path, name: &str, fit_share: f64) -> Result<Recording, Dat
     let low = train.iter().copied().fold(f32::INFINITY, f32::min);
     let high = train.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let span = if high > low { high - low } else { 1.0 };
-    values.iter_mut().for_each(|value| *value = (*value - low) / span);
+    for value in &mut values {
+        *value = (*value - low) / span;
+    }
     let series = |values: &[f32]| {
         Series::new(1, values.to_vec()).map_err(|source| DataError::Rows {
             name: name.to_owned(),
