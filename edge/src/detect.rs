@@ -168,6 +168,8 @@ struct Running {
     causes: CauseTracker,
     /// The latest row in robust spreads from the history's median.
     deviations: Vec<f32>,
+    /// Whether a person was asked about the alarm that is on.
+    asked_new_normal: bool,
 }
 
 /// How a fit ended.
@@ -245,6 +247,16 @@ impl Lane {
             reached || verdict.alarmed(),
         );
         let threshold = running.alarm.level() * factor;
+        if running.alarm.new_normal() && !running.asked_new_normal {
+            running.asked_new_normal = true;
+            let lane = &self.shared.name;
+            tracing::warn!(
+                lane,
+                hint = "if this is how it should be, restart the edge without its model directory or train on newer rows",
+                "an alarm has lasted for 24 hours: a new normal?"
+            );
+        }
+        running.asked_new_normal &= verdict.alarmed();
         let signal = if verdict.alarmed() {
             self.alarm_open = true;
             self.calm = 0;
@@ -281,8 +293,8 @@ impl Lane {
     pub fn restarted(&mut self) {
         if let Some(running) = &mut self.running {
             running.scorer = Scorer::new(Arc::clone(&running.detector));
-            running.alarm = AlarmState::new(running.detector.threshold());
             running.causes = CauseTracker::new(running.deviations.len());
+            running.alarm = AlarmState::new(running.detector.threshold()).with_step(self.step);
             self.calm = 0;
         }
         if let Some(levels) = &mut self.levels {
@@ -389,14 +401,15 @@ impl Lane {
                 values: row.to_vec(),
             });
         }
-        let alarm = AlarmState::new(detector.threshold());
         let channels = detector.schema().channels();
+        let alarm = AlarmState::new(detector.threshold()).with_step(self.step);
         self.running = Some(Running {
             detector,
             scorer,
             alarm,
             causes: CauseTracker::new(channels),
             deviations: vec![0.0; channels],
+            asked_new_normal: false,
         });
         self.fitted.get_or_insert_with(Instant::now);
     }

@@ -3,6 +3,7 @@
 //!
 //! - [`demo`] runs the main job on this machine as separate processes, injects real faults, and ends by itself.
 //! - [`campaign`] repeats single faults and reports medians.
+//! - [`compare`] measures detectors against each other on labelled recordings.
 //! - [`load`] measures the aggregator alone, with light edges that train nothing.
 //! - [`simulate`] trains on recorded metrics, many sites in one process on virtual time.
 //! - [`evaluate`] measures anomaly scores against labels, from files.
@@ -12,6 +13,7 @@
 pub mod attack;
 pub mod campaign;
 pub mod causes;
+pub mod compare;
 pub mod demo;
 pub mod evaluate;
 pub mod fleet;

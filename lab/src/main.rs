@@ -14,6 +14,7 @@ use theriac_edge::config::EdgeConfig;
 use theriac_lab::attack::Attack;
 use theriac_lab::campaign::{self, Healer};
 use theriac_lab::causes::{self, CausesError};
+use theriac_lab::compare;
 use theriac_lab::demo;
 use theriac_lab::evaluate::{self, EvaluateError};
 use theriac_lab::fleet::fault::Fault;
@@ -73,6 +74,11 @@ enum Command {
     /// Judges how well failures are foretold, on recorded engines and drives and on made ramps.
     #[command(after_help = "Example: theriac-lab risk --data recorded --out theriac-risk")]
     Risk(risk::Args),
+    /// Fits several detectors on labelled recordings and measures them against each other.
+    #[command(
+        after_help = "Example: theriac-lab compare --data recorded --out comparison --views all,5min,even,odd"
+    )]
+    Compare(compare::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -214,6 +220,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Evaluate(args) => run_evaluate(args),
         Command::Causes(args) => run_causes(args),
         Command::Risk(args) => run_risk(&args),
+        Command::Compare(args) => run_compare(args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -344,6 +351,12 @@ fn run_risk(args: &risk::Args) -> Result<ExitCode, Problem> {
     telemetry::init("warn", LogFormat::Human);
     let figures = risk::run(args).map_err(|error| Problem::failed("TH-E0820", error))?;
     print(args.format, &figures, risk::table(&figures))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_compare(args: compare::Args) -> Result<ExitCode, Problem> {
+    let compared = compare::run(&args).map_err(|error| Problem::failed("TH-E0815", error))?;
+    print(args.format, &compared, compared.table())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::arm::Arm;
 use crate::feature::FeatureSchema;
 use crate::forecaster::{Forecaster, ResidualNetwork};
 use crate::global::{GlobalModel, OwnLagWeights};
@@ -14,9 +15,11 @@ use crate::sample::Sample;
 use crate::score::{HALF_LIVES, Head, HeadState};
 use crate::series::{Series, SeriesError};
 use crate::threshold::Threshold;
-use crate::window::{Hold, LagRing, lags_of};
+use crate::train::{self, TrainError};
+use crate::window::{HOLD_ROWS_MAX, Hold, LagRing, lags_of};
 use crate::{LAG_COUNT, LAG_MAX};
 
+pub(crate) use crate::arm::Path;
 pub use crate::model_file::{FORMAT_VERSION, ModelFileError};
 
 /// Fewest rows that a detector can be fitted on.
@@ -28,6 +31,9 @@ pub const WARM_UP_ROWS: usize = LAG_MAX + 12;
 
 /// By how much the scale's floors are larger at a cold start.
 const COLD_FLOOR: f64 = 1.5;
+
+/// The half-lives are not below these rows: a smoothing shorter than a row is none, and two equal ones are one.
+const HALF_LIFE_ROWS_MIN: [f64; HALF_LIVES] = [1.0, 3.0];
 
 /// Bound of one channel's contribution.
 const CONTRIBUTION_MAX: f32 = 50.0;
@@ -53,6 +59,9 @@ pub enum DetectorError {
     /// The fit failed.
     #[error(transparent)]
     Unsolvable(#[from] Unsolvable),
+    /// The residual network could not be fitted.
+    #[error("the residual network: {0}")]
+    Network(#[source] Box<TrainError>),
     /// A prior or global model for another number of channels.
     #[error("the global model has {found} channels, this profile has {expected}")]
     PriorChannels {
@@ -68,8 +77,8 @@ pub enum DetectorError {
 pub struct FitOptions {
     /// Time between rows, above 0.
     pub step: Duration,
-    /// Half-lives of the score's smoothing in wall time; shorter than one step counts as one. Shorter finds brief
-    /// trouble and forgets it, longer ignores spikes and is late.
+    /// Half-lives of the score's smoothing in wall time; the first counts as at least one row, the second as at least
+    /// three. Shorter finds brief trouble and forgets it, longer ignores spikes and is late.
     pub half_lives: [Duration; HALF_LIVES],
     /// Own-lag weights to lean on, learnt elsewhere or the public constant
     /// ([`OwnLagWeights::public_constant`]): right whenever the history may be short, since their weight fades as it
@@ -77,24 +86,53 @@ pub struct FitOptions {
     pub prior: Option<OwnLagWeights>,
     /// False alarms per day that the threshold aims at. Lower is quieter and later.
     pub false_alarms_per_day: f64,
+    /// Which detector.
+    pub arm: Arm,
+    /// Fits the residual network on the history too; `None` = it stays silent, which is the default because it did not
+    /// beat the linear forecasts on recorded servers.
+    pub network: Option<NetworkOptions>,
+}
+
+/// How the residual network is fitted on a local history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NetworkOptions {
+    /// Gradient steps of 256 rows.
+    pub steps: usize,
+    /// Draws the initial weights and the rows of each step.
+    pub seed: u64,
 }
 
 impl FitOptions {
-    /// For rows `step` apart: half-lives of 3 and 12 steps, no prior, one false alarm a day.
+    /// For rows `step` apart: [`default_half_lives`], no prior, one false alarm a day, the default arm.
     pub fn new(step: Duration) -> Self {
         Self {
             step,
-            half_lives: [step * 3, step * 12],
+            half_lives: default_half_lives(step),
             prior: None,
             false_alarms_per_day: 1.0,
+            arm: Arm::default(),
+            network: None,
         }
     }
 
-    /// The half-lives in rows, at least one.
+    /// The half-lives in rows: the first at least [`HALF_LIFE_ROWS_MIN`], and so on.
     pub(crate) fn half_lives_rows(&self) -> [f64; HALF_LIVES] {
         let step = self.step.as_secs_f64().max(1e-3);
-        self.half_lives
-            .map(|half_life| (half_life.as_secs_f64() / step).max(1.0))
+        let rows = |index: usize| {
+            let half_life: Duration = self.half_lives[index];
+            (half_life.as_secs_f64() / step).max(HALF_LIFE_ROWS_MIN[index])
+        };
+        self.arm.half_lives([rows(0), rows(1)])
+    }
+}
+
+/// Half-lives in wall time for rows `step` apart. Metrics that come every ten seconds or more are watched for faults that last minutes:
+/// 3 and 12 minutes. Faster ones are sampled because somebody wants to act within seconds: 3 and 12 seconds.
+pub fn default_half_lives(step: Duration) -> [Duration; HALF_LIVES] {
+    if step >= Duration::from_secs(10) {
+        [Duration::from_mins(3), Duration::from_mins(12)]
+    } else {
+        [Duration::from_secs(3), Duration::from_secs(12)]
     }
 }
 
@@ -172,29 +210,46 @@ impl Detector {
                 found: series.rows(),
             });
         }
-        let normaliser = local_scaler(schema, series, options.prior.is_some());
+        let arm = options.arm;
+        let normaliser = arm_scaler(schema, series, options);
         let scaled = ScaledRows::new(&normaliser, series);
-        let mut equations = NormalEquations::new(schema.channels());
+        let mut equations = if arm.paths().contains(&Path::Full) {
+            NormalEquations::new(schema.channels())
+        } else {
+            NormalEquations::own_only(schema.channels())
+        };
         equations.add_rows(&scaled.values, 0..scaled.rows());
-        let forecaster = forecaster(&equations, options.prior.as_ref(), network)?;
+        let mut forecaster = forecaster(&equations, options.prior.as_ref(), network)?;
+        if let Some(own) = arm.fixed_own(schema.channels()) {
+            forecaster.own = own;
+        }
+        if let Some(network) = options.network {
+            train::fit_network(&mut forecaster, &scaled, network)
+                .map_err(|error| DetectorError::Network(Box::new(error)))?;
+        }
 
-        let half_lives = options.half_lives_rows();
         let mut residuals = vec![0.0; scaled.values.len()];
-        scaled.residuals(&forecaster, Path::Own, &mut residuals);
-        let (own, mut scores) = Head::fit(&residuals, schema.channels(), half_lives);
-        scaled.residuals(&forecaster, Path::Full, &mut residuals);
-        let (full, full_scores) = Head::fit(&residuals, schema.channels(), half_lives);
-        scores
-            .iter_mut()
-            .zip(full_scores)
-            .for_each(|(score, other)| *score += other);
+        let mut scores = vec![0.0; scaled.rows()];
+        let heads = [Path::Own, Path::Full].map(|path| {
+            if !arm.paths().contains(&path) {
+                return Head::unused(schema.channels());
+            }
+            scaled.residuals(&forecaster, path, &mut residuals);
+            let half_lives = options.half_lives_rows();
+            let (head, own) = Head::fit(&residuals, schema.channels(), half_lives, arm.base_quantile());
+            scores
+                .iter_mut()
+                .zip(own)
+                .for_each(|(score, other)| *score += other);
+            head
+        });
         let threshold = Threshold::calibrate(&scores, options.step, options.false_alarms_per_day);
         Ok(Self {
             schema: schema.clone(),
             options: options.clone(),
             normaliser,
             forecaster,
-            heads: [own, full],
+            heads,
             threshold,
             rows: series.rows() as u64,
             provenance: Provenance::default(),
@@ -225,7 +280,10 @@ impl Detector {
         check_channels(&self.schema, series, None)?;
         let mut state = ScoringState::new(self.schema.channels());
         let mut scores = Vec::with_capacity(series.rows());
-        for row in series.iter_rows() {
+        for (index, row) in series.iter_rows().enumerate() {
+            if let Some(times) = series.times_ms() {
+                state.pass_time(times[index], self.options.step);
+            }
             scores.push(state.push(self, row));
             each(&state.contributions);
         }
@@ -269,7 +327,7 @@ impl Detector {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scored {
     /// Anomaly score, ≥ 0, larger = more anomalous; 2 is about the top per cent of the history. NaN during
-    /// the first [`WARM_UP_ROWS`].
+    /// the first [`WARM_UP_ROWS`], and while no channel counts.
     pub score: f32,
     /// What each channel adds now, 0 to 50, in the order of the profile: the mean over both forecasters of its
     /// residual in units of its own usual residual.
@@ -297,10 +355,13 @@ impl Scorer {
     }
 
     /// Takes the next row. Missing values (NaN, or a row that is too short) are held and counted; values beyond the
-    /// profile's channels are not looked at.
+    /// profile's channels are not looked at. When more than [`HOLD_ROWS_MAX`] steps passed since the last row, what was before says
+    /// nothing about this row: there is no score until all lags are known again. A clock that stands still or goes back is
+    /// ignored, and so is the time 0, which stands for an unknown one.
     pub fn push(&mut self, sample: &Sample) -> Scored {
         let warm = self.warm_up_rows() == 0;
         self.rows = self.rows.saturating_add(1);
+        self.state.pass_time(sample.at_ms, self.detector.options.step);
         let score = self.state.push(&self.detector, &sample.values);
         let contributions = self.state.contributions.clone();
         Scored {
@@ -330,6 +391,8 @@ impl Scorer {
 struct ScoringState {
     hold: Hold,
     ring: LagRing,
+    /// Time of the last row, in milliseconds; 0 = unknown.
+    at_ms: u64,
     heads: [HeadState; 2],
     row: Vec<f32>,
     lags: Vec<f32>,
@@ -343,12 +406,22 @@ impl ScoringState {
         Self {
             hold: Hold::new(channels),
             ring: LagRing::new(channels),
+            at_ms: 0,
             heads: [HeadState::new(channels), HeadState::new(channels)],
             row: vec![0.0; channels],
             lags: vec![0.0; channels * LAG_COUNT],
             residuals: vec![0.0; channels],
             z: vec![0.0; channels],
             contributions: vec![0.0; channels],
+        }
+    }
+
+    /// Tells the time of the row that comes next.
+    fn pass_time(&mut self, at_ms: u64, step: Duration) {
+        let before = std::mem::replace(&mut self.at_ms, at_ms);
+        let passed = Duration::from_millis(at_ms.saturating_sub(before));
+        if before > 0 && passed > step * (HOLD_ROWS_MAX + 1) {
+            self.hold.mute_all();
         }
     }
 
@@ -360,10 +433,10 @@ impl ScoringState {
             self.ring.lags(&mut self.lags);
             self.contributions.fill(0.0);
             let mut sum = 0.0;
-            for (path, (head, state)) in [Path::Own, Path::Full]
-                .into_iter()
-                .zip(detector.heads.iter().zip(&mut self.heads))
-            {
+            let paths = detector.options.arm.paths();
+            let share = 1.0 / paths.len() as f32;
+            for path in paths {
+                let (head, state) = (&detector.heads[path.index()], &mut self.heads[path.index()]);
                 path.forecast(&detector.forecaster, &self.lags, &mut self.residuals);
                 for (channel, (residual, value)) in self.residuals.iter_mut().zip(&self.row).enumerate() {
                     let counts = detector.normaliser.seen[channel] && !self.hold.muted(channel);
@@ -375,29 +448,16 @@ impl ScoringState {
                 }
                 sum += head.push(state, &self.residuals, &mut self.z);
                 for (contribution, z) in self.contributions.iter_mut().zip(&self.z) {
-                    *contribution += 0.5 * z.min(CONTRIBUTION_MAX);
+                    *contribution += share * z.min(CONTRIBUTION_MAX);
                 }
             }
-            score = narrow(sum);
+            // Without a single channel that counts the detector is blind, which is not calm.
+            if self.residuals.iter().any(|residual| !residual.is_nan()) {
+                score = narrow(sum);
+            }
         }
         self.ring.push(&self.row);
         score
-    }
-}
-
-/// Which of the two forecasts.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Path {
-    Own,
-    Full,
-}
-
-impl Path {
-    fn forecast(self, forecaster: &Forecaster, lags: &[f32], out: &mut [f32]) {
-        match self {
-            Self::Own => forecaster.own(lags, out),
-            Self::Full => forecaster.full(lags, out),
-        }
     }
 }
 
@@ -464,12 +524,21 @@ impl ScaledRows {
 
 /// The local scaler; with a prior, floors are larger while the start is cold.
 pub(crate) fn local_scaler(schema: &FeatureSchema, series: &Series, prior: bool) -> Normaliser {
-    let factor = if prior {
+    Normaliser::fit(schema, series, narrow(floor_factor(series, prior)))
+}
+
+/// The same as the arm wants it.
+fn arm_scaler(schema: &FeatureSchema, series: &Series, options: &FitOptions) -> Normaliser {
+    let factor = options.arm.floor_factor() * floor_factor(series, options.prior.is_some());
+    Normaliser::fit(schema, series, narrow(factor)).with_clip(options.arm.clip())
+}
+
+fn floor_factor(series: &Series, prior: bool) -> f64 {
+    if prior {
         1.0 + COLD_FLOOR * coldness(series.rows() as u64)
     } else {
         1.0
-    };
-    Normaliser::fit(schema, series, narrow(factor))
+    }
 }
 
 /// Solves for both paths.
@@ -633,7 +702,10 @@ mod tests {
             "{with:?}"
         );
         let all_missing = fit(2, vec![f32::NAN; 100]);
-        assert!(scores(&all_missing, noisy(40)).iter().all(|s| *s == 0.0));
+        assert!(
+            scores(&all_missing, noisy(40)).iter().all(|s| s.is_nan()),
+            "blind, not calm"
+        );
     }
 
     #[test]
@@ -658,8 +730,15 @@ mod tests {
             ..options()
         };
         let close = |rows: [f64; 2], to: [f64; 2]| rows.iter().zip(to).all(|(a, b)| (a - b).abs() < 1e-9);
-        assert!(close(coarse.half_lives_rows(), [1.0, 2.4]));
+        assert!(close(coarse.half_lives_rows(), [1.0, 3.0]));
         assert!(close(options().half_lives_rows(), [3.0, 12.0]));
+        let every = |step| FitOptions::new(Duration::from_secs(step)).half_lives_rows();
+        assert!(
+            close(every(300), [1.0, 3.0]),
+            "minutes, but at least 1 and 3 rows"
+        );
+        assert!(close(every(15), [12.0, 48.0]), "minutes");
+        assert!(close(every(1), [3.0, 12.0]), "seconds");
     }
 
     #[test]
@@ -697,5 +776,57 @@ mod tests {
         };
         assert!(weight(40) > 0.8, "{}", weight(40));
         assert!(weight(20_000) < 0.05, "{}", weight(20_000));
+    }
+
+    /// `x_t = 0.9 x_{t−1} + noise` on each of two channels, one shift of the first at the end.
+    fn wandering(rows: usize) -> Vec<f32> {
+        let noise = noisy(rows);
+        let mut values: Vec<f32> = vec![0.5, 0.5];
+        for t in 1..rows {
+            for c in 0..2 {
+                values.push(0.9 * values[2 * (t - 1) + c] + 0.1 * noise[2 * t + c]);
+            }
+        }
+        values
+    }
+
+    #[test]
+    fn every_arm_fits_finds_a_shift_and_survives_its_file() {
+        let mut test = wandering(300);
+        test.iter_mut().skip(400).step_by(2).for_each(|v| *v += 0.6);
+        let test = Series::new(2, test).unwrap();
+        for arm in Arm::ALL {
+            let options = FitOptions { arm, ..options() };
+            let train = Series::new(2, wandering(2000)).unwrap();
+            let detector = Detector::fit(&schema(2), &train, &options).unwrap();
+            let scores = detector.score_series(&test).unwrap();
+            let quiet = scores[20..200].iter().copied().fold(0.0, f32::max);
+            let shifted = scores[200..230].iter().copied().fold(0.0, f32::max);
+            assert!(shifted > 1.5 * quiet, "{arm}: {shifted} after {quiet}");
+            let dir = tempfile::tempdir().unwrap();
+            detector.save(dir.path(), "m").unwrap();
+            let loaded = Detector::load(dir.path(), "m").unwrap();
+            assert_eq!(loaded, detector, "{arm}");
+        }
+    }
+
+    #[test]
+    fn trained_network_changes_only_the_full_path() {
+        let train = Series::new(2, wandering(600)).unwrap();
+        let fit = |arm, network| {
+            let options = FitOptions {
+                arm,
+                network,
+                ..options()
+            };
+            Detector::fit(&schema(2), &train, &options)
+                .unwrap()
+                .score_series(&train)
+                .unwrap()
+        };
+        let network = Some(NetworkOptions { steps: 20, seed: 1 });
+        assert_eq!(fit(Arm::Own, network), fit(Arm::Own, None));
+        assert_ne!(fit(Arm::OwnFull, network), fit(Arm::OwnFull, None));
+        assert_eq!(fit(Arm::OwnFull, network), fit(Arm::OwnFull, network));
     }
 }

@@ -25,14 +25,14 @@ pub struct Forecaster {
     channels: usize,
     /// `[channel, 5 lags + 1]`.
     pub(crate) own: Vec<f32>,
-    /// `[5C + 1, channel]`.
+    /// `[5C + 1, channel]`, or empty.
     pub(crate) full: Vec<f32>,
     /// Flat, in the order of [`delta_layout`]; `None` while its last layer is zero.
     pub(crate) network: Option<ResidualNetwork>,
 }
 
 impl Forecaster {
-    /// Takes weights `[channel, 6]` and `[5C + 1, channel]`.
+    /// Takes weights `[channel, 6]` and `[5C + 1, channel]`, or none of the latter: then the full path is the own one.
     ///
     /// # Panics
     /// When a length does not match.
@@ -43,7 +43,10 @@ impl Forecaster {
         network: Option<ResidualNetwork>,
     ) -> Self {
         assert_eq!(own.len(), channels * (LAG_COUNT + 1), "own-lag weights");
-        assert_eq!(full.len(), (channels * LAG_COUNT + 1) * channels, "full weights");
+        assert!(
+            full.is_empty() || full.len() == (channels * LAG_COUNT + 1) * channels,
+            "full weights"
+        );
         Self {
             channels,
             own,
@@ -52,28 +55,45 @@ impl Forecaster {
         }
     }
 
-    /// Forecast from own lags; `lags` as [`LagRing::lags`](crate::window::LagRing::lags) writes them.
-    pub fn own(&self, lags: &[f32], out: &mut [f32]) {
-        let channels = self.channels;
-        for (channel, (weights, out)) in self.own.chunks_exact(LAG_COUNT + 1).zip(out).enumerate() {
-            *out = weights[LAG_COUNT];
-            for (lag, weight) in weights[..LAG_COUNT].iter().enumerate() {
-                *out += weight * lags[lag * channels + channel];
-            }
-        }
+    /// Number of channels.
+    pub(crate) fn channels(&self) -> usize {
+        self.channels
     }
 
-    /// Forecast from all lags, with the network where there is one.
+    /// Forecast from own lags; `lags` as [`LagRing::lags`](crate::window::LagRing::lags) writes them.
+    pub fn own(&self, lags: &[f32], out: &mut [f32]) {
+        forecast_own(&self.own, self.channels, lags, out);
+    }
+
+    /// Forecast from all lags, with the network where there is one; from own lags where there are no weights for all.
     pub fn full(&self, lags: &[f32], out: &mut [f32]) {
-        let constant = &self.full[lags.len() * self.channels..];
-        out.copy_from_slice(constant);
-        for (lag, weights) in lags.iter().zip(self.full.chunks_exact(self.channels.max(1))) {
-            for (out, weight) in out.iter_mut().zip(weights) {
-                *out += lag * weight;
-            }
+        if self.full.is_empty() {
+            self.own(lags, out);
+        } else {
+            forecast_full(&self.full, self.channels, lags, out);
         }
         if let Some(network) = &self.network {
             network.add(lags, out);
+        }
+    }
+}
+
+/// Every channel from its own lags by weights `[channel, 5 lags + 1]`.
+pub(crate) fn forecast_own(weights: &[f32], channels: usize, lags: &[f32], out: &mut [f32]) {
+    for (channel, (weights, out)) in weights.chunks_exact(LAG_COUNT + 1).zip(out).enumerate() {
+        *out = weights[LAG_COUNT];
+        for (lag, weight) in weights[..LAG_COUNT].iter().enumerate() {
+            *out += weight * lags[lag * channels + channel];
+        }
+    }
+}
+
+/// Every channel from all lags by weights `[5C + 1, channel]`.
+pub(crate) fn forecast_full(weights: &[f32], channels: usize, lags: &[f32], out: &mut [f32]) {
+    out.copy_from_slice(&weights[lags.len() * channels..]);
+    for (lag, weights) in lags.iter().zip(weights.chunks_exact(channels.max(1))) {
+        for (out, weight) in out.iter_mut().zip(weights) {
+            *out += lag * weight;
         }
     }
 }

@@ -14,10 +14,12 @@
 //! [`global::GlobalModel`] (what crosses sites). The score is the one of two forecasters, each channel from its
 //! own lags and each channel from all lags, with a head of two half-lives. [`causes`] and [`call_graph`] say what an
 //! alarm is about.
+//! own lags and each channel from all lags, with a head of two half-lives; [`arm::Arm`] names it and what it is compared with.
 //!
 //! Arithmetic: inputs, weights and forecasts are `f32`; Gram matrices, solves, quantiles and the smoothing of
 //! the score are `f64`.
 
+pub mod arm;
 pub mod call_graph;
 pub mod causes;
 pub mod detector;

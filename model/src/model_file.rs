@@ -15,11 +15,13 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::LAG_COUNT;
+use crate::arm::{self, Arm};
 use crate::detector::{Detector, FitOptions, Provenance};
 use crate::feature::FeatureSchema;
 use crate::forecaster::{Forecaster, ResidualNetwork};
 use crate::global::{GlobalModel, OwnLagWeights, delta_layout, model_layout};
 use crate::normalise::Normaliser;
+use crate::ridge::FULL_CHANNELS_MAX;
 use crate::score::{HALF_LIVES, Head};
 use crate::threshold::Threshold;
 
@@ -134,6 +136,9 @@ struct Card {
     step_seconds: f64,
     half_lives_seconds: [f64; HALF_LIVES],
     false_alarms_per_day: f64,
+    /// Files that were written before there were several have none.
+    #[serde(default)]
+    arm: Arm,
     /// SHA-256 over name, type, shape and bytes of all tensors in the order of their names.
     tensors_sha256: String,
 }
@@ -223,6 +228,7 @@ impl Detector {
             step_seconds: self.options.step.as_secs_f64(),
             half_lives_seconds: self.options.half_lives.map(|h| h.as_secs_f64()),
             false_alarms_per_day: self.options.false_alarms_per_day,
+            arm: self.options.arm,
             tensors_sha256,
         }
     }
@@ -243,10 +249,6 @@ impl Detector {
         } = self.threshold;
         let mut tensors = BTreeMap::from([
             (
-                "forecast.full.weight".to_owned(),
-                Tensor::f32(&[channels * LAG_COUNT + 1, channels], &self.forecaster.full),
-            ),
-            (
                 "forecast.own.weight".to_owned(),
                 Tensor::f32(&[channels, LAG_COUNT + 1], &self.forecaster.own),
             ),
@@ -264,6 +266,10 @@ impl Detector {
                 Tensor::f64(&[4], &[level, start, decay, growth]),
             ),
         ]);
+        if !self.forecaster.full.is_empty() {
+            let full = Tensor::f32(&[channels * LAG_COUNT + 1, channels], &self.forecaster.full);
+            tensors.insert(FULL.to_owned(), full);
+        }
         for (path, head) in PATHS.iter().zip(&self.heads) {
             let level = [head.level[0], head.level[1], head.overall];
             tensors.insert(format!("head.{path}.base"), Tensor::f32(&[channels], &head.base));
@@ -316,6 +322,7 @@ impl GlobalModel {
 }
 
 const PATHS: [&str; 2] = ["own", "full"];
+const FULL: &str = "forecast.full.weight";
 const NETWORK: &str = "network.values";
 const PRIOR: &str = "prior.own_lag.weight";
 
@@ -358,7 +365,8 @@ impl Reader<'_> {
                 .into_iter()
                 .map(|seen| seen > 0.0)
                 .collect(),
-        );
+        )
+        .with_clip(options.arm.clip());
         let network = if self.tensors.contains_key(NETWORK) {
             ResidualNetwork::new(channels, self.f32(NETWORK, &[delta_layout(channels).len()])?)
         } else {
@@ -367,21 +375,30 @@ impl Reader<'_> {
         let forecaster = Forecaster::new(
             channels,
             self.f32("forecast.own.weight", &[channels, LAG_COUNT + 1])?,
-            self.f32("forecast.full.weight", &[channels * LAG_COUNT + 1, channels])?,
+            if channels > FULL_CHANNELS_MAX || !options.arm.paths().contains(&arm::Path::Full) {
+                Vec::new()
+            } else {
+                self.f32(FULL, &[channels * LAG_COUNT + 1, channels])?
+            },
             network,
         );
         let head = |path: &str| {
             let name = format!("head.{path}.base");
             let base = positive(&name, self.f32(&name, &[channels])?)?;
             let [first, second, overall] = self.f64(&format!("head.{path}.level"))?;
-            Ok(Head::from_parts(
+            Ok::<_, ModelFileError>(Head::from_parts(
                 base,
                 [first, second],
                 overall,
                 options.half_lives_rows(),
             ))
         };
-        let heads = [head(PATHS[0])?, head(PATHS[1])?];
+        let mut heads = [head(PATHS[0])?, head(PATHS[1])?];
+        for path in [arm::Path::Own, arm::Path::Full] {
+            if !options.arm.paths().contains(&path) {
+                heads[path.index()] = Head::unused(channels);
+            }
+        }
         let [level, start, decay, growth] = self.f64("threshold.state")?;
         Ok(Detector {
             schema: card.profile,
@@ -420,6 +437,9 @@ impl Reader<'_> {
             ],
             prior,
             false_alarms_per_day: card.false_alarms_per_day,
+            arm: card.arm,
+            // How the network came about is not kept; its weights are.
+            network: None,
         })
     }
 

@@ -97,6 +97,11 @@ impl Normaliser {
         }
     }
 
+    /// The same with another bound of scaled values.
+    pub(crate) fn with_clip(self, clip: f32) -> Self {
+        Self { clip, ..self }
+    }
+
     /// Number of channels.
     pub fn channels(&self) -> usize {
         self.scale.len()

@@ -24,6 +24,9 @@ const RAISE_WINDOW: u32 = 3;
 const CLEAR_ROWS: u32 = 10;
 const CLEAR_SHARE: f64 = 0.8;
 
+/// An alarm that has lasted so long may be a new normal: a person decides.
+const NEW_NORMAL_AFTER: Duration = Duration::from_hours(24);
+
 /// What a score means for the alarm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -95,7 +98,12 @@ impl Threshold {
     }
 }
 
-/// Hysteresis over a [`Threshold`]: raise at 2 of 3 rows, clear after 10 rows below 0.8 of the level.
+/// Hysteresis over a [`Threshold`]: raise at 2 of 3 rows, clear after 10 rows below 0.8 of the level. So one cause is one
+/// alarm, not one for every row.
+///
+/// The level is frozen while an alarm lasts. A step change that stays is therefore an alarm that stays: after 24 hours
+/// [`new_normal`](Self::new_normal) asks whether it is the new normal. Nothing decides that but a person, who says so by
+/// [`accept`](Self::accept) (and by a fit on the rows since).
 #[derive(Debug, Clone)]
 pub struct AlarmState {
     threshold: Threshold,
@@ -103,21 +111,42 @@ pub struct AlarmState {
     /// The newest score's bit is the lowest: whether it reached the level.
     reached: u32,
     below: u32,
+    /// Rows since the alarm began, those without a score too.
+    rows: u64,
+    /// Rows in 24 hours; `None` where the time between rows was not told.
+    rows_frozen_max: Option<u64>,
 }
 
 impl AlarmState {
-    /// Without alarm.
+    /// Without alarm. It never asks about a new normal: see [`with_step`](Self::with_step).
     pub fn new(threshold: Threshold) -> Self {
         Self {
             threshold,
             active: false,
             reached: 0,
             below: 0,
+            rows: 0,
+            rows_frozen_max: None,
+        }
+    }
+
+    /// The same for rows `step` apart, so that it knows how long an alarm lasts.
+    #[must_use]
+    pub fn with_step(self, step: Duration) -> Self {
+        let rows = NEW_NORMAL_AFTER.as_millis() / step.as_millis().max(1);
+        Self {
+            rows_frozen_max: Some(u64::try_from(rows).unwrap_or(u64::MAX).max(1)),
+            ..self
         }
     }
 
     /// Takes the next score. NaN (warming up) changes nothing.
     pub fn push(&mut self, score: f32) -> Verdict {
+        self.rows = if self.active {
+            self.rows.saturating_add(1)
+        } else {
+            0
+        };
         if score.is_nan() {
             return if self.active {
                 Verdict::Ongoing
@@ -149,6 +178,20 @@ impl AlarmState {
             self.threshold.quiet_row();
         }
         Verdict::Normal
+    }
+
+    /// Whether the alarm that is on has lasted for 24 hours, and a person should say whether this is the new normal.
+    pub fn new_normal(&self) -> bool {
+        self.active && self.rows_frozen_max.is_some_and(|max| self.rows >= max)
+    }
+
+    /// A person says that what the alarm is about is normal: the alarm ends as a false one does. Without a detector
+    /// fitted on rows of the new normal it will come back.
+    pub fn accept(&mut self) {
+        if self.active {
+            (self.active, self.reached, self.below) = (false, 0, 0);
+            self.threshold.alarm_ended();
+        }
     }
 
     /// Whether an alarm is on.
@@ -269,6 +312,37 @@ mod tests {
             alarm.push(0.0);
         }
         assert!(!alarm.active() && alarm.threshold().level > quiet);
+    }
+
+    #[test]
+    fn change_that_stays_is_one_alarm_and_a_question_after_a_day() {
+        let mut alarm = AlarmState::new(at(1.0)).with_step(Duration::from_mins(5));
+        let level = |alarm: &AlarmState| alarm.threshold().level;
+        let before = level(&alarm);
+        let mut raised = 0;
+        for row in 0..3 * 288 {
+            raised += u32::from(alarm.push(5.0) == Verdict::Raised);
+            assert_eq!(alarm.new_normal(), row > 288, "row {row}: 288 rows are a day");
+        }
+        assert_eq!(raised, 1);
+        assert!(level(&alarm) <= before, "a long fault teaches nothing");
+        alarm.accept();
+        assert!(!alarm.active() && !alarm.new_normal() && level(&alarm) > before);
+        assert_eq!(alarm.push(0.0), Verdict::Normal);
+    }
+
+    #[test]
+    fn without_a_step_nothing_is_asked_and_missing_rows_count_as_time() {
+        let mut alarm = AlarmState::new(at(1.0));
+        (0..100_000).for_each(|_| _ = alarm.push(5.0));
+        assert!(alarm.active() && !alarm.new_normal());
+        let mut alarm = AlarmState::new(at(1.0)).with_step(Duration::from_hours(1));
+        (0..2).for_each(|_| _ = alarm.push(5.0));
+        (0..24).for_each(|_| _ = alarm.push(f32::NAN));
+        assert!(alarm.new_normal());
+        alarm.accept();
+        alarm.accept();
+        assert!(!alarm.active());
     }
 
     #[test]

@@ -9,10 +9,9 @@ use candle_nn::optim::{Optimizer as _, SGD};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha20Rng;
 
-use crate::detector::ScaledRows;
-use crate::detector::{ROWS_MIN, forecaster, local_scaler};
+use crate::detector::{NetworkOptions, ROWS_MIN, ScaledRows, forecaster, local_scaler};
 use crate::feature::FeatureSchema;
-use crate::forecaster::{HIDDEN, NETWORK_INPUT_MAX};
+use crate::forecaster::{Forecaster, HIDDEN, NETWORK_INPUT_MAX, ResidualNetwork};
 use crate::global::{GlobalModel, delta_layout};
 use crate::ridge::{NormalEquations, Unsolvable};
 use crate::series::{Series, SeriesError};
@@ -92,7 +91,37 @@ pub fn delta(
     let linear = forecaster(&equations, Some(&global.own_lag()), None)?;
 
     let start = global.network();
-    let network = Network::new(channels, &start)?;
+    let end = descend(&linear, &rows, &start, steps, seed)?;
+    Ok(end.iter().zip(&start).map(|(end, start)| end - start).collect())
+}
+
+/// Trains the residual network of `forecaster` on the rows that its linear path was fitted on, from where it stands, or from a
+/// fresh one whose last layer is zero.
+pub(crate) fn fit_network(
+    forecaster: &mut Forecaster,
+    rows: &ScaledRows,
+    options: NetworkOptions,
+) -> Result<(), TrainError> {
+    let channels = forecaster.channels();
+    let start = forecaster.network.take().map_or_else(
+        || GlobalModel::initial(channels, options.seed).network(),
+        |network| network.values().to_vec(),
+    );
+    let end = descend(forecaster, rows, &start, options.steps, options.seed)?;
+    forecaster.network = ResidualNetwork::new(channels, end);
+    Ok(())
+}
+
+/// Gradient steps from `start` on what `linear`, which has no network, leaves over.
+fn descend(
+    linear: &Forecaster,
+    rows: &ScaledRows,
+    start: &[f32],
+    steps: usize,
+    seed: u64,
+) -> Result<Vec<f32>, TrainError> {
+    let channels = linear.channels();
+    let network = Network::new(channels, start)?;
     let mut descent = SGD::new(network.vars(), LEARNING_RATE)?;
     let mut rng = ChaCha20Rng::seed_from_u64(seed);
     let (mut inputs, mut targets) = (vec![0.0; channels * LAG_COUNT], vec![0.0; channels]);
@@ -117,11 +146,10 @@ pub fn delta(
         descent.backward_step(&loss)?;
     }
     let end = network.values()?;
-    let delta: Vec<f32> = end.iter().zip(&start).map(|(end, start)| end - start).collect();
-    if delta.iter().any(|step| !step.is_finite()) {
+    if end.iter().any(|weight| !weight.is_finite()) {
         return Err(TrainError::Diverged { steps });
     }
-    Ok(delta)
+    Ok(end)
 }
 
 /// The residual network as candle variables, in the order of [`delta_layout`]:
@@ -168,7 +196,6 @@ impl Network {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::forecaster::ResidualNetwork;
 
     /// A channel that follows the sign of another, which a linear path sees only in part.
     fn series(rows: usize) -> Series {

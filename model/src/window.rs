@@ -100,6 +100,11 @@ impl Hold {
         }
     }
 
+    /// Rows are missing in time: every channel is muted until all lags are known again.
+    pub fn mute_all(&mut self) {
+        self.mute.fill(MUTE_ROWS);
+    }
+
     /// Whether the channel adds nothing now.
     pub fn muted(&self, channel: usize) -> bool {
         self.mute[channel] > 0
