@@ -280,6 +280,7 @@ impl Detector {
                 PRIOR.to_owned(),
                 Tensor::f32(&[channels, LAG_COUNT], prior.values()),
             );
+            tensors.insert(PRIOR_LEVEL.to_owned(), Tensor::f32(&[channels], prior.levels()));
         }
         tensors
     }
@@ -318,6 +319,7 @@ impl GlobalModel {
 const PATHS: [&str; 2] = ["own", "full"];
 const NETWORK: &str = "network.values";
 const PRIOR: &str = "prior.own_lag.weight";
+const PRIOR_LEVEL: &str = "prior.own_lag.level";
 
 fn read_card(path: &Path, text: Option<&str>) -> Result<Card, ModelFileError> {
     let no_card = |reason: String| ModelFileError::NoCard {
@@ -408,7 +410,9 @@ impl Reader<'_> {
             })
         };
         let prior = if self.tensors.contains_key(PRIOR) {
-            OwnLagWeights::new(channels, self.f32(PRIOR, &[channels, LAG_COUNT])?).ok()
+            let levels = self.f32(PRIOR_LEVEL, &[channels])?;
+            let weights = OwnLagWeights::new(channels, self.f32(PRIOR, &[channels, LAG_COUNT])?);
+            weights.and_then(|own| own.with_levels(levels)).ok()
         } else {
             None
         };
@@ -674,7 +678,8 @@ mod tests {
         let bytes = fs::read(dir.path().join("g.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.tensor("own_lag.weight").unwrap().shape(), [3, 5]);
-        assert_eq!(file.len(), 5);
+        assert_eq!(file.tensor("own_lag.level").unwrap().shape(), [3]);
+        assert_eq!(file.len(), 6);
         assert!(matches!(
             Detector::load(dir.path(), "g"),
             Err(ModelFileError::NoCard { .. })
