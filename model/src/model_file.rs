@@ -410,7 +410,12 @@ impl Reader<'_> {
             })
         };
         let prior = if self.tensors.contains_key(PRIOR) {
-            let levels = self.f32(PRIOR_LEVEL, &[channels])?;
+            // Files of before levels were learnt have none.
+            let levels = if self.tensors.contains_key(PRIOR_LEVEL) {
+                self.f32(PRIOR_LEVEL, &[channels])?
+            } else {
+                vec![0.0; channels]
+            };
             let weights = OwnLagWeights::new(channels, self.f32(PRIOR, &[channels, LAG_COUNT])?);
             weights.and_then(|own| own.with_levels(levels)).ok()
         } else {

@@ -462,7 +462,7 @@ impl Center {
         self.model.with_own_lag(&own)
     }
 
-    /// The model a step towards the sites' mean, with momentum (Reddi et al. 2021, FedAvgM).
+    /// The model a step towards the sites' mean, with momentum (Reddi et al. 2021, `FedAvgM`).
     fn moved(&mut self, mean: &[f32]) -> Result<GlobalModel, GlobalError> {
         let (rate, momentum) = self.server;
         for (velocity, step) in self.velocity.iter_mut().zip(mean) {
