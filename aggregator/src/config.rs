@@ -121,8 +121,8 @@ pub struct RoundSettings {
     pub pause: Duration,
     /// No round opens after this number; default none. For experiments.
     pub rounds_max: Option<u64>,
-    /// Clipping norm C of one privacy unit, above 0, default 42 200 (for moments of 3 600 rows; it grows with the rows of a
-    /// block: 11.76 for each row after the first ten). Too low: signal is cut off.
+    /// Clipping norm C of one privacy unit, above 0, default 17 200 (for moments of 3 600 rows; it grows with the rows of a
+    /// block: 4.8 for each row after the first ten). Too low: signal is cut off.
     /// Too high: noise σC drowns it.
     pub clip_norm: f64,
     /// Noise multiplier σ that every update must carry, 0.1 to 1000, default 1.27 (ε = 4 at δ = 1e-6 for one release). Too
@@ -150,7 +150,7 @@ impl Default for RoundSettings {
             deadline: Duration::from_mins(2),
             pause: Duration::from_mins(10),
             rounds_max: None,
-            clip_norm: 42_200.0,
+            clip_norm: 17_200.0,
             noise_multiplier: 1.27,
             block_rows: 3_600,
             blocks_min: 2,

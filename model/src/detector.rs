@@ -9,6 +9,7 @@ use crate::arm::Arm;
 use crate::feature::FeatureSchema;
 use crate::forecaster::{Forecaster, ResidualNetwork};
 use crate::global::{GlobalModel, OwnLagWeights};
+use crate::moments::LEVEL_MAX;
 use crate::normalise::{Normaliser, narrow};
 use crate::ridge::{NormalEquations, Unsolvable, coldness};
 use crate::sample::Sample;
@@ -30,7 +31,11 @@ pub const ROWS_MIN: usize = 2 * LAG_MAX;
 pub const WARM_UP_ROWS: usize = LAG_MAX + 12;
 
 /// By how much the scale's floors are larger at a cold start.
-const COLD_FLOOR: f64 = 1.5;
+const COLD_FLOOR: f64 = 0.5;
+
+/// What part of a channel's level elsewhere its unit of residuals is at least, at a cold start: a channel that happens to rest
+/// during the first hour is not quiet. Between a tenth and a fifth the result is flat.
+const COLD_LEVEL: f64 = 0.15;
 
 /// The half-lives are not below these rows: a smoothing shorter than a row is none, and two equal ones are one.
 const HALF_LIFE_ROWS_MIN: [f64; HALF_LIVES] = [1.0, 3.0];
@@ -154,6 +159,13 @@ pub struct Provenance {
     pub training_sites: u64,
 }
 
+/// What the weights are learnt from, beside the prior.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Learning {
+    OwnRows,
+    Nothing,
+}
+
 /// A fitted detector: local scaler, two forecasters, a head for each, and the alarm level. About 35 kB at 38
 /// channels. Immutable while it scores; a [`Scorer`] holds the moving state.
 #[derive(Debug, Clone, PartialEq)]
@@ -176,7 +188,20 @@ impl Detector {
     /// [`DetectorError::Channels`] when the series does not match the schema; [`DetectorError::TooFewRows`] below
     /// [`ROWS_MIN`]; [`DetectorError::NoChannels`]; [`DetectorError::PriorChannels`].
     pub fn fit(schema: &FeatureSchema, series: &Series, options: &FitOptions) -> Result<Self, DetectorError> {
-        Self::fit_with(schema, series, options, None)
+        Self::fit_with(schema, series, options, None, Learning::OwnRows)
+    }
+
+    /// As [`fit`](Self::fit), but the weights are the prior's as they are: nothing is learnt of them, only scaler, head and
+    /// threshold. What a lone host has before it learns; a baseline.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit).
+    pub fn fit_as_is(
+        schema: &FeatureSchema,
+        series: &Series,
+        options: &FitOptions,
+    ) -> Result<Self, DetectorError> {
+        Self::fit_with(schema, series, options, None, Learning::Nothing)
     }
 
     /// Fits anew on `series`, with the global model's own-lag weights as prior and its network. Options and
@@ -190,7 +215,7 @@ impl Detector {
             ..self.options.clone()
         };
         let network = ResidualNetwork::new(global.channels(), global.network());
-        let fitted = Self::fit_with(&self.schema, series, &options, network)?;
+        let fitted = Self::fit_with(&self.schema, series, &options, network, Learning::OwnRows)?;
         Ok(Self {
             provenance: self.provenance.clone(),
             ..fitted
@@ -202,6 +227,7 @@ impl Detector {
         series: &Series,
         options: &FitOptions,
         network: Option<ResidualNetwork>,
+        learning: Learning,
     ) -> Result<Self, DetectorError> {
         check_channels(schema, series, options.prior.as_ref())?;
         if series.rows() < ROWS_MIN {
@@ -218,7 +244,9 @@ impl Detector {
         } else {
             NormalEquations::own_only(schema.channels())
         };
-        equations.add_rows(&scaled.values, 0..scaled.rows());
+        if learning == Learning::OwnRows {
+            equations.add_rows(&scaled.values, 0..scaled.rows());
+        }
         let mut forecaster = forecaster(&equations, options.prior.as_ref(), network)?;
         if let Some(own) = arm.fixed_own(schema.channels()) {
             forecaster.own = own;
@@ -228,6 +256,7 @@ impl Detector {
                 .map_err(|error| DetectorError::Network(Box::new(error)))?;
         }
 
+        let floors = level_floors(schema, &normaliser, options.prior.as_ref(), series.rows() as u64);
         let mut residuals = vec![0.0; scaled.values.len()];
         let mut scores = vec![0.0; scaled.rows()];
         let heads = [Path::Own, Path::Full].map(|path| {
@@ -236,7 +265,8 @@ impl Detector {
             }
             scaled.residuals(&forecaster, path, &mut residuals);
             let half_lives = options.half_lives_rows();
-            let (head, own) = Head::fit(&residuals, schema.channels(), half_lives, arm.base_quantile());
+            let quantile = arm.base_quantile();
+            let (head, own) = Head::fit(&residuals, schema.channels(), half_lives, quantile, &floors);
             scores
                 .iter_mut()
                 .zip(own)
@@ -539,6 +569,24 @@ fn floor_factor(series: &Series, prior: bool) -> f64 {
     } else {
         1.0
     }
+}
+
+/// What the unit of each channel's residuals is at least, in locally scaled units: a share of its level elsewhere, which fades as
+/// the history grows. Empty without a prior.
+fn level_floors(
+    schema: &FeatureSchema,
+    normaliser: &Normaliser,
+    prior: Option<&OwnLagWeights>,
+    rows: u64,
+) -> Vec<f32> {
+    let share = narrow(COLD_LEVEL * coldness(rows));
+    let levels = prior.map(OwnLagWeights::levels).unwrap_or_default();
+    let scales = schema.features.iter().zip(&normaliser.scale);
+    levels
+        .iter()
+        .zip(scales)
+        .map(|(level, (feature, scale))| share * level.clamp(0.0, LEVEL_MAX) * feature.scale / scale)
+        .collect()
 }
 
 /// Solves for both paths.

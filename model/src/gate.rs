@@ -13,12 +13,14 @@ use crate::window::lags_of;
 /// Fewest rows to judge a model on: a fifth of them is the tail.
 pub const GATE_ROWS_MIN: usize = 60;
 
-/// How much worse, in mean absolute residual, a model may be on the tail.
-const WORSE_MAX: f64 = 0.02;
+/// How much worse, in mean absolute residual, a model may be on the tail. A model that ranks faults better need not forecast calm
+/// rows better: at 2 % the gate kept honest models from 3 of 52 new sites.
+const WORSE_MAX: f64 = 0.05;
 /// Standard errors of that difference that are granted to chance: a fifth of 120 rows is 24.
 const CHANCE: f64 = 2.0;
-/// How much worse, in capped squared residual on all rows, a model may be as it came, against the public constant.
-const HARM_MAX: f64 = 1.05;
+/// How much worse, in capped squared residual on all rows, a model may be as it came, against the public constant. Weights that lean on
+/// the last row are up to 1.1 times as bad on a channel that is pure noise here and is none elsewhere.
+const HARM_MAX: f64 = 1.2;
 /// Bound of one residual in either mean, in scaled units: an incident among the rows must not decide.
 const RESIDUAL_MAX: f32 = 8.0;
 
@@ -40,10 +42,10 @@ pub enum GateOutcome {
 
 /// Judges a global model on the host's own history, oldest row first, without rows of alarms or actions.
 ///
-/// Two tests must pass. *As it came*, the own-lag part must not be worse than the public constant by more than 5 % in
+/// Two tests must pass. *As it came*, the own-lag part must not be worse than the public constant by more than 20 % in
 /// capped squared residual over all rows: that floors the harm of a poisoned model however few rows there are.
 /// *In use*, a fit on the first four fifths with the model as prior must not be worse on the last fifth than the
-/// same fit with the current prior by more than 2 % in mean absolute residual; a difference within two standard errors of the
+/// same fit with the current prior by more than 5 % in mean absolute residual; a difference within two standard errors of the
 /// rows' differences is chance and counts for the model.
 pub fn judge(current: &Detector, history: &Series, global: &GlobalModel) -> GateOutcome {
     let channels = current.schema().channels();
@@ -165,6 +167,10 @@ mod tests {
         Series::new(2, values).unwrap()
     }
 
+    fn own_lag(weights: [f32; 5]) -> OwnLagWeights {
+        OwnLagWeights::new(2, weights.repeat(2)).unwrap()
+    }
+
     fn local(history: &Series) -> Detector {
         let options = FitOptions {
             prior: Some(OwnLagWeights::public_constant(2)),
@@ -177,7 +183,7 @@ mod tests {
     fn honest_model_is_accepted_and_becomes_the_prior() {
         let rows = history(400);
         let current = local(&rows);
-        let honest = [0.8, 0.1, 0.0, 0.0, 0.0].repeat(2);
+        let honest = own_lag([0.8, 0.1, 0.0, 0.0, 0.0]);
         let model = GlobalModel::initial(2, 1).with_own_lag(&honest).unwrap();
         let GateOutcome::Accepted(accepted) = judge(&current, &rows, &model) else {
             panic!("refused")
@@ -192,9 +198,7 @@ mod tests {
             let rows = history(length);
             let current = local(&rows);
             for poison in [[-0.19; 5], [1.0; 5], [0.0, 0.0, 0.0, 0.0, -0.9], [1e30; 5]] {
-                let model = GlobalModel::initial(2, 1)
-                    .with_own_lag(&poison.repeat(2))
-                    .unwrap();
+                let model = GlobalModel::initial(2, 1).with_own_lag(&own_lag(poison)).unwrap();
                 assert_eq!(
                     judge(&current, &rows, &model),
                     GateOutcome::WorseOnTail,
@@ -208,15 +212,13 @@ mod tests {
     fn chance_is_told_from_harm() {
         let kept: Vec<f64> = (0..24).map(|i| 1.0 + f64::from(i % 5) / 10.0).collect();
         let shifted = |by: f64| kept.iter().map(|e| e + by).collect::<Vec<_>>();
-        assert!(
-            !worse(&shifted(0.0), &kept) && !worse(&shifted(0.02), &kept) && worse(&shifted(0.05), &kept)
-        );
+        assert!(!worse(&shifted(0.0), &kept) && !worse(&shifted(0.05), &kept) && worse(&shifted(0.1), &kept));
         let noisy: Vec<f64> = kept
             .iter()
             .enumerate()
             .map(|(i, e)| e + [0.5, -0.4][i % 2])
             .collect();
-        assert!(!worse(&noisy, &kept), "5 % worse on average, but only by chance");
+        assert!(!worse(&noisy, &kept), "worse on average, but only by chance");
     }
 
     #[test]

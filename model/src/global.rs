@@ -13,6 +13,7 @@ use crate::params::ParamLayout;
 pub const PUBLIC_OWN_WEIGHT: f32 = 0.19;
 
 const OWN_LAG: &str = "own_lag.weight";
+const OWN_LEVEL: &str = "own_lag.level";
 /// Tensors of the residual network, `[out, in]` for weights.
 pub(crate) const NETWORK: [&str; 4] = [
     "network.hidden.bias",
@@ -45,10 +46,12 @@ pub enum GlobalError {
     },
 }
 
-/// Weights of every channel on its own lags, `[channel, lag]`, without intercept, lags as in [`crate::LAGS`].
+/// Weights of every channel on its own lags, `[channel, lag]`, without intercept, lags as in [`crate::LAGS`]; and how far each channel
+/// usually is from the mean of its lags elsewhere, its level, in publicly scaled units (0 = not known).
 #[derive(Debug, Clone, PartialEq)]
 pub struct OwnLagWeights {
     weights: Vec<f32>,
+    levels: Vec<f32>,
 }
 
 impl OwnLagWeights {
@@ -58,19 +61,41 @@ impl OwnLagWeights {
     /// [`GlobalError::Length`] when they are not 5 per channel; [`GlobalError::NonFinite`].
     pub fn new(channels: usize, weights: Vec<f32>) -> Result<Self, GlobalError> {
         check(&weights, channels, channels * LAG_COUNT)?;
-        Ok(Self { weights })
+        let levels = vec![0.0; channels];
+        Ok(Self { weights, levels })
+    }
+
+    /// The same with levels `[channel]`.
+    ///
+    /// # Errors
+    /// [`GlobalError::Length`] when they are not one per channel; [`GlobalError::NonFinite`].
+    pub fn with_levels(self, levels: Vec<f32>) -> Result<Self, GlobalError> {
+        check(&levels, self.channels(), self.channels())?;
+        Ok(Self { levels, ..self })
+    }
+
+    /// Takes what is known to be finite and of fitting lengths.
+    pub(crate) fn finite(weights: Vec<f32>, levels: Vec<f32>) -> Self {
+        debug_assert_eq!(weights.len(), levels.len() * LAG_COUNT);
+        Self { weights, levels }
     }
 
     /// The public constant for every channel and lag.
     pub fn public_constant(channels: usize) -> Self {
         Self {
             weights: vec![PUBLIC_OWN_WEIGHT; channels * LAG_COUNT],
+            levels: vec![0.0; channels],
         }
     }
 
     /// All weights `[channel, lag]`.
     pub fn values(&self) -> &[f32] {
         &self.weights
+    }
+
+    /// The level of every channel, `[channel]`.
+    pub fn levels(&self) -> &[f32] {
+        &self.levels
     }
 
     /// The five weights of one channel.
@@ -137,15 +162,17 @@ impl GlobalModel {
         })
     }
 
-    /// The same model with other own-lag weights: what a round of moments makes.
+    /// The same model with other own-lag weights and levels: what a round of moments makes.
     ///
     /// # Errors
-    /// [`GlobalError::Length`], [`GlobalError::NonFinite`].
-    pub fn with_own_lag(&self, weights: &[f32]) -> Result<Self, GlobalError> {
-        check(weights, self.channels, self.channels * LAG_COUNT)?;
+    /// [`GlobalError::Length`] when they are for other channels.
+    pub fn with_own_lag(&self, own: &OwnLagWeights) -> Result<Self, GlobalError> {
+        check(&own.weights, self.channels, self.channels * LAG_COUNT)?;
         let mut next = self.clone();
-        if let Some(range) = self.layout.range(OWN_LAG) {
-            next.values[range].copy_from_slice(weights);
+        for (name, values) in [(OWN_LAG, &own.weights), (OWN_LEVEL, &own.levels)] {
+            if let Some(range) = self.layout.range(name) {
+                next.values[range].copy_from_slice(values);
+            }
         }
         Ok(next)
     }
@@ -173,9 +200,10 @@ impl GlobalModel {
 
     /// The own-lag part.
     pub fn own_lag(&self) -> OwnLagWeights {
-        let range = self.layout.range(OWN_LAG).unwrap_or_default();
+        let part = |name| self.values[self.layout.range(name).unwrap_or_default()].to_vec();
         OwnLagWeights {
-            weights: self.values[range].to_vec(),
+            weights: part(OWN_LAG),
+            levels: part(OWN_LEVEL),
         }
     }
 
@@ -217,16 +245,12 @@ fn check(values: &[f32], channels: usize, expected: usize) -> Result<(), GlobalE
 
 /// Layout of a [`GlobalModel`].
 pub fn model_layout(channels: usize) -> ParamLayout {
-    let own = (OWN_LAG.to_owned(), vec![channels, LAG_COUNT]);
-    ParamLayout::new(
-        network_shapes(channels)
-            .into_iter()
-            .map(|(n, s)| (n.to_owned(), s))
-            .chain([own]),
-    )
+    let own = [(OWN_LAG, vec![channels, LAG_COUNT]), (OWN_LEVEL, vec![channels])];
+    ParamLayout::new(network_shapes(channels).into_iter().chain(own))
 }
 
-/// Layout of the moments that a site releases: per channel 15 entries of `Σ p pᵀ` and 5 of `Σ p y`.
+/// Layout of the moments that a site releases: per channel 15 entries of `Σ p pᵀ`, 5 of `Σ p y`, presence
+/// and level.
 pub fn moments_layout(channels: usize) -> ParamLayout {
     ParamLayout::new([("moments", vec![channels, MOMENTS_PER_CHANNEL])])
 }
@@ -260,11 +284,11 @@ mod tests {
     fn digests_of_layouts_are_golden() {
         assert_eq!(
             hex(model_layout(38).digest()),
-            "85a6bfe863475d1c9ab1f927db990602169f040ff9b40af2110dbae69df9381d"
+            "91388daf13d89343b8565096cd3e0ae8f49878b43f6915bbc4b6f68447f1b714"
         );
         assert_eq!(
             hex(moments_layout(38).digest()),
-            "d477649cecb341b3e197ee12a7c46c1d2126a6efdcf45773a9a1a333390e0a22"
+            "2269ab3836cdf8504cc62652fecca2afedb796612fb6fb6790c3011be3de5ffa"
         );
         assert_eq!(
             hex(delta_layout(38).digest()),
@@ -274,9 +298,9 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_recipe() {
-        assert_eq!(moments_layout(38).len(), 760);
+        assert_eq!(moments_layout(38).len(), 836);
         assert_eq!(delta_layout(38).len(), 190 * HIDDEN + HIDDEN + 38 * HIDDEN + 38);
-        assert_eq!(model_layout(38).len(), delta_layout(38).len() + 190);
+        assert_eq!(model_layout(38).len(), delta_layout(38).len() + 190 + 38);
     }
 
     #[test]
@@ -311,9 +335,17 @@ mod tests {
         let mut weights = vec![0.1; 10];
         weights[4] = f32::NAN;
         assert_eq!(
-            model.with_own_lag(&weights),
+            OwnLagWeights::new(2, weights),
             Err(GlobalError::NonFinite { index: 4 })
         );
+        let other = OwnLagWeights::public_constant(3);
+        assert!(matches!(
+            model.with_own_lag(&other),
+            Err(GlobalError::Length { .. })
+        ));
+        let known = OwnLagWeights::public_constant(2);
+        assert!(known.clone().with_levels(vec![0.1; 3]).is_err());
+        assert!(known.with_levels(vec![0.1, f32::INFINITY]).is_err());
         let huge = vec![f32::MAX; delta_layout(2).len()];
         let once = model.with_delta(&huge).unwrap();
         assert!(once.with_delta(&huge).is_err(), "an overflowing sum was taken");
@@ -321,10 +353,12 @@ mod tests {
 
     #[test]
     fn parts_survive_the_flat_form() {
-        let model = GlobalModel::initial(2, 1).with_own_lag(&[0.5; 10]).unwrap();
+        let own = OwnLagWeights::new(2, vec![0.5; 10]).unwrap();
+        let own = own.with_levels(vec![0.1, 0.2]).unwrap();
+        let model = GlobalModel::initial(2, 1).with_own_lag(&own).unwrap();
         let delta: Vec<f32> = (0..delta_layout(2).len()).map(|i| i as f32).collect();
         let moved = model.with_delta(&delta).unwrap();
-        assert_eq!(moved.own_lag().channel(1), [0.5; 5]);
+        assert_eq!(moved.own_lag(), own);
         let back = GlobalModel::from_values(2, moved.values().to_vec()).unwrap();
         assert_eq!(back, moved);
         let steps: Vec<f32> = back

@@ -286,6 +286,7 @@ impl Detector {
                 PRIOR.to_owned(),
                 Tensor::f32(&[channels, LAG_COUNT], prior.values()),
             );
+            tensors.insert(PRIOR_LEVEL.to_owned(), Tensor::f32(&[channels], prior.levels()));
         }
         tensors
     }
@@ -325,6 +326,7 @@ const PATHS: [&str; 2] = ["own", "full"];
 const FULL: &str = "forecast.full.weight";
 const NETWORK: &str = "network.values";
 const PRIOR: &str = "prior.own_lag.weight";
+const PRIOR_LEVEL: &str = "prior.own_lag.level";
 
 fn read_card(path: &Path, text: Option<&str>) -> Result<Card, ModelFileError> {
     let no_card = |reason: String| ModelFileError::NoCard {
@@ -425,7 +427,14 @@ impl Reader<'_> {
             })
         };
         let prior = if self.tensors.contains_key(PRIOR) {
-            OwnLagWeights::new(channels, self.f32(PRIOR, &[channels, LAG_COUNT])?).ok()
+            // Files of before levels were learnt have none.
+            let levels = if self.tensors.contains_key(PRIOR_LEVEL) {
+                self.f32(PRIOR_LEVEL, &[channels])?
+            } else {
+                vec![0.0; channels]
+            };
+            let weights = OwnLagWeights::new(channels, self.f32(PRIOR, &[channels, LAG_COUNT])?);
+            weights.and_then(|own| own.with_levels(levels)).ok()
         } else {
             None
         };
@@ -694,7 +703,8 @@ mod tests {
         let bytes = fs::read(dir.path().join("g.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.tensor("own_lag.weight").unwrap().shape(), [3, 5]);
-        assert_eq!(file.len(), 5);
+        assert_eq!(file.tensor("own_lag.level").unwrap().shape(), [3]);
+        assert_eq!(file.len(), 6);
         assert!(matches!(
             Detector::load(dir.path(), "g"),
             Err(ModelFileError::NoCard { .. })

@@ -51,15 +51,16 @@ impl HeadState {
 impl Head {
     /// Fits the units on a history of residuals `[time, channel]` (absolute values; NaN = does not count) and returns
     /// the head with the score of every row. `half_lives` in rows, above 0; `base_quantile` of a channel's residuals makes its
-    /// unit, 0 to 1.
+    /// unit, 0 to 1, which is not below its floor, where there is one: `floors` is `[channel]` or empty.
     pub fn fit(
         residuals: &[f32],
         channels: usize,
         half_lives: [f64; HALF_LIVES],
         base_quantile: f64,
+        floors: &[f32],
     ) -> (Self, Vec<f64>) {
         let mut head = Self {
-            base: bases(residuals, channels, base_quantile),
+            base: bases(residuals, channels, base_quantile, floors),
             level: [1.0; HALF_LIVES],
             overall: 1.0,
             alpha: half_lives.map(|rows| 1.0 - 0.5_f64.powf(1.0 / rows)),
@@ -142,14 +143,15 @@ fn mean_of_largest(values: &mut [f64]) -> f64 {
     values[..count].iter().sum::<f64>() / count as f64
 }
 
-fn bases(residuals: &[f32], channels: usize, base_quantile: f64) -> Vec<f32> {
+fn bases(residuals: &[f32], channels: usize, base_quantile: f64, floors: &[f32]) -> Vec<f32> {
     let mut column = Vec::with_capacity(residuals.len() / channels.max(1));
     let raw: Vec<f64> = (0..channels)
         .map(|channel| {
             column.clear();
             let values = residuals.iter().skip(channel).step_by(channels);
             column.extend(values.copied().filter(|r| !r.is_nan()));
-            quantile(&mut column, base_quantile)
+            let floor = floors.get(channel).copied().map_or(0.0, f64::from);
+            quantile(&mut column, base_quantile).max(floor)
         })
         .collect();
     let least = (BASE_SHARE_MIN * raw.iter().copied().fold(0.0, f64::max)).max(BASE_MIN);
@@ -179,13 +181,18 @@ mod tests {
     #[test]
     fn unit_of_a_quiet_channel_is_a_share_of_the_loudest() {
         let residuals: Vec<f32> = (0..100).flat_map(|_| [10.0, 0.0]).collect();
-        assert_eq!(bases(&residuals, 2, 0.75), [10.0, 0.5]);
-        assert_eq!(bases(&[0.0, f32::NAN], 2, 0.75), [1e-3, 1e-3]);
+        assert_eq!(bases(&residuals, 2, 0.75, &[]), [10.0, 0.5]);
+        assert_eq!(bases(&[0.0, f32::NAN], 2, 0.75, &[]), [1e-3, 1e-3]);
+        assert_eq!(
+            bases(&residuals, 2, 0.75, &[1.0, 2.0]),
+            [10.0, 2.0],
+            "a floor lifts only what lies below"
+        );
     }
 
     #[test]
     fn history_without_residuals_gives_finite_scores() {
-        let (head, scores) = Head::fit(&[0.0; 60], 2, [3.0, 12.0], 0.75);
+        let (head, scores) = Head::fit(&[0.0; 60], 2, [3.0, 12.0], 0.75, &[]);
         assert!(scores.iter().all(|s| *s == 0.0));
         let score = head.push(&mut HeadState::new(2), &[100.0, 0.0], &mut [0.0; 2]);
         assert!(score.is_finite() && score > 1.0);
@@ -193,7 +200,7 @@ mod tests {
 
     #[test]
     fn one_spike_decays_by_half_in_a_half_life() {
-        let (head, _) = Head::fit(&[1.0; 40], 1, [3.0, 3.0], 0.75);
+        let (head, _) = Head::fit(&[1.0; 40], 1, [3.0, 3.0], 0.75, &[]);
         let mut state = HeadState::new(1);
         let mut z = [0.0];
         let first = head.push(&mut state, &[8.0], &mut z);

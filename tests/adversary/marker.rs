@@ -232,14 +232,14 @@ fn no_planted_value_leaves_the_node_and_what_leaves_is_noised() {
     outside.add("log", [log.0.lock().unwrap().as_slice(), b"end of log"].concat());
     outside.must_not_hold(&markers);
 
-    // The noise has standard deviation σC on each of the 320 sums: the distance is σC√320, give or take 4 %.
+    // The noise has standard deviation σC on each of the 352 sums: the distance is σC√352, give or take 4 %.
     let distance = released
         .iter()
         .zip(&exact)
         .map(|(a, b)| (f64::from(*a) - b).powi(2))
         .sum::<f64>()
         .sqrt();
-    let expected = 1.27 * BLOCK_CLIP_NORM * 320_f64.sqrt();
+    let expected = 1.27 * BLOCK_CLIP_NORM * 352_f64.sqrt();
     assert!(
         (0.7..1.3).contains(&(distance / expected)),
         "noise of {distance}, {expected} was charged"

@@ -17,16 +17,41 @@ use theriac_protocol::units::{Delta, Epsilon, L2Norm, NoiseMultiplier, UnitError
 
 use crate::attack::Attack;
 
+/// Clipping norm C of one weight change: near the norm of what twenty steps change on recorded servers.
+pub const DELTA_CLIP_NORM: f64 = 1.0;
+
 /// How sites learn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Together, through rounds.
     Federated,
-    /// Each from its own rows alone.
+    /// Each from its own rows alone; in a cold start leaning on the public constant.
     Local,
+    /// The public constant as it is: no weight is learnt.
+    Constant,
     /// From everybody's rows in one place, without clipping, noise or rule: what plain federation aims at.
     Central,
+}
+
+/// What crosses sites.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recipe {
+    /// Moments of every channel's own lags and its level: each block is released once, the centre solves.
+    Moments,
+    /// Weight changes of the residual network after a few local gradient steps, in every round, of all rows of a site.
+    Gradient,
+}
+
+impl Recipe {
+    /// The kind of its updates.
+    pub fn kind(self) -> UpdateKind {
+        match self {
+            Self::Moments => UpdateKind::Moments,
+            Self::Gradient => UpdateKind::Delta,
+        }
+    }
 }
 
 /// What the noise of a site's updates hides.
@@ -65,6 +90,18 @@ pub struct Args {
     /// How sites learn.
     #[arg(long, value_enum, default_value_t = Mode::Federated)]
     pub mode: Mode,
+    /// What crosses sites.
+    #[arg(long, value_enum, default_value_t = Recipe::Moments)]
+    pub recipe: Recipe,
+    /// Gradient steps of 256 rows that a site takes in one round.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub local_steps: usize,
+    /// How far the model moves towards the sites' mean in one round of gradients. Below 1 this is Reptile.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    pub server_rate: f32,
+    /// Share of the last move that is added to the next.
+    #[arg(long, value_name = "M", default_value_t = 0.0)]
+    pub server_momentum: f32,
     /// Each site in turn is new: its last K train rows only, and the model of the others.
     #[arg(long, value_name = "K")]
     pub cold_start: Option<usize>,
@@ -104,6 +141,16 @@ pub enum ArgsError {
     /// A number is out of range.
     #[error("--{0}")]
     Unit(UnitError),
+    /// A step of the centre that leads nowhere or away.
+    #[error("--{name} must be {range}, got {got}")]
+    Server {
+        /// Which argument.
+        name: &'static str,
+        /// What it may be.
+        range: &'static str,
+        /// What was given.
+        got: f32,
+    },
     /// Too few rows to fit on.
     #[error("--cold-start must be at least {ROWS_MIN}, got {0}")]
     ColdStart(usize),
@@ -193,14 +240,32 @@ impl Settings {
         if let Some(rows) = args.cold_start.filter(|rows| *rows < ROWS_MIN) {
             return Err(ArgsError::ColdStart(rows));
         }
+        check_server(&args)?;
         let terms = match args.privacy {
             Privacy::Off => None,
+            Privacy::Block | Privacy::Record if args.recipe == Recipe::Gradient => {
+                let unit = match args.privacy {
+                    Privacy::Record => PrivacyUnit::Record,
+                    Privacy::Off | Privacy::Block => PrivacyUnit::Block,
+                };
+                // Every round reads all rows again, so every round is charged to all of them.
+                Some(terms(
+                    unit,
+                    BLOCK_ROWS,
+                    DELTA_CLIP_NORM,
+                    (epsilon, delta),
+                    args.rounds,
+                    args.recipe,
+                )?)
+            }
+            // Every unit is read once in the whole run, however many rounds there are.
             Privacy::Block => Some(terms(
                 PrivacyUnit::Block,
                 BLOCK_ROWS,
                 BLOCK_CLIP_NORM,
-                epsilon,
-                delta,
+                (epsilon, delta),
+                1,
+                args.recipe,
             )?),
             // The release is made of single regression rows, each of norm at most C/3 = RECORD_CLIP_NORM/6: one record is part
             // of six of them and so moves the sum by at most RECORD_CLIP_NORM = 2C, which is what the ledger charges.
@@ -208,8 +273,9 @@ impl Settings {
                 PrivacyUnit::Record,
                 1,
                 RECORD_CLIP_NORM / 2.0,
-                epsilon,
-                delta,
+                (epsilon, delta),
+                1,
+                args.recipe,
             )?),
         };
         let malicious = args.malicious.zip(args.attack).filter(|(count, _)| *count > 0);
@@ -231,7 +297,7 @@ impl Settings {
     pub fn check_sites(&self, found: usize) -> Result<(), ArgsError> {
         let cold = self.args.cold_start.is_some();
         let (mode, needed) = match (self.args.mode, cold) {
-            (Mode::Local, _) => return Ok(()),
+            (Mode::Local | Mode::Constant, _) => return Ok(()),
             (Mode::Federated, false) => ("federated", 1),
             (Mode::Federated, true) => ("federated", 2),
             (Mode::Central, false) => ("central", 1),
@@ -263,16 +329,29 @@ impl Settings {
     }
 }
 
+fn check_server(args: &Args) -> Result<(), ArgsError> {
+    let (rate, momentum) = (args.server_rate, args.server_momentum);
+    let refuse = |name, range, got| Err(ArgsError::Server { name, range, got });
+    if !(rate > 0.0 && rate <= 10.0) {
+        return refuse("server-rate", "above 0 and at most 10", rate);
+    }
+    if !(0.0..1.0).contains(&momentum) {
+        return refuse("server-momentum", "at least 0 and below 1", momentum);
+    }
+    Ok(())
+}
+
 fn terms(
     unit: PrivacyUnit,
     block_rows: usize,
     clip_norm: f64,
-    epsilon: Epsilon,
-    delta: Delta,
+    (epsilon, delta): (Epsilon, Delta),
+    releases: u32,
+    recipe: Recipe,
 ) -> Result<Terms, ArgsError> {
-    // Every unit is read once in the whole run, however many rounds there are.
-    let noise_multiplier = noise_multiplier_for(epsilon, delta, 1, unit.sensitivity(UpdateKind::Moments))
-        .ok_or(ArgsError::NoNoise {
+    let sensitivity = unit.sensitivity(recipe.kind());
+    let noise_multiplier =
+        noise_multiplier_for(epsilon, delta, releases, sensitivity).ok_or(ArgsError::NoNoise {
             epsilon: epsilon.value(),
             delta: delta.value(),
         })?;
@@ -322,11 +401,25 @@ mod tests {
             "disjoint blocks compose in parallel"
         );
         assert_eq!(settings("--privacy off").terms, None);
+        let sigma = |line| settings(line).terms.unwrap().noise_multiplier.value();
+        let (once, often) = (sigma("--recipe gradient"), sigma("--recipe gradient --rounds 9"));
+        assert!(
+            (once / terms.noise_multiplier.value() - 2.0).abs() < 0.01 && (often / once - 3.0).abs() < 0.01,
+            "gradients read everything every time: {once} {often}"
+        );
     }
 
     #[test]
     fn refuses_what_makes_no_sense() {
-        for line in ["--epsilon 0", "--epsilon nan", "--delta 1", "--cold-start 19"] {
+        for line in [
+            "--epsilon 0",
+            "--epsilon nan",
+            "--delta 1",
+            "--cold-start 19",
+            "--server-rate 0",
+            "--server-rate nan",
+            "--server-momentum 1",
+        ] {
             assert!(Settings::check(parse(line)).is_err(), "{line}");
         }
         let words = |line: &str| {
@@ -341,6 +434,7 @@ mod tests {
             "--malicious 2",
             "--rounds 0",
             "--threads 0",
+            "--recipe best",
         ] {
             assert!(words(line).is_err(), "{line}");
         }

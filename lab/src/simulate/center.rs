@@ -9,12 +9,11 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use theriac_aggregator::robust::{PayloadRows, RowEvidence, RuleError, RuleName, rule};
 use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, validate};
-use theriac_model::global::{GlobalError, GlobalModel, moments_layout};
+use theriac_model::global::{GlobalError, GlobalModel, delta_layout, moments_layout};
 use theriac_model::moments;
 use theriac_protocol::compress::encode_f32;
 use theriac_protocol::message::{
-    AnnounceV1, DeclineReason, GateVerdict, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateKind, UpdateV1,
-    WelcomeV1,
+    AnnounceV1, DeclineReason, GateVerdict, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateV1, WelcomeV1,
 };
 use theriac_protocol::refusal::{RefusalCode, RefusalV1};
 use theriac_protocol::round::{BaseModel, Input, Output, RoundConfig, RoundMachine, RoundTerms};
@@ -22,7 +21,7 @@ use theriac_protocol::units::{
     Digest, L2Norm, ModelVersion, Moment, NodeId, NoiseMultiplier, Round, Timestamp, UnitError,
 };
 
-use super::args::Settings;
+use super::args::{DELTA_CLIP_NORM, Recipe, Settings};
 
 /// A row stands out when it is this many times as far from the rule's result as the median row.
 const OUTVOTED_DISTANCE: f64 = 3.0;
@@ -94,6 +93,10 @@ pub struct Center {
     opened_at: Moment,
     held: BTreeMap<NodeId, ValidatedUpdate>,
     stored: BTreeMap<NodeId, ValidatedUpdate>,
+    recipe: Recipe,
+    /// The last move of the network, and how it is made.
+    velocity: Vec<f32>,
+    server: (f32, f32),
     /// Sum over all rounds and sites, and how many releases are in it.
     sum: Vec<f64>,
     releases: usize,
@@ -111,17 +114,21 @@ impl Center {
         sites: usize,
         blocks_max: u32,
     ) -> Result<Self, UnitError> {
-        let layout = moments_layout(channels);
+        let recipe = settings.args.recipe;
+        let (layout, clip_default) = match recipe {
+            Recipe::Moments => (moments_layout(channels), moments::BLOCK_CLIP_NORM),
+            Recipe::Gradient => (delta_layout(channels), DELTA_CLIP_NORM),
+        };
         let (clip_norm, noise_multiplier, block_rows) = match &settings.terms {
             Some(terms) => (terms.clip_norm, terms.noise_multiplier, terms.block_rows),
             None => (
-                L2Norm::new(moments::BLOCK_CLIP_NORM)?,
+                L2Norm::new(clip_default)?,
                 NoiseMultiplier::new(f64::MIN_POSITIVE)?,
                 moments::BLOCK_ROWS,
             ),
         };
         let terms = RoundTerms {
-            kind: UpdateKind::Moments,
+            kind: recipe.kind(),
             values: u32::try_from(layout.len()).unwrap_or(u32::MAX),
             layout_digest: Digest(layout.digest()),
             clip_norm,
@@ -167,6 +174,9 @@ impl Center {
             opened_at: Moment::default(),
             held: BTreeMap::new(),
             stored: BTreeMap::new(),
+            recipe,
+            velocity: vec![0.0; layout.len()],
+            server: (settings.args.server_rate, settings.args.server_momentum),
             sum: vec![0.0; layout.len()],
             releases: 0,
             records: Vec::new(),
@@ -397,8 +407,8 @@ impl Center {
         self.machine.handle(now, Input::Opened { round });
     }
 
-    /// The rule over the sites' sums, times their number; what earlier rounds gave is added, since every round reads other
-    /// blocks; then the solve.
+    /// The rule over the sites' updates. Moments: times their number; what earlier rounds gave is added, since every round reads
+    /// other blocks; then the solve. Gradients: a step of the network.
     fn aggregate(&mut self, members: &[(NodeId, Digest)]) -> Result<(ModelVersion, Digest), CombineError> {
         let rows = members
             .iter()
@@ -416,15 +426,10 @@ impl Center {
         let rule = rule(self.rule, self.byzantine.saturating_sub(refused.len()));
         rule.check(members.len())?;
         let combined = rule.combine(&rows)?;
-        for (sum, value) in self.sum.iter_mut().zip(&combined.values) {
-            *sum += f64::from(*value) * members.len() as f64;
-        }
-        self.releases += members.len();
-        #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
-        let sum: Vec<f32> = self.sum.iter().map(|value| *value as f32).collect();
-        let (sigma, clip_norm) = (self.terms.noise_multiplier.value(), self.terms.clip_norm.value());
-        let weights = moments::solve(&sum, self.releases, sigma, clip_norm, self.model.channels());
-        let next = self.model.with_own_lag(&weights)?;
+        let next = match self.recipe {
+            Recipe::Moments => self.solved(&combined.values, members.len())?,
+            Recipe::Gradient => self.moved(&combined.values)?,
+        };
         let payload = Bytes::from(encode_f32(next.values()));
         let digest = Digest::of(&payload);
         self.candidate = Some((next, payload));
@@ -443,6 +448,28 @@ impl Center {
         let contributors = members.iter().map(|(node, _)| node.clone()).collect();
         self.record(|record| (record.evidence, record.contributors) = (evidence, contributors));
         Ok((self.header.version.next(), digest))
+    }
+
+    /// The model that all moments so far give.
+    fn solved(&mut self, mean: &[f32], sites: usize) -> Result<GlobalModel, GlobalError> {
+        for (sum, value) in self.sum.iter_mut().zip(mean) {
+            *sum += f64::from(*value) * sites as f64;
+        }
+        self.releases += sites;
+        #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
+        let sum: Vec<f32> = self.sum.iter().map(|value| *value as f32).collect();
+        let (sigma, clip_norm) = (self.terms.noise_multiplier.value(), self.terms.clip_norm.value());
+        let own = moments::solve(&sum, self.releases, sigma, clip_norm, self.model.channels());
+        self.model.with_own_lag(&own)
+    }
+
+    /// The model a step towards the sites' mean, with momentum (Reddi et al. 2021, `FedAvgM`).
+    fn moved(&mut self, mean: &[f32]) -> Result<GlobalModel, GlobalError> {
+        let (rate, momentum) = self.server;
+        for (velocity, step) in self.velocity.iter_mut().zip(mean) {
+            *velocity = momentum * *velocity + rate * step;
+        }
+        self.model.with_delta(&self.velocity)
     }
 
     fn publish(

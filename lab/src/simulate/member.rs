@@ -12,7 +12,8 @@ use theriac_model::feature::FeatureSchema;
 use theriac_model::gate::{self, GateOutcome};
 use theriac_model::global::{GlobalModel, delta_layout, model_layout, moments_layout};
 use theriac_model::series::Series;
-use theriac_privacy::ledger::{Ledger, LedgerError, ReleasePlan, Reserved};
+use theriac_model::train;
+use theriac_privacy::ledger::{Ledger, LedgerError, ReleasePlan, ReservationId, Reserved};
 use theriac_privacy::noise::ExactGaussian;
 use theriac_privacy::policy::{Policy, PolicyError, PrivacyUnit};
 use theriac_privacy::update::{LocalUpdate, UpdateError};
@@ -24,9 +25,12 @@ use theriac_protocol::participant::{LayoutDigests, Participant, ParticipantConfi
 use theriac_protocol::round::BaseModel;
 use theriac_protocol::units::{Delta, Digest, Epsilon, Moment, NoiseMultiplier, Timestamp, UnitError};
 
-use super::args::{Settings, Terms};
+use super::args::{Recipe, Settings, Terms};
 use super::data::Site;
 use crate::attack::Attack;
+
+/// Most rows that one round of gradients looks at, as on an edge.
+const DELTA_ROWS_MAX: usize = 7_200;
 
 /// Why a site cannot take part.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +138,9 @@ impl<'a> Member<'a> {
         settings: &Settings,
         schema: &FeatureSchema,
     ) -> Result<Result<Digest, DeclineReason>, MemberError> {
+        if announce.kind == UpdateKind::Delta {
+            return self.train_network(announce, settings, schema);
+        }
         let rounds = u64::from(settings.args.rounds);
         let block_rows = usize::try_from(announce.block_rows).unwrap_or(usize::MAX);
         let ids = self
@@ -143,20 +150,13 @@ impl<'a> Member<'a> {
             return Ok(Err(DeclineReason::TooFewBlocks));
         }
         let (header, payload) = match &mut self.ledger {
-            None => self.unprotected(announce, schema, ids)?,
+            None => {
+                let blocks: Vec<u64> = ids.collect();
+                let units = read_units(self.site, schema, PrivacyUnit::Block, &blocks, announce);
+                self.unprotected(announce, &units)?
+            }
             Some(ledger) => {
-                let plan = ReleasePlan {
-                    round: announce.round,
-                    nonce: announce.nonce,
-                    kind: announce.kind,
-                    values: announce.values,
-                    block_span: ledger.policy().block_span(),
-                    blocks: ids.collect(),
-                    sampling_rate: 1.0,
-                    steps: 1,
-                    clip_norm: announce.clip_norm,
-                    noise_multiplier: announce.noise_multiplier,
-                };
+                let plan = plan(announce, ledger, ids.collect());
                 let unit = ledger.policy().unit();
                 let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
                     Ok(Reserved::Fresh(reservation)) => reservation,
@@ -167,18 +167,42 @@ impl<'a> Member<'a> {
                 let id = reservation.id();
                 let read = |blocks: &[u64]| read_units(self.site, schema, unit, blocks, announce);
                 let local = LocalUpdate::moments(reservation, announce.layout_digest, read)?;
-                let noisy = local.clip().noise(&ExactGaussian)?;
-                let tampered = self
-                    .attack
-                    .map(|attack| attack.apply(announce.round, noisy.values().to_vec()));
-                let rng = &mut self.rng;
-                let compressed = noisy.compress(|| rng.random());
-                ledger.mark_released(id, compressed.payload_digest(), Timestamp(announce.round.0))?;
-                let message = compressed.into_message(announce.base_digest, announce.blocks_max);
-                match tampered {
-                    Some(values) => exact(message.0, &values),
-                    None => message,
-                }
+                release(local, (ledger, id), announce, self.attack, &mut self.rng)?
+            }
+        };
+        let digest = header.payload_digest;
+        self.outbox = Some((header, payload));
+        Ok(Ok(digest))
+    }
+
+    /// The same for a round of gradients: all rows that the edge would look at, the model that the round builds on.
+    fn train_network(
+        &mut self,
+        announce: &AnnounceV1,
+        settings: &Settings,
+        schema: &FeatureSchema,
+    ) -> Result<Result<Digest, DeclineReason>, MemberError> {
+        let received = self.model.as_ref().and_then(|(_, model)| model.as_ref());
+        let initial = GlobalModel::initial(self.channels, settings.args.seed);
+        let (base, rows) = (received.unwrap_or(&initial), self.site.train.tail(DELTA_ROWS_MAX));
+        let (steps, seed) = (settings.args.local_steps, announce.round.0);
+        let change = || match train::delta(base, schema, &rows, steps, seed) {
+            Ok(change) => change,
+            // As on an edge: the charge is made, so something is said; zero says nothing of the rows.
+            Err(_) => vec![0.0; usize::try_from(announce.values).unwrap_or(0)],
+        };
+        let (header, payload) = match &mut self.ledger {
+            None => self.unprotected(announce, &[change()])?,
+            Some(ledger) => {
+                let plan = plan(announce, ledger, Vec::new());
+                let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
+                    Ok(Reserved::Fresh(reservation)) => reservation,
+                    Ok(Reserved::AlreadyCharged { .. }) => return Ok(Err(DeclineReason::BudgetSpent)),
+                    Err(error) => return Ok(Err(error.decline_reason())),
+                };
+                let id = reservation.id();
+                let local = LocalUpdate::delta(reservation, announce.layout_digest, change)?;
+                release(local, (ledger, id), announce, self.attack, &mut self.rng)?
             }
         };
         let digest = header.payload_digest;
@@ -190,17 +214,14 @@ impl<'a> Member<'a> {
     fn unprotected(
         &self,
         announce: &AnnounceV1,
-        schema: &FeatureSchema,
-        ids: std::ops::Range<u64>,
+        units: &[Vec<f32>],
     ) -> Result<(UpdateV1, Bytes), MemberError> {
-        let blocks: Vec<u64> = ids.collect();
-        let units = read_units(self.site, schema, PrivacyUnit::Block, &blocks, announce);
-        let mut sum = vec![0.0_f64; moments_layout(self.channels).len()];
+        let mut sum = vec![0.0_f64; usize::try_from(announce.values).unwrap_or(0)];
         for unit in units {
             let norm = unit.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
             let scale = (announce.clip_norm.value() / norm).min(1.0);
             sum.iter_mut()
-                .zip(&unit)
+                .zip(unit)
                 .for_each(|(sum, value)| *sum += scale * f64::from(*value));
         }
         #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
@@ -212,7 +233,7 @@ impl<'a> Member<'a> {
         let header = UpdateV1 {
             round: announce.round,
             nonce: announce.nonce,
-            kind: UpdateKind::Moments,
+            kind: announce.kind,
             base_digest: announce.base_digest,
             layout_digest: announce.layout_digest,
             values: announce.values,
@@ -266,6 +287,41 @@ impl<'a> Member<'a> {
     }
 }
 
+/// What is charged for a round.
+fn plan(announce: &AnnounceV1, ledger: &Ledger, blocks: Vec<u64>) -> ReleasePlan {
+    ReleasePlan {
+        round: announce.round,
+        nonce: announce.nonce,
+        kind: announce.kind,
+        values: announce.values,
+        block_span: ledger.policy().block_span(),
+        blocks,
+        sampling_rate: 1.0,
+        steps: 1,
+        clip_norm: announce.clip_norm,
+        noise_multiplier: announce.noise_multiplier,
+    }
+}
+
+/// Clip, noise, tamper, compress, mark.
+fn release(
+    local: LocalUpdate,
+    (ledger, id): (&mut Ledger, ReservationId),
+    announce: &AnnounceV1,
+    attack: Option<Attack>,
+    rng: &mut ChaCha20Rng,
+) -> Result<(UpdateV1, Bytes), MemberError> {
+    let noisy = local.clip().noise(&ExactGaussian)?;
+    let tampered = attack.map(|attack| attack.apply(announce.round, noisy.values().to_vec()));
+    let compressed = noisy.compress(|| rng.random());
+    ledger.mark_released(id, compressed.payload_digest(), Timestamp(announce.round.0))?;
+    let message = compressed.into_message(announce.base_digest, announce.blocks_max);
+    Ok(match tampered {
+        Some(values) => exact(message.0, &values),
+        None => message,
+    })
+}
+
 /// The vectors of the charged units, unclipped by the block's norm.
 fn read_units(
     site: &Site,
@@ -308,11 +364,15 @@ fn exact(header: UpdateV1, values: &[f32]) -> (UpdateV1, Bytes) {
 fn open_ledger(site: &Site, terms: &Terms, settings: &Settings, dir: &Path) -> Result<Ledger, MemberError> {
     let span = settings.step.as_secs() * terms.block_rows as u64;
     let policy = Policy::parse(&format!(
-        "site = \"{}\"\nunit = \"{}\"\nblock = \"{span}s\"\nepsilon = {:?}\ndelta = {:?}\nnoise_multiplier_min = 1e-3\n",
+        "site = \"{}\"\nunit = \"{}\"\nblock = \"{span}s\"\nepsilon = {:?}\ndelta = {:?}\nnoise_multiplier_min = 1e-3\nmechanisms = [\"{}\"]\n",
         site.name,
         terms.unit,
         terms.epsilon.value(),
         terms.delta.value(),
+        match settings.args.recipe {
+            Recipe::Moments => "moments",
+            Recipe::Gradient => "delta",
+        },
     ))?;
     let directory = |source| MemberError::Directory {
         path: dir.to_owned(),

@@ -142,7 +142,7 @@ fn simulate(settings: &Settings) -> Result<Simulated, SimulateError> {
         progress: Progress::new(fleet.sites.len()),
     };
     let (sites, federations) = match (settings.args.mode, settings.args.cold_start) {
-        (Mode::Local, _) => (run.alone()?, Vec::new()),
+        (Mode::Local | Mode::Constant, _) => (run.alone()?, Vec::new()),
         (Mode::Central, _) => (run.central()?, Vec::new()),
         (Mode::Federated, None) => run.together()?,
         (Mode::Federated, Some(_)) => run.newcomers()?,
@@ -268,20 +268,22 @@ impl<'a> Run<'a> {
     /// The detector that a site has without any model of others, and the rows that it has. With a whole history it stands on its
     /// own; at a cold start it leans on the public constant, the strongest that a lone site can do.
     fn local(&self, site: &Site) -> Result<(Detector, Arc<Series>), SimulateError> {
+        let constant = OwnLagWeights::public_constant(self.fleet.schema.channels());
         let (rows, prior) = match self.settings.args.cold_start {
-            Some(rows) => {
-                let constant = OwnLagWeights::public_constant(self.fleet.schema.channels());
-                (site.train.tail(rows), Some(constant))
-            }
+            Some(rows) => (site.train.tail(rows), Some(constant)),
+            None if self.settings.args.mode == Mode::Constant => (site.train.clone(), Some(constant)),
             None => (site.train.clone(), None),
         };
         let options = FitOptions {
             prior,
             ..FitOptions::new(self.settings.step)
         };
-        let detector =
-            Detector::fit(&self.fleet.schema, &rows, &options).map_err(|source| failed(site, source))?;
-        Ok((detector, Arc::new(rows)))
+        let schema = &self.fleet.schema;
+        let detector = match self.settings.args.mode {
+            Mode::Constant => Detector::fit_as_is(schema, &rows, &options),
+            Mode::Federated | Mode::Local | Mode::Central => Detector::fit(schema, &rows, &options),
+        };
+        Ok((detector.map_err(|source| failed(site, source))?, Arc::new(rows)))
     }
 
     /// The first sites by name that are not new.

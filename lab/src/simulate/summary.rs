@@ -200,6 +200,7 @@ pub fn summary(
         "by_site": sites,
         "arguments": {
             "mode": args.mode,
+            "recipe": args.recipe,
             "cold_start": args.cold_start,
             "rounds": args.rounds,
             "seed": args.seed,

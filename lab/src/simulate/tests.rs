@@ -262,3 +262,42 @@ fn a_run_replaces_what_an_earlier_one_left() {
         "the ledgers of the first run stood in the way"
     );
 }
+
+#[test]
+fn gradients_move_the_network_in_every_round_and_are_charged_for_each() {
+    let recorded = Recorded::sites(3);
+    let line = "--recipe gradient --rounds 2 --local-steps 3 --server-rate 0.5 --server-momentum 0.5";
+    for privacy in ["off", "block"] {
+        let summary = recorded.simulate(privacy, &format!("{line} --privacy {privacy}"));
+        assert_eq!(
+            (&summary["rounds"], &summary["refusals"]),
+            (&2.into(), &serde_json::json!({})),
+            "{privacy}"
+        );
+        let digests: Vec<_> = recorded
+            .rounds(privacy)
+            .iter()
+            .map(|r| r["model_digest"].clone())
+            .collect();
+        assert_ne!(
+            digests[0], digests[1],
+            "{privacy}: the second round changed nothing"
+        );
+    }
+    let epsilon = recorded.simulate("block", line)["privacy"]["epsilon"]
+        .as_f64()
+        .unwrap();
+    assert!(
+        (3.9..=4.0).contains(&epsilon),
+        "two releases of all rows within the budget: {epsilon}"
+    );
+}
+
+#[test]
+fn the_constant_learns_no_weight() {
+    let recorded = Recorded::sites(1);
+    recorded.simulate("constant", "--mode constant --cold-start 400");
+    recorded.simulate("local", "--mode local --cold-start 400");
+    let scores = |out: &str| recorded.array(&format!("{out}/scores/a.npy")).values;
+    assert_ne!(scores("constant"), scores("local"));
+}
