@@ -27,7 +27,8 @@ use theriac_lab::simulate::{self, SimulateError};
     name = "theriac-lab",
     version,
     arg_required_else_help = true,
-    propagate_version = true
+    propagate_version = true,
+    after_help = "Example: theriac-lab demo"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -63,6 +64,7 @@ enum Command {
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
     /// What a hostile edge can do.
+    #[command(after_help = "Example: theriac-lab attack list")]
     Attack {
         #[command(subcommand)]
         command: AttackCommand,
@@ -163,6 +165,7 @@ struct HostileArgs {
 #[derive(Debug, Subcommand)]
 enum AttackCommand {
     /// Lists every attack.
+    #[command(after_help = "Example: theriac-lab attack list --format json")]
     List {
         /// `human` or `json`.
         #[arg(long, default_value = "human")]
@@ -361,5 +364,24 @@ mod tests {
     #[test]
     fn the_command_line_holds_together() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_every_group_shows_an_example() {
+        fn check(command: &clap::Command) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.starts_with("Example: theriac-lab "),
+                "{} has no example",
+                command.get_name()
+            );
+            // Hidden are the other programs' own command lines.
+            let shown = command.get_subcommands().filter(|sub| !sub.is_hide_set());
+            shown.filter(|sub| sub.get_name() != "help").for_each(check);
+        }
+        check(&Cli::command());
     }
 }

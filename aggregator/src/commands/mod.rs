@@ -26,7 +26,9 @@ use crate::store::{Database, StoreError};
     name = "theriac-aggregator",
     version,
     arg_required_else_help = true,
-    propagate_version = true
+    propagate_version = true,
+    after_help = "Example: theriac-aggregator init --dir /var/lib/theriac --hosts agg.example.org\n\nIt prints the two \
+                  commands that come next: `serve` here, `theriac-edge join` on the first host."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -44,26 +46,31 @@ enum Command {
     #[command(after_help = "Example: theriac-aggregator serve --config /var/lib/theriac/aggregator.toml")]
     Serve(server::ServeArgs),
     /// Join tokens for new edges.
+    #[command(after_help = "Example: theriac-aggregator token create --site plant-7")]
     Token {
         #[command(subcommand)]
         command: setup::TokenCommand,
     },
     /// The registry of sites; changes take effect on a running server within a second.
+    #[command(after_help = "Example: theriac-aggregator sites list")]
     Sites {
         #[command(subcommand)]
         command: records::SitesCommand,
     },
     /// Rounds and what they decided about each edge.
+    #[command(after_help = "Example: theriac-aggregator rounds show 12")]
     Rounds {
         #[command(subcommand)]
         command: records::RoundsCommand,
     },
     /// Published models.
+    #[command(after_help = "Example: theriac-aggregator models list --limit 10")]
     Models {
         #[command(subcommand)]
         command: records::ModelsCommand,
     },
     /// The audit log.
+    #[command(after_help = "Example: theriac-aggregator audit export --output log.txt")]
     Audit {
         #[command(subcommand)]
         command: records::AuditCommand,
@@ -181,20 +188,19 @@ mod tests {
     }
 
     #[test]
-    fn every_command_shows_an_example() {
+    fn every_command_and_every_group_shows_an_example() {
         fn check(command: &clap::Command) {
-            for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
-                if sub.has_subcommands() {
-                    check(sub);
-                } else {
-                    let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
-                    assert!(
-                        help.starts_with("Example: theriac-aggregator "),
-                        "{} has no example",
-                        sub.get_name()
-                    );
-                }
-            }
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.starts_with("Example: theriac-aggregator "),
+                "{} has no example",
+                command.get_name()
+            );
+            let subcommands = command.get_subcommands();
+            subcommands.filter(|sub| sub.get_name() != "help").for_each(check);
         }
         check(&Cli::command());
     }

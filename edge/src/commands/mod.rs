@@ -96,13 +96,13 @@ enum Command {
     #[command(after_help = "Example:\n  theriac-edge status --format json")]
     Status(status::StatusArguments),
     /// What went wrong on this host, and what was done.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  theriac-edge incidents why 3")]
     Incidents(incidents::IncidentsCommand),
     /// Actions that wait for a person.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  theriac-edge actions approve 3")]
     Actions(incidents::ActionsCommand),
     /// What was spent of the privacy budget.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  theriac-edge privacy status")]
     Privacy(privacy::PrivacyCommand),
     /// Loads the configuration exactly as `run` does and says what it found; opens nothing.
     #[command(after_help = "Example:\n  theriac-edge check-config --config edge.toml")]
@@ -216,26 +216,21 @@ mod tests {
     use super::*;
 
     fn check(command: &clap::Command) {
-        let mut subcommands = command
-            .get_subcommands()
-            .filter(|sub| sub.get_name() != "help")
-            .peekable();
-        if subcommands.peek().is_none() {
-            let help = command
-                .get_after_help()
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            assert!(
-                help.contains("Example:"),
-                "`{}` has no example",
-                command.get_name()
-            );
-        }
-        subcommands.for_each(check);
+        let help = command
+            .get_after_help()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        assert!(
+            help.starts_with("Example:\n  theriac-edge "),
+            "`{}` has no example",
+            command.get_name()
+        );
+        let subcommands = command.get_subcommands();
+        subcommands.filter(|sub| sub.get_name() != "help").for_each(check);
     }
 
     #[test]
-    fn every_command_is_well_formed_and_has_an_example() {
+    fn every_command_and_every_group_is_well_formed_and_has_an_example() {
         let mut command = Arguments::command();
         command.build();
         command.clone().debug_assert();

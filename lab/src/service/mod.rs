@@ -42,6 +42,7 @@ pub struct Args {
 #[derive(Debug, Clone, clap::Subcommand)]
 pub enum Command {
     /// Checks a state directory and changes nothing: exit code 0 good, 1 corrupt.
+    #[command(after_help = "Example: theriac-lab service check --state kv")]
     Check {
         /// State directory.
         #[arg(long)]
