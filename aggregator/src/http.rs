@@ -1,6 +1,7 @@
 //! The page on loopback: health, readiness, metrics, status and rounds. Read-only, no login, small answers.
 
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -155,16 +156,18 @@ async fn list_rounds(
 }
 
 impl Page {
-    /// Brings the gauges that are read elsewhere up to date.
+    /// Brings what is counted elsewhere up to date. Those counts only grow, so they may be stored into counters.
     fn refresh(&self) {
         let m = &self.metrics;
         let traffic = self.endpoint.traffic();
         m.bytes
             .get_or_create(&Direction { direction: "up" })
-            .set(traffic.bytes_received);
+            .inner()
+            .store(traffic.bytes_received, Ordering::Relaxed);
         m.bytes
             .get_or_create(&Direction { direction: "down" })
-            .set(traffic.bytes_sent);
+            .inner()
+            .store(traffic.bytes_sent, Ordering::Relaxed);
         let accepts = self.endpoint.accept_stats();
         for (outcome, count) in [
             ("accepted", accepts.accepted),
@@ -173,7 +176,10 @@ impl Page {
             ("retried", accepts.retried),
             ("refused", accepts.refused),
         ] {
-            m.handshakes.get_or_create(&Outcome { outcome }).set(count);
+            m.handshakes
+                .get_or_create(&Outcome { outcome })
+                .inner()
+                .store(count, Ordering::Relaxed);
         }
         let granted = self.endpoint.granted();
         for (buffer, bytes) in [("send", granted.send), ("receive", granted.receive)] {
@@ -181,7 +187,7 @@ impl Page {
                 .get_or_create(&Buffer { buffer })
                 .set(i64::try_from(bytes).unwrap_or(i64::MAX));
         }
-        m.commits.set(self.store.commits());
+        m.commits.inner().store(self.store.commits(), Ordering::Relaxed);
         m.audit_leaves.set(self.store.audit_log().head().0);
         let ends = *self
             .certificate_ends
@@ -191,7 +197,9 @@ impl Page {
         m.certificate_left.set(left.as_secs_f64());
         let used = ProcessUse::now();
         m.resident.set(used.resident_bytes);
-        m.cpu_seconds.set(used.cpu_seconds);
+        // A counter of seconds keeps the bits of its `f64`.
+        let seconds = used.cpu_seconds.to_bits();
+        m.cpu_seconds.inner().store(seconds, Ordering::Relaxed);
     }
 }
 
