@@ -113,6 +113,8 @@ pub struct DriverStatus {
     pub published: u64,
     /// Rounds that were aborted, in the store's life.
     pub aborted: u64,
+    /// Connected sites that a round needs.
+    pub quorum: usize,
     /// Whether the last write failed for want of space.
     pub storage_full: bool,
 }
@@ -217,6 +219,7 @@ impl Driver {
             stored: machine.status().stored,
             published: found.outcomes.0,
             aborted: found.outcomes.1,
+            quorum: rounds.quorum,
             storage_full: false,
         }));
         let ledgers = found

@@ -112,13 +112,14 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
         return foreign();
     }
     let federation = page.federation.clone();
+    let driver = || page.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let quorum = driver().quorum;
     match page
         .store
-        .read(move |connection| Status::at_rest(connection, &federation))
+        .read(move |connection| Status::at_rest(connection, &federation, quorum))
         .await
     {
         Ok(at_rest) => {
-            let driver = page.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let (traffic, used) = (page.endpoint.traffic(), ProcessUse::now());
             Json(Status {
                 bytes_up: traffic.bytes_received,
@@ -126,7 +127,7 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
                 uptime_s: page.started.elapsed().as_secs(),
                 peak_rss_bytes: used.peak_resident_bytes,
                 cpu_seconds: used.cpu_seconds,
-                ..at_rest.with_driver(&driver)
+                ..at_rest.with_driver(&driver())
             })
             .into_response()
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
+use theriac_protocol::round::PhaseName;
 
 use crate::driver::DriverStatus;
 use crate::store::records::{self, SiteRow};
@@ -25,6 +26,12 @@ pub struct Status {
     pub stored: usize,
     /// Connected sites.
     pub connected: Vec<String>,
+    /// Connected sites that a round needs.
+    #[serde(default)]
+    pub quorum: usize,
+    /// Sites that must still connect before a round opens; 0 while enough are there, or when no server runs.
+    #[serde(default)]
+    pub missing: usize,
     /// The model in force.
     pub model_version: u64,
     /// Rounds that published.
@@ -95,7 +102,7 @@ impl Status {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn at_rest(connection: &Connection, federation: &str) -> Result<Self, StoreError> {
+    pub fn at_rest(connection: &Connection, federation: &str, quorum: usize) -> Result<Self, StoreError> {
         let (published, aborted) = history::outcomes(connection)?;
         let sites = records::sites(connection)?;
         Ok(Self {
@@ -105,6 +112,8 @@ impl Status {
             phase: "stopped".into(),
             stored: 0,
             connected: Vec::new(),
+            quorum,
+            missing: 0,
             model_version: models::current_model(connection)?.version.0,
             rounds_published: published,
             rounds_aborted: aborted,
@@ -129,6 +138,11 @@ impl Status {
         self.model_version = driver.model_version;
         self.rounds_published = driver.published;
         self.rounds_aborted = driver.aborted;
+        self.quorum = driver.quorum;
+        self.missing = match driver.phase {
+            PhaseName::Idle => driver.quorum.saturating_sub(driver.connected.len()),
+            _ => 0,
+        };
         self.storage = if driver.storage_full { "full" } else { "ok" }.into();
         for site in &mut self.sites {
             site.connected = driver.connected.iter().any(|node| node.as_str() == site.name);
