@@ -115,8 +115,6 @@ pub struct DriverStatus {
     pub aborted: u64,
     /// Connected sites that a round needs.
     pub quorum: usize,
-    /// Whether the last write failed for want of space.
-    pub storage_full: bool,
 }
 
 /// Shared views that the driver keeps up to date.
@@ -220,7 +218,6 @@ impl Driver {
             published: found.outcomes.0,
             aborted: found.outcomes.1,
             quorum: rounds.quorum,
-            storage_full: false,
         }));
         let ledgers = found
             .registry

@@ -87,6 +87,10 @@ async fn health(State(page): State<Arc<Page>>) -> Response {
 /// Listeners are bound and authorities loaded before the page exists; what is left is the store.
 async fn ready(State(page): State<Arc<Page>>) -> Response {
     match page.store.read(rounds::last_round).await {
+        Ok(_) if page.store.is_full() => {
+            let why = "the disk is full: nobody can enrol and no update is stored until there is room\n";
+            (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
+        }
         Ok(_) if *page.driver_alive.borrow() => "ready\n".into_response(),
         Ok(_) => (StatusCode::SERVICE_UNAVAILABLE, "the round driver has ended\n").into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
@@ -127,7 +131,7 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
                 uptime_s: page.started.elapsed().as_secs(),
                 peak_rss_bytes: used.peak_resident_bytes,
                 cpu_seconds: used.cpu_seconds,
-                ..at_rest.with_driver(&driver())
+                ..at_rest.with_driver(&driver(), page.store.is_full())
             })
             .into_response()
         }
@@ -189,6 +193,7 @@ impl Page {
                 .set(i64::try_from(bytes).unwrap_or(i64::MAX));
         }
         m.commits.inner().store(self.store.commits(), Ordering::Relaxed);
+        m.storage_full.set(i64::from(self.store.is_full()));
         m.audit_leaves.set(self.store.audit_log().head().0);
         let ends = *self
             .certificate_ends

@@ -48,7 +48,7 @@ pub struct Status {
     pub peak_rss_bytes: u64,
     /// CPU time so far.
     pub cpu_seconds: f64,
-    /// `ok`, or `full` while the disk is full.
+    /// `ok`, or `full` from a write that failed for want of room until one succeeds.
     pub storage: String,
     /// Every enrolled site.
     pub sites: Vec<SiteStatus>,
@@ -127,9 +127,9 @@ impl Status {
         })
     }
 
-    /// With what the running driver says.
+    /// With what the running driver says, and whether the store's disk is full.
     #[must_use]
-    pub fn with_driver(mut self, driver: &DriverStatus) -> Self {
+    pub fn with_driver(mut self, driver: &DriverStatus, storage_full: bool) -> Self {
         self.running = true;
         self.round = driver.round.0;
         self.phase = format!("{:?}", driver.phase).to_lowercase();
@@ -143,7 +143,7 @@ impl Status {
             PhaseName::Idle => driver.quorum.saturating_sub(driver.connected.len()),
             _ => 0,
         };
-        self.storage = if driver.storage_full { "full" } else { "ok" }.into();
+        self.storage = if storage_full { "full" } else { "ok" }.into();
         for site in &mut self.sites {
             site.connected = driver.connected.iter().any(|node| node.as_str() == site.name);
         }

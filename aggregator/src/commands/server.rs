@@ -101,7 +101,7 @@ pub(super) fn status(common: &Common) -> Result<ExitCode, Problem> {
             .map_err(|error| store_problem(&error))?
     };
     print(common.format, &status, human(&status))?;
-    Ok(if status.running {
+    Ok(if status.running && status.storage == "ok" {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -151,9 +151,11 @@ fn human(status: &Status) -> String {
 
 /// What the aggregator waits for, one line each.
 fn wants(status: &Status) -> String {
+    let full = "the disk is full: make room on the volume of data_dir, the aggregator goes on by itself\n";
+    let full = if status.storage == "ok" { "" } else { full };
     let (missing, quorum) = (status.missing, status.quorum);
     if missing == 0 {
-        return String::new();
+        return full.to_owned();
     }
     let able = status.sites.iter().filter(|site| site.state == "active").count();
     let enrol = if able < quorum {
@@ -163,7 +165,7 @@ fn wants(status: &Status) -> String {
     } else {
         String::new()
     };
-    format!("no round opens: waiting for {missing} more of quorum {quorum}{enrol}\n")
+    format!("{full}no round opens: waiting for {missing} more of quorum {quorum}{enrol}\n")
 }
 
 /// What the running server's own page says.
@@ -202,7 +204,7 @@ mod tests {
     use crate::driver::DriverStatus;
     use crate::init::{InitOptions, init};
 
-    fn status(connected: &[&str], phase: PhaseName) -> Status {
+    fn status(connected: &[&str], phase: PhaseName, storage_full: bool) -> Status {
         let temporary = tempfile::tempdir().unwrap();
         let dir = temporary.path().join("data");
         init(InitOptions::new(&dir, "demo")).unwrap();
@@ -219,15 +221,14 @@ mod tests {
             published: 0,
             aborted: 0,
             quorum: 3,
-            storage_full: false,
         };
         let at_rest = Status::at_rest(database.read(), "demo", 3).unwrap();
-        at_rest.with_driver(&driver)
+        at_rest.with_driver(&driver, storage_full)
     }
 
     #[test]
     fn an_idle_aggregator_says_how_many_sites_it_waits_for() {
-        let one = status(&["a"], PhaseName::Idle);
+        let one = status(&["a"], PhaseName::Idle, false);
         assert_eq!((one.missing, one.quorum), (2, 3));
         let said = human(&one);
         assert!(said.contains("waiting for 2 more of quorum 3"), "{said}");
@@ -236,11 +237,17 @@ mod tests {
             "nobody is enrolled, and that is not said: {said}"
         );
         for enough in [
-            status(&["a", "b", "c"], PhaseName::Idle),
-            status(&["a"], PhaseName::Collecting),
+            status(&["a", "b", "c"], PhaseName::Idle, false),
+            status(&["a"], PhaseName::Collecting, false),
         ] {
             let said = human(&enough);
             assert!(enough.missing == 0 && !said.contains("waiting"), "{said}");
         }
+    }
+
+    #[test]
+    fn a_full_disk_is_said() {
+        let said = human(&status(&["a", "b", "c"], PhaseName::Idle, true));
+        assert!(said.contains("the disk is full"), "{said}");
     }
 }
