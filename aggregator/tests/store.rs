@@ -455,3 +455,20 @@ fn init_makes_files_that_only_the_owner_can_read() {
         );
     });
 }
+
+#[test]
+fn a_round_keeps_why_an_update_was_refused() {
+    let (_temporary, dir) = new_store();
+    enrol(&dir, &["a", "b"]);
+    let terms = open_round(&dir, 1);
+    let mut database = Database::open(&dir).unwrap();
+    let header = update(&terms, &[1, 2, 3], 1);
+    database
+        .write(|work| {
+            rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::Mean)
+        })
+        .unwrap();
+    let detail = history::detail(database.read(), Round(1)).unwrap();
+    assert_eq!(detail.refusals.get("a").map(String::as_str), Some("non_finite"));
+    assert!(!detail.refusals.contains_key("b"));
+}
