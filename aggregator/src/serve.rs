@@ -101,9 +101,7 @@ impl ServeError {
                 Problem::temporary("TH-E0703", error).hint(error.hint())
             }
             Self::DataDir(error) => Problem::config("TH-E0702", error).hint(error.hint()),
-            Self::Store(error) | Self::Driver(DriverError::Store(error)) => {
-                Problem::failed("TH-E0704", error).hint(error.hint())
-            }
+            Self::Store(error) | Self::Driver(DriverError::Store(error)) => error.problem(),
             Self::Authority(_) | Self::Identity(_) | Self::AuditKey(_) | Self::Trust(_) => {
                 Problem::config("TH-E0705", self).hint(
                     "keys must be there, unexpired, and readable by their owner alone (chmod 600); \

@@ -148,11 +148,7 @@ fn open(config: &CheckedConfig) -> Result<(DataDir, Database), Problem> {
 }
 
 fn store_problem(error: &StoreError) -> Problem {
-    let problem = match error {
-        StoreError::Locked | StoreError::Full(_) => Problem::temporary("TH-E0704", error),
-        _ => Problem::failed("TH-E0704", error),
-    };
-    problem.hint(error.hint())
+    error.problem()
 }
 
 /// Prints one result.
@@ -185,6 +181,25 @@ mod tests {
     #[test]
     fn the_command_line_holds_together() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_not_there_or_not_allowed_is_not_called_a_store_that_cannot_be_used() {
+        let not_there = StoreError::NotFound {
+            what: "round",
+            name: "99".into(),
+        };
+        let problem = store_problem(&not_there);
+        assert_eq!(problem.code, "TH-E0719");
+        assert!(problem.to_string().contains("`list` command"), "{problem}");
+        let problem = store_problem(&StoreError::Conflict("revoked for ever".into()));
+        assert_eq!(problem.code, "TH-E0720");
+        assert!(!problem.to_string().contains("try again"), "{problem}");
+        let problem = store_problem(&StoreError::Full("x".into()));
+        assert_eq!(
+            (problem.code, problem.exit),
+            ("TH-E0704", problem::Exit::Temporary)
+        );
     }
 
     #[test]
