@@ -182,11 +182,21 @@ struct Passed {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match run(cli.command) {
+    match parse().and_then(|cli| run(cli.command)) {
         Ok(code) => code,
         Err(problem) => problem::report(&problem, &mut std::io::stderr()),
     }
+}
+
+/// Help and version are printed and end the program here, with code 0 where they were asked for.
+fn parse() -> Result<Cli, Problem> {
+    let unasked = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    Cli::try_parse().map_err(|error| {
+        if !error.use_stderr() || error.kind() == unasked {
+            error.exit()
+        }
+        Problem::command_line("TH-E0810", &error.to_string())
+    })
 }
 
 fn run(command: Command) -> Result<ExitCode, Problem> {

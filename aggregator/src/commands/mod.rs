@@ -104,17 +104,26 @@ struct Common {
 pub fn main(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version go to standard output with code 0, mistakes to standard error with code 2.
+        Err(error) if asks_for_help(&error) => {
+            // Help and version go to standard output with code 0; help that nobody asked for to standard error with code 2.
             let code = if error.use_stderr() { 2 } else { 0 };
             drop(error.print());
             return ExitCode::from(code);
+        }
+        Err(error) => {
+            let problem = Problem::command_line("TH-E0721", &error.to_string());
+            return problem::report(&problem, &mut std::io::stderr());
         }
     };
     match run(cli.command) {
         Ok(code) => code,
         Err(problem) => problem::report(&problem, &mut std::io::stderr()),
     }
+}
+
+fn asks_for_help(error: &clap::Error) -> bool {
+    let unasked = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    !error.use_stderr() || error.kind() == unasked
 }
 
 fn run(command: Command) -> Result<ExitCode, Problem> {

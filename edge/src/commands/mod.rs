@@ -130,11 +130,22 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
 /// configuration. Results go to standard output, everything else to standard error.
 pub fn main(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
     let run = || {
-        let arguments = Arguments::try_parse_from(arguments).unwrap_or_else(|error| error.exit());
+        let arguments = parse(arguments)?;
         let mut out = std::io::stdout();
         runtime()?.block_on(Box::pin(execute(arguments, &mut out)))
     };
     run().unwrap_or_else(|problem| report(&problem, &mut std::io::stderr()))
+}
+
+/// Help and version are printed and end the program here, with code 0 where they were asked for.
+fn parse(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Arguments, Problem> {
+    let unasked = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    Arguments::try_parse_from(arguments).map_err(|error| {
+        if !error.use_stderr() || error.kind() == unasked {
+            error.exit()
+        }
+        Problem::command_line("TH-E0334", &error.to_string())
+    })
 }
 
 /// Carries a command out. Results go to `out`, everything else to standard error.
