@@ -472,3 +472,27 @@ fn a_round_keeps_why_an_update_was_refused() {
     assert_eq!(detail.refusals.get("a").map(String::as_str), Some("non_finite"));
     assert!(!detail.refusals.contains_key("b"));
 }
+
+#[test]
+fn a_host_that_no_certificate_can_carry_leaves_nothing_behind() {
+    let temporary = tempfile::tempdir().unwrap();
+    let root = temporary.path().join("data");
+    let with = |host: &str| {
+        init(InitOptions {
+            hosts: vec![host.to_owned()],
+            ..InitOptions::new(&root, "demo")
+        })
+    };
+    let theriac_aggregator::init::InitError::Serve(error) = with("bad host").unwrap_err() else {
+        panic!("another error");
+    };
+    let problem = error.problem();
+    assert_eq!(problem.code, "TH-E0711", "{problem}");
+    let said = problem.to_string();
+    assert!(
+        said.contains("bad host") && said.contains("--hosts") && !said.contains("chmod"),
+        "{said}"
+    );
+    assert!(!root.exists(), "half an aggregator is left");
+    with("agg.example.org").unwrap();
+}
