@@ -17,7 +17,7 @@ use theriac_lab::demo;
 use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
-use theriac_lab::load;
+use theriac_lab::load::{self, LoadError};
 use theriac_lab::service;
 use theriac_lab::simulate::{self, SimulateError};
 
@@ -290,19 +290,32 @@ fn run_load(args: LoadArgs) -> Result<ExitCode, Problem> {
         idle,
         aggregator: args.aggregator,
     };
-    let measured = runtime()?.block_on(load::run(options)).map_err(|error| {
-        Problem::failed("TH-E0806", error)
-            .hint("with thousands of edges, raise the limit of open files: ulimit -n 20000")
-    })?;
+    let measured = runtime()?
+        .block_on(load::run(options))
+        .map_err(|error| load_problem(&error))?;
     print(args.format, &measured, load::results(&measured))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn load_problem(error: &LoadError) -> Problem {
+    match error {
+        LoadError::Options(_) => {
+            Problem::usage("TH-E0811", error).hint("`theriac-lab load --help` shows an example")
+        }
+        LoadError::Slow { .. } => Problem::failed("TH-E0806", error)
+            .hint("fewer rounds or edges, or a machine with nothing else to do"),
+        _ => Problem::failed("TH-E0806", error)
+            .hint("with thousands of edges, raise the limit of open files: ulimit -n 20000"),
+    }
 }
 
 fn run_simulate(args: simulate::Args) -> Result<ExitCode, Problem> {
     let format = args.format;
     let simulated = simulate::run(args).map_err(|error| match error {
-        SimulateError::Args(error) => Problem::usage("TH-E0808", error),
-        error => Problem::failed("TH-E0809", error),
+        SimulateError::Args(error) => Problem::usage("TH-E0808", error)
+            .hint("`theriac-lab simulate --help` shows every option with its range"),
+        error => Problem::failed("TH-E0809", error)
+            .hint("a site is SITE.train.npy.gz beside SITE.test.npy.gz in --data; --out needs room and must be writable"),
     })?;
     print(format, &simulated.summary, simulated.table())?;
     Ok(ExitCode::SUCCESS)
@@ -313,7 +326,12 @@ fn run_service(args: service::Args) -> Result<ExitCode, Problem> {
     match runtime()?.block_on(service::run(args)) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
-            writeln!(std::io::stderr(), "error[TH-E0802]: {error}").ok();
+            writeln!(
+                std::io::stderr(),
+                "error[TH-E0802]: {error}\n  help: {}",
+                error.hint()
+            )
+            .ok();
             Ok(ExitCode::from(error.exit_code()))
         }
     }
@@ -374,6 +392,13 @@ mod tests {
     #[test]
     fn the_command_line_holds_together() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_number_out_of_range_is_a_wrong_command_line_and_no_matter_of_open_files() {
+        let problem = load_problem(&LoadError::Options("--edges must be 1 to 20000".into()));
+        assert_eq!(problem.exit, problem::Exit::Usage);
+        assert!(!problem.to_string().contains("ulimit"), "{problem}");
     }
 
     #[test]
