@@ -322,3 +322,43 @@ async fn wrong_configurations_and_tokens_have_their_own_exit_codes() {
     .await;
     assert_eq!((refused.code, refused.exit), ("TH-E0312", Exit::Usage));
 }
+
+#[tokio::test]
+async fn check_config_refuses_another_name_than_the_enrolled_one_as_run_does() {
+    let place = Place::new();
+    let state = place.text("state");
+    let dir = theriac_edge::state_dir::StateDir::open(Path::new(&state)).unwrap();
+    dir.save_joined(&theriac_edge::state_dir::Joined {
+        node: theriac_protocol::units::NodeId::new("press-1").unwrap(),
+        federation: "plant".to_owned(),
+        aggregator: "127.0.0.1:7700".to_owned(),
+    })
+    .unwrap();
+    std::fs::write(place.path("edge.toml"), "node = \"other\"\n").unwrap();
+    let words = |command| {
+        let config = place.text("edge.toml");
+        [
+            command,
+            "--config".to_owned(),
+            config,
+            "--state-dir".to_owned(),
+            state.clone(),
+        ]
+    };
+    for name in ["check-config", "run"] {
+        let words = words(name.to_owned());
+        let refused = problem(&words.each_ref().map(String::as_str)).await;
+        assert_eq!(
+            (refused.code, refused.exit),
+            ("TH-E0308", Exit::Config),
+            "{name}: {refused}"
+        );
+    }
+    std::fs::write(place.path("edge.toml"), "node = \"press-1\"\n").unwrap();
+    let words = words("check-config".to_owned());
+    let checked = json(&words.each_ref().map(String::as_str)).await;
+    assert_eq!(
+        (checked["node"].as_str(), checked["joined"].as_bool()),
+        (Some("press-1"), Some(true))
+    );
+}
