@@ -75,7 +75,7 @@ enum Command {
         #[command(subcommand)]
         command: records::AuditCommand,
     },
-    /// What the server does now; exit code 1 when it does not run.
+    /// What the server does now; exit code 1 when it does not run or its disk is full.
     #[command(after_help = "Example: theriac-aggregator status --config aggregator.toml --format json")]
     Status(Common),
     /// Loads the configuration exactly as `serve` does, and opens no port.
