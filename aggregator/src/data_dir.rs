@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 /// Name of the aggregator's identity file in `identity/`.
 pub const IDENTITY: &str = "aggregator";
 
+/// Name of the configuration file that `init` writes.
+const CONFIG: &str = "aggregator.toml";
+
 /// Why the data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -18,6 +21,16 @@ pub enum DataDirError {
         /// The directory.
         path: PathBuf,
         /// What was looked for.
+        missing: &'static str,
+    },
+    /// There was one, and a part of it is gone.
+    #[error("{path} holds an aggregator ({found}), but {missing} is missing")]
+    Incomplete {
+        /// The directory.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+        /// What is not.
         missing: &'static str,
     },
     /// `init` would overwrite one.
@@ -62,12 +75,13 @@ impl DataDirError {
     /// What to do next.
     pub fn hint(&self) -> String {
         match self {
-            Self::NotInitialised { path, .. } => {
-                format!(
-                    "make one with `theriac-aggregator init --dir {}`, or correct data_dir",
-                    path.display()
-                )
+            Self::NotInitialised { .. } => {
+                "correct data_dir, or make an aggregator in an empty directory with `theriac-aggregator init --dir DIR`".into()
             }
+            Self::Incomplete { missing, .. } => format!(
+                "restore {missing} from a backup of the data directory; without one begin a new federation with `init` in \
+                 another directory, where every site enrols anew"
+            ),
             Self::Occupied { .. } => {
                 "choose another --dir; an existing federation is never overwritten".into()
             }
@@ -98,7 +112,7 @@ impl DataDir {
     }
     /// The configuration file that `init` writes.
     pub fn config(&self) -> PathBuf {
-        self.root.join("aggregator.toml")
+        self.root.join(CONFIG)
     }
     /// The SQLite file.
     pub fn database(&self) -> PathBuf {
@@ -129,10 +143,23 @@ impl DataDir {
         self.root.join("addresses.json")
     }
 
+    /// The first sign of an aggregator that is in the directory: `init` refuses it then.
+    pub(crate) fn occupied_by(&self) -> Option<&'static str> {
+        [
+            (self.database(), "aggregator.db"),
+            (self.aggregator_authority(), "authority/aggregators"),
+            (self.edge_authority(), "authority/edges"),
+            (self.audit_key(), "audit.key"),
+            (self.config(), CONFIG),
+        ]
+        .into_iter()
+        .find_map(|(path, found)| path.exists().then_some(found))
+    }
+
     /// Checks that `init` has made it and that nobody else can read it.
     ///
     /// # Errors
-    /// [`DataDirError::NotInitialised`], [`DataDirError::Mode`].
+    /// [`DataDirError::NotInitialised`], [`DataDirError::Incomplete`], [`DataDirError::Mode`].
     pub fn check(&self) -> Result<(), DataDirError> {
         for (path, missing) in [
             (self.database(), "aggregator.db"),
@@ -142,9 +169,12 @@ impl DataDir {
             (self.audit_key(), "audit.key"),
         ] {
             if !path.exists() {
-                return Err(DataDirError::NotInitialised {
-                    path: self.root.clone(),
-                    missing,
+                let path = self.root.clone();
+                // A configuration alone is none: whoever wrote it by hand may have named the wrong directory.
+                let found = self.occupied_by().filter(|found| *found != CONFIG);
+                return Err(match found {
+                    Some(found) => DataDirError::Incomplete { path, found, missing },
+                    None => DataDirError::NotInitialised { path, missing },
                 });
             }
         }
@@ -283,6 +313,30 @@ mod tests {
             error.to_string().contains("640") && error.hint().contains("chmod 600"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn what_is_gone_from_a_directory_is_not_to_be_made_anew() {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = temporary.path().join("data");
+        crate::init::init(crate::init::InitOptions::new(&root, "demo")).unwrap();
+        let data = DataDir::new(&root);
+        data.check().unwrap();
+        for (path, missing) in [
+            (data.audit_key(), "audit.key"),
+            (root.join("authority"), "authority/aggregators"),
+        ] {
+            let aside = temporary.path().join("aside");
+            fs::rename(&path, &aside).unwrap();
+            let error = data.check().unwrap_err();
+            assert!(error.to_string().contains(missing), "{error}");
+            let hint = error.hint();
+            assert!(
+                hint.contains("from a backup") && !hint.contains("make one"),
+                "{hint}"
+            );
+            fs::rename(&aside, &path).unwrap();
+        }
     }
 
     #[test]

@@ -119,8 +119,8 @@ pub struct DriverStatus {
     pub published: u64,
     /// Rounds that were aborted, in the store's life.
     pub aborted: u64,
-    /// Whether the last write failed for want of space.
-    pub storage_full: bool,
+    /// Connected sites that a round needs.
+    pub quorum: usize,
 }
 
 /// Shared views that the driver keeps up to date.
@@ -226,7 +226,7 @@ impl Driver {
             stored: machine.status().stored,
             published: found.outcomes.0,
             aborted: found.outcomes.1,
-            storage_full: false,
+            quorum: rounds.quorum,
         }));
         let ledgers = found
             .registry

@@ -92,7 +92,11 @@ impl Enrolment {
             }
             Err(error) => {
                 tracing::error!(%error, hint = error.hint(), "an enrolment could not be recorded");
-                self.refused(JoinRefusal::Busy, "the store does not take it now")
+                let reason = match error {
+                    StoreError::Full(_) => JoinRefusal::StorageFull,
+                    _ => JoinRefusal::Busy,
+                };
+                self.refused(reason, "the store does not take it now")
             }
         }
     }
@@ -106,6 +110,7 @@ impl Enrolment {
             JoinRefusal::BadRequest => "bad_request",
             JoinRefusal::Busy => "busy",
             JoinRefusal::RevokedKey => "revoked_key",
+            JoinRefusal::StorageFull => "storage_full",
         });
         JoinReplyV1::Refused(reason)
     }

@@ -1,6 +1,7 @@
 //! The page on loopback: health, readiness, metrics, status and rounds. Read-only, no login, small answers.
 
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -86,6 +87,10 @@ async fn health(State(page): State<Arc<Page>>) -> Response {
 /// Listeners are bound and authorities loaded before the page exists; what is left is the store.
 async fn ready(State(page): State<Arc<Page>>) -> Response {
     match page.store.read(rounds::last_round).await {
+        Ok(_) if page.store.is_full() => {
+            let why = "the disk is full: nobody can enrol and no update is stored until there is room\n";
+            (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
+        }
         Ok(_) if *page.driver_alive.borrow() => "ready\n".into_response(),
         Ok(_) => (StatusCode::SERVICE_UNAVAILABLE, "the round driver has ended\n").into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
@@ -111,13 +116,14 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
         return foreign();
     }
     let federation = page.federation.clone();
+    let driver = || page.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let quorum = driver().quorum;
     match page
         .store
-        .read(move |connection| Status::at_rest(connection, &federation))
+        .read(move |connection| Status::at_rest(connection, &federation, quorum))
         .await
     {
         Ok(at_rest) => {
-            let driver = page.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let (traffic, used) = (page.endpoint.traffic(), ProcessUse::now());
             Json(Status {
                 bytes_up: traffic.bytes_received,
@@ -125,7 +131,7 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
                 uptime_s: page.started.elapsed().as_secs(),
                 peak_rss_bytes: used.peak_resident_bytes,
                 cpu_seconds: used.cpu_seconds,
-                ..at_rest.with_driver(&driver)
+                ..at_rest.with_driver(&driver(), page.store.is_full())
             })
             .into_response()
         }
@@ -155,16 +161,18 @@ async fn list_rounds(
 }
 
 impl Page {
-    /// Brings the gauges that are read elsewhere up to date.
+    /// Brings what is counted elsewhere up to date. Those counts only grow, so they may be stored into counters.
     fn refresh(&self) {
         let m = &self.metrics;
         let traffic = self.endpoint.traffic();
         m.bytes
             .get_or_create(&Direction { direction: "up" })
-            .set(traffic.bytes_received);
+            .inner()
+            .store(traffic.bytes_received, Ordering::Relaxed);
         m.bytes
             .get_or_create(&Direction { direction: "down" })
-            .set(traffic.bytes_sent);
+            .inner()
+            .store(traffic.bytes_sent, Ordering::Relaxed);
         let accepts = self.endpoint.accept_stats();
         for (outcome, count) in [
             ("accepted", accepts.accepted),
@@ -173,7 +181,10 @@ impl Page {
             ("retried", accepts.retried),
             ("refused", accepts.refused),
         ] {
-            m.handshakes.get_or_create(&Outcome { outcome }).set(count);
+            m.handshakes
+                .get_or_create(&Outcome { outcome })
+                .inner()
+                .store(count, Ordering::Relaxed);
         }
         let granted = self.endpoint.granted();
         for (buffer, bytes) in [("send", granted.send), ("receive", granted.receive)] {
@@ -181,7 +192,8 @@ impl Page {
                 .get_or_create(&Buffer { buffer })
                 .set(i64::try_from(bytes).unwrap_or(i64::MAX));
         }
-        m.commits.set(self.store.commits());
+        m.commits.inner().store(self.store.commits(), Ordering::Relaxed);
+        m.storage_full.set(i64::from(self.store.is_full()));
         m.audit_leaves.set(self.store.audit_log().head().0);
         let ends = *self
             .certificate_ends
@@ -191,7 +203,9 @@ impl Page {
         m.certificate_left.set(left.as_secs_f64());
         let used = ProcessUse::now();
         m.resident.set(used.resident_bytes);
-        m.cpu_seconds.set(used.cpu_seconds);
+        // A counter of seconds keeps the bits of its `f64`.
+        let seconds = used.cpu_seconds.to_bits();
+        m.cpu_seconds.inner().store(seconds, Ordering::Relaxed);
     }
 }
 

@@ -132,6 +132,16 @@ pub fn init(options: InitOptions) -> Result<Initialised, InitError> {
     let checked = settings.clone().check(&root)?;
     let dir = DataDir::new(root);
     refuse_occupied(&dir)?;
+    let federation = checked.federation.as_str();
+    let now = SystemTime::now();
+    let authority = |role| Authority::generate(federation, role, now).map_err(ServeError::from);
+    let (aggregators, edges) = (authority(Role::Aggregator)?, authority(Role::Edge)?);
+    let name =
+        NodeId::new(IDENTITY).map_err(|error| ServeError::Store(StoreError::Conflict(error.to_string())))?;
+    // Before anything is on the disk: a host that no certificate can carry must not leave half an aggregator behind.
+    let identity = aggregators
+        .issue_aggregator(&name, &hosts)
+        .map_err(ServeError::from)?;
     let file = |what, path: PathBuf| move |source| DataDirError::Io { what, path, source };
     for path in [
         dir.root().to_owned(),
@@ -142,19 +152,10 @@ pub fn init(options: InitOptions) -> Result<Initialised, InitError> {
         make_private(&path).map_err(file("make", path))?;
     }
     let _lock = dir.lock()?;
-    let federation = checked.federation.as_str();
-    let now = SystemTime::now();
-    let authority = |role| Authority::generate(federation, role, now).map_err(ServeError::from);
-    let (aggregators, edges) = (authority(Role::Aggregator)?, authority(Role::Edge)?);
     aggregators
         .save(&dir.aggregator_authority())
         .map_err(ServeError::from)?;
     edges.save(&dir.edge_authority()).map_err(ServeError::from)?;
-    let name =
-        NodeId::new(IDENTITY).map_err(|error| ServeError::Store(StoreError::Conflict(error.to_string())))?;
-    let identity = aggregators
-        .issue_aggregator(&name, &hosts)
-        .map_err(ServeError::from)?;
     identity
         .save(&dir.identity(), IDENTITY)
         .map_err(ServeError::from)?;
@@ -180,21 +181,12 @@ pub fn init(options: InitOptions) -> Result<Initialised, InitError> {
 }
 
 fn refuse_occupied(dir: &DataDir) -> Result<(), DataDirError> {
-    for (path, found) in [
-        (dir.config(), "aggregator.toml"),
-        (dir.database(), "aggregator.db"),
-        (dir.aggregator_authority(), "authority/aggregators"),
-        (dir.edge_authority(), "authority/edges"),
-        (dir.audit_key(), "audit.key"),
-    ] {
-        if path.exists() {
-            return Err(DataDirError::Occupied {
-                path: dir.root().to_owned(),
-                found,
-            });
-        }
-    }
-    Ok(())
+    dir.occupied_by().map_or(Ok(()), |found| {
+        Err(DataDirError::Occupied {
+            path: dir.root().to_owned(),
+            found,
+        })
+    })
 }
 
 /// Name, seed and version 0.

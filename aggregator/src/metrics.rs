@@ -64,9 +64,9 @@ pub struct Metrics {
     /// Attempts to write that failed and were tried again.
     pub store_retries: Counter,
     /// Bytes by direction.
-    pub bytes: Family<Direction, Gauge<u64, AtomicU64>>,
+    pub bytes: Family<Direction, Counter>,
     /// Handshakes by outcome.
-    pub handshakes: Family<Outcome, Gauge<u64, AtomicU64>>,
+    pub handshakes: Family<Outcome, Counter>,
     /// Nodes connected.
     pub connected: Gauge,
     /// Granted socket buffers.
@@ -76,7 +76,7 @@ pub struct Metrics {
     /// The round at hand.
     pub round: Gauge<u64, AtomicU64>,
     /// Transactions committed.
-    pub commits: Gauge<u64, AtomicU64>,
+    pub commits: Counter,
     /// Leaves of the audit log.
     pub audit_leaves: Gauge<u64, AtomicU64>,
     /// 1 while the disk is full.
@@ -86,7 +86,7 @@ pub struct Metrics {
     /// Resident memory.
     pub resident: Gauge<u64, AtomicU64>,
     /// CPU time used.
-    pub cpu_seconds: Gauge<f64, AtomicU64>,
+    pub cpu_seconds: Counter<f64, AtomicU64>,
 }
 
 impl Metrics {
@@ -110,12 +110,12 @@ impl Metrics {
             socket_buffer: Family::default(),
             model_version: Gauge::default(),
             round: Gauge::default(),
-            commits: Gauge::default(),
+            commits: Counter::default(),
             audit_leaves: Gauge::default(),
             storage_full: Gauge::default(),
             certificate_left: Gauge::default(),
             resident: Gauge::default(),
-            cpu_seconds: Gauge::default(),
+            cpu_seconds: Counter::default(),
         };
         let m = &metrics;
         registry.register("rounds", "Rounds by outcome", m.rounds.clone());
@@ -254,6 +254,38 @@ mod tests {
                 .filter(|l| !l.starts_with('#'))
                 .all(|line| line.starts_with("theriac_aggregator_"))
         );
+    }
+
+    /// What only grows is a counter, named as one: `rate()` over a gauge misreads a restart.
+    #[test]
+    fn what_only_grows_is_a_counter() {
+        let (metrics, registry) = Metrics::new();
+        metrics
+            .bytes
+            .get_or_create(&Direction { direction: "up" })
+            .inc_by(7);
+        let outcome = "accepted";
+        metrics.handshakes.get_or_create(&Outcome { outcome }).inc();
+        metrics
+            .cpu_seconds
+            .inner()
+            .store(1.5_f64.to_bits(), std::sync::atomic::Ordering::Relaxed);
+        let text = text(&registry).unwrap();
+        for line in [
+            "# TYPE theriac_aggregator_traffic_bytes counter",
+            "theriac_aggregator_traffic_bytes_total{direction=\"up\"} 7",
+            "# TYPE theriac_aggregator_handshakes counter",
+            "theriac_aggregator_handshakes_total{outcome=\"accepted\"} 1",
+            "# TYPE theriac_aggregator_store_commits counter",
+            "theriac_aggregator_store_commits_total 0",
+            "# TYPE theriac_aggregator_cpu_seconds counter",
+            "theriac_aggregator_cpu_seconds_total 1.5",
+        ] {
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line} is not in\n{text}"
+            );
+        }
     }
 
     #[test]

@@ -34,6 +34,12 @@ pub enum NpyError {
         /// What it is.
         reason: String,
     },
+    /// Its values lie column after column.
+    #[error("{path} is in Fortran order; an [n, d] array in C order is needed")]
+    FortranOrder {
+        /// The file.
+        path: PathBuf,
+    },
     /// A value that no rule may see.
     #[error("{path}: value {index} is not finite")]
     NonFinite {
@@ -45,6 +51,24 @@ pub enum NpyError {
     /// Its shape holds no rows.
     #[error(transparent)]
     Shape(#[from] RuleError),
+}
+
+impl NpyError {
+    /// What to do next.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Io { what: "read", .. } => "check the path and that this user may read it",
+            Self::Io { .. } => "check that the directory is there, belongs to this user and has room",
+            Self::Format { .. } => "numpy.save(\"u.npy\", updates.astype(numpy.float32)) writes such a file",
+            Self::FortranOrder { .. } => {
+                "numpy.save(\"u.npy\", numpy.ascontiguousarray(updates)) writes it in C order"
+            }
+            Self::NonFinite { .. } => {
+                "leave out that row: no rule sees an update that is not finite, `~numpy.isfinite(updates).all(axis=1)` finds them"
+            }
+            Self::Shape(_) => "one row for each update, at least one row and one column",
+        }
+    }
 }
 
 /// A matrix as it is in the file.
@@ -92,7 +116,9 @@ pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
         other => return Err(format(format!("element type {}", other.unwrap_or("unknown")))),
     };
     if value(&header, "'fortran_order':") != Some("False") {
-        return Err(format("it is in Fortran order".into()));
+        return Err(NpyError::FortranOrder {
+            path: path.to_owned(),
+        });
     }
     let shape = shape(&header).ok_or_else(|| format("no shape".into()))?;
     let [n, d] = shape[..] else {
@@ -254,36 +280,54 @@ mod tests {
     #[test]
     fn refuses_what_is_no_matrix_of_floats() {
         let nan: Vec<u8> = f32::NAN.to_le_bytes().to_vec();
-        for (header, data, says) in [
+        for (header, data, says, hint) in [
             (
                 "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1), }",
                 vec![0; 4],
                 "<i4",
+                "astype(numpy.float32)",
             ),
             (
                 "{'descr': '<f4', 'fortran_order': True, 'shape': (1, 1), }",
                 vec![0; 4],
                 "Fortran",
+                "numpy.ascontiguousarray",
             ),
             (
                 "{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }",
                 vec![0; 4],
                 "[1]",
+                "numpy.save",
             ),
             (
                 "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2), }",
                 vec![0; 4],
                 "4 bytes",
+                "numpy.save",
             ),
             (
                 "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1), }",
                 nan,
                 "not finite",
+                "numpy.isfinite",
             ),
         ] {
             let (_dir, path) = file(header, &data);
-            let error = read_matrix(&path).unwrap_err().to_string();
-            assert!(error.contains(says), "{header}: {error}");
+            let error = read_matrix(&path).unwrap_err();
+            assert!(error.to_string().contains(says), "{header}: {error}");
+            assert!(error.hint().contains(hint), "{header}: {}", error.hint());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_or_written_is_no_matter_of_numpy() {
+        let dir = tempfile::tempdir().unwrap();
+        let gone = dir.path().join("gone/u.npy");
+        for error in [
+            read_matrix(&gone).unwrap_err(),
+            write_f32(&gone, &[1.0]).unwrap_err(),
+        ] {
+            assert!(!error.hint().contains("numpy"), "{error}: {}", error.hint());
         }
     }
 

@@ -101,8 +101,10 @@ impl ServeError {
                 Problem::temporary("TH-E0703", error).hint(error.hint())
             }
             Self::DataDir(error) => Problem::config("TH-E0702", error).hint(error.hint()),
-            Self::Store(error) | Self::Driver(DriverError::Store(error)) => {
-                Problem::failed("TH-E0704", error).hint(error.hint())
+            Self::Store(error) | Self::Driver(DriverError::Store(error)) => error.problem(),
+            Self::Authority(AuthorityError::Host(_) | AuthorityError::NoHost) => {
+                Problem::usage("TH-E0711", self)
+                    .hint("give what edges dial, separated by commas: --hosts agg.example.org,192.0.2.7")
             }
             Self::Authority(_) | Self::Identity(_) | Self::AuditKey(_) | Self::Trust(_) => {
                 Problem::config("TH-E0705", self).hint(

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 use theriac_protocol::message::{GuaranteeUnit, GuaranteeV1};
+use theriac_protocol::round::PhaseName;
 
 use crate::driver::DriverStatus;
 use crate::store::records::{self, SiteRow};
@@ -26,6 +27,12 @@ pub struct Status {
     pub stored: usize,
     /// Connected sites.
     pub connected: Vec<String>,
+    /// Connected sites that a round needs.
+    #[serde(default)]
+    pub quorum: usize,
+    /// Sites that must still connect before a round opens; 0 while enough are there, or when no server runs.
+    #[serde(default)]
+    pub missing: usize,
     /// The model in force.
     pub model_version: u64,
     /// Rounds that published.
@@ -42,7 +49,7 @@ pub struct Status {
     pub peak_rss_bytes: u64,
     /// CPU time so far.
     pub cpu_seconds: f64,
-    /// `ok`, or `full` while the disk is full.
+    /// `ok`, or `full` from a write that failed for want of room until one succeeds.
     pub storage: String,
     /// Every enrolled site.
     pub sites: Vec<SiteStatus>,
@@ -148,7 +155,7 @@ impl Status {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn at_rest(connection: &Connection, federation: &str) -> Result<Self, StoreError> {
+    pub fn at_rest(connection: &Connection, federation: &str, quorum: usize) -> Result<Self, StoreError> {
         let (published, aborted) = history::outcomes(connection)?;
         let sites = records::sites(connection)?;
         Ok(Self {
@@ -158,6 +165,8 @@ impl Status {
             phase: "stopped".into(),
             stored: 0,
             connected: Vec::new(),
+            quorum,
+            missing: 0,
             model_version: models::current_model(connection)?.version.0,
             rounds_published: published,
             rounds_aborted: aborted,
@@ -171,9 +180,9 @@ impl Status {
         })
     }
 
-    /// With what the running driver says.
+    /// With what the running driver says, and whether the store's disk is full.
     #[must_use]
-    pub fn with_driver(mut self, driver: &DriverStatus) -> Self {
+    pub fn with_driver(mut self, driver: &DriverStatus, storage_full: bool) -> Self {
         self.running = true;
         self.round = driver.round.0;
         self.phase = format!("{:?}", driver.phase).to_lowercase();
@@ -182,7 +191,12 @@ impl Status {
         self.model_version = driver.model_version;
         self.rounds_published = driver.published;
         self.rounds_aborted = driver.aborted;
-        self.storage = if driver.storage_full { "full" } else { "ok" }.into();
+        self.quorum = driver.quorum;
+        self.missing = match driver.phase {
+            PhaseName::Idle => driver.quorum.saturating_sub(driver.connected.len()),
+            _ => 0,
+        };
+        self.storage = if storage_full { "full" } else { "ok" }.into();
         for site in &mut self.sites {
             site.connected = driver.connected.iter().any(|node| node.as_str() == site.name);
         }

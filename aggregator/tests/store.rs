@@ -455,3 +455,44 @@ fn init_makes_files_that_only_the_owner_can_read() {
         );
     });
 }
+
+#[test]
+fn a_round_keeps_why_an_update_was_refused() {
+    let (_temporary, dir) = new_store();
+    enrol(&dir, &["a", "b"]);
+    let terms = open_round(&dir, 1);
+    let mut database = Database::open(&dir).unwrap();
+    let header = update(&terms, &[1, 2, 3], 1);
+    database
+        .write(|work| {
+            rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::Mean)
+        })
+        .unwrap();
+    let detail = history::detail(database.read(), Round(1)).unwrap();
+    assert_eq!(detail.refusals.get("a").map(String::as_str), Some("non_finite"));
+    assert!(!detail.refusals.contains_key("b"));
+}
+
+#[test]
+fn a_host_that_no_certificate_can_carry_leaves_nothing_behind() {
+    let temporary = tempfile::tempdir().unwrap();
+    let root = temporary.path().join("data");
+    let with = |host: &str| {
+        init(InitOptions {
+            hosts: vec![host.to_owned()],
+            ..InitOptions::new(&root, "demo")
+        })
+    };
+    let theriac_aggregator::init::InitError::Serve(error) = with("bad host").unwrap_err() else {
+        panic!("another error");
+    };
+    let problem = error.problem();
+    assert_eq!(problem.code, "TH-E0711", "{problem}");
+    let said = problem.to_string();
+    assert!(
+        said.contains("bad host") && said.contains("--hosts") && !said.contains("chmod"),
+        "{said}"
+    );
+    assert!(!root.exists(), "half an aggregator is left");
+    with("agg.example.org").unwrap();
+}

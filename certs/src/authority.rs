@@ -17,8 +17,10 @@ use crate::identity::{
     self, Identity, IdentityError, PeerName, Role, certificate_fingerprint, certificate_validity,
 };
 
-/// Life of an edge's or aggregator's certificate: 7 days. Longer: a revoked site that nobody reports lives longer.
-/// Shorter: a site that is off over a long weekend must enrol again.
+/// Life of a certificate for which nobody says otherwise: 7 days. The aggregator renews its own in the last third of
+/// that; the edges that it enrols get a longer one ([`Authority::sign_csr`]), since they come back with a new token.
+/// Longer: a revoked site that nobody reports lives longer. Shorter: an aggregator that is off for a long weekend
+/// comes back with an expired one.
 pub const LEAF_LIFETIME: Duration = Duration::from_hours(7 * 24);
 
 /// How long before now a fresh certificate begins, for hosts whose clock is a little behind.

@@ -63,6 +63,16 @@ impl Problem {
         }
     }
 
+    /// What the parser of the command line said, which begins with `error: ` and ends with a word about `--help`; exit code 2.
+    pub fn command_line(code: &'static str, said: &str) -> Self {
+        let said = said.trim_end();
+        let said = said.strip_prefix("error: ").unwrap_or(said);
+        let said = said
+            .rsplit_once("\n\nFor more information")
+            .map_or(said, |(said, _)| said);
+        Self::usage(code, said).hint("the same command with --help shows every option and an example")
+    }
+
     /// Something that may work later, exit code 75.
     pub fn temporary(code: &'static str, message: impl fmt::Display) -> Self {
         Self {
@@ -102,6 +112,18 @@ pub fn report(problem: &Problem, err: &mut dyn Write) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wrong_command_line_has_a_code_like_everything_else() {
+        let said = "error: unexpected argument '--x' found\n\nUsage: edge run\n\nFor more information, try '--help'.\n";
+        let problem = Problem::command_line("TH-E0001", said);
+        assert_eq!(problem.exit, Exit::Usage);
+        assert_eq!(
+            problem.to_string(),
+            "error[TH-E0001]: unexpected argument '--x' found\n\nUsage: edge run\n  \
+             help: the same command with --help shows every option and an example"
+        );
+    }
 
     #[test]
     fn says_code_message_and_what_to_do() {

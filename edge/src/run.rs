@@ -364,7 +364,11 @@ fn lanes(config: &EdgeConfig, dir: &StateDir, board: &Board) -> Vec<Arc<LaneShar
     names.into_iter().map(lane).collect()
 }
 
-fn node_name(configured: Option<NodeId>, joined: Option<&Joined>) -> Result<NodeId, EdgeError> {
+/// The name that this host goes by: as it joined, else as it is configured, else its own.
+///
+/// # Errors
+/// [`EdgeError::OtherName`]: the certificate holds another name than the configuration.
+pub(crate) fn node_name(configured: Option<NodeId>, joined: Option<&Joined>) -> Result<NodeId, EdgeError> {
     match (configured, joined) {
         (Some(configured), Some(joined)) if configured != joined.node => Err(EdgeError::OtherName {
             configured,

@@ -474,7 +474,7 @@ mod tests {
             round: Round(round),
             nonce: round * 7,
             kind: UpdateKind::Moments,
-            values: 320,
+            values: 352,
             layout_digest: Digest(moments_layout(16).digest()),
             base_version: ModelVersion(0),
             base_digest: Digest([1; 32]),
@@ -507,7 +507,7 @@ mod tests {
         let ToAggregator::Update(header, payload) = message_of(&row).unwrap() else {
             panic!("no update")
         };
-        assert_eq!((header.round, header.values, payload.len()), (Round(1), 320, 320));
+        assert_eq!((header.round, header.values, payload.len()), (Round(1), 352, 352));
         assert_eq!(Digest::of(&payload), header.payload_digest);
         assert_eq!(
             header.blocks_bound, 3,

@@ -1,14 +1,20 @@
 //! The command line against files: results, refusals, exit codes.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails, one that is left out says so"
+)]
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use clap::Parser as _;
 use theriac_command::problem::{Exit, Problem};
 use theriac_edge::commands::{Arguments, execute};
-use theriac_model::io::read_npy;
+use theriac_model::detector::Detector;
+use theriac_model::global::{GlobalModel, delta_layout};
+use theriac_model::io::{read_npy, read_recording};
 
 async fn command(words: &[&str]) -> (Result<ExitCode, Problem>, String) {
     let words = ["theriac-edge", "--format", "json"].iter().chain(words);
@@ -640,4 +646,125 @@ async fn privacy_plan_recommends_what_trains_and_nothing_when_hopeless() {
     ])
     .await;
     assert_eq!(spent.code, "TH-E0351", "{spent}");
+}
+
+#[tokio::test]
+async fn check_config_refuses_another_name_than_the_enrolled_one_as_run_does() {
+    let place = Place::new();
+    let state = place.text("state");
+    let dir = theriac_edge::state_dir::StateDir::open(Path::new(&state)).unwrap();
+    dir.save_joined(&theriac_edge::state_dir::Joined {
+        node: theriac_protocol::units::NodeId::new("press-1").unwrap(),
+        federation: "plant".to_owned(),
+        aggregator: "127.0.0.1:7700".to_owned(),
+    })
+    .unwrap();
+    std::fs::write(place.path("edge.toml"), "node = \"other\"\n").unwrap();
+    let words = |command| {
+        let config = place.text("edge.toml");
+        [
+            command,
+            "--config".to_owned(),
+            config,
+            "--state-dir".to_owned(),
+            state.clone(),
+        ]
+    };
+    for name in ["check-config", "run"] {
+        let words = words(name.to_owned());
+        let refused = problem(&words.each_ref().map(String::as_str)).await;
+        assert_eq!(
+            (refused.code, refused.exit),
+            ("TH-E0308", Exit::Config),
+            "{name}: {refused}"
+        );
+    }
+    std::fs::write(place.path("edge.toml"), "node = \"press-1\"\n").unwrap();
+    let words = words("check-config".to_owned());
+    let checked = json(&words.each_ref().map(String::as_str)).await;
+    assert_eq!(
+        (checked["node"].as_str(), checked["joined"].as_bool()),
+        (Some("press-1"), Some(true))
+    );
+}
+
+/// An interpreter with numpy: `THERIAC_PYTHON`, else `python3`.
+fn python() -> Option<String> {
+    let python = std::env::var("THERIAC_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let found = Command::new(&python).args(["-c", "import numpy"]).output();
+    if found.is_ok_and(|found| found.status.success()) {
+        return Some(python);
+    }
+    println!("left out: docs/read_model.py, because {python} has no numpy (THERIAC_PYTHON names another)");
+    None
+}
+
+/// The page's script reads the file with nothing of ours; both optional parts of a model, gaps and missing values included.
+#[tokio::test]
+async fn the_reader_in_the_documents_scores_as_score_does() {
+    let Some(python) = python() else { return };
+    let place = Place::new();
+    let model = place.trained().await;
+    let local = Detector::load(place.0.path(), "host").unwrap();
+    let recording = read_recording(&place.path("train.csv")).unwrap();
+    let rows = recording.select(local.schema()).unwrap().series;
+    let delta: Vec<f32> = (0..delta_layout(3).len())
+        .map(|index| (index as f32).sin() * 0.1)
+        .collect();
+    let global = GlobalModel::initial(3, 1).with_delta(&delta).unwrap();
+    let federated = local.refit_with_global(&rows, &global).unwrap();
+    federated.save(place.0.path(), "federated").unwrap();
+    metrics(&place.path("today.csv"), 200, |row, cells| {
+        if (60..90).contains(&row) || row == 7 {
+            cells[2].clear();
+        }
+        // What comes back after a long gap does not count until all its lags are there again.
+        if (90..96).contains(&row) {
+            "2.5".clone_into(&mut cells[2]);
+        }
+        if (120..130).contains(&row) {
+            "3.5".clone_into(&mut cells[1]);
+        }
+    });
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/read_model.py");
+    let (input, ours, theirs) = (
+        place.text("today.csv"),
+        place.text("ours.npy"),
+        place.text("theirs.npy"),
+    );
+    let read = |model: &str| {
+        Command::new(&python)
+            .args([script, model, &input, &theirs])
+            .output()
+            .unwrap()
+    };
+    for model in [&model, &place.text("federated.safetensors")] {
+        json(&["score", "--model", model, "--input", &input, "--output", &ours]).await;
+        let ran = read(model);
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        let (ours, theirs) = (
+            read_npy(Path::new(&ours)).unwrap(),
+            read_npy(Path::new(&theirs)).unwrap(),
+        );
+        assert_eq!(ours.shape, [200]);
+        assert_eq!(theirs.shape, [200]);
+        for (row, (ours, theirs)) in ours.values.iter().zip(&theirs.values).enumerate() {
+            let near = (ours - theirs).abs() <= 1e-5 * ours.abs().max(1.0);
+            assert!(near, "{model}, row {row}: {ours} here, {theirs} there");
+        }
+    }
+    let mut bytes = std::fs::read(&model).unwrap();
+    let version = br#"format_version\": 1"#;
+    let at = bytes
+        .windows(version.len())
+        .position(|window| window == version)
+        .unwrap();
+    bytes[at + version.len() - 1] = b'9';
+    std::fs::write(&model, bytes).unwrap();
+    let refused = read(&model);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && said.contains("format version 9"),
+        "{said}"
+    );
 }

@@ -20,7 +20,7 @@ use theriac_lab::evaluate::{self, EvaluateError};
 use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
-use theriac_lab::load;
+use theriac_lab::load::{self, LoadError};
 use theriac_lab::risk;
 use theriac_lab::service;
 use theriac_lab::simulate::{self, SimulateError};
@@ -31,7 +31,8 @@ use theriac_lab::simulate::{self, SimulateError};
     name = "theriac-lab",
     version,
     arg_required_else_help = true,
-    propagate_version = true
+    propagate_version = true,
+    after_help = "Example: theriac-lab demo"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -83,6 +84,7 @@ enum Command {
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
     /// What a hostile edge can do.
+    #[command(after_help = "Example: theriac-lab attack list")]
     Attack {
         #[command(subcommand)]
         command: AttackCommand,
@@ -183,6 +185,7 @@ struct HostileArgs {
 #[derive(Debug, Subcommand)]
 enum AttackCommand {
     /// Lists every attack.
+    #[command(after_help = "Example: theriac-lab attack list --format json")]
     List {
         /// `human` or `json`.
         #[arg(long, default_value = "human")]
@@ -199,11 +202,21 @@ struct Passed {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match run(cli.command) {
+    match parse().and_then(|cli| run(cli.command)) {
         Ok(code) => code,
         Err(problem) => problem::report(&problem, &mut std::io::stderr()),
     }
+}
+
+/// Help and version are printed and end the program here, with code 0 where they were asked for.
+fn parse() -> Result<Cli, Problem> {
+    let unasked = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    Cli::try_parse().map_err(|error| {
+        if !error.use_stderr() || error.kind() == unasked {
+            error.exit()
+        }
+        Problem::command_line("TH-E0810", &error.to_string())
+    })
 }
 
 fn run(command: Command) -> Result<ExitCode, Problem> {
@@ -301,19 +314,32 @@ fn run_load(args: LoadArgs) -> Result<ExitCode, Problem> {
         idle,
         aggregator: args.aggregator,
     };
-    let measured = runtime()?.block_on(load::run(options)).map_err(|error| {
-        Problem::failed("TH-E0806", error)
-            .hint("with thousands of edges, raise the limit of open files: ulimit -n 20000")
-    })?;
+    let measured = runtime()?
+        .block_on(load::run(options))
+        .map_err(|error| load_problem(&error))?;
     print(args.format, &measured, load::results(&measured))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn load_problem(error: &LoadError) -> Problem {
+    match error {
+        LoadError::Options(_) => {
+            Problem::usage("TH-E0811", error).hint("`theriac-lab load --help` shows an example")
+        }
+        LoadError::Slow { .. } => Problem::failed("TH-E0806", error)
+            .hint("fewer rounds or edges, or a machine with nothing else to do"),
+        _ => Problem::failed("TH-E0806", error)
+            .hint("with thousands of edges, raise the limit of open files: ulimit -n 20000"),
+    }
 }
 
 fn run_simulate(args: simulate::Args) -> Result<ExitCode, Problem> {
     let format = args.format;
     let simulated = simulate::run(args).map_err(|error| match error {
-        SimulateError::Args(error) => Problem::usage("TH-E0808", error),
-        error => Problem::failed("TH-E0809", error),
+        SimulateError::Args(error) => Problem::usage("TH-E0808", error)
+            .hint("`theriac-lab simulate --help` shows every option with its range"),
+        error => Problem::failed("TH-E0809", error)
+            .hint("a site is SITE.train.npy.gz beside SITE.test.npy.gz in --data; --out needs room and must be writable"),
     })?;
     print(format, &simulated.summary, simulated.table())?;
     Ok(ExitCode::SUCCESS)
@@ -365,7 +391,12 @@ fn run_service(args: service::Args) -> Result<ExitCode, Problem> {
     match runtime()?.block_on(service::run(args)) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
-            writeln!(std::io::stderr(), "error[TH-E0802]: {error}").ok();
+            writeln!(
+                std::io::stderr(),
+                "error[TH-E0802]: {error}\n  help: {}",
+                error.hint()
+            )
+            .ok();
             Ok(ExitCode::from(error.exit_code()))
         }
     }
@@ -426,5 +457,31 @@ mod tests {
     #[test]
     fn the_command_line_holds_together() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_number_out_of_range_is_a_wrong_command_line_and_no_matter_of_open_files() {
+        let problem = load_problem(&LoadError::Options("--edges must be 1 to 20000".into()));
+        assert_eq!(problem.exit, problem::Exit::Usage);
+        assert!(!problem.to_string().contains("ulimit"), "{problem}");
+    }
+
+    #[test]
+    fn every_command_and_every_group_shows_an_example() {
+        fn check(command: &clap::Command) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.starts_with("Example: theriac-lab "),
+                "{} has no example",
+                command.get_name()
+            );
+            // Hidden are the other programs' own command lines.
+            let shown = command.get_subcommands().filter(|sub| !sub.is_hide_set());
+            shown.filter(|sub| sub.get_name() != "help").for_each(check);
+        }
+        check(&Cli::command());
     }
 }

@@ -227,7 +227,7 @@ fn corrupt_state_is_refused_with_exit_code_3_and_check_says_1() {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(3), "{said}");
     assert!(
-        said.contains("log-0") && said.contains("Restore a checkpoint"),
+        said.contains("log-0") && said.contains("Restore a checkpoint") && said.contains("\n  help: restore"),
         "{said}"
     );
 }

@@ -422,6 +422,8 @@ pub enum JoinRefusal {
     Busy,
     /// The request's key was revoked.
     RevokedKey,
+    /// The aggregator's disk is full.
+    StorageFull,
 }
 
 /// The aggregator goes down.

@@ -15,6 +15,7 @@ use theriac_transport::EdgeSession;
 use tokio::runtime::Runtime;
 
 use crate::fleet::{Centre, Edge, Service};
+use crate::page;
 use crate::played::Played;
 use crate::site::{self, Site, enrol};
 
@@ -175,6 +176,43 @@ fn an_aggregator_without_room_refuses_uploads_and_loses_nothing() {
     }
     // All of it still serves.
     centre.serve();
+    centre.stop();
+}
+
+/// Without a round nothing but an enrolment meets the full disk; monitoring and the new host must hear of it all the same.
+#[test]
+fn an_aggregator_without_room_says_so_when_only_an_enrolment_has_failed() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(disk) = SmallDisk::mount(root.path().join("disk"), 16) else {
+        return;
+    };
+    let mut centre = Centre::bare(root.path(), &disk.path.join("centre"), RoundSettings::default());
+    centre.serve();
+    let edge = Edge::new(root.path(), "press-1", "");
+    let token = centre.token("press-1", "1h");
+    let ready = |centre: &Centre| page::ask("GET", centre.page, "/readyz", b"").unwrap().0;
+    let gauge = |centre: &Centre, value: &str| {
+        let (_, text) = page::ask("GET", centre.page, "/metrics", b"").unwrap();
+        let line = format!("theriac_aggregator_storage_full {value}\n");
+        String::from_utf8_lossy(&text).contains(&line)
+    };
+    assert!(ready(&centre) == 200 && gauge(&centre, "0"));
+
+    disk.fill();
+    edge.join(&centre, &token)
+        .expect_problem(75, &["TH-E0315", "disk is full", "the token stays good"]);
+    assert_eq!(centre.status().storage, "full");
+    assert!(ready(&centre) == 503 && gauge(&centre, "1"));
+    let said = centre.run(&["status"]).expect_code(1).stdout;
+    assert!(said.contains("the disk is full"), "{said}");
+
+    disk.empty();
+    // Nobody writes: the aggregator finds out by itself.
+    centre.until("word of the room", |status| status.storage == "ok");
+    assert!(ready(&centre) == 200 && gauge(&centre, "0"));
+    edge.join(&centre, &token).expect_done();
+    let said = centre.run(&["status"]).expect_done().stdout;
+    assert!(said.contains("waiting for 3 more of quorum 3"), "{said}");
     centre.stop();
 }
 

@@ -131,10 +131,11 @@ fn gaps_and_missing_values_are_counted_and_scored_around() {
     );
     let scores = desk.scores();
     assert_eq!(scores.len(), 270);
-    assert!(
-        scores.iter().all(|score| score.is_finite()),
-        "a missing value became a missing score"
-    );
+    // After half an hour without rows nothing is known until the lags are there again; a missing value costs no score.
+    let unknown: Vec<usize> = (0..scores.len())
+        .filter(|row| !scores[*row].is_finite())
+        .collect();
+    assert_eq!(unknown, (199..209).collect::<Vec<_>>());
 
     // A model can be fitted on such a file as well, and one without a single number is refused.
     let found = desk

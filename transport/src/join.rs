@@ -272,5 +272,8 @@ fn refusal_text(refusal: JoinRefusal) -> &'static str {
              which makes a new key, and a new token"
         }
         JoinRefusal::Busy => "the aggregator has too much to do now: run the same command again in a minute",
+        JoinRefusal::StorageFull => {
+            "the aggregator's disk is full: tell its operator, and run the same command again when there is room"
+        }
     }
 }

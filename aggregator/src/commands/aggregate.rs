@@ -104,6 +104,5 @@ fn timed<T>(repeat: u32, run: impl Fn() -> Result<Vec<T>, RuleError>) -> Result<
 }
 
 fn npy_problem(error: &NpyError) -> Problem {
-    Problem::failed("TH-E0718", error)
-        .hint("numpy.save(\"u.npy\", updates.astype(numpy.float32)) writes such a file")
+    Problem::failed("TH-E0718", error).hint(error.hint())
 }

@@ -26,7 +26,9 @@ use crate::store::{Database, StoreError};
     name = "theriac-aggregator",
     version,
     arg_required_else_help = true,
-    propagate_version = true
+    propagate_version = true,
+    after_help = "Example: theriac-aggregator init --dir /var/lib/theriac --hosts agg.example.org\n\nIt prints the two \
+                  commands that come next: `serve` here, `theriac-edge join` on the first host."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -44,31 +46,36 @@ enum Command {
     #[command(after_help = "Example: theriac-aggregator serve --config /var/lib/theriac/aggregator.toml")]
     Serve(server::ServeArgs),
     /// Join tokens for new edges.
+    #[command(after_help = "Example: theriac-aggregator token create --site plant-7")]
     Token {
         #[command(subcommand)]
         command: setup::TokenCommand,
     },
     /// The registry of sites; changes take effect on a running server within a second.
+    #[command(after_help = "Example: theriac-aggregator sites list")]
     Sites {
         #[command(subcommand)]
         command: records::SitesCommand,
     },
     /// Rounds and what they decided about each edge.
+    #[command(after_help = "Example: theriac-aggregator rounds show 12")]
     Rounds {
         #[command(subcommand)]
         command: records::RoundsCommand,
     },
     /// Published models.
+    #[command(after_help = "Example: theriac-aggregator models list --limit 10")]
     Models {
         #[command(subcommand)]
         command: records::ModelsCommand,
     },
     /// The audit log.
+    #[command(after_help = "Example: theriac-aggregator audit export --output log.txt")]
     Audit {
         #[command(subcommand)]
         command: records::AuditCommand,
     },
-    /// What the server does now; exit code 1 when it does not run.
+    /// What the server does now; exit code 1 when it does not run or its disk is full.
     #[command(after_help = "Example: theriac-aggregator status --config aggregator.toml --format json")]
     Status(Common),
     /// Loads the configuration exactly as `serve` does, and opens no port.
@@ -97,17 +104,26 @@ struct Common {
 pub fn main(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version go to standard output with code 0, mistakes to standard error with code 2.
+        Err(error) if asks_for_help(&error) => {
+            // Help and version go to standard output with code 0; help that nobody asked for to standard error with code 2.
             let code = if error.use_stderr() { 2 } else { 0 };
             drop(error.print());
             return ExitCode::from(code);
+        }
+        Err(error) => {
+            let problem = Problem::command_line("TH-E0721", &error.to_string());
+            return problem::report(&problem, &mut std::io::stderr());
         }
     };
     match run(cli.command) {
         Ok(code) => code,
         Err(problem) => problem::report(&problem, &mut std::io::stderr()),
     }
+}
+
+fn asks_for_help(error: &clap::Error) -> bool {
+    let unasked = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    !error.use_stderr() || error.kind() == unasked
 }
 
 fn run(command: Command) -> Result<ExitCode, Problem> {
@@ -141,11 +157,7 @@ fn open(config: &CheckedConfig) -> Result<(DataDir, Database), Problem> {
 }
 
 fn store_problem(error: &StoreError) -> Problem {
-    let problem = match error {
-        StoreError::Locked | StoreError::Full(_) => Problem::temporary("TH-E0704", error),
-        _ => Problem::failed("TH-E0704", error),
-    };
-    problem.hint(error.hint())
+    error.problem()
 }
 
 /// Prints one result.
@@ -181,20 +193,38 @@ mod tests {
     }
 
     #[test]
-    fn every_command_shows_an_example() {
+    fn what_is_not_there_or_not_allowed_is_not_called_a_store_that_cannot_be_used() {
+        let not_there = StoreError::NotFound {
+            what: "round",
+            name: "99".into(),
+        };
+        let problem = store_problem(&not_there);
+        assert_eq!(problem.code, "TH-E0719");
+        assert!(problem.to_string().contains("`list` command"), "{problem}");
+        let problem = store_problem(&StoreError::Conflict("revoked for ever".into()));
+        assert_eq!(problem.code, "TH-E0720");
+        assert!(!problem.to_string().contains("try again"), "{problem}");
+        let problem = store_problem(&StoreError::Full("x".into()));
+        assert_eq!(
+            (problem.code, problem.exit),
+            ("TH-E0704", problem::Exit::Temporary)
+        );
+    }
+
+    #[test]
+    fn every_command_and_every_group_shows_an_example() {
         fn check(command: &clap::Command) {
-            for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
-                if sub.has_subcommands() {
-                    check(sub);
-                } else {
-                    let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
-                    assert!(
-                        help.starts_with("Example: theriac-aggregator "),
-                        "{} has no example",
-                        sub.get_name()
-                    );
-                }
-            }
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.starts_with("Example: theriac-aggregator "),
+                "{} has no example",
+                command.get_name()
+            );
+            let subcommands = command.get_subcommands();
+            subcommands.filter(|sub| sub.get_name() != "help").for_each(check);
         }
         check(&Cli::command());
     }

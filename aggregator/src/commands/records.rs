@@ -1,5 +1,6 @@
 //! `sites`, `rounds`, `models`, `audit`: what the store holds.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Write as _};
 use std::path::PathBuf;
@@ -23,7 +24,7 @@ use theriac_protocol::message::{GuaranteeUnit, GuaranteeV1};
 use crate::audit::{AuditKey, AuditLog, lines};
 use crate::serve::ServeError;
 use crate::status::SiteStatus;
-use crate::store::history::{self, RoundRow};
+use crate::store::history::{self, RoundDetail, RoundRow};
 use crate::store::{models as stored_models, records as stored};
 
 /// How often `rounds follow` looks.
@@ -95,6 +96,7 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
                 row.guarantee.as_ref().map_or_else(|| "-".to_owned(), promise),
                 row.ledger.records.to_string(),
                 row.last_verdict.clone().unwrap_or_default(),
+                reasons(&row.refusals),
             ]
         })
         .collect();
@@ -119,6 +121,7 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
         "guarantee",
         "sealed",
         "gate",
+        "refused for",
     ];
     print(common.format, &values, table(&header, &cells))?;
     Ok(ExitCode::SUCCESS)
@@ -139,6 +142,17 @@ fn promise(declared: &GuaranteeV1) -> String {
         declared.delta.value(),
         declared.period
     )
+}
+
+/// Refusals by reason, the most frequent first.
+fn reasons(refusals: &BTreeMap<String, u64>) -> String {
+    let mut reasons: Vec<_> = refusals.iter().collect();
+    reasons.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let said: Vec<String> = reasons
+        .iter()
+        .map(|(reason, count)| format!("{reason} ×{count}"))
+        .collect();
+    said.join(", ")
 }
 
 #[derive(Debug, Subcommand)]
@@ -186,39 +200,74 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
             let (_, database) = open(&load(&common.config)?)?;
             let detail =
                 history::detail(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
-            let header = ["site", "norm", "distance", "trimmed", "bytes", "leaf"];
-            let number =
-                |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
-            let uploads: Vec<Vec<String>> = detail
-                .uploads
-                .iter()
-                .map(|upload| {
-                    vec![
-                        upload.node.clone(),
-                        number(Some(upload.norm)),
-                        number(upload.distance),
-                        number(upload.trimmed_share),
-                        upload.bytes.to_string(),
-                        upload.leaf_index.to_string(),
-                    ]
-                })
-                .collect();
-            let declines: Vec<String> = detail
-                .declines
-                .iter()
-                .map(|(node, reason)| format!("{node} declined: {reason}"))
-                .collect();
-            let human = format!(
-                "round {round}: {}\n\n{}\n{}",
-                outcome(&detail.round),
-                table(&header, &uploads),
-                declines.join("\n")
-            );
-            print(common.format, &detail, human.trim_end())?;
+            print(common.format, &detail, shown(&detail))?;
         }
         RoundsCommand::Follow { common, count } => follow(&common, count)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// One round for people.
+fn shown(detail: &RoundDetail) -> String {
+    let header = ["site", "norm", "distance", "trimmed", "bytes", "leaf"];
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
+    let uploads: Vec<Vec<String>> = detail
+        .uploads
+        .iter()
+        .map(|upload| {
+            vec![
+                upload.node.clone(),
+                number(Some(upload.norm)),
+                number(upload.distance),
+                number(upload.trimmed_share),
+                upload.bytes.to_string(),
+                upload.leaf_index.to_string(),
+            ]
+        })
+        .collect();
+    let said = |what: &str, reasons: &BTreeMap<String, String>| -> String {
+        let lines = reasons
+            .iter()
+            .map(|(node, reason)| format!("\n{node} {what}: {reason}"));
+        lines.collect()
+    };
+    format!(
+        "round {}: {}\n{}\n\n{}{}{}",
+        detail.round.round,
+        outcome(&detail.round),
+        terms(detail),
+        table(&header, &uploads),
+        said("declined", &detail.declines),
+        said("was refused", &detail.refusals),
+    )
+}
+
+/// The terms as announced, in words.
+fn terms(detail: &RoundDetail) -> String {
+    let RoundRow {
+        rule,
+        byzantine,
+        quorum,
+        base_version,
+        ..
+    } = &detail.round;
+    let term = |name: &str| match &detail.terms[name] {
+        serde_json::Value::String(text) => text.to_lowercase(),
+        serde_json::Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    };
+    format!(
+        "  terms  {} of {} values on model {base_version}, {rule} f={byzantine}, quorum {quorum}, deadline {} s\n         \
+         clip norm {}, noise multiplier {}, {} to {} blocks of {} rows",
+        term("kind"),
+        term("values"),
+        detail.terms["deadline_ms"].as_f64().unwrap_or_default() / 1_000.0,
+        term("clip_norm"),
+        term("noise_multiplier"),
+        term("blocks_min"),
+        term("blocks_max"),
+        term("block_rows"),
+    )
 }
 
 fn follow(common: &Common, count: Option<u64>) -> Result<(), Problem> {
@@ -431,4 +480,54 @@ fn rfc3339(unix_ms: u64) -> String {
     time.ok()
         .and_then(|time| time.format(&Rfc3339).ok())
         .unwrap_or_else(|| unix_ms.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_listed_with_the_most_frequent_first() {
+        let refusals = BTreeMap::from([("busy".to_owned(), 1), ("non_finite".to_owned(), 4)]);
+        assert_eq!(reasons(&refusals), "non_finite ×4, busy ×1");
+        assert_eq!(reasons(&BTreeMap::new()), "");
+    }
+
+    #[test]
+    fn a_round_is_shown_with_its_terms_and_every_verdict() {
+        let detail = RoundDetail {
+            round: RoundRow {
+                round: 12,
+                state: "published".into(),
+                abort_reason: None,
+                base_version: 7,
+                published: Some(8),
+                rule: "trimmed_mean".into(),
+                byzantine: 1,
+                quorum: 3,
+                accepted: 0,
+                refused: 1,
+                declined: 1,
+                opened_unix_ms: 0,
+                ended_unix_ms: Some(1),
+            },
+            terms: json!({
+                "kind": "Moments", "values": 240, "clip_norm": 1.5, "noise_multiplier": 0.7, "blocks_min": 2,
+                "blocks_max": 60, "block_rows": 60, "deadline_ms": 90_000,
+            }),
+            uploads: Vec::new(),
+            declines: BTreeMap::from([("a".into(), "budget_spent".into())]),
+            refusals: BTreeMap::from([("b".into(), "non_finite".into())]),
+        };
+        let said = shown(&detail);
+        for wanted in [
+            "round 12: published model 8",
+            "moments of 240 values on model 7, trimmed_mean f=1, quorum 3, deadline 90 s",
+            "clip norm 1.5, noise multiplier 0.7, 2 to 60 blocks of 60 rows",
+            "a declined: budget_spent",
+            "b was refused: non_finite",
+        ] {
+            assert!(said.contains(wanted), "{wanted} is not in\n{said}");
+        }
+    }
 }

@@ -97,10 +97,11 @@ pub(super) fn status(common: &Common) -> Result<ExitCode, Problem> {
         status
     } else {
         let (_, database) = open(&config)?;
-        Status::at_rest(database.read(), &config.federation).map_err(|error| store_problem(&error))?
+        Status::at_rest(database.read(), &config.federation, config.rounds.quorum)
+            .map_err(|error| store_problem(&error))?
     };
     print(common.format, &status, human(&status))?;
-    Ok(if status.running {
+    Ok(if status.running && status.storage == "ok" {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -134,7 +135,7 @@ fn human(status: &Status) -> String {
         "gate",
     ];
     format!(
-        "federation {}: {} in round {}, model {}, {} rounds published, {} aborted, {} of {} sites connected\n\n{}",
+        "federation {}: {} in round {}, model {}, {} rounds published, {} aborted, {} of {} sites connected\n{}\n{}",
         status.federation,
         status.phase,
         status.round,
@@ -143,8 +144,28 @@ fn human(status: &Status) -> String {
         status.rounds_aborted,
         status.connected.len(),
         status.sites.len(),
+        wants(status),
         table(&header, &rows)
     )
+}
+
+/// What the aggregator waits for, one line each.
+fn wants(status: &Status) -> String {
+    let full = "the disk is full: make room on the volume of data_dir, the aggregator goes on by itself\n";
+    let full = if status.storage == "ok" { "" } else { full };
+    let (missing, quorum) = (status.missing, status.quorum);
+    if missing == 0 {
+        return full.to_owned();
+    }
+    let able = status.sites.iter().filter(|site| site.state == "active").count();
+    let enrol = if able < quorum {
+        format!(
+            "; {able} enrolled, so enrol more with `theriac-aggregator token create --site NAME`, or lower rounds.quorum"
+        )
+    } else {
+        String::new()
+    };
+    format!("{full}no round opens: waiting for {missing} more of quorum {quorum}{enrol}\n")
 }
 
 /// What the running server's own page says.
@@ -170,4 +191,63 @@ fn get(address: SocketAddr, path: &str) -> std::io::Result<Vec<u8>> {
     let body = end.filter(|_| answer.starts_with(b"HTTP/1") && answer.get(9..12) == Some(b"200"));
     body.map(|end| answer.split_off(end + 4))
         .ok_or_else(|| std::io::Error::other("no good answer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use theriac_protocol::round::PhaseName;
+    use theriac_protocol::units::{NodeId, Round};
+
+    use super::*;
+    use crate::driver::DriverStatus;
+    use crate::init::{InitOptions, init};
+
+    fn status(connected: &[&str], phase: PhaseName, storage_full: bool) -> Status {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = temporary.path().join("data");
+        init(InitOptions::new(&dir, "demo")).unwrap();
+        let database = crate::store::Database::open(&DataDir::new(&dir)).unwrap();
+        let driver = DriverStatus {
+            phase,
+            round: Round(0),
+            model_version: 0,
+            connected: connected
+                .iter()
+                .map(|name| NodeId::new(*name).unwrap())
+                .collect::<BTreeSet<_>>(),
+            stored: 0,
+            published: 0,
+            aborted: 0,
+            quorum: 3,
+        };
+        let at_rest = Status::at_rest(database.read(), "demo", 3).unwrap();
+        at_rest.with_driver(&driver, storage_full)
+    }
+
+    #[test]
+    fn an_idle_aggregator_says_how_many_sites_it_waits_for() {
+        let one = status(&["a"], PhaseName::Idle, false);
+        assert_eq!((one.missing, one.quorum), (2, 3));
+        let said = human(&one);
+        assert!(said.contains("waiting for 2 more of quorum 3"), "{said}");
+        assert!(
+            said.contains("token create"),
+            "nobody is enrolled, and that is not said: {said}"
+        );
+        for enough in [
+            status(&["a", "b", "c"], PhaseName::Idle, false),
+            status(&["a"], PhaseName::Collecting, false),
+        ] {
+            let said = human(&enough);
+            assert!(enough.missing == 0 && !said.contains("waiting"), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_said() {
+        let said = human(&status(&["a", "b", "c"], PhaseName::Idle, true));
+        assert!(said.contains("the disk is full"), "{said}");
+    }
 }

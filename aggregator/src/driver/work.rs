@@ -158,10 +158,6 @@ impl Driver {
         let now = self.now();
         let round = header.round;
         self.storing = self.storing.saturating_sub(1);
-        self.with_status(|status| status.storage_full = matches!(result, Err(StoreError::Full(_))));
-        self.metrics
-            .storage_full
-            .set(i64::from(matches!(result, Err(StoreError::Full(_)))));
         match result {
             Ok(stored) => {
                 let claim = &header.privacy;

@@ -97,6 +97,8 @@ pub struct RoundDetail {
     pub uploads: Vec<UploadDetail>,
     /// Nodes that declined, and why.
     pub declines: BTreeMap<String, String>,
+    /// Nodes of which an update was refused for good, and why.
+    pub refusals: BTreeMap<String, String>,
 }
 
 /// What the record holds of one update.
@@ -151,15 +153,16 @@ pub fn detail(connection: &Connection, round: Round) -> Result<RoundDetail, Stor
             })
         })?
         .collect::<Result<_, _>>()?;
-    let mut statement = connection
-        .prepare_cached("SELECT node, declined FROM cohort WHERE round = ?1 AND declined IS NOT NULL")?;
-    let declines = statement
-        .query_map([number], |row| Ok((row.get(0)?, row.get(1)?)))?
-        .collect::<Result<_, _>>()?;
+    let reasons = |query: &str| -> Result<BTreeMap<String, String>, StoreError> {
+        let mut statement = connection.prepare_cached(query)?;
+        let rows = statement.query_map([number], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    };
     Ok(RoundDetail {
         round: row,
         terms: serde_json::from_str(&terms).unwrap_or_default(),
         uploads,
-        declines,
+        declines: reasons("SELECT node, declined FROM cohort WHERE round = ?1 AND declined IS NOT NULL")?,
+        refusals: reasons("SELECT node, refused FROM cohort WHERE round = ?1 AND refused IS NOT NULL")?,
     })
 }

@@ -26,6 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use theriac_audit::leaf::{AuditEvent, AuditRecord};
 use theriac_audit::tree::leaf_hash;
+use theriac_command::problem::Problem;
 use theriac_protocol::units::{Digest, Timestamp};
 
 use self::blob::BlobStore;
@@ -133,12 +134,24 @@ impl StoreError {
             }
             Self::Gone { .. } => "raise limits.rounds_kept to keep more".into(),
             Self::NotFound { .. } => "list what there is with the `list` command of the same name".into(),
-            Self::Conflict(_) | Self::Closed => "try again".into(),
+            Self::Conflict(_) => "nothing was changed; `sites list` and `models list` show what is".into(),
+            Self::Closed => "try again".into(),
             Self::Corrupt { .. } | Self::Database(_) => {
                 "check the file with `sqlite3 aggregator.db 'PRAGMA integrity_check'` and restore a backup if it fails".into()
             }
             Self::Io { .. } => "check the directory's owner, mode and space".into(),
         }
+    }
+
+    /// As a person meets it.
+    pub fn problem(&self) -> Problem {
+        let problem = match self {
+            Self::Locked | Self::Full(_) => Problem::temporary("TH-E0704", self),
+            Self::NotFound { .. } | Self::Gone { .. } => Problem::failed("TH-E0719", self),
+            Self::Conflict(_) => Problem::failed("TH-E0720", self),
+            _ => Problem::failed("TH-E0704", self),
+        };
+        problem.hint(self.hint())
     }
 
     fn io(what: &'static str, path: &Path, error: &io::Error) -> Self {

@@ -1,7 +1,7 @@
 //! The one thread that writes: a bounded queue, and one transaction for all that waits.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -13,7 +13,7 @@ use theriac_protocol::units::Digest;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::blob::BlobStore;
-use super::{Database, StoreError, Work, rounds};
+use super::{Database, StoreError, Work, records, rounds};
 use crate::audit::AuditLog;
 use crate::data_dir::DataDir;
 
@@ -25,6 +25,12 @@ const BATCH_MAX: usize = 256;
 const COMPANY: Duration = Duration::from_millis(3);
 /// How often the thread looks for changes by other processes.
 const POLL: Duration = Duration::from_millis(250);
+/// How often a full disk is tried again while nobody writes.
+const ROOM_CHECK: Duration = Duration::from_secs(1);
+/// What is written then: more than an enrolment needs.
+const ROOM_BYTES: usize = 32 * 1_024;
+/// Under which name in the table `meta`.
+const META_ROOM: &str = "room";
 /// How often unnamed blobs are collected.
 const COLLECT: Duration = Duration::from_mins(10);
 
@@ -50,6 +56,7 @@ pub struct Store {
     log: Arc<AuditLog>,
     changed: Arc<watch::Sender<u64>>,
     commits: Arc<AtomicU64>,
+    full: Arc<AtomicBool>,
 }
 
 /// The writing thread. It ends when every [`Store`] is dropped; what was queued is written first.
@@ -86,14 +93,17 @@ impl Store {
         let (jobs, queue) = sync_channel(QUEUE_MAX);
         let changed = Arc::new(watch::channel(0).0);
         let commits = Arc::new(AtomicU64::new(0));
+        let full = Arc::new(AtomicBool::new(false));
         let writer = Writer {
             database,
             queue,
             log: Arc::clone(&log),
             changed: Arc::clone(&changed),
             commits: Arc::clone(&commits),
+            full: Arc::clone(&full),
             seen_version: 0,
             collected: None,
+            room_sought: None,
         };
         let thread = std::thread::Builder::new()
             .name("store".into())
@@ -107,6 +117,7 @@ impl Store {
             log,
             changed,
             commits,
+            full,
         };
         Ok((store, StoreThread { thread }))
     }
@@ -139,7 +150,7 @@ impl Store {
                 _room: room,
             })
             .map_err(|_| StoreError::Closed)?;
-        answer.await.map_err(|_| StoreError::Closed)?
+        self.noting_a_full_disk(answer.await.map_err(|_| StoreError::Closed)?)
     }
 
     /// Reads off the async threads.
@@ -178,9 +189,21 @@ impl Store {
             return Ok(());
         }
         let blobs = Arc::clone(&self.blobs);
-        tokio::task::spawn_blocking(move || blobs.put(&digest, &bytes))
-            .await
-            .map_err(|_| StoreError::Closed)?
+        let put = tokio::task::spawn_blocking(move || blobs.put(&digest, &bytes)).await;
+        self.noting_a_full_disk(put.map_err(|_| StoreError::Closed)?)
+    }
+
+    fn noting_a_full_disk<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        if matches!(result, Err(StoreError::Full(_))) {
+            self.full.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    /// Whether a write has failed for want of room and none has succeeded since. While nobody writes, the writing thread tries by
+    /// itself, so this turns false soon after there is room again.
+    pub fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
     }
 
     /// The blobs.
@@ -257,8 +280,10 @@ struct Writer {
     log: Arc<AuditLog>,
     changed: Arc<watch::Sender<u64>>,
     commits: Arc<AtomicU64>,
+    full: Arc<AtomicBool>,
     seen_version: i64,
     collected: Option<Instant>,
+    room_sought: Option<Instant>,
 }
 
 impl Writer {
@@ -270,7 +295,10 @@ impl Writer {
                     let batch = self.gather(job);
                     self.commit(batch);
                 }
-                Err(RecvTimeoutError::Timeout) => self.collect_blobs(),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.collect_blobs();
+                    self.seek_room();
+                }
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             self.notice_other_processes();
@@ -310,6 +338,10 @@ impl Writer {
         let result = self.transact(&mut batch, lazy);
         if result.is_ok() {
             self.commits.fetch_add(1, Ordering::Relaxed);
+            // A lazy write is small and proves little. Who failed inside this commit says so when its answer comes.
+            if !lazy {
+                self.full.store(false, Ordering::Relaxed);
+            }
             if !lazy && let Err(error) = self.log.catch_up(&self.database.connection) {
                 tracing::error!(%error, "cannot read the audit log back");
             }
@@ -364,6 +396,23 @@ impl Writer {
             .connection
             .pragma_query_value(None, "data_version", |row| row.get(0));
         read.unwrap_or(self.seen_version)
+    }
+
+    /// Tries whether a disk that was full has room again.
+    fn seek_room(&mut self) {
+        let soon = self.room_sought.is_some_and(|last| last.elapsed() < ROOM_CHECK);
+        if soon || !self.full.load(Ordering::Relaxed) {
+            return;
+        }
+        self.room_sought = Some(Instant::now());
+        let room = vec![0; ROOM_BYTES];
+        let written = self
+            .database
+            .write(|work| records::set_meta(work, META_ROOM, &room));
+        if written.is_ok() {
+            self.full.store(false, Ordering::Relaxed);
+            tracing::info!("the disk has room again");
+        }
     }
 
     fn collect_blobs(&mut self) {

@@ -362,7 +362,7 @@ mod tests {
                 round: Round(round),
                 nonce: 1,
                 kind: UpdateKind::Moments,
-                values: 320,
+                values: 352,
                 block_span: ledger.policy().block_span(),
                 blocks: vec![round],
                 sampling_rate: 1.0,

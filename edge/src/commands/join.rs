@@ -158,8 +158,15 @@ fn refused(refusal: JoinRefusal) -> Problem {
             "join with a new state directory, which makes a new key, and a new token",
         ),
         JoinRefusal::Busy => {
-            return Problem::temporary("TH-E0311", "the aggregator has too many requests right now")
+            return Problem::temporary("TH-E0315", "the aggregator has too many requests right now")
                 .hint("try again in a minute; the token stays good");
+        }
+        JoinRefusal::StorageFull => {
+            return Problem::temporary(
+                "TH-E0315",
+                "the aggregator's disk is full, so it can enrol nobody now",
+            )
+            .hint("tell its operator; when there is room run the same command again, the token stays good");
         }
     };
     Problem::failed("TH-E0311", text).hint(hint)

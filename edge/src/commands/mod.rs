@@ -102,13 +102,13 @@ enum Command {
     #[command(after_help = "Example:\n  theriac-edge status --format json")]
     Status(status::StatusArguments),
     /// What went wrong on this host, and what was done.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  theriac-edge incidents why 3")]
     Incidents(incidents::IncidentsCommand),
     /// Actions that wait for a person.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  theriac-edge actions approve 3")]
     Actions(incidents::ActionsCommand),
     /// What was spent of the privacy budget.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  theriac-edge privacy status")]
     Privacy(privacy::PrivacyCommand),
     /// Loads the configuration exactly as `run` does and says what it found; opens nothing.
     #[command(after_help = "Example:\n  theriac-edge check-config --config edge.toml")]
@@ -136,11 +136,22 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, Problem> {
 /// configuration. Results go to standard output, everything else to standard error.
 pub fn main(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
     let run = || {
-        let arguments = Arguments::try_parse_from(arguments).unwrap_or_else(|error| error.exit());
+        let arguments = parse(arguments)?;
         let mut out = std::io::stdout();
         runtime()?.block_on(Box::pin(execute(arguments, &mut out)))
     };
     run().unwrap_or_else(|problem| report(&problem, &mut std::io::stderr()))
+}
+
+/// Help and version are printed and end the program here, with code 0 where they were asked for.
+fn parse(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Arguments, Problem> {
+    let unasked = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    Arguments::try_parse_from(arguments).map_err(|error| {
+        if !error.use_stderr() || error.kind() == unasked {
+            error.exit()
+        }
+        Problem::command_line("TH-E0334", &error.to_string())
+    })
 }
 
 /// Carries a command out. Results go to `out`, everything else to standard error.
@@ -222,26 +233,21 @@ mod tests {
     use super::*;
 
     fn check(command: &clap::Command) {
-        let mut subcommands = command
-            .get_subcommands()
-            .filter(|sub| sub.get_name() != "help")
-            .peekable();
-        if subcommands.peek().is_none() {
-            let help = command
-                .get_after_help()
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            assert!(
-                help.contains("Example:"),
-                "`{}` has no example",
-                command.get_name()
-            );
-        }
-        subcommands.for_each(check);
+        let help = command
+            .get_after_help()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        assert!(
+            help.starts_with("Example:\n  theriac-edge "),
+            "`{}` has no example",
+            command.get_name()
+        );
+        let subcommands = command.get_subcommands();
+        subcommands.filter(|sub| sub.get_name() != "help").for_each(check);
     }
 
     #[test]
-    fn every_command_is_well_formed_and_has_an_example() {
+    fn every_command_and_every_group_is_well_formed_and_has_an_example() {
         let mut command = Arguments::command();
         command.build();
         command.clone().debug_assert();

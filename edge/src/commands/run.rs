@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ConfigArguments, unprinted};
 use crate::client::opening;
+use crate::run::{EdgeError, node_name};
 use crate::state_dir::StateDir;
 
 #[derive(Debug, Args)]
@@ -47,6 +48,7 @@ pub(super) async fn run(arguments: RunArguments) -> Result<ExitCode, Problem> {
 #[derive(Debug, Serialize)]
 struct Checked {
     valid: bool,
+    node: String,
     state_dir: String,
     interval_ms: u64,
     services: Vec<String>,
@@ -70,7 +72,9 @@ pub(super) fn check<W: Write>(
     }
     let config = arguments.config.load()?;
     let dir = StateDir::existing(&config.state_dir.path);
-    let joined = dir.joined().is_ok_and(|joined| joined.is_some());
+    let joined = dir.joined().map_err(EdgeError::from)?;
+    let node = node_name(config.node.clone(), joined.as_ref())?;
+    let joined = joined.is_some();
     let policy = if config.federation.enabled {
         opening::existing_policy(&config, &dir)?
     } else {
@@ -78,6 +82,7 @@ pub(super) fn check<W: Write>(
     };
     let checked = Checked {
         valid: true,
+        node: node.to_string(),
         state_dir: config.state_dir.path.display().to_string(),
         interval_ms: u64::try_from(config.sampling.interval.as_millis()).unwrap_or(u64::MAX),
         services: config
@@ -95,7 +100,8 @@ pub(super) fn check<W: Write>(
         ],
     };
     let human = format!(
-        "valid\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  policy      {}\n  not checked: {}",
+        "valid\n  node        {}\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  policy      {}\n  not checked: {}",
+        checked.node,
         checked.state_dir,
         if config.state_dir.by_default {
             " (default)"

@@ -42,6 +42,7 @@ pub struct Args {
 #[derive(Debug, Clone, clap::Subcommand)]
 pub enum Command {
     /// Checks a state directory and changes nothing: exit code 0 good, 1 corrupt.
+    #[command(after_help = "Example: theriac-lab service check --state kv")]
     Check {
         /// State directory.
         #[arg(long)]
@@ -76,6 +77,23 @@ pub enum ServiceError {
 }
 
 impl ServiceError {
+    /// What to do next.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::CheckFailed(StateError::Corrupt { .. }) | Self::State(StateError::Corrupt { .. }) => {
+                "restore a checkpoint of the state directory; nothing in it was changed"
+            }
+            Self::CheckFailed(StateError::InUse { .. }) | Self::State(StateError::InUse { .. }) => {
+                "stop the process that serves it, or name another --state"
+            }
+            Self::CheckFailed(StateError::Io { .. }) | Self::State(StateError::Io { .. }) | Self::Io(_) => {
+                "check that the directory belongs to this user and has room, then start it again"
+            }
+            Self::Listen { .. } => "choose a free port, or 0 for any",
+            Self::Missing(_) => "`theriac-lab service --help` shows an example",
+        }
+    }
+
     /// 3 for corrupt state, 1 for a failed check, 2 for a missing argument, 75 for everything that may pass. A check that could not
     /// read the state is no verdict on it, so it is not 1.
     pub fn exit_code(&self) -> u8 {

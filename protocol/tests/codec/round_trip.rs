@@ -163,6 +163,7 @@ fn join() -> impl Strategy<Value = Message> {
             JoinRefusal::BadRequest,
             JoinRefusal::Busy,
             JoinRefusal::RevokedKey,
+            JoinRefusal::StorageFull,
         ])
         .prop_map(|refusal| Message::JoinReply(JoinReplyV1::Refused(refusal))),
     ]
