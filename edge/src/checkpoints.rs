@@ -105,6 +105,10 @@ impl Taker {
             Err(_) => "failed",
         };
         self.context.metrics.checkpoints.get_or_create(&kind(word)).inc();
+        let failure = taken.as_ref().err().map(ToString::to_string);
+        self.context
+            .board
+            .update_service(service, |line| line.checkpoint_failure = failure);
         match taken {
             Ok(taken) => {
                 tracing::debug!(

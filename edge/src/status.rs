@@ -115,6 +115,9 @@ pub struct ServiceStatus {
     pub alarm: bool,
     /// Complete checkpoints of its state.
     pub checkpoints: u64,
+    /// Why the latest attempt to take one failed; absent after one that did not.
+    #[serde(default)]
+    pub checkpoint_failure: Option<String>,
 }
 
 /// One incident as `/incidents` shows it.
@@ -249,6 +252,7 @@ impl Board {
             threshold: None,
             alarm: false,
             checkpoints: 0,
+            checkpoint_failure: None,
         };
         change(self.lock().services.entry(name.to_owned()).or_insert_with(fresh));
     }

@@ -4,11 +4,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
 
 use clap::Parser as _;
+use theriac_certs::{Authority, Role, Validity};
 use theriac_command::problem::{Exit, Problem};
 use theriac_edge::commands::{Arguments, execute};
+use theriac_edge::state_dir::{Joined, StateDir};
 use theriac_model::io::read_npy;
+use theriac_protocol::units::NodeId;
 
 async fn command(words: &[&str]) -> (Result<ExitCode, Problem>, String) {
     let words = ["theriac-edge", "--format", "json"].iter().chain(words);
@@ -297,6 +301,60 @@ async fn doctor_finds_open_keys_and_damaged_stores() {
     assert_eq!(find("keys")["result"], "fail");
     assert!(find("keys")["fix"].as_str().unwrap().contains("chmod 600"));
     assert_eq!(find("store")["result"], "ok");
+}
+
+/// A state directory with an edge's identity of this validity.
+fn joined(place: &Place, validity: Validity) -> StateDir {
+    let dir = StateDir::open(&place.path("state")).unwrap();
+    let node: NodeId = "a".parse().unwrap();
+    let authority = Authority::generate("f", Role::Edge, SystemTime::now()).unwrap();
+    let identity = authority.issue(&node, &[], validity).unwrap();
+    identity.save(&dir.keys(), "edge").unwrap();
+    dir.save_joined(&Joined {
+        node,
+        federation: "f".into(),
+        aggregator: "127.0.0.1:1".into(),
+    })
+    .unwrap();
+    dir
+}
+
+/// Result, detail and fix of one line.
+async fn diagnosis(words: &[&str], name: &str) -> (String, String, String) {
+    let words: Vec<&str> = ["doctor"].iter().chain(words).copied().collect();
+    let (result, out) = command(&words).await;
+    result.unwrap();
+    let checks: Vec<serde_json::Value> = serde_json::from_str(&out).unwrap();
+    let check = checks.iter().find(|check| check["check"] == name).unwrap();
+    let text = |key: &str| check[key].as_str().unwrap_or_default().to_owned();
+    (text("result"), text("detail"), text("fix"))
+}
+
+#[tokio::test]
+async fn doctor_tries_the_check_of_a_services_state() {
+    let place = Place::new();
+    let state = place.text("state");
+    std::fs::create_dir(place.path("kv")).unwrap();
+    let config = |script: &str| {
+        let text = format!(
+            "state_dir = '{state}'\n[[service]]\nname = 'kv'\nargv = ['true']\n[service.state]\ndir = '{}'\n\
+             check = ['/bin/sh', '-c', '{script}', 'check', '{{state}}']\n",
+            place.text("kv")
+        );
+        std::fs::write(place.path("edge.toml"), text).unwrap();
+    };
+    let path = place.text("edge.toml");
+    config("test -d \"$1\"");
+    assert_eq!(diagnosis(&["--config", &path], "checkpoints").await.0, "ok");
+    config("echo usage >&2; exit 2");
+    let (result, detail, fix) = diagnosis(&["--config", &path], "checkpoints").await;
+    assert_eq!(result, "fail");
+    assert!(
+        detail.contains("kv: 0 valid") && detail.contains("exit status: 2") && detail.contains("usage"),
+        "{detail}"
+    );
+    assert!(fix.contains("state.check"), "{fix}");
+    assert!(!place.path("state").exists(), "looking made a state directory");
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use serde::Serialize;
 use theriac_certs::{Identity, files, trust};
 use theriac_command::output::Output;
 use theriac_command::problem::Problem;
+use theriac_heal::checkpoint::state_check::StateVerdict;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::model_layout;
 use theriac_privacy::ledger::Ledger;
@@ -21,8 +22,9 @@ use theriac_transport::{ConnectError, Limits, bind_client, connect};
 
 use super::{ConfigArguments, unprinted};
 use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY, opening, resolve};
-use crate::config::{EdgeConfig, host_and_port};
+use crate::config::{EdgeConfig, StateSettings, host_and_port};
 use crate::probe::{self, ProbeUrl};
+use crate::service::{open_checkpoints, state_check};
 use crate::state_dir::{Joined, StateDir};
 use crate::status::{Federation, Status};
 use crate::store::StoreReader;
@@ -115,9 +117,15 @@ pub(super) async fn doctor<W: Write>(
         store(&dir),
     ];
     checks.push(ledger(&config, &dir));
+    let page = page(&dir).await;
+    for service in &config.services {
+        if let Some(state) = &service.state {
+            checks.push(checkpoints(&dir, service.name.as_str(), state, page.as_ref()).await);
+        }
+    }
     checks.push(match joined {
         // A second session of the same site would push the running edge's out: ask that edge instead.
-        Ok(Some(_)) if dir.is_in_use() => running_link(&dir).await,
+        Ok(Some(_)) if dir.is_in_use() => running_link(page),
         Ok(Some(joined)) => aggregator(&config, &dir, &joined).await,
         Ok(None) => Check::skip("aggregator", "this edge has not joined a federation"),
         Err(error) => Check::fail("aggregator", error, "run `theriac-edge join` again"),
@@ -321,18 +329,52 @@ fn ledger(config: &EdgeConfig, dir: &StateDir) -> Check {
     }
 }
 
-async fn running_link(dir: &StateDir) -> Check {
-    let asked = match dir.http_address() {
-        Some(address) => probe::get(
-            &ProbeUrl::new(address, "/status"),
-            Duration::from_secs(5),
-            1 << 20,
-        )
-        .await
-        .ok(),
-        None => None,
+/// Copies of a service's state: how many there are, and whether another one can be taken.
+async fn checkpoints(dir: &StateDir, service: &str, state: &StateSettings, page: Option<&Status>) -> Check {
+    const NAME: &str = "checkpoints";
+    let valid = std::fs::read_dir(dir.checkpoints().join(service))
+        .ok()
+        .and_then(|_| open_checkpoints(dir, service, state).ok()?.list().ok())
+        .map_or(0, |list| list.len());
+    let detail = |what: &str| format!("{service}: {valid} valid{what}");
+    let running = page.and_then(|page| page.services.iter().find(|line| line.name == service));
+    let failure = match (running, state_check(state)) {
+        (Some(line), _) => line.checkpoint_failure.clone(),
+        // No edge runs: the check is tried as the edge would before it starts the service.
+        (None, Some(check)) if state.dir.exists() => match check.run(&state.dir).await {
+            StateVerdict::Good => None,
+            StateVerdict::Corrupt(said) => Some(format!("the state did not pass its check: {said}")),
+            StateVerdict::Unknown(said) => Some(said),
+        },
+        (None, _) => None,
     };
-    let status = asked.and_then(|(_, body)| serde_json::from_slice::<Status>(&body).ok());
+    let Some(failure) = failure else {
+        return Check::ok(NAME, detail(""));
+    };
+    let fix =
+        "mend what it names; state.check, run by hand, must end with 0 for good state and 1 for corrupt";
+    let told = detail(&format!("; the last attempt failed: {failure}"));
+    if valid == 0 {
+        Check::fail(NAME, told, fix)
+    } else {
+        Check::warn(NAME, told, fix)
+    }
+}
+
+/// What the page of the running edge says.
+async fn page(dir: &StateDir) -> Option<Status> {
+    let address = dir.http_address().filter(|_| dir.is_in_use())?;
+    let (_, body) = probe::get(
+        &ProbeUrl::new(address, "/status"),
+        Duration::from_secs(5),
+        1 << 20,
+    )
+    .await
+    .ok()?;
+    serde_json::from_slice(&body).ok()
+}
+
+fn running_link(status: Option<Status>) -> Check {
     let fix = "see the log of the running edge; stop it and run doctor again for the whole handshake";
     match status {
         Some(status) if status.federation == Federation::Connected => {
