@@ -126,9 +126,8 @@ impl Taker {
                 tracing::warn!(service, %error, "checkpoint refused, asking the state itself");
                 self.ask_the_state_itself().await;
             }
-            Err(error @ CheckpointError::DiskFull { .. }) => {
-                self.storage.failed_io("take a checkpoint", &error, true);
-            }
+            // Too little room for a copy is no word on whether the state directory can be written: that is looked at
+            // by itself.
             Err(error) => tracing::warn!(service, %error, "no checkpoint this time"),
         }
     }
