@@ -236,6 +236,7 @@ impl Edge {
             storage: self.storage.clone(),
             board: self.board.clone(),
             metrics: Arc::clone(&self.metrics),
+            unsaved: respond::Unsaved::default(),
         };
         tasks.spawn("respond", move |shutdown| {
             respond::run(responder.clone(), Arc::clone(&received), shutdown)
