@@ -331,6 +331,62 @@ async fn diagnosis(words: &[&str], name: &str) -> (String, String, String) {
 }
 
 #[tokio::test]
+async fn doctor_says_why_an_identity_cannot_be_used() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let place = Place::new();
+    let state = place.text("state");
+    let now = SystemTime::now();
+    let dir = joined(&place, Validity::starting(now, Duration::from_hours(100)));
+    let pem = dir.keys().join("edge.pem");
+    assert_eq!(diagnosis(&["--state-dir", &state], "keys").await.0, "ok");
+
+    std::fs::set_permissions(&pem, std::fs::Permissions::from_mode(0o644)).unwrap();
+    for name in ["keys", "aggregator"] {
+        let (result, detail, fix) = diagnosis(&["--state-dir", &state], name).await;
+        assert_eq!(result, "fail", "{name}");
+        assert!(detail.contains("mode 0644"), "{name}: {detail}");
+        assert!(fix.contains("chmod 600"), "{name}: {fix}");
+    }
+    std::fs::set_permissions(&pem, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let whole = std::fs::read(&pem).unwrap();
+    std::fs::write(&pem, &whole[..whole.len() / 3]).unwrap();
+    for name in ["keys", "aggregator"] {
+        let (result, detail, fix) = diagnosis(&["--state-dir", &state], name).await;
+        assert_eq!(result, "fail", "{name}");
+        assert!(detail.contains("edge.pem is damaged"), "{name}: {detail}");
+        assert!(fix.contains("--renew"), "{name}: {fix}");
+    }
+    std::fs::remove_file(&pem).unwrap();
+    std::fs::write(dir.keys().join("edge.pending.pem"), "x").unwrap();
+    std::fs::set_permissions(
+        dir.keys().join("edge.pending.pem"),
+        std::fs::Permissions::from_mode(0o600),
+    )
+    .unwrap();
+    let (result, detail, _) = diagnosis(&["--state-dir", &state], "keys").await;
+    assert!(
+        result == "warn" && detail.contains("no complete identity"),
+        "{detail}"
+    );
+}
+
+#[tokio::test]
+async fn doctor_tells_a_clock_that_is_behind_its_own_certificate() {
+    let place = Place::new();
+    let begin = SystemTime::now() + Duration::from_hours(30 * 24);
+    joined(&place, Validity::starting(begin, Duration::from_hours(100)));
+    let state = place.text("state");
+    for name in ["clock", "keys"] {
+        let (result, detail, fix) = diagnosis(&["--state-dir", &state], name).await;
+        assert_eq!(result, "fail", "{name}");
+        assert!(
+            detail.contains("valid from") && fix.contains("set"),
+            "{name}: {detail} ({fix})"
+        );
+    }
+}
+
+#[tokio::test]
 async fn doctor_tries_the_check_of_a_services_state() {
     let place = Place::new();
     let state = place.text("state");

@@ -1,6 +1,6 @@
 //! `doctor`: one line a check, with what to do about it.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::ExitCode;
@@ -8,7 +8,8 @@ use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use serde::Serialize;
-use theriac_certs::{Identity, files, trust};
+use theriac_certs::files::FileError;
+use theriac_certs::{Identity, IdentityError, files, trust};
 use theriac_command::output::Output;
 use theriac_command::problem::Problem;
 use theriac_heal::checkpoint::state_check::StateVerdict;
@@ -108,7 +109,7 @@ pub(super) async fn doctor<W: Write>(
     let dir = StateDir::existing(&config.state_dir.path);
     let joined = dir.joined();
     let mut checks = vec![
-        clock(),
+        clock(&dir),
         proc_readable(),
         sockets(),
         state_dir(&dir),
@@ -157,17 +158,20 @@ fn human(checks: &[Check]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-fn clock() -> Check {
+fn clock(dir: &StateDir) -> Check {
+    const FIX: &str = "set it: timedatectl set-ntp true, or chronyc makestep";
     let now = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     if now < CLOCK_MIN {
         let detail = format!("the wall clock says {} s after 1970", now.as_secs());
-        return Check::fail(
-            "clock",
-            detail,
-            "set it: timedatectl set-ntp true, or chronyc makestep",
-        );
+        return Check::fail("clock", detail, FIX);
+    }
+    // Our own certificate is older than now, or the clock is wrong.
+    let identity = Identity::load(&dir.keys(), IDENTITY).ok();
+    let valid = identity.map_or(Ok(()), |identity| identity.check_valid(SystemTime::now()));
+    if let Err(error @ IdentityError::NotYetValid { .. }) = valid {
+        return Check::fail("clock", error, FIX);
     }
     Check::ok("clock", "set (compared with the aggregator's on connecting)")
 }
@@ -268,13 +272,14 @@ fn keys(dir: &StateDir) -> Check {
             );
         }
     }
-    let Ok(identity) = Identity::load(&dir.keys(), IDENTITY) else {
-        return if count == 0 {
-            Check::skip("keys", "there are none yet")
-        } else {
-            Check::warn("keys", "there is no complete identity", "run `theriac-edge join`")
-        };
+    let identity = match Identity::load(&dir.keys(), IDENTITY) {
+        Ok(identity) => identity,
+        Err(_) if count == 0 => return Check::skip("keys", "there are none yet"),
+        Err(error) => return no_identity("keys", &error),
     };
+    if let Err(error @ IdentityError::NotYetValid { .. }) = identity.check_valid(SystemTime::now()) {
+        return Check::fail("keys", error, "set the clock; nothing has to be joined again");
+    }
     match identity.expires().duration_since(SystemTime::now()) {
         Ok(left) if left > CERTIFICATE_LEFT => {
             Check::ok("keys", format!("{} days left", left.as_secs() / 86_400))
@@ -288,6 +293,35 @@ fn keys(dir: &StateDir) -> Check {
             "keys",
             "the certificate has ended",
             "join again; if it should not have, set the clock",
+        ),
+    }
+}
+
+/// Why the identity cannot be used, and what mends it.
+fn no_identity(name: &'static str, error: &IdentityError) -> Check {
+    const JOIN: &str = "theriac-edge join --renew with a new token";
+    match error {
+        IdentityError::File(FileError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            Check::warn(
+                name,
+                "there is no complete identity: joining was begun and not ended, or edge.pem was lost",
+                "run the same `theriac-edge join` again, or `theriac-edge join --renew` with a new token",
+            )
+        }
+        IdentityError::File(FileError::TooWide { path, .. }) => Check::fail(
+            name,
+            error,
+            format!("chmod 600 {}; if others may have read it: {JOIN}", path.display()),
+        ),
+        IdentityError::File(FileError::Io { .. }) => Check::fail(
+            name,
+            error,
+            "check its owner and permissions; the edge's user must be able to read it",
+        ),
+        _ => Check::fail(
+            name,
+            format!("{IDENTITY}.pem is damaged: {error}"),
+            format!("restore it from a backup, or {JOIN}"),
         ),
     }
 }
@@ -399,9 +433,15 @@ async fn aggregator(config: &EdgeConfig, dir: &StateDir, joined: &Joined) -> Che
         .aggregator
         .as_ref()
         .unwrap_or(&joined.aggregator);
-    let keys_lost = "run `theriac-edge join` again";
-    let Ok(identity) = Identity::load(&dir.keys(), IDENTITY) else {
-        return Check::fail(NAME, "no identity", keys_lost);
+    let keys_lost = "run `theriac-edge join --renew` with a new token";
+    let identity = match Identity::load(&dir.keys(), IDENTITY) {
+        Ok(identity) => identity,
+        Err(error) => {
+            return Check {
+                result: Finding::Fail,
+                ..no_identity(NAME, &error)
+            };
+        }
     };
     let Ok(authority) = files::load_certificate(&dir.keys().join(AGGREGATOR_AUTHORITY)) else {
         return Check::fail(NAME, "the authority's certificate is missing", keys_lost);
