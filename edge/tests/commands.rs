@@ -414,6 +414,16 @@ async fn doctor_tries_the_check_of_a_services_state() {
 }
 
 #[tokio::test]
+async fn a_state_directory_that_others_can_read_is_wrong_configuration() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let place = Place::new();
+    std::fs::create_dir(place.path("state")).unwrap();
+    std::fs::set_permissions(place.path("state"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let refused = problem(&["run", "--state-dir", &place.text("state")]).await;
+    assert_eq!((refused.code, refused.exit), ("TH-E0303", Exit::Config));
+}
+
+#[tokio::test]
 async fn wrong_configurations_and_tokens_have_their_own_exit_codes() {
     let place = Place::new();
     std::fs::write(place.path("edge.toml"), "[sampling]\nintervall = '1s'\n").unwrap();
