@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use clap::Parser as _;
-use theriac_certs::{Authority, Role, Validity};
+use theriac_certs::{Authority, JoinToken, Role, Validity};
 use theriac_command::problem::{Exit, Problem};
 use theriac_edge::commands::{Arguments, execute};
 use theriac_edge::state_dir::{Joined, StateDir};
@@ -421,6 +421,36 @@ async fn a_state_directory_that_others_can_read_is_wrong_configuration() {
     std::fs::set_permissions(place.path("state"), std::fs::Permissions::from_mode(0o755)).unwrap();
     let refused = problem(&["run", "--state-dir", &place.text("state")]).await;
     assert_eq!((refused.code, refused.exit), ("TH-E0303", Exit::Config));
+}
+
+#[tokio::test]
+async fn joining_again_names_the_run_that_uses_the_same_configuration() {
+    let place = Place::new();
+    joined(
+        &place,
+        Validity::starting(SystemTime::now(), Duration::from_hours(100)),
+    );
+    let text = format!("state_dir = '{}'\n", place.text("state"));
+    std::fs::write(place.path("e1.toml"), text).unwrap();
+    let token = JoinToken::generate([7; 32]).unwrap().to_string();
+    let config = place.text("e1.toml");
+    let words: [&str; 7] = [
+        "join",
+        "--aggregator",
+        "127.0.0.1:1",
+        "--token",
+        &token,
+        "--config",
+        &config,
+    ];
+    let arguments = Arguments::try_parse_from(["theriac-edge"].iter().chain(&words)).unwrap();
+    let mut out = Vec::new();
+    Box::pin(execute(arguments, &mut out)).await.unwrap();
+    let said = String::from_utf8(out).unwrap();
+    assert!(
+        said.contains(&format!("next  theriac-edge run --config {config}\n")),
+        "{said}"
+    );
 }
 
 #[tokio::test]
