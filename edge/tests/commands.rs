@@ -11,6 +11,9 @@ use theriac_certs::{Authority, JoinToken, Role, Validity};
 use theriac_command::problem::{Exit, Problem};
 use theriac_edge::commands::{Arguments, execute};
 use theriac_edge::state_dir::{Joined, StateDir};
+use theriac_model::detector::Provenance;
+use theriac_model::feature::FeatureSchema;
+use theriac_model::global::GlobalModel;
 use theriac_model::io::read_npy;
 use theriac_protocol::units::NodeId;
 
@@ -421,6 +424,47 @@ async fn a_state_directory_that_others_can_read_is_wrong_configuration() {
     std::fs::set_permissions(place.path("state"), std::fs::Permissions::from_mode(0o755)).unwrap();
     let refused = problem(&["run", "--state-dir", &place.text("state")]).await;
     assert_eq!((refused.code, refused.exit), ("TH-E0303", Exit::Config));
+}
+
+#[tokio::test]
+async fn a_problem_with_a_file_names_it_once_and_says_what_is_missing_or_mistaken() {
+    let place = Place::new();
+    let gone = place.text("none.csv");
+    let model = place.text("m.safetensors");
+    let refused = problem(&["train", "--input", &gone, "--model", &model]).await;
+    assert_eq!(refused.message.matches("none.csv").count(), 1, "{refused}");
+    metrics(&place.path("large.csv"), 600, |_, cells| {
+        for cell in &mut cells[1..] {
+            "1e300".clone_into(cell);
+        }
+    });
+    let refused = problem(&["train", "--input", &place.text("large.csv"), "--model", &model]).await;
+    assert!(refused.message.contains("±3.4e38"), "{refused}");
+
+    let schema = FeatureSchema::recorded("recorded", 3);
+    GlobalModel::initial(3, 1)
+        .save(place.0.path(), "global", &schema, &Provenance::default())
+        .unwrap();
+    metrics(&place.path("today.csv"), 100, |_, _| {});
+    let refused = problem(&[
+        "score",
+        "--model",
+        &place.text("global.safetensors"),
+        "--input",
+        &place.text("today.csv"),
+        "--output",
+        &place.text("s.npy"),
+    ])
+    .await;
+    assert_eq!(
+        refused.message.matches("global.safetensors").count(),
+        1,
+        "{refused}"
+    );
+    assert!(
+        refused.message.contains("global model of a federation") && refused.message.contains("no detector"),
+        "{refused}"
+    );
 }
 
 #[tokio::test]

@@ -102,7 +102,7 @@ pub(super) fn train<W: Write>(
     };
     if series.values().iter().all(|value| !value.is_finite()) {
         return Err(unusable(format!(
-            "none of the {} rows holds a number",
+            "none of the {} rows holds a number (empty cells and values beyond ±3.4e38 count as missing)",
             series.rows()
         )));
     }
@@ -137,7 +137,7 @@ pub(super) fn score<W: Write>(
 ) -> Result<ExitCode, Problem> {
     let (dir, name) = model_place(&arguments.model)?;
     let detector = Detector::load(&dir, &name).map_err(|error| {
-        Problem::failed("TH-E0321", format!("{}: {error}", arguments.model.display()))
+        Problem::failed("TH-E0321", naming(&arguments.model, &error))
             .hint("train it again with `theriac-edge train`")
     })?;
     let recording = read(&arguments.input)?;
@@ -204,9 +204,19 @@ fn model_place(path: &Path) -> Result<(PathBuf, String), Problem> {
 
 fn read(path: &Path) -> Result<Recording, Problem> {
     read_recording(path).map_err(|error| {
-        Problem::failed("TH-E0320", format!("{}: {error}", path.display()))
+        Problem::failed("TH-E0320", naming(path, &error))
             .hint("metrics are CSV with a header (time first), or .npy or .npy.gz of [time, channel]")
     })
+}
+
+/// The error with the file's name, once.
+fn naming(path: &Path, error: &dyn std::fmt::Display) -> String {
+    let (name, text) = (path.display().to_string(), error.to_string());
+    if text.contains(&name) {
+        text
+    } else {
+        format!("{name}: {text}")
+    }
 }
 
 /// The host's own profile when the columns are its, else one of already scaled recorded channels.
