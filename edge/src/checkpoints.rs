@@ -105,6 +105,10 @@ impl Taker {
             Err(_) => "failed",
         };
         self.context.metrics.checkpoints.get_or_create(&kind(word)).inc();
+        let failure = taken.as_ref().err().map(ToString::to_string);
+        self.context
+            .board
+            .update_service(service, |line| line.checkpoint_failure = failure);
         match taken {
             Ok(taken) => {
                 tracing::debug!(
@@ -122,9 +126,8 @@ impl Taker {
                 tracing::warn!(service, %error, "checkpoint refused, asking the state itself");
                 self.ask_the_state_itself().await;
             }
-            Err(error @ CheckpointError::DiskFull { .. }) => {
-                self.storage.failed_io("take a checkpoint", &error, true);
-            }
+            // Too little room for a copy is no word on whether the state directory can be written: that is looked at
+            // by itself.
             Err(error) => tracing::warn!(service, %error, "no checkpoint this time"),
         }
     }

@@ -31,6 +31,16 @@ const LEAD_IN_ROWS: usize = 60;
 const CALM_ROWS: u32 = 5;
 /// A resource channel of the service is to blame from this share of the largest contribution on.
 const BLAME_SHARE: f32 = 0.5;
+/// Least rises of a service's resources that count as trouble of the service: channel, in its unit, and as a share of
+/// what is usual. A service that idles has spreads near nothing, so that one tick of its processor's clock (10 ms: 0.05
+/// cores at an interval of 200 ms) is far outside them; what weighs nothing in an operator's eyes must not restart it.
+/// Channels that no action follows from have none.
+const MATERIAL: [(&str, f32, f32); 4] = [
+    ("service_cpu", 0.25, 0.0),
+    ("service_memory", 4.0 * 1024.0 * 1024.0, 0.05),
+    ("service_threads", 4.0, 0.5),
+    ("service_file_descriptors", 16.0, 0.5),
+];
 /// Smallest contribution that is named as a cause, in units of the channel's usual residual.
 const CAUSE_MIN: f32 = 2.0;
 /// Most causes named.
@@ -505,7 +515,8 @@ fn load_one(dir: &Path, name: &str, shared: &LaneShared) -> Option<Arc<Detector>
 ///
 /// A hog or leak of the service moves the host's channels too, often more strongly; so a *resource* channel of the
 /// service leads as soon as it has half the weight of the largest. Probe latency is a symptom that a busy host causes
-/// as well: it leads only when nothing else does.
+/// as well: it leads only when nothing else does. A resource that rose by less than [`MATERIAL`] neither leads nor is
+/// told as risen, so that no action follows from it.
 ///
 /// Which causes are named goes by the whole incident (`ranked`), their order by this row, since that is what decisions
 /// go by.
@@ -525,15 +536,20 @@ fn blame(
     };
     let symptom = |name: &str| name.starts_with("service_probe");
     let own = |name: &str| name.starts_with("service_");
-    let resources = weight(&|name| own(name) && !symptom(name));
+    let usual = usual_values(shared);
+    let rise = |name: &str| {
+        let channel = shared.schema.position(name)?;
+        rising(name, sample.values[channel], *usual.get(channel)?)
+    };
+    let resources = weight(&|name| own(name) && !symptom(name) && rise(name) != Some(Rise::Slight));
     let symptoms = weight(&symptom);
     let host = weight(&|name| !own(name));
-    let blame = if resources > 0.0 && resources >= BLAME_SHARE * host.max(symptoms) || symptoms > host {
-        Blame::Service
-    } else {
-        Blame::Host
-    };
-    let usual = usual_values(shared);
+    let blame =
+        if resources >= (BLAME_SHARE * host.max(symptoms)).max(CAUSE_MIN) || symptoms > host.max(CAUSE_MIN) {
+            Blame::Service
+        } else {
+            Blame::Host
+        };
     let mut causes: Vec<Cause> = features
         .iter()
         .zip(contributions)
@@ -544,9 +560,11 @@ fn blame(
         .map(|(channel, (feature, weight))| Cause {
             channel: feature.name.clone(),
             contribution: *weight,
-            rising: usual
-                .get(channel)
-                .and_then(|usual| rising(sample.values[channel], *usual)),
+            rising: match rise(&feature.name) {
+                Some(Rise::Material) => Some(true),
+                Some(Rise::Fall) => Some(false),
+                Some(Rise::Slight) | None => None,
+            },
             evidence: ranked.iter().find(|cause| cause.channel == channel).map(evidence),
         })
         .collect();
@@ -586,8 +604,33 @@ fn usual_values(shared: &LaneShared) -> Vec<f32> {
         .collect()
 }
 
-fn rising(value: f32, usual: f32) -> Option<bool> {
-    (value.is_finite() && usual.is_finite()).then_some(value > usual)
+/// Where a channel stands against what is usual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rise {
+    /// Above it, and by enough to matter.
+    Material,
+    /// Above it by less than [`MATERIAL`].
+    Slight,
+    /// Not above it.
+    Fall,
+}
+
+fn rising(name: &str, value: f32, usual: f32) -> Option<Rise> {
+    if !value.is_finite() || !usual.is_finite() {
+        return None;
+    }
+    if value <= usual {
+        return Some(Rise::Fall);
+    }
+    let least = MATERIAL
+        .iter()
+        .find(|(channel, ..)| *channel == name)
+        .map_or(0.0, |(_, least, share)| least.max(share * usual));
+    Some(if value - usual >= least {
+        Rise::Material
+    } else {
+        Rise::Slight
+    })
 }
 
 #[cfg(test)]
@@ -647,10 +690,15 @@ mod tests {
             let sample = sample(lane.shared(), row, |_| {});
             lane.push(sample, false);
         }
+        fit(&mut lane).await;
+        lane
+    }
+
+    async fn fit(lane: &mut Lane) {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             match lane.tend().await {
-                Some(FitEvent::Fitted(_)) => return lane,
+                Some(FitEvent::Fitted(_)) => return,
                 Some(FitEvent::Failed(reason)) => panic!("{reason}"),
                 None => tokio::task::yield_now().await,
             }
@@ -733,6 +781,65 @@ mod tests {
             }
         }
         assert_eq!(blamed, Some(Blame::Host));
+    }
+
+    #[tokio::test]
+    async fn an_idle_service_is_not_to_blame_for_a_tick_of_its_clock_nor_for_little_memory() {
+        let mut lane = lane();
+        let idle = |shared: &Arc<LaneShared>, row: u32, cpu: f32, memory: f32| {
+            sample(shared, row, |set| {
+                set("service_cpu", cpu);
+                set("service_memory", memory);
+            })
+        };
+        for row in 0..200 {
+            let next = idle(lane.shared(), row, 0.0, 5e6);
+            lane.push(next, false);
+        }
+        fit(&mut lane).await;
+        // One tick of 10 ms in 200 ms, and three pages of memory.
+        let mut alarms = 0;
+        for row in 200..260 {
+            let next = idle(lane.shared(), row, 0.05, 5e6 + 12_288.0);
+            if let Signal::Anomaly { blame, causes, .. } = lane.push(next, false).signal {
+                alarms += 1;
+                assert_eq!(blame, Blame::Host, "row {row}: {causes:?}");
+                assert!(
+                    causes
+                        .iter()
+                        .all(|cause| !cause.channel.starts_with("service_") || cause.rising != Some(true)),
+                    "row {row}: {causes:?}"
+                );
+            }
+        }
+        assert!(
+            alarms > 0,
+            "nothing was unusual to the detector, so this shows nothing"
+        );
+    }
+
+    #[test]
+    fn the_least_rise_is_absolute_and_a_share_of_what_is_usual() {
+        let mib = 1024.0 * 1024.0;
+        for (name, value, usual, expected) in [
+            ("service_cpu", 0.24, 0.0, Rise::Slight),
+            ("service_cpu", 0.25, 0.0, Rise::Material),
+            ("service_memory", 13.0 * mib, 10.0 * mib, Rise::Slight),
+            ("service_memory", 14.5 * mib, 10.0 * mib, Rise::Material),
+            ("service_memory", 1_040.0 * mib, 1_000.0 * mib, Rise::Slight),
+            ("service_threads", 7.0, 4.0, Rise::Slight),
+            ("service_threads", 8.0, 4.0, Rise::Material),
+            ("service_file_descriptors", 30.0, 20.0, Rise::Slight),
+            ("service_cpu", 0.1, 0.2, Rise::Fall),
+            ("host_cpu_used", 0.21, 0.2, Rise::Material),
+        ] {
+            assert_eq!(
+                rising(name, value, usual),
+                Some(expected),
+                "{name} {value} {usual}"
+            );
+        }
+        assert_eq!(rising("service_cpu", f32::NAN, 0.0), None);
     }
 
     #[tokio::test]

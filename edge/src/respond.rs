@@ -4,8 +4,8 @@
 //! it answers that it is, and passes actions to the one task that owns the service's process.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use theriac_heal::executor::clock;
@@ -25,6 +25,8 @@ use crate::supervise::Shutdown;
 
 /// Time between two looks for what people approved.
 const APPROVALS_EVERY: Duration = Duration::from_secs(1);
+/// Most incidents that wait for the disk; the oldest make room.
+const UNSAVED_MAX: usize = 200;
 
 /// One service as the responder knows it.
 #[derive(Debug, Clone)]
@@ -50,6 +52,48 @@ pub struct Responder {
     pub board: Board,
     /// The counters.
     pub metrics: Arc<Metrics>,
+    /// What the disk did not take; it outlives the task.
+    pub unsaved: Unsaved,
+}
+
+/// Incidents, by number, and whether the machine's state as well could not be written: they are written again as soon as
+/// the storage is well.
+#[derive(Debug, Clone, Default)]
+pub struct Unsaved(Arc<Mutex<Waiting>>);
+
+#[derive(Debug, Default)]
+struct Waiting {
+    incidents: BTreeMap<u64, Incident>,
+    machine: bool,
+}
+
+impl Unsaved {
+    fn incident(&self, incident: Incident) {
+        let waiting = &mut self.lock().incidents;
+        waiting.insert(incident.id.0, incident);
+        while waiting.len() > UNSAVED_MAX {
+            waiting.pop_first();
+        }
+    }
+
+    /// The latest state of an incident is on disk.
+    fn saved(&self, incident: &Incident) {
+        self.lock().incidents.remove(&incident.id.0);
+    }
+
+    fn machine(&self, unsaved: bool) {
+        self.lock().machine = unsaved;
+    }
+
+    fn waiting(&self) -> (Vec<Incident>, bool) {
+        let waiting = self.lock();
+        (waiting.incidents.values().cloned().collect(), waiting.machine)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Waiting> {
+        // Each change is one insertion or assignment, so a poisoned lock still guards a whole picture.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Observations on their way to the machine; they outlive the task.
@@ -66,6 +110,8 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
     let mut machine = responder.machine(state.unwrap_or_default(), fresh);
     for incident in machine.open_incidents() {
         responder.board.show_incident(incident);
+        // The last run may have ended before the disk took it.
+        responder.unsaved.incident(incident.clone());
     }
     // The host runs, or we would not: so its incidents can end.
     machine.handle(
@@ -96,7 +142,10 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
                 None => return Ok(()),
             },
             () = timeout => machine.handle_timeout(clock::now()),
-            _ = approvals.tick() => responder.take_approvals(&mut machine).await,
+            _ = approvals.tick() => {
+                responder.save_again(&machine).await;
+                responder.take_approvals(&mut machine).await;
+            }
         }
     }
 }
@@ -191,16 +240,50 @@ impl Responder {
             for (name, hand) in &self.hands {
                 show_trouble(&hand.shared, machine.open_incident(name));
             }
-            if let Err(error) = self.store.save_machine(&machine.export()).await {
-                self.storage.failed("keep the state of healing", &error);
-            }
+            self.keep_machine(machine).await;
         }
     }
 
     async fn keep(&self, incident: &Incident) {
         self.board.show_incident(incident);
-        if let Err(error) = self.store.save_incident(incident).await {
-            self.storage.failed("keep an incident", &error);
+        self.save(incident).await;
+    }
+
+    async fn save(&self, incident: &Incident) -> bool {
+        match self.store.save_incident(incident).await {
+            Ok(()) => {
+                self.unsaved.saved(incident);
+                true
+            }
+            Err(error) => {
+                self.storage.failed("keep an incident", &error);
+                self.unsaved.incident(incident.clone());
+                false
+            }
+        }
+    }
+
+    async fn keep_machine(&self, machine: &IncidentMachine) {
+        let saved = self.store.save_machine(&machine.export()).await;
+        self.unsaved.machine(saved.is_err());
+        if let Err(error) = saved {
+            self.storage.failed("keep the state of healing", &error);
+        }
+    }
+
+    /// Writes what the disk did not take, once the storage is well again.
+    async fn save_again(&self, machine: &IncidentMachine) {
+        if !self.storage.is_ok() {
+            return;
+        }
+        let (incidents, machine_waits) = self.unsaved.waiting();
+        for incident in &incidents {
+            if !self.save(incident).await {
+                return;
+            }
+        }
+        if machine_waits {
+            self.keep_machine(machine).await;
         }
     }
 
@@ -287,7 +370,7 @@ fn notify(notice: &Notice) {
 
 #[cfg(test)]
 mod tests {
-    use theriac_heal::types::IncidentState;
+    use theriac_heal::types::{IncidentId, IncidentState};
 
     use super::*;
     use crate::config::EdgeConfig;
@@ -299,6 +382,8 @@ mod tests {
     struct Stage {
         dir: StateDir,
         store: Store,
+        storage: StorageWatch,
+        unsaved: Unsaved,
         board: Board,
         events: mpsc::Sender<Input>,
         commands: mpsc::Receiver<Command>,
@@ -331,7 +416,9 @@ mod tests {
             storage: StorageWatch::new(dir.clone(), board.clone(), Arc::clone(&metrics)),
             board: board.clone(),
             metrics,
+            unsaved: Unsaved::default(),
         };
+        let (storage, unsaved) = (responder.storage.clone(), responder.unsaved.clone());
         let (events, received) = mpsc::channel(16);
         let (stop, signal) = shutdown();
         let task = tokio::spawn(run(
@@ -342,6 +429,8 @@ mod tests {
         Stage {
             dir,
             store,
+            storage,
+            unsaved,
             board,
             events,
             commands,
@@ -424,6 +513,31 @@ mod tests {
             "an action without a durable intent"
         );
         assert_eq!(stage.board.status().storage, Storage::Full);
+        stage.finish().await;
+    }
+
+    #[tokio::test]
+    async fn what_a_full_disk_did_not_take_is_written_when_there_is_room_again() {
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        stage.crash().await;
+        assert!(matches!(stage.next().await, Command::Execute(_)));
+        let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
+        let mut missed = reader.incidents(9).unwrap().remove(0);
+        missed.id = IncidentId(7);
+        let path = stage.dir.database();
+        stage.storage.failed("test", &StoreError::Full { path });
+        stage.unsaved.incident(missed);
+        stage.unsaved.machine(true);
+        assert!(!stage.storage.is_ok());
+        assert_eq!(reader.incident(IncidentId(7)).unwrap(), None);
+        stage.storage.look(&stage.store).await;
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        while stage.unsaved.waiting() != (Vec::new(), false) {
+            assert!(tokio::time::Instant::now() < deadline, "not within 10 s");
+            tokio::task::yield_now().await;
+        }
+        assert!(reader.incident(IncidentId(7)).unwrap().is_some());
         stage.finish().await;
     }
 

@@ -75,6 +75,8 @@ impl From<EdgeError> for Problem {
         match error {
             EdgeError::StateDir(StateDirError::InUse { .. }) => Self::temporary("TH-E0304", text)
                 .hint("stop that process, or give this one a state_dir of its own"),
+            EdgeError::StateDir(StateDirError::Mode { .. }) => Self::config("TH-E0303", text)
+                .hint("set state_dir in edge.toml to a directory that only this user can read and write"),
             EdgeError::StateDir(_) => Self::failed("TH-E0303", text)
                 .hint("set state_dir in edge.toml to a directory that only this user can read and write"),
             EdgeError::Store(StoreError::Full { .. }) => Self {
@@ -240,6 +242,7 @@ impl Edge {
             storage: self.storage.clone(),
             board: self.board.clone(),
             metrics: Arc::clone(&self.metrics),
+            unsaved: respond::Unsaved::default(),
         };
         tasks.spawn("respond", move |shutdown| {
             respond::run(responder.clone(), Arc::clone(&received), shutdown)

@@ -22,6 +22,7 @@ use crate::probe;
 use crate::sample::ProbeWindow;
 use crate::state_dir::StateDir;
 use crate::status::Board;
+use crate::storage::FREE_MIN;
 use crate::supervise::Shutdown;
 
 /// Largest output file of a service, in bytes.
@@ -524,6 +525,8 @@ pub(crate) fn open_checkpoints(
 ) -> Result<CheckpointStore, CheckpointError> {
     let limits = StoreLimits {
         keep: state.keep,
+        // A checkpoint is never what makes training and sending stop.
+        free_bytes_min: FREE_MIN,
         ..StoreLimits::default()
     };
     let path: &Path = &dir.checkpoints().join(service);

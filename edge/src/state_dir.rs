@@ -23,8 +23,12 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use theriac_protocol::units::NodeId;
 
-/// Size of the ballast file, in bytes: enough for SQLite's largest transaction here.
-const BALLAST_BYTES: usize = 4 << 20;
+/// Largest size of the ballast file, in bytes: enough for SQLite's largest transaction here.
+const BALLAST_BYTES_MAX: u64 = 4 << 20;
+/// Smallest size that helps: some records of healing.
+const BALLAST_BYTES_MIN: u64 = 256 << 10;
+/// The ballast takes at most this part of the room: 1/8.
+const BALLAST_PART: u64 = 8;
 
 /// How often, and after which pause, the lock is tried again.
 const LOCK_ATTEMPTS: u32 = 4;
@@ -301,18 +305,25 @@ impl StateDir {
         Ok(space.f_bavail.saturating_mul(space.f_frsize))
     }
 
-    /// Writes the ballast file where it is missing. Returns whether it is there.
-    pub fn keep_ballast(&self) -> bool {
+    /// Writes the ballast file where it is missing or small for the room there is now: an eighth of the `free` bytes, at
+    /// most 4 MiB and at least 256 KiB. Returns whether there is one.
+    pub fn keep_ballast(&self, free: u64) -> bool {
         let path = self.root.join("ballast");
-        if std::fs::metadata(&path).is_ok_and(|found| found.len() == BALLAST_BYTES as u64) {
+        let kept = std::fs::metadata(&path).map_or(0, |found| found.len());
+        let wanted = (free.saturating_add(kept) / BALLAST_PART).min(BALLAST_BYTES_MAX);
+        if kept >= BALLAST_BYTES_MIN && kept >= wanted / 2 {
             return true;
         }
+        if wanted < BALLAST_BYTES_MIN {
+            return kept > 0;
+        }
         // Written, not only reserved: some file systems promise space for holes that they do not have.
-        let kept = write_durably(&path, &vec![0xa5; BALLAST_BYTES]);
-        if kept.is_err() {
+        let bytes = usize::try_from(wanted).unwrap_or_default();
+        let written = write_durably(&path, &vec![0xa5; bytes]);
+        if written.is_err() {
             self.release_ballast();
         }
-        kept.is_ok()
+        written.is_ok()
     }
 
     /// Gives the ballast's space back, so that the current commit can finish. Returns whether there was any.
@@ -401,8 +412,22 @@ mod tests {
     fn ballast_is_kept_once_and_let_go() {
         let root = tempfile::tempdir().unwrap();
         let dir = StateDir::open(&root.path().join("s")).unwrap();
-        assert!(dir.keep_ballast() && dir.keep_ballast());
+        assert!(dir.keep_ballast(1 << 30) && dir.keep_ballast(1 << 30));
         assert!(dir.release_ballast() && !dir.release_ballast());
+    }
+
+    #[test]
+    fn ballast_is_an_eighth_of_little_room_and_grows_with_it() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(&root.path().join("s")).unwrap();
+        let len = || std::fs::metadata(dir.root().join("ballast")).map_or(0, |found| found.len());
+        assert!(!dir.keep_ballast(1 << 20), "128 KiB would help nobody");
+        assert!(dir.keep_ballast(8 << 20));
+        assert_eq!(len(), 1 << 20);
+        assert!(dir.keep_ballast(100 << 10), "what is there stays");
+        assert_eq!(len(), 1 << 20);
+        assert!(dir.keep_ballast(1 << 30));
+        assert_eq!(len(), 4 << 20);
     }
 
     #[test]

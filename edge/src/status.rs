@@ -121,6 +121,9 @@ pub struct ServiceStatus {
     pub alarm: bool,
     /// Complete checkpoints of its state.
     pub checkpoints: u64,
+    /// Why the latest attempt to take one failed; absent after one that did not.
+    #[serde(default)]
+    pub checkpoint_failure: Option<String>,
     /// Its failure risk, one for each horizon; empty before the first sample.
     #[serde(default)]
     pub risk: Vec<RiskView>,
@@ -194,7 +197,7 @@ pub struct IncidentView {
     pub acted_unix_ms: Option<u64>,
     /// The service was verified healthy.
     pub healed_unix_ms: Option<u64>,
-    /// The latest action.
+    /// The latest action; while the incident waits for approval, the one that would be approved.
     pub action: Option<String>,
     /// What verification found.
     pub verdict: Option<String>,
@@ -220,9 +223,9 @@ impl From<&Incident> for IncidentView {
             acted_unix_ms: incident.acted.map(|when| when.unix_ms),
             healed_unix_ms: incident.healed.map(|when| when.unix_ms),
             action: incident
-                .actions
-                .last()
-                .map(|record| record.intent.action.to_string()),
+                .recommended()
+                .or_else(|| incident.actions.last().map(|record| record.intent.action))
+                .map(|action| action.to_string()),
             verdict: incident.verdict.map(|verdict| verdict.to_string()),
             handed_over: incident.handed_over.clone(),
         }
@@ -305,6 +308,7 @@ impl Board {
             threshold: None,
             alarm: false,
             checkpoints: 0,
+            checkpoint_failure: None,
             risk: Vec::new(),
         };
         change(self.lock().services.entry(name.to_owned()).or_insert_with(fresh));
@@ -356,7 +360,58 @@ impl Board {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use theriac_heal::incident::{HealConfig, IncidentMachine, Input};
+    use theriac_heal::policy::{HealingSection, NodeBudget};
+    use theriac_heal::types::Now;
+
     use super::*;
+
+    /// A crash under the default autonomy, a thousand seconds after 1970.
+    fn crashed() -> IncidentMachine {
+        let mut machine = IncidentMachine::new(HealConfig {
+            services: BTreeMap::from([("kv".to_owned(), HealingSection::default().check().unwrap())]),
+            node: NodeBudget::default(),
+            clock_id: "test".to_owned(),
+        });
+        let now = Now {
+            monotonic: Duration::from_secs(100),
+            unix_ms: 1_000_000,
+        };
+        let service = || "kv".to_owned();
+        machine.handle(
+            now,
+            Input::Started {
+                service: service(),
+                pid: 7,
+            },
+        );
+        let status = "killed by signal 9".to_owned();
+        machine.handle(
+            now,
+            Input::Exited {
+                service: service(),
+                status,
+            },
+        );
+        machine
+    }
+
+    #[test]
+    fn an_incident_that_waits_for_approval_names_the_action_that_would_be_approved() {
+        let machine = crashed();
+        let view = IncidentView::from(machine.open_incident("kv").unwrap());
+        assert_eq!(view.state, "awaiting_approval");
+        assert_eq!(view.action.as_deref(), Some("start"));
+    }
+
+    #[test]
+    fn an_incident_tells_its_first_sign_as_people_write_times() {
+        let told = crashed().open_incident("kv").unwrap().why();
+        assert!(told.contains("First sign at 1970-01-01T00:16:40.000Z."), "{told}");
+    }
 
     #[test]
     fn status_has_the_documented_keys() {

@@ -1,5 +1,5 @@
-//! Whether the state directory can take writes. Unless it can, nothing is trained or sent, while detection, healing and
-//! the page go on; the status, a metric and the log say so.
+//! Whether the state directory can take writes. Unless it can, nothing is trained or sent, while detection and the page
+//! go on, and healing as long as its records can be written; the status, a metric and the log say so.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,9 +12,7 @@ use crate::store::{Store, StoreError};
 use crate::supervise::Shutdown;
 
 /// Room below which training and sending stop, in bytes.
-const FREE_MIN: u64 = 16 << 20;
-/// Room from which the ballast is put back, in bytes.
-const FREE_FOR_BALLAST: u64 = 64 << 20;
+pub(crate) const FREE_MIN: u64 = 16 << 20;
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -83,7 +81,7 @@ impl StorageWatch {
         }
     }
 
-    async fn look(&self, store: &Store) {
+    pub(crate) async fn look(&self, store: &Store) {
         let free = match self.0.dir.free_bytes() {
             Ok(free) => free,
             Err(error) => return self.failed_io("look at the disk", &error, false),
@@ -92,6 +90,12 @@ impl StorageWatch {
             .metrics
             .disk_free_bytes
             .set(i64::try_from(free).unwrap_or(i64::MAX));
+        let dir = self.0.dir.clone();
+        // Also where there is little room: it is healing's own records that need it then. Whether it could be kept is
+        // seen at the next look; it is a comfort, not a promise.
+        let _kept = tokio::task::spawn_blocking(move || dir.keep_ballast(free))
+            .await
+            .is_ok_and(|kept| kept);
         if free < FREE_MIN {
             let text = format!("{free} bytes are free on the disk, {FREE_MIN} are needed");
             return self.report_failure("keep room", &text, Storage::Full);
@@ -100,13 +104,6 @@ impl StorageWatch {
             && let Err(error) = store.probe_write().await
         {
             return self.failed("try a write", &error);
-        }
-        if free > FREE_FOR_BALLAST {
-            let dir = self.0.dir.clone();
-            // Whether it could be kept is seen at the next look; it is a comfort, not a promise.
-            let _kept = tokio::task::spawn_blocking(move || dir.keep_ballast())
-                .await
-                .is_ok_and(|kept| kept);
         }
         self.set(Storage::Ok, "");
     }
@@ -117,7 +114,8 @@ impl StorageWatch {
             tracing::error!(
                 what,
                 error,
-                "the state directory cannot be written: training and sending stop, detection and healing go on"
+                "the state directory has no room or cannot be written: training and sending stop, detection goes on, \
+                 healing too while its records can be written"
             );
         }
     }

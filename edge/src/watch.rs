@@ -1,7 +1,8 @@
 //! The sample loop: every interval one row for each lane, scored, and told to the incident machine.
 //!
 //! An alarm that lasts half an hour while the service answers and nothing else is wrong is taken for a new normal: the
-//! alarm is told as over, the next rows are gathered unscored, and a new model is fitted on them.
+//! alarm is told as over, the next rows are gathered unscored, and a new model is fitted on them. A model of a short
+//! history is doubted sooner, as long as no resource of the service rose by what counts.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,6 +30,11 @@ use crate::supervise::Shutdown;
 /// Time that an alarm must have lasted, with a sound service, to be taken for a new normal. Long enough for a person
 /// who was told of the incident to look; short enough that the models do not grow old behind it.
 const NEW_NORMAL_AFTER: Duration = Duration::from_mins(30);
+/// The same for an alarm that no risen resource of the service confirms, by a model that saw little: this many times the
+/// history it was fitted on, but at least [`YOUNG_MODEL_AFTER_MIN`]. An alarm so much longer than all that the model
+/// knows says more about the model, and its rows would never be learnt.
+const YOUNG_MODEL_TIMES: u32 = 10;
+const YOUNG_MODEL_AFTER_MIN: Duration = Duration::from_mins(5);
 
 /// What the loop works with.
 #[derive(Debug, Clone)]
@@ -236,10 +242,12 @@ impl Watch {
 
     /// Begins to gather rows for a new model when the alarm has lasted long enough.
     fn watch_for_new_normal(&self, state: &mut Row, signal: &Signal, sound: bool) {
-        let interval_ms = self.sampling.interval.as_millis().max(1);
-        let patience = usize::try_from(NEW_NORMAL_AFTER.as_millis() / interval_ms).unwrap_or(usize::MAX);
+        let shared = state.lane.shared();
+        let fitted_on = shared.detector().map_or(0, |detector| detector.rows());
+        let patience = Patience::new(self.sampling.interval, fitted_on);
         // At least half of what the fit looks at is then new.
-        let rows = self.detection.warm_up_rows.max(self.detection.fit_rows / 2);
+        let known = shared.history().quiet_len().min(self.detection.fit_rows / 2);
+        let rows = self.detection.warm_up_rows.max(known);
         if !state.normal.row(signal, sound, patience, rows) {
             return;
         }
@@ -395,31 +403,67 @@ impl Untold {
     }
 }
 
+/// Rows that an alarm may last before it is taken for a new normal.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// While a resource of the service has risen.
+    risen: usize,
+    /// Otherwise.
+    otherwise: usize,
+}
+
+impl Patience {
+    /// For a model that was fitted on `rows` rows.
+    fn new(interval: Duration, rows: u64) -> Self {
+        let interval_ms = interval.as_millis().max(1);
+        let in_rows = |time: Duration| usize::try_from(time.as_millis() / interval_ms).unwrap_or(usize::MAX);
+        let known = interval.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX));
+        let young = known
+            .saturating_mul(YOUNG_MODEL_TIMES)
+            .clamp(YOUNG_MODEL_AFTER_MIN, NEW_NORMAL_AFTER);
+        Self {
+            risen: in_rows(NEW_NORMAL_AFTER),
+            otherwise: in_rows(young),
+        }
+    }
+}
+
 /// How long an alarm has lasted, and the rows that are being gathered for the model after it.
 #[derive(Debug, Default)]
 struct NewNormal {
     alarmed_rows: usize,
+    /// Whether a resource of the service rose in any of them.
+    risen: bool,
     /// Rows still to gather; at zero the fit is under way.
     learning: Option<usize>,
 }
 
 impl NewNormal {
-    /// Counts a row. True when the alarm has now lasted `patience` rows with a sound service: `rows` are then gathered.
-    fn row(&mut self, signal: &Signal, sound: bool, patience: usize, rows: usize) -> bool {
+    /// Counts a row. True when the alarm has now lasted long enough with a sound service: `rows` are then gathered.
+    fn row(&mut self, signal: &Signal, sound: bool, patience: Patience, rows: usize) -> bool {
         if let Some(left) = &mut self.learning {
             *left = left.saturating_sub(usize::from(sound));
             return false;
         }
         match signal {
-            _ if !sound => self.alarmed_rows = 0,
-            Signal::Cleared => self.alarmed_rows = 0,
-            Signal::Anomaly { .. } => self.alarmed_rows = self.alarmed_rows.saturating_add(1),
+            _ if !sound => (self.alarmed_rows, self.risen) = (0, false),
+            Signal::Cleared => (self.alarmed_rows, self.risen) = (0, false),
+            Signal::Anomaly { blame, causes, .. } => {
+                self.alarmed_rows = self.alarmed_rows.saturating_add(1);
+                self.risen |=
+                    *blame == Blame::Service && causes.iter().any(|cause| cause.rising == Some(true));
+            }
             Signal::Quiet => {}
         }
+        let patience = if self.risen {
+            patience.risen
+        } else {
+            patience.otherwise
+        };
         if self.alarmed_rows < patience.max(1) {
             return false;
         }
-        self.alarmed_rows = 0;
+        (self.alarmed_rows, self.risen) = (0, false);
         self.learning = Some(rows);
         true
     }
@@ -433,6 +477,8 @@ fn unix_ms() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use theriac_heal::types::Cause;
+
     use super::*;
 
     fn anomaly() -> Signal {
@@ -467,26 +513,54 @@ mod tests {
 
     #[test]
     fn an_alarm_becomes_the_new_normal_only_when_it_lasts_and_the_service_is_sound_all_the_time() {
+        const TEN: Patience = Patience {
+            risen: 10,
+            otherwise: 10,
+        };
         let mut normal = NewNormal::default();
         for _ in 0..9 {
-            assert!(!normal.row(&anomaly(), true, 10, 3));
+            assert!(!normal.row(&anomaly(), true, TEN, 3));
         }
-        assert!(!normal.row(&anomaly(), false, 10, 3), "it did not answer");
+        assert!(!normal.row(&anomaly(), false, TEN, 3), "it did not answer");
         for _ in 0..9 {
-            assert!(!normal.row(&anomaly(), true, 10, 3));
+            assert!(!normal.row(&anomaly(), true, TEN, 3));
         }
-        assert!(!normal.row(&Signal::Cleared, true, 10, 3));
+        assert!(!normal.row(&Signal::Cleared, true, TEN, 3));
         for _ in 0..9 {
-            assert!(!normal.row(&anomaly(), true, 10, 3));
+            assert!(!normal.row(&anomaly(), true, TEN, 3));
         }
-        assert!(normal.row(&anomaly(), true, 10, 3));
+        assert!(normal.row(&anomaly(), true, TEN, 3));
         for (sound, left) in [(true, 2), (false, 2), (true, 1), (true, 0), (true, 0)] {
-            assert!(!normal.row(&Signal::Quiet, sound, 10, 3));
+            assert!(!normal.row(&Signal::Quiet, sound, TEN, 3));
             assert_eq!(
                 normal.learning,
                 Some(left),
                 "rows of an unsound service do not count"
             );
         }
+    }
+    #[test]
+    fn a_model_of_a_short_history_is_doubted_sooner_unless_a_resource_of_the_service_rose() {
+        let young = Patience::new(Duration::from_millis(200), 100);
+        assert_eq!((young.otherwise, young.risen), (1_500, 9_000), "5 and 30 minutes");
+        let old = Patience::new(Duration::from_secs(1), 300);
+        assert_eq!((old.otherwise, old.risen), (1_800, 1_800));
+
+        let mut normal = NewNormal::default();
+        let lasts = |normal: &mut NewNormal, signal: &Signal| {
+            (1..=young.risen).find(|_| normal.row(signal, true, young, 100))
+        };
+        assert_eq!(lasts(&mut normal, &anomaly()), Some(1_500));
+        let mut normal = NewNormal::default();
+        let risen = Signal::Anomaly {
+            raised: true,
+            blame: Blame::Service,
+            causes: vec![Cause {
+                rising: Some(true),
+                ..Cause::from(("service_memory".to_owned(), 9.0))
+            }],
+        };
+        assert!(!normal.row(&risen, true, young, 100));
+        assert_eq!(lasts(&mut normal, &anomaly()), Some(8_999));
     }
 }

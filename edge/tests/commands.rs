@@ -8,13 +8,18 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::{Duration, SystemTime};
 
 use clap::Parser as _;
+use theriac_certs::{Authority, JoinToken, Role, Validity};
 use theriac_command::problem::{Exit, Problem};
 use theriac_edge::commands::{Arguments, execute};
-use theriac_model::detector::Detector;
+use theriac_edge::state_dir::{Joined, StateDir};
+use theriac_model::detector::{Detector, Provenance};
+use theriac_model::feature::FeatureSchema;
 use theriac_model::global::{GlobalModel, delta_layout};
 use theriac_model::io::{read_npy, read_recording};
+use theriac_protocol::units::NodeId;
 
 async fn command(words: &[&str]) -> (Result<ExitCode, Problem>, String) {
     let words = ["theriac-edge", "--format", "json"].iter().chain(words);
@@ -368,6 +373,197 @@ async fn doctor_finds_open_keys_and_damaged_stores() {
     assert_eq!(find("keys")["result"], "fail");
     assert!(find("keys")["fix"].as_str().unwrap().contains("chmod 600"));
     assert_eq!(find("store")["result"], "ok");
+}
+
+/// A state directory with an edge's identity of this validity.
+fn joined(place: &Place, validity: Validity) -> StateDir {
+    let dir = StateDir::open(&place.path("state")).unwrap();
+    let node: NodeId = "a".parse().unwrap();
+    let authority = Authority::generate("f", Role::Edge, SystemTime::now()).unwrap();
+    let identity = authority.issue(&node, &[], validity).unwrap();
+    identity.save(&dir.keys(), "edge").unwrap();
+    dir.save_joined(&Joined {
+        node,
+        federation: "f".into(),
+        aggregator: "127.0.0.1:1".into(),
+    })
+    .unwrap();
+    dir
+}
+
+/// Result, detail and fix of one line.
+async fn diagnosis(words: &[&str], name: &str) -> (String, String, String) {
+    let words: Vec<&str> = ["doctor"].iter().chain(words).copied().collect();
+    let (result, out) = command(&words).await;
+    result.unwrap();
+    let checks: Vec<serde_json::Value> = serde_json::from_str(&out).unwrap();
+    let check = checks.iter().find(|check| check["check"] == name).unwrap();
+    let text = |key: &str| check[key].as_str().unwrap_or_default().to_owned();
+    (text("result"), text("detail"), text("fix"))
+}
+
+#[tokio::test]
+async fn doctor_says_why_an_identity_cannot_be_used() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let place = Place::new();
+    let state = place.text("state");
+    let now = SystemTime::now();
+    let dir = joined(&place, Validity::starting(now, Duration::from_hours(100)));
+    let pem = dir.keys().join("edge.pem");
+    assert_eq!(diagnosis(&["--state-dir", &state], "keys").await.0, "ok");
+
+    std::fs::set_permissions(&pem, std::fs::Permissions::from_mode(0o644)).unwrap();
+    for name in ["keys", "aggregator"] {
+        let (result, detail, fix) = diagnosis(&["--state-dir", &state], name).await;
+        assert_eq!(result, "fail", "{name}");
+        assert!(detail.contains("mode 0644"), "{name}: {detail}");
+        assert!(fix.contains("chmod 600"), "{name}: {fix}");
+    }
+    std::fs::set_permissions(&pem, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let whole = std::fs::read(&pem).unwrap();
+    std::fs::write(&pem, &whole[..whole.len() / 3]).unwrap();
+    for name in ["keys", "aggregator"] {
+        let (result, detail, fix) = diagnosis(&["--state-dir", &state], name).await;
+        assert_eq!(result, "fail", "{name}");
+        assert!(detail.contains("edge.pem is damaged"), "{name}: {detail}");
+        assert!(fix.contains("--renew"), "{name}: {fix}");
+    }
+    std::fs::remove_file(&pem).unwrap();
+    std::fs::write(dir.keys().join("edge.pending.pem"), "x").unwrap();
+    std::fs::set_permissions(
+        dir.keys().join("edge.pending.pem"),
+        std::fs::Permissions::from_mode(0o600),
+    )
+    .unwrap();
+    let (result, detail, _) = diagnosis(&["--state-dir", &state], "keys").await;
+    assert!(
+        result == "warn" && detail.contains("no complete identity"),
+        "{detail}"
+    );
+}
+
+#[tokio::test]
+async fn doctor_tells_a_clock_that_is_behind_its_own_certificate() {
+    let place = Place::new();
+    let begin = SystemTime::now() + Duration::from_hours(30 * 24);
+    joined(&place, Validity::starting(begin, Duration::from_hours(100)));
+    let state = place.text("state");
+    for name in ["clock", "keys"] {
+        let (result, detail, fix) = diagnosis(&["--state-dir", &state], name).await;
+        assert_eq!(result, "fail", "{name}");
+        assert!(
+            detail.contains("valid from") && fix.contains("set"),
+            "{name}: {detail} ({fix})"
+        );
+    }
+}
+
+#[tokio::test]
+async fn doctor_tries_the_check_of_a_services_state() {
+    let place = Place::new();
+    let state = place.text("state");
+    std::fs::create_dir(place.path("kv")).unwrap();
+    let config = |script: &str| {
+        let text = format!(
+            "state_dir = '{state}'\n[[service]]\nname = 'kv'\nargv = ['true']\n[service.state]\ndir = '{}'\n\
+             check = ['/bin/sh', '-c', '{script}', 'check', '{{state}}']\n",
+            place.text("kv")
+        );
+        std::fs::write(place.path("edge.toml"), text).unwrap();
+    };
+    let path = place.text("edge.toml");
+    config("test -d \"$1\"");
+    assert_eq!(diagnosis(&["--config", &path], "checkpoints").await.0, "ok");
+    config("echo usage >&2; exit 2");
+    let (result, detail, fix) = diagnosis(&["--config", &path], "checkpoints").await;
+    assert_eq!(result, "fail");
+    assert!(
+        detail.contains("kv: 0 valid") && detail.contains("exit status: 2") && detail.contains("usage"),
+        "{detail}"
+    );
+    assert!(fix.contains("state.check"), "{fix}");
+    assert!(!place.path("state").exists(), "looking made a state directory");
+}
+
+#[tokio::test]
+async fn a_state_directory_that_others_can_read_is_wrong_configuration() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let place = Place::new();
+    std::fs::create_dir(place.path("state")).unwrap();
+    std::fs::set_permissions(place.path("state"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let refused = problem(&["run", "--state-dir", &place.text("state")]).await;
+    assert_eq!((refused.code, refused.exit), ("TH-E0303", Exit::Config));
+}
+
+#[tokio::test]
+async fn a_problem_with_a_file_names_it_once_and_says_what_is_missing_or_mistaken() {
+    let place = Place::new();
+    let gone = place.text("none.csv");
+    let model = place.text("m.safetensors");
+    let refused = problem(&["train", "--input", &gone, "--model", &model]).await;
+    assert_eq!(refused.message.matches("none.csv").count(), 1, "{refused}");
+    metrics(&place.path("large.csv"), 600, |_, cells| {
+        for cell in &mut cells[1..] {
+            "1e300".clone_into(cell);
+        }
+    });
+    let refused = problem(&["train", "--input", &place.text("large.csv"), "--model", &model]).await;
+    assert!(refused.message.contains("±3.4e38"), "{refused}");
+
+    let schema = FeatureSchema::recorded("recorded", 3);
+    GlobalModel::initial(3, 1)
+        .save(place.0.path(), "global", &schema, &Provenance::default())
+        .unwrap();
+    metrics(&place.path("today.csv"), 100, |_, _| {});
+    let refused = problem(&[
+        "score",
+        "--model",
+        &place.text("global.safetensors"),
+        "--input",
+        &place.text("today.csv"),
+        "--output",
+        &place.text("s.npy"),
+    ])
+    .await;
+    assert_eq!(
+        refused.message.matches("global.safetensors").count(),
+        1,
+        "{refused}"
+    );
+    assert!(
+        refused.message.contains("global model of a federation") && refused.message.contains("no detector"),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn joining_again_names_the_run_that_uses_the_same_configuration() {
+    let place = Place::new();
+    joined(
+        &place,
+        Validity::starting(SystemTime::now(), Duration::from_hours(100)),
+    );
+    let text = format!("state_dir = '{}'\n", place.text("state"));
+    std::fs::write(place.path("e1.toml"), text).unwrap();
+    let token = JoinToken::generate([7; 32]).unwrap().to_string();
+    let config = place.text("e1.toml");
+    let words: [&str; 7] = [
+        "join",
+        "--aggregator",
+        "127.0.0.1:1",
+        "--token",
+        &token,
+        "--config",
+        &config,
+    ];
+    let arguments = Arguments::try_parse_from(["theriac-edge"].iter().chain(&words)).unwrap();
+    let mut out = Vec::new();
+    Box::pin(execute(arguments, &mut out)).await.unwrap();
+    let said = String::from_utf8(out).unwrap();
+    assert!(
+        said.contains(&format!("next  theriac-edge run --config {config}\n")),
+        "{said}"
+    );
 }
 
 #[tokio::test]

@@ -302,6 +302,52 @@ async fn corrupt_state_is_replaced_by_the_last_good_checkpoint_and_kept_for_a_pe
     edge.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn checkpoints_that_cannot_be_taken_are_told_and_do_not_stop_anything_else() {
+    let root = tempfile::tempdir().unwrap();
+    let data = root.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let failure = async |edge: &Edge| {
+        edge.until("word of the failure", async |edge| {
+            let status = edge.status().await?;
+            let line = &status.services[0];
+            assert_eq!(line.checkpoints, 0);
+            line.checkpoint_failure.clone()
+        })
+        .await
+    };
+    // A check with a usage error.
+    let state = format!(
+        "state = {{ dir = {data:?}, check = ['sh', '-c', 'echo usage >&2; exit 2', '{{state}}'], interval = '1s' }}\n"
+    );
+    let edge = Edge::start(&root.path().join("state"), &service(&state));
+    let told = failure(&edge).await;
+    assert!(told.contains("status: 2") && told.contains("usage"), "{told}");
+    edge.finish().await;
+
+    // A state that is larger than any disk: the state directory of the edge has room all the same.
+    let file = std::fs::File::create(data.join("large")).unwrap();
+    file.set_len(8 << 40).unwrap();
+    let state = format!("state = {{ dir = {data:?}, interval = '1s' }}\n");
+    let edge = Edge::start(&root.path().join("state"), &service(&state));
+    let told = failure(&edge).await;
+    assert!(told.contains("bytes are needed"), "{told}");
+    let metric = |page: &str, name: &str| {
+        let line = page.lines().find(|line| line.starts_with(name))?;
+        line.rsplit(' ').next()?.parse::<f64>().ok()
+    };
+    let page = edge
+        .until("two failed attempts", async |edge| {
+            let page = String::from_utf8(edge.get("/metrics").await?.1).ok()?;
+            let failed = metric(&page, "theriac_edge_checkpoints_total{kind=\"disk_full\"}")?;
+            (failed >= 2.0).then_some(page)
+        })
+        .await;
+    assert_eq!(metric(&page, "theriac_edge_storage_failures_total"), Some(0.0));
+    assert_eq!(edge.status().await.unwrap().storage, Storage::Ok);
+    edge.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_edge_on_one_state_directory_and_a_taken_port_are_refused() {
     let root = tempfile::tempdir().unwrap();

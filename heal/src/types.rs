@@ -375,6 +375,19 @@ impl Incident {
     pub const EVIDENCE_MAX: usize = 32;
     /// Most causes kept for one incident.
     pub const CAUSES_MAX: usize = 5;
+
+    /// The action that waits for a person's approval.
+    pub fn recommended(&self) -> Option<ActionKind> {
+        // Of the actions considered only the recommended one is told as such; the others say why not.
+        (self.state == IncidentState::AwaitingApproval)
+            .then(|| {
+                self.alternatives
+                    .iter()
+                    .find(|considered| considered.reason.starts_with("is recommended"))
+            })
+            .flatten()
+            .and_then(|considered| considered.action)
+    }
 }
 
 /// Something that a person should hear about.

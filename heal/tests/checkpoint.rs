@@ -403,6 +403,22 @@ fn too_little_room_and_too_many_files_are_refused_before_anything_is_copied() {
     assert!(names(&place.dir.path().join("checkpoints")).is_empty());
 }
 
+#[test]
+fn a_restore_goes_on_where_there_is_no_room_for_another_checkpoint() {
+    let mut place = Place::new();
+    place.store().take(&place.state(), 1).unwrap();
+    // More than any disk has, so that no copy may be taken; a restore asks for what it writes and 1 MiB.
+    place.limits.free_bytes_min = u64::MAX / 2;
+    assert!(matches!(
+        place.store().take(&place.state(), 2),
+        Err(CheckpointError::DiskFull { .. })
+    ));
+    assert_eq!(
+        place.store().restore(&place.state()).unwrap().checkpoint.sequence,
+        1
+    );
+}
+
 /// A file system of 1 MiB, where this process may mount one.
 struct SmallDisk(TempDir);
 

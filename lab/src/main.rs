@@ -215,7 +215,7 @@ fn parse() -> Result<Cli, Problem> {
         if !error.use_stderr() || error.kind() == unasked {
             error.exit()
         }
-        Problem::command_line("TH-E0810", &error.to_string())
+        Problem::command_line("TH-E0830", &error.to_string())
     })
 }
 
@@ -324,7 +324,7 @@ fn run_load(args: LoadArgs) -> Result<ExitCode, Problem> {
 fn load_problem(error: &LoadError) -> Problem {
     match error {
         LoadError::Options(_) => {
-            Problem::usage("TH-E0811", error).hint("`theriac-lab load --help` shows an example")
+            Problem::usage("TH-E0831", error).hint("`theriac-lab load --help` shows an example")
         }
         LoadError::Slow { .. } => Problem::failed("TH-E0806", error)
             .hint("fewer rounds or edges, or a machine with nothing else to do"),

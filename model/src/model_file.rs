@@ -75,6 +75,14 @@ pub enum ModelFileError {
         /// What is missing or wrong.
         reason: String,
     },
+    /// What sites exchange, from which a detector has yet to be fitted.
+    #[error(
+        "{path} holds the global model of a federation, which is no detector: name the file that `theriac-edge train` wrote"
+    )]
+    Global {
+        /// The file.
+        path: PathBuf,
+    },
     /// Written by another version of the program.
     #[error(
         "{path} has format version {found}, this build reads {expected}: use the build that wrote it, or train again"
@@ -335,6 +343,12 @@ fn read_card(path: &Path, text: Option<&str>) -> Result<Card, ModelFileError> {
     };
     let text = text.ok_or_else(|| no_card(format!("no metadata `{METADATA_KEY}`")))?;
     let value: serde_json::Value = serde_json::from_str(text).map_err(|e| no_card(e.to_string()))?;
+    // A detector's card has the time between its rows besides; see `Card` and `GlobalCard`.
+    if value.get("layout_digest").is_some() && value.get("step_seconds").is_none() {
+        return Err(ModelFileError::Global {
+            path: path.to_owned(),
+        });
+    }
     let version = value["format_version"]
         .as_u64()
         .ok_or_else(|| no_card("no format_version".to_owned()))?;
@@ -707,7 +721,7 @@ mod tests {
         assert_eq!(file.len(), 6);
         assert!(matches!(
             Detector::load(dir.path(), "g"),
-            Err(ModelFileError::NoCard { .. })
+            Err(ModelFileError::Global { .. })
         ));
     }
 

@@ -1,6 +1,6 @@
 //! `doctor`: one line a check, with what to do about it.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::ExitCode;
@@ -8,9 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use serde::Serialize;
-use theriac_certs::{Identity, files, trust};
+use theriac_certs::files::FileError;
+use theriac_certs::{Identity, IdentityError, files, trust};
 use theriac_command::output::Output;
 use theriac_command::problem::Problem;
+use theriac_heal::checkpoint::state_check::StateVerdict;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::model_layout;
 use theriac_privacy::ledger::Ledger;
@@ -20,8 +22,9 @@ use theriac_transport::{ConnectError, Limits, bind_client, connect};
 
 use super::{ConfigArguments, unprinted};
 use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY, opening, resolve};
-use crate::config::{EdgeConfig, host_and_port};
+use crate::config::{EdgeConfig, StateSettings, host_and_port};
 use crate::probe::{self, ProbeUrl};
+use crate::service::{open_checkpoints, state_check};
 use crate::state_dir::{Joined, StateDir};
 use crate::status::{Federation, Status};
 use crate::store::StoreReader;
@@ -105,7 +108,7 @@ pub(super) async fn doctor<W: Write>(
     let dir = StateDir::existing(&config.state_dir.path);
     let joined = dir.joined();
     let mut checks = vec![
-        clock(),
+        clock(&dir),
         proc_readable(),
         sockets(),
         state_dir(&dir),
@@ -114,9 +117,15 @@ pub(super) async fn doctor<W: Write>(
         store(&dir),
     ];
     checks.push(ledger(&config, &dir));
+    let page = page(&dir).await;
+    for service in &config.services {
+        if let Some(state) = &service.state {
+            checks.push(checkpoints(&dir, service.name.as_str(), state, page.as_ref()).await);
+        }
+    }
     checks.push(match joined {
         // A second session of the same site would push the running edge's out: ask that edge instead.
-        Ok(Some(_)) if dir.is_in_use() => running_link(&dir).await,
+        Ok(Some(_)) if dir.is_in_use() => running_link(page),
         Ok(Some(joined)) => aggregator(&config, &dir, &joined).await,
         Ok(None) => Check::skip("aggregator", "this edge has not joined a federation"),
         Err(error) => Check::fail("aggregator", error, "run `theriac-edge join` again"),
@@ -148,17 +157,20 @@ fn human(checks: &[Check]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-fn clock() -> Check {
+fn clock(dir: &StateDir) -> Check {
+    const FIX: &str = "set it: timedatectl set-ntp true, or chronyc makestep";
     let now = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     if now < CLOCK_MIN {
         let detail = format!("the wall clock says {} s after 1970", now.as_secs());
-        return Check::fail(
-            "clock",
-            detail,
-            "set it: timedatectl set-ntp true, or chronyc makestep",
-        );
+        return Check::fail("clock", detail, FIX);
+    }
+    // Our own certificate is older than now, or the clock is wrong.
+    let identity = Identity::load(&dir.keys(), IDENTITY).ok();
+    let valid = identity.map_or(Ok(()), |identity| identity.check_valid(SystemTime::now()));
+    if let Err(error @ IdentityError::NotYetValid { .. }) = valid {
+        return Check::fail("clock", error, FIX);
     }
     Check::ok("clock", "set (compared with the aggregator's on connecting)")
 }
@@ -259,13 +271,14 @@ fn keys(dir: &StateDir) -> Check {
             );
         }
     }
-    let Ok(identity) = Identity::load(&dir.keys(), IDENTITY) else {
-        return if count == 0 {
-            Check::skip("keys", "there are none yet")
-        } else {
-            Check::warn("keys", "there is no complete identity", "run `theriac-edge join`")
-        };
+    let identity = match Identity::load(&dir.keys(), IDENTITY) {
+        Ok(identity) => identity,
+        Err(_) if count == 0 => return Check::skip("keys", "there are none yet"),
+        Err(error) => return no_identity("keys", &error),
     };
+    if let Err(error @ IdentityError::NotYetValid { .. }) = identity.check_valid(SystemTime::now()) {
+        return Check::fail("keys", error, "set the clock; nothing has to be joined again");
+    }
     match identity.expires().duration_since(SystemTime::now()) {
         Ok(left) if left > CERTIFICATE_LEFT => {
             Check::ok("keys", format!("{} days left", left.as_secs() / 86_400))
@@ -279,6 +292,35 @@ fn keys(dir: &StateDir) -> Check {
             "keys",
             "the certificate has ended",
             "join again; if it should not have, set the clock",
+        ),
+    }
+}
+
+/// Why the identity cannot be used, and what mends it.
+fn no_identity(name: &'static str, error: &IdentityError) -> Check {
+    const JOIN: &str = "theriac-edge join --renew with a new token";
+    match error {
+        IdentityError::File(FileError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            Check::warn(
+                name,
+                "there is no complete identity: joining was begun and not ended, or edge.pem was lost",
+                "run the same `theriac-edge join` again, or `theriac-edge join --renew` with a new token",
+            )
+        }
+        IdentityError::File(FileError::TooWide { path, .. }) => Check::fail(
+            name,
+            error,
+            format!("chmod 600 {}; if others may have read it: {JOIN}", path.display()),
+        ),
+        IdentityError::File(FileError::Io { .. }) => Check::fail(
+            name,
+            error,
+            "check its owner and permissions; the edge's user must be able to read it",
+        ),
+        _ => Check::fail(
+            name,
+            format!("{IDENTITY}.pem is damaged: {error}"),
+            format!("restore it from a backup, or {JOIN}"),
         ),
     }
 }
@@ -320,18 +362,52 @@ fn ledger(config: &EdgeConfig, dir: &StateDir) -> Check {
     }
 }
 
-async fn running_link(dir: &StateDir) -> Check {
-    let asked = match dir.http_address() {
-        Some(address) => probe::get(
-            &ProbeUrl::new(address, "/status"),
-            Duration::from_secs(5),
-            1 << 20,
-        )
-        .await
-        .ok(),
-        None => None,
+/// Copies of a service's state: how many there are, and whether another one can be taken.
+async fn checkpoints(dir: &StateDir, service: &str, state: &StateSettings, page: Option<&Status>) -> Check {
+    const NAME: &str = "checkpoints";
+    let valid = std::fs::read_dir(dir.checkpoints().join(service))
+        .ok()
+        .and_then(|_| open_checkpoints(dir, service, state).ok()?.list().ok())
+        .map_or(0, |list| list.len());
+    let detail = |what: &str| format!("{service}: {valid} valid{what}");
+    let running = page.and_then(|page| page.services.iter().find(|line| line.name == service));
+    let failure = match (running, state_check(state)) {
+        (Some(line), _) => line.checkpoint_failure.clone(),
+        // No edge runs: the check is tried as the edge would before it starts the service.
+        (None, Some(check)) if state.dir.exists() => match check.run(&state.dir).await {
+            StateVerdict::Good => None,
+            StateVerdict::Corrupt(said) => Some(format!("the state did not pass its check: {said}")),
+            StateVerdict::Unknown(said) => Some(said),
+        },
+        (None, _) => None,
     };
-    let status = asked.and_then(|(_, body)| serde_json::from_slice::<Status>(&body).ok());
+    let Some(failure) = failure else {
+        return Check::ok(NAME, detail(""));
+    };
+    let fix =
+        "mend what it names; state.check, run by hand, must end with 0 for good state and 1 for corrupt";
+    let told = detail(&format!("; the last attempt failed: {failure}"));
+    if valid == 0 {
+        Check::fail(NAME, told, fix)
+    } else {
+        Check::warn(NAME, told, fix)
+    }
+}
+
+/// What the page of the running edge says.
+async fn page(dir: &StateDir) -> Option<Status> {
+    let address = dir.http_address().filter(|_| dir.is_in_use())?;
+    let (_, body) = probe::get(
+        &ProbeUrl::new(address, "/status"),
+        Duration::from_secs(5),
+        1 << 20,
+    )
+    .await
+    .ok()?;
+    serde_json::from_slice(&body).ok()
+}
+
+fn running_link(status: Option<Status>) -> Check {
     let fix = "see the log of the running edge; stop it and run doctor again for the whole handshake";
     match status {
         Some(status) if status.federation == Federation::Connected => {
@@ -356,9 +432,15 @@ async fn aggregator(config: &EdgeConfig, dir: &StateDir, joined: &Joined) -> Che
         .aggregator
         .as_ref()
         .unwrap_or(&joined.aggregator);
-    let keys_lost = "run `theriac-edge join` again";
-    let Ok(identity) = Identity::load(&dir.keys(), IDENTITY) else {
-        return Check::fail(NAME, "no identity", keys_lost);
+    let keys_lost = "run `theriac-edge join --renew` with a new token";
+    let identity = match Identity::load(&dir.keys(), IDENTITY) {
+        Ok(identity) => identity,
+        Err(error) => {
+            return Check {
+                result: Finding::Fail,
+                ..no_identity(NAME, &error)
+            };
+        }
     };
     let Ok(authority) = files::load_certificate(&dir.keys().join(AGGREGATOR_AUTHORITY)) else {
         return Check::fail(NAME, "the authority's certificate is missing", keys_lost);

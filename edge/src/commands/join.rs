@@ -77,14 +77,16 @@ pub(super) async fn join<W: Write>(
     })?;
     let (host, port) = host_and_port(&arguments.aggregator).ok_or_else(|| {
         Problem::usage("TH-E0310", format!("`{}` is not HOST:PORT", arguments.aggregator))
-            .hint("for example 10.0.0.5:9444, the join listener's address")
+            .hint("for example 10.0.0.5:7701, the join listener's address")
     })?;
     let dir = StateDir::open(&config.state_dir.path).map_err(EdgeError::from)?;
     let _lock = dir.lock().map_err(EdgeError::from)?;
     if let Some(report) = already_joined(&dir, arguments.renew)? {
         let human = format!(
-            "already joined {} as {}: nothing to do\n  next  theriac-edge run --state-dir {}\n  (--renew joins again with a new key)",
-            report.federation, report.node, report.state_dir
+            "already joined {} as {}: nothing to do\n  next  theriac-edge run{}\n  (--renew joins again with a new key)",
+            report.federation,
+            report.node,
+            arguments.config.again()
         );
         output.result(&report, human).map_err(unprinted)?;
         return Ok(ExitCode::SUCCESS);
@@ -106,8 +108,12 @@ pub(super) async fn join<W: Write>(
     keep(&dir, &identity, &enrolled)?;
     let report = JoinedReport::of(joined_as(&enrolled), &identity, &dir);
     let human = format!(
-        "joined {} as {}\n  aggregator   {}\n  certificate  {} days left\n  next         theriac-edge run --state-dir {}",
-        report.federation, report.node, report.aggregator, report.certificate_days, report.state_dir
+        "joined {} as {}\n  aggregator   {}\n  certificate  {} days left\n  next         theriac-edge run{}",
+        report.federation,
+        report.node,
+        report.aggregator,
+        report.certificate_days,
+        arguments.config.again()
     );
     output.result(&report, human).map_err(unprinted)?;
     check_clock(&identity)?;

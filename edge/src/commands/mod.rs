@@ -86,7 +86,7 @@ enum Command {
     Run(run::RunArguments),
     /// Enrols this host with an aggregator, once.
     #[command(
-        after_help = "Example:\n  theriac-edge join --aggregator 10.0.0.5:9444 --token thrc1_…\n\nThe line with \
+        after_help = "Example:\n  theriac-edge join --aggregator 10.0.0.5:7701 --token thrc1_…\n\nThe line with \
                             address and token is printed by `theriac-aggregator token create`."
     )]
     Join(join::JoinArguments),
@@ -204,6 +204,26 @@ impl ConfigArguments {
         }
         Ok(config)
     }
+
+    /// The words that make another command work with the same configuration.
+    fn again(&self) -> String {
+        let flag = |name: &str, path: Option<&PathBuf>| {
+            path.map_or_else(String::new, |path| {
+                format!(" {name} {}", quoted(&path.display().to_string()))
+            })
+        };
+        flag("--config", self.config.as_ref()) + &flag("--state-dir", self.state_dir.as_ref())
+    }
+}
+
+/// As a shell takes it for one word.
+fn quoted(word: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-+=:,@%".contains(letter);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
 }
 
 impl From<ConfigError> for Problem {
@@ -252,6 +272,29 @@ mod tests {
         command.build();
         command.clone().debug_assert();
         check(&command);
+    }
+
+    #[test]
+    fn the_next_command_keeps_the_configuration() {
+        let arguments = |config: Option<&str>, state_dir: Option<&str>| ConfigArguments {
+            config: config.map(PathBuf::from),
+            state_dir: state_dir.map(PathBuf::from),
+        };
+        assert_eq!(arguments(None, None).again(), "");
+        assert_eq!(arguments(Some("e1.toml"), None).again(), " --config e1.toml");
+        assert_eq!(
+            arguments(Some("a b.toml"), Some("it's")).again(),
+            " --config 'a b.toml' --state-dir 'it'\\''s'"
+        );
+    }
+
+    #[test]
+    fn the_ports_in_examples_and_hints_are_the_default_of_the_join_listener() {
+        let join = Arguments::command()
+            .find_subcommand("join")
+            .and_then(|join| join.get_after_help().map(ToString::to_string))
+            .unwrap();
+        assert!(join.contains("10.0.0.5:7701"), "{join}");
     }
 
     #[test]

@@ -121,7 +121,7 @@ pub(super) fn train<W: Write>(
     };
     if series.values().iter().all(|value| !value.is_finite()) {
         return Err(unusable(format!(
-            "none of the {} rows holds a number",
+            "none of the {} rows holds a number (empty cells and values beyond ±3.4e38 count as missing)",
             series.rows()
         )));
     }
@@ -160,7 +160,7 @@ pub(super) fn score<W: Write>(
 ) -> Result<ExitCode, Problem> {
     let (dir, name) = model_place(&arguments.model)?;
     let detector = Detector::load(&dir, &name).map_err(|error| {
-        Problem::failed("TH-E0321", format!("{}: {error}", arguments.model.display()))
+        Problem::failed("TH-E0321", naming(&arguments.model, &error))
             .hint("train it again with `theriac-edge train`")
     })?;
     let recording = read(&arguments.input)?;
@@ -304,9 +304,19 @@ fn read(path: &Path) -> Result<Recording, Problem> {
     let bytes = std::fs::metadata(path).map_or(0, |file| file.len());
     let mut reading = Progress::new(format!("reading {}", path.display()), bytes);
     read_recording_with(path, |done| reading.set(done)).map_err(|error| {
-        Problem::failed("TH-E0320", format!("{}: {error}", path.display()))
+        Problem::failed("TH-E0320", naming(path, &error))
             .hint("metrics are CSV with a header (time first), or .npy or .npy.gz of [time, channel]")
     })
+}
+
+/// The error with the file's name, once.
+fn naming(path: &Path, error: &dyn std::fmt::Display) -> String {
+    let (name, text) = (path.display().to_string(), error.to_string());
+    if text.contains(&name) {
+        text
+    } else {
+        format!("{name}: {text}")
+    }
 }
 
 /// The host's own profile when the columns are its, else one of already scaled recorded channels.

@@ -11,7 +11,7 @@ use theriac_command::problem::Problem;
 use super::{ConfigArguments, or_dash, unprinted};
 use crate::probe::{self, ProbeUrl};
 use crate::state_dir::StateDir;
-use crate::status::{Phase, RiskView, Status, Storage};
+use crate::status::{Phase, RiskView, ServiceStatus, Status, Storage};
 
 /// Longest wait for the page.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -78,7 +78,7 @@ fn human(status: &Status, health: &str) -> String {
         .unwrap_or_default();
     let mut lines = vec![
         format!("node        {}", status.node),
-        format!("health      {}", health.replace('\n', "; ")),
+        format!("health      {}", condition(status, health)),
         format!("phase       {phase}"),
         format!(
             "score       {} (threshold {}){}",
@@ -137,6 +137,7 @@ fn human(status: &Status, health: &str) -> String {
             &rows,
         ));
     }
+    lines.extend(status.services.iter().filter_map(checkpoints));
     lines.join("\n")
 }
 
@@ -161,10 +162,87 @@ fn risk(risks: &[RiskView]) -> String {
     format!("{}{of}", chances.join(", "))
 }
 
+/// Everything that makes the exit code 1, in words.
+fn condition(status: &Status, health: &str) -> String {
+    let mut wrong: Vec<String> = health
+        .lines()
+        .map(str::to_owned)
+        .filter(|line| line != "ok")
+        .collect();
+    if status.storage != Storage::Ok {
+        wrong.push(format!("storage {}", word(status.storage)));
+    }
+    let unwell = status.services.iter().filter(|service| !service.healthy);
+    wrong
+        .extend(unwell.map(|service| format!("service {} is not healthy ({})", service.name, service.state)));
+    if wrong.is_empty() {
+        health.to_owned()
+    } else {
+        wrong.join("; ")
+    }
+}
+
+/// How many copies of a service's state there are, and why the latest attempt failed.
+fn checkpoints(service: &ServiceStatus) -> Option<String> {
+    let failure = service
+        .checkpoint_failure
+        .as_ref()
+        .map(|failure| format!("; the last attempt FAILED: {failure}"));
+    (service.checkpoints > 0 || failure.is_some()).then(|| {
+        format!(
+            "checkpoints of {}: {} valid{}",
+            service.name,
+            service.checkpoints,
+            failure.unwrap_or_default()
+        )
+    })
+}
+
 /// The word that the JSON form has for a state.
 fn word(value: impl serde::Serialize) -> String {
     serde_json::to_value(value)
         .ok()
         .and_then(|value| value.as_str().map(str::to_owned))
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Board;
+
+    #[test]
+    fn a_stopped_service_and_failing_checkpoints_are_told() {
+        let board = Board::new("a", 60);
+        board.update_service("kv", |line| {
+            line.healthy = true;
+            "running".clone_into(&mut line.state);
+        });
+        let well = human(&board.status(), "ok");
+        assert!(well.contains("health      ok\n"), "{well}");
+        assert!(!well.contains("checkpoints of"), "{well}");
+        board.update_service("kv", |line| {
+            line.healthy = false;
+            "stopped".clone_into(&mut line.state);
+            line.checkpoint_failure = Some("the state check ended with exit status: 2".to_owned());
+        });
+        let told = human(&board.status(), "ok");
+        assert!(
+            told.contains("health      service kv is not healthy (stopped)\n"),
+            "{told}"
+        );
+        let line =
+            "checkpoints of kv: 0 valid; the last attempt FAILED: the state check ended with exit status: 2";
+        assert!(told.contains(line), "{told}");
+        board.update_service("kv", |line| {
+            line.checkpoints = 2;
+            line.checkpoint_failure = None;
+        });
+        let told = human(&board.status(), "sampling has stopped");
+        assert!(
+            told.contains("health      sampling has stopped; service kv"),
+            "{told}"
+        );
+        assert!(told.ends_with("checkpoints of kv: 2 valid"), "{told}");
+    }
 }

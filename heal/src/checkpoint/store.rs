@@ -28,7 +28,7 @@ pub struct StoreLimits {
     pub keep: usize,
     /// Replaced and quarantined directories kept for a person, each; a restore that would need more is refused.
     pub set_aside_max: usize,
-    /// Bytes that must stay free on the file system after a copy.
+    /// Bytes that must stay free on the file system after a copy. A restore heals, so it asks for 1 MiB at most.
     pub free_bytes_min: u64,
     /// Most files and folders in one state.
     pub entries_max: usize,
@@ -39,7 +39,7 @@ impl Default for StoreLimits {
         Self {
             keep: 3,
             set_aside_max: 8,
-            free_bytes_min: 64 << 20,
+            free_bytes_min: 16 << 20,
             entries_max: 100_000,
         }
     }
@@ -218,7 +218,7 @@ impl CheckpointStore {
             .iter()
             .map(|(_, metadata)| if metadata.is_file() { metadata.len() } else { 0 })
             .sum();
-        self.needs_room(&self.dir, bytes)?;
+        needs_room(&self.dir, bytes, self.limits.free_bytes_min)?;
         let sequence = self.last_sequence()? + 1;
         let path = self.dir.join(format!("{INCOMPLETE}{sequence:012}"));
         let mut attempt = 1;
@@ -426,7 +426,8 @@ impl CheckpointStore {
             });
         }
         let manifest = verify_at(&checkpoint.path)?;
-        self.needs_room(parent(state), manifest.bytes())?;
+        let left = self.limits.free_bytes_min.min(RESTORE_FREE_BYTES);
+        needs_room(parent(state), manifest.bytes(), left)?;
         let (partial, ready) = (beside(state, PARTIAL), beside(state, READY));
         let written = write_tree(&checkpoint.path, &manifest, &partial);
         if written.is_err()
@@ -489,19 +490,6 @@ impl CheckpointStore {
                 let path = self.dir.join(name);
                 fs::remove_dir_all(&path).map_err(at(&path))?;
             }
-        }
-        Ok(())
-    }
-
-    fn needs_room(&self, path: &Path, bytes: u64) -> Result<(), CheckpointError> {
-        let free = free_bytes(path)?;
-        let needed = bytes.saturating_add(self.limits.free_bytes_min);
-        if free < needed {
-            return Err(CheckpointError::DiskFull {
-                path: path.to_owned(),
-                needed,
-                free,
-            });
         }
         Ok(())
     }
@@ -678,6 +666,20 @@ fn verify_at(path: &Path) -> Result<Manifest, CheckpointError> {
     Ok(manifest)
 }
 
+/// Whether `bytes` can be written to the file system of `path` so that `left` bytes stay free.
+fn needs_room(path: &Path, bytes: u64, left: u64) -> Result<(), CheckpointError> {
+    let free = free_bytes(path)?;
+    let needed = bytes.saturating_add(left);
+    if free < needed {
+        return Err(CheckpointError::DiskFull {
+            path: path.to_owned(),
+            needed,
+            free,
+        });
+    }
+    Ok(())
+}
+
 fn differs(checkpoint: &Path, entry: &Entry, found: &Kind) -> Result<(), CheckpointError> {
     if entry.kind == *found {
         return Ok(());
@@ -836,3 +838,5 @@ const PARTIAL: &str = ".restore-partial";
 const READY: &str = ".restore-ready";
 const REPLACED: &str = ".replaced-";
 const ATTEMPTS_MAX: u32 = 3;
+/// Most bytes that must stay free after a restore: what the service needs to begin with.
+const RESTORE_FREE_BYTES: u64 = 1 << 20;

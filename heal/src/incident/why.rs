@@ -1,7 +1,7 @@
 //! An incident in plain words.
 
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::types::{Cause, CauseEvidence, Incident, IncidentState, Outcome, Verdict, When};
 
@@ -26,11 +26,11 @@ impl Incident {
             self.service,
             self.summary()
         )?;
+        let opened = UNIX_EPOCH + Duration::from_millis(self.opened.unix_ms);
         writeln!(
             text,
-            "First sign at Unix time {}.{:03}.",
-            self.opened.unix_ms / 1000,
-            self.opened.unix_ms % 1000
+            "First sign at {}.",
+            humantime::format_rfc3339_millis(opened)
         )?;
         writeln!(text, "\nSeen:")?;
         for evidence in &self.evidence {

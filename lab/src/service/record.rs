@@ -61,12 +61,20 @@ impl Record {
         if rest.is_empty() {
             return Next::End;
         }
-        // A file may have grown before its bytes arrived: then zeros stand where a record was to be.
-        let Some((header, after)) = rest
-            .split_at_checked(HEADER_BYTES)
-            .filter(|_| rest.iter().any(|b| *b != 0))
-        else {
+        // A file may have grown before its bytes arrived: then zeros stand where a record was to be. A log of nothing
+        // but zeros was never one.
+        if offset > 0 && rest.iter().all(|byte| *byte == 0) {
             return Next::Torn;
+        }
+        let Some((header, after)) = rest.split_at_checked(HEADER_BYTES) else {
+            return if begins_header(rest, expected) {
+                Next::Torn
+            } else {
+                Next::Corrupt(format!(
+                    "the {} bytes at byte {offset} do not begin record {expected}",
+                    rest.len()
+                ))
+            };
         };
         if sum::<4>(&header[..24]) != header[24..] || header[..4] != MAGIC {
             return Next::Corrupt(format!(
@@ -161,6 +169,19 @@ pub(super) fn decode_snapshot(bytes: &[u8]) -> Result<(u64, Table), String> {
     Ok((sequence, table))
 }
 
+/// Whether fewer bytes than a header are the beginning of the one of record `sequence`, as far as it is known before its
+/// body is.
+fn begins_header(bytes: &[u8], sequence: u64) -> bool {
+    let agrees = |from: usize, known: &[u8]| {
+        let found = bytes.get(from..).unwrap_or_default();
+        found.iter().zip(known).all(|(found, known)| found == known)
+    };
+    let length = bytes
+        .get(4..8)
+        .map_or(0, |bytes| u32::from_le_bytes(array(bytes)));
+    agrees(0, &MAGIC) && length as usize <= BODY_BYTES_MAX && agrees(8, &sequence.to_le_bytes())
+}
+
 fn body(key: &str, value: &[u8]) -> Vec<u8> {
     let mut body = u16::try_from(key.len())
         .unwrap_or(u16::MAX)
@@ -253,6 +274,27 @@ mod tests {
         let end = body.len();
         body[end - 12..].fill(0);
         assert_eq!(read(&body), (2, Next::Torn));
+    }
+
+    #[test]
+    fn what_does_not_begin_a_record_is_corruption_however_short_it_is() {
+        for garbage in [
+            b"garbage 15 byte".to_vec(),
+            vec![0; 15],
+            vec![0; 500],
+            b"K".repeat(2),
+            b"KVL1\xff\xff\xff\xff".to_vec(),
+            [&log(1)[..8], &[9; 7]].concat(),
+        ] {
+            let (count, end) = read(&garbage);
+            assert!(
+                count == 0 && matches!(end, Next::Corrupt(_)),
+                "{garbage:?}: {end:?}"
+            );
+        }
+        let mut after = log(2);
+        after.extend_from_slice(b"garbage");
+        assert!(matches!(read(&after), (2, Next::Corrupt(_))));
     }
 
     #[test]

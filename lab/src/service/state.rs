@@ -356,6 +356,17 @@ mod tests {
     }
 
     #[test]
+    fn a_log_replaced_by_a_few_bytes_is_corrupt_and_not_an_empty_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut state, _) = State::open(dir.path()).unwrap();
+        state.append(&[("a".to_owned(), b"1".to_vec())]).unwrap();
+        drop(state);
+        fs::write(dir.path().join("log-0"), b"fifteen bytes..").unwrap();
+        assert!(matches!(read(dir.path()), Err(StateError::Corrupt { .. })));
+        assert!(matches!(State::open(dir.path()), Err(StateError::Corrupt { .. })));
+    }
+
+    #[test]
     fn a_missing_snapshot_or_log_is_corruption() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("log-7"), "x").unwrap();
