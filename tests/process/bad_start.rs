@@ -110,7 +110,7 @@ fn a_directory_that_is_none_of_ours_is_refused() {
     fs::create_dir(&edge.dir).unwrap();
     fs::set_permissions(&edge.dir, fs::Permissions::from_mode(0o755)).unwrap();
     edge.run(&["run"])
-        .expect_problem(1, &["TH-E0303", "0755", "chmod 700"]);
+        .expect_problem(78, &["TH-E0303", "0755", "chmod 700"]);
 
     let centre = centre(root.path());
     let moved = root.path().join("elsewhere");
