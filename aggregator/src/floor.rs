@@ -54,7 +54,7 @@ pub enum FloorError {
         /// The site's.
         found_ms: u64,
     },
-    /// Its ε or δ is too large, or its claim contradicts what it declared.
+    /// Its ε or δ is too large.
     #[error("the site's {what} is {found}, the fleet's floor allows {expected}")]
     Weak {
         /// Which.

@@ -137,7 +137,10 @@ impl Metrics {
             rounds: r.add("rounds", "Rounds that closed while connected, by outcome"),
             gate_verdicts: r.add("gate_verdicts", "What the gate made of published models"),
             model_version: r.add("model_version", "Published model in use as prior, 0 for none"),
-            epsilon_spent: r.add("epsilon_spent", "Largest privacy loss of any unit so far"),
+            epsilon_spent: r.add(
+                "epsilon_spent",
+                "Largest privacy loss of any unit in the current period of the policy",
+            ),
             epsilon_limit: r.add("epsilon_limit", "Limit of the privacy policy"),
             ledger_refusals: r.add(
                 "ledger_refusals",

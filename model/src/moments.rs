@@ -43,10 +43,14 @@ const SCALE_MIN: f64 = 0.25;
 /// Largest level of a channel, in publicly scaled units. It bounds what a false level can do to an edge.
 pub const LEVEL_MAX: f32 = 0.25;
 
-/// What a channel that is there adds to its presence in one block.
+/// What a channel that is there adds to its presence in one block of [`BLOCK_ROWS`]; longer blocks weigh by their regression rows, as
+/// the other sums and the clipping norm do.
 const PRESENCE_UNIT: f64 = 8.0;
 
-/// What a channel at [`LEVEL_MAX`] adds to its level in one block: enough to stand above noise, too little to fill the clipping norm.
+/// Standard deviations of the noise on a sum that a channel's presence must exceed before its level is believed.
+const PRESENCE_NOISE: f64 = 3.0;
+
+/// What a channel at [`LEVEL_MAX`] adds to its level in one such block: enough to stand above noise, too little to fill the clipping norm.
 const LEVEL_UNIT: f64 = 32.0;
 
 /// Least strength of the pull towards the public constant.
@@ -118,8 +122,9 @@ pub fn block(values: &[f32], rows: usize) -> Vec<f32> {
             }
         }
         if counted > 0.0 {
-            sum[PRESENCE] = PRESENCE_UNIT;
-            sum[LEVEL] = LEVEL_UNIT * (level / counted / f64::from(LEVEL_MAX)).min(1.0);
+            let weight = (rows - LAG_MAX) as f64 / (BLOCK_ROWS - LAG_MAX) as f64;
+            sum[PRESENCE] = PRESENCE_UNIT * weight;
+            sum[LEVEL] = LEVEL_UNIT * weight * (level / counted / f64::from(LEVEL_MAX)).min(1.0);
         }
     }
     moments.into_iter().map(narrow).collect()
@@ -171,6 +176,7 @@ pub fn record_rows(values: &[f32], rows: usize, clip_norm: f64) -> Vec<Vec<f32>>
 /// looked at, missing ones count as 0.
 pub fn solve(sum: &[f32], sites: usize, sigma: f64, clip_norm: f64, channels: usize) -> OwnLagWeights {
     let lambda = (LAMBDA_NOISE * sigma * clip_norm * (10.0 * sites as f64).sqrt()).max(LAMBDA_MIN);
+    let noise = sigma * clip_norm * (sites as f64).sqrt();
     let constant = Cross::repeat(f64::from(PUBLIC_OWN_WEIGHT));
     let (mut weights, mut levels) = (
         Vec::with_capacity(channels * LAG_COUNT),
@@ -188,15 +194,17 @@ pub fn solve(sum: &[f32], sites: usize, sigma: f64, clip_norm: f64, channels: us
         let found = solution.sum();
         let shift = (found.clamp(WEIGHT_SUM[0], WEIGHT_SUM[1]) - found) / LAG_COUNT as f64;
         weights.extend(solution.iter().map(|w| narrow(*w + shift)));
-        levels.push(level_of(moments));
+        levels.push(level_of(moments, noise));
     }
     OwnLagWeights::finite(weights, levels)
 }
 
-/// A channel's level from its sums; 0, which asks for nothing, when it was never there.
-fn level_of(moments: &[f32]) -> f32 {
-    let blocks = finite(moments, PRESENCE) / PRESENCE_UNIT;
-    if blocks < 1.0 {
+/// A channel's level from its sums, each with noise of this standard deviation; 0, which asks for nothing, when the channel was
+/// hardly there or its presence does not stand out from the noise.
+fn level_of(moments: &[f32], noise: f64) -> f32 {
+    let presence = finite(moments, PRESENCE);
+    let blocks = presence / PRESENCE_UNIT;
+    if blocks < 1.0 || presence < PRESENCE_NOISE * noise {
         return 0.0;
     }
     narrow((finite(moments, LEVEL) / LEVEL_UNIT / blocks).clamp(0.0, 1.0) * f64::from(LEVEL_MAX))
@@ -301,6 +309,21 @@ fn unpack(moments: &[f32]) -> (Gram, Cross) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_level_weighs_as_much_in_a_block_of_an_hour_and_is_not_read_out_of_noise() {
+        let (rows, clip_norm) = (3_600, 17_200.0);
+        let hour = block(&process(rows, 1, 0.9), rows);
+        let short = block(&process(BLOCK_ROWS, 1, 0.9), BLOCK_ROWS);
+        let per_row = |moments: &[f32], rows: usize| moments[PRESENCE] / (rows - LAG_MAX) as f32;
+        assert!((per_row(&hour, rows) - per_row(&short, BLOCK_ROWS)).abs() < 1e-4);
+        assert!(solve(&hour, 1, 0.0, clip_norm, 1).levels()[0] > 0.1);
+        // One hour under the noise of epsilon 4: nothing can be known of the level.
+        let mut noised = hour;
+        noised[PRESENCE] += 21_000.0;
+        noised[LEVEL] += 21_000.0;
+        assert!(solve(&noised, 1, 1.27, clip_norm, 1).levels()[0] == 0.0);
+    }
 
     /// Places of the diagonal entries among the first 15.
     fn diagonal() -> impl Iterator<Item = usize> {

@@ -1,4 +1,8 @@
-//! How much privacy releases cost: zero-concentrated differential privacy (zCDP), and its conversion to (ε, δ).
+//! How much privacy releases cost: Rényi curves of the (subsampled) Gaussian, privacy loss distributions, and zero-concentrated
+//! differential privacy (zCDP), with their conversions to (ε, δ).
+//!
+//! The ledger charges [`RdpCurve`]s. ρ, told of below, is what the noise is checked by when a release is made and how charges of
+//! ledger files of version 1 are read; what is said of composition holds for curves alike.
 //!
 //! **Mechanism.** A sum with L2 sensitivity `s·C` (under add or remove one unit, see [`crate::policy::PrivacyUnit`]) is released with Gaussian
 //! noise of standard deviation `σ·C`. That is ρ-zCDP with `ρ = s² / (2σ²)` (Bun and Steinke 2016, proposition 1.6; for the discrete

@@ -86,6 +86,9 @@ pub enum UpdateError {
         /// Vectors that came.
         found: usize,
     },
+    /// A weight change bears on all data at once, and its charge says otherwise.
+    #[error("a weight change bears on all data: its charge must name no blocks, one step and no sampling")]
+    PartialCharge,
     /// No noise could be added.
     #[error(transparent)]
     Noise(#[from] NoiseError),
@@ -125,13 +128,17 @@ impl LocalUpdate {
     /// Reads all the node's data: `read` gives one weight delta of `plan.values` numbers.
     ///
     /// # Errors
-    /// As for [`LocalUpdate::moments`].
+    /// As for [`LocalUpdate::moments`]; [`UpdateError::PartialCharge`] when the charge is for less than all data, once.
     pub fn delta(
         reservation: Reservation,
         layout_digest: Digest,
         read: impl FnOnce() -> Vec<f32>,
     ) -> Result<Self, UpdateError> {
         check_kind(&reservation, UpdateKind::Delta)?;
+        let plan = reservation.plan();
+        if !plan.blocks.is_empty() || plan.steps != 1 || plan.sampling_rate < 1.0 {
+            return Err(UpdateError::PartialCharge);
+        }
         let units = vec![read()];
         Self::of(reservation, layout_digest, units)
     }

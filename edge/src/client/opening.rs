@@ -299,6 +299,15 @@ fn load(config: &EdgeConfig, dir: &StateDir, path: PathBuf) -> Result<Policy, Ba
             interval,
         });
     }
+    let kept = interval.saturating_mul(u32::try_from(config.sampling.history_rows).unwrap_or(u32::MAX));
+    if kept < block * 3 {
+        tracing::warn!(
+            history = ?kept,
+            block = ?block,
+            "the history is shorter than three blocks: rounds of moments will find too few; raise sampling.history_rows, \
+             or have a shorter block signed"
+        );
+    }
     Ok(loaded)
 }
 

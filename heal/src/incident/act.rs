@@ -144,7 +144,10 @@ impl IncidentMachine {
             return;
         };
         let timeout = seen.policy.action_timeout;
-        if self.halted || diagnose(seen).is_none() {
+        let called_off = self.halted || diagnose(seen).is_none();
+        self.unrecorded.remove(&service);
+        open.record.handed_over = None;
+        if called_off {
             finish(&mut open.record, now, Outcome::NotNeeded, None);
             open.record
                 .note(now, "the action was called off before it began".to_owned());
@@ -159,8 +162,6 @@ impl IncidentMachine {
             id,
             deadline: now.monotonic.saturating_add(timeout),
         };
-        self.unrecorded.remove(&service);
-        open.record.handed_over = None;
         let mut intent = None;
         if let Some(action) = open.record.actions.last_mut() {
             action.acted = Some(now.when());
@@ -353,7 +354,12 @@ impl IncidentMachine {
             },
             (None, IncidentState::HandedToHuman, _) => Phase::Handed {
                 remind_at: after(remind_every),
-                retry_at: None,
+                // Only its record had failed, so it is tried again.
+                retry_at: record
+                    .actions
+                    .last()
+                    .filter(|action| action.acted.is_none() && action.outcome == Some(Outcome::NotNeeded))
+                    .map(|_| after(RECORD_RETRY)),
             },
             _ => {
                 record.set_state(IncidentState::Open);
@@ -429,6 +435,10 @@ impl IncidentMachine {
         let Some(seen) = self.services.get(&record.service) else {
             return;
         };
+        // What was said to a person before holds no longer, except while the record keeps failing.
+        if !self.unrecorded.contains_key(&record.service) {
+            record.handed_over = None;
+        }
         if record.class != diagnosis.class {
             record.note(
                 now,
@@ -677,13 +687,18 @@ impl IncidentMachine {
             self.ledger.take_back(&record.service, action);
         }
         let service = record.service.clone();
-        if self.unrecorded.insert(service.clone()) {
-            self.hand_over(now, record, format!("{reason}; nothing is done without a record"));
-        } else {
-            // A repeated failure adds nothing to the incident.
+        let next = now.monotonic.saturating_add(remind_every);
+        if let Some(due) = self.unrecorded.get(&service).copied() {
+            // A repeated failure adds nothing to the incident, and its reminders come at their own pace.
             record.actions.pop();
             record.set_state(IncidentState::HandedToHuman);
-            let remind_at = now.monotonic.saturating_add(remind_every);
+            let remind_at = if due <= now.monotonic {
+                self.remind(&record);
+                next
+            } else {
+                due
+            };
+            self.unrecorded.insert(service.clone(), remind_at);
             self.put(Open {
                 record,
                 phase: Phase::Handed {
@@ -691,6 +706,9 @@ impl IncidentMachine {
                     retry_at: None,
                 },
             });
+        } else {
+            self.unrecorded.insert(service.clone(), next);
+            self.hand_over(now, record, format!("{reason}; nothing is done without a record"));
         }
         if let Some(open) = self.open.get_mut(&service)
             && let Phase::Handed { retry_at, .. } = &mut open.phase

@@ -248,8 +248,8 @@ pub struct IncidentMachine {
     ledger: Ledger,
     demoted: BTreeSet<String>,
     healed: Vec<HealedRestart>,
-    /// Services whose last intent could not be recorded.
-    unrecorded: BTreeSet<String>,
+    /// Services whose last intent could not be recorded, with the time of the next reminder.
+    unrecorded: BTreeMap<String, Duration>,
     halted: bool,
     last_incident: u64,
     last_intent: u64,
@@ -304,7 +304,7 @@ impl IncidentMachine {
             ledger: Ledger::default(),
             demoted: BTreeSet::new(),
             healed: Vec::new(),
-            unrecorded: BTreeSet::new(),
+            unrecorded: BTreeMap::new(),
             halted: false,
             last_incident: 0,
             last_intent: 0,

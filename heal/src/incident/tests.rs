@@ -755,6 +755,42 @@ fn an_intent_that_could_not_be_recorded_is_tried_again_told_once_and_costs_no_bu
 }
 
 #[test]
+fn while_the_record_keeps_failing_a_person_is_reminded_and_a_restart_goes_on_trying() {
+    let mut story = Story::new(|policy| policy.remind_every = Duration::from_mins(1));
+    story.crash();
+    let mut told = Vec::new();
+    for _ in 0..13 {
+        let intent = story.recorded().expect("an intent");
+        let outputs = story.tell(Input::IntentFailed {
+            id: intent.id,
+            detail: "no space left on device".into(),
+        });
+        told.extend(outputs.into_iter().filter_map(|output| match output {
+            Output::Notify(notice) => Some(notice.kind),
+            _ => None,
+        }));
+        story.pass(10_000);
+    }
+    assert_eq!(
+        told,
+        [
+            NoticeKind::HandedToHuman,
+            NoticeKind::StillOpen,
+            NoticeKind::StillOpen
+        ]
+    );
+    let intent = story.recorded().expect("an intent");
+    story.tell(Input::IntentFailed {
+        id: intent.id,
+        detail: "no space left on device".into(),
+    });
+    story.restart("boot-1");
+    story.crash();
+    story.pass(10_000);
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
 fn a_crash_during_an_unexplained_anomaly_is_timed_from_the_crash() {
     let mut story = Story::new(|_| {});
     story.probes(true, 3);

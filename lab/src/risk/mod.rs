@@ -1,6 +1,6 @@
 //! How well failures are foretold: on recorded engines and drives, and on made ramps.
 //!
-//! Read [`assess`] (what is measured and how), [`engines`], [`drives`] and [`ramps`] (on what), [`floor`] (what has to be
+//! Read `assess` (what is measured and how), `engines`, `drives` and `ramps` (on what), `floor` (what has to be
 //! beaten).
 
 mod assess;

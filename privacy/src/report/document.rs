@@ -11,7 +11,7 @@ use crate::policy::Policy;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
-    /// [`FORMAT`].
+    /// 1.
     pub format: String,
     /// Program and version that wrote it.
     pub software: String,
