@@ -366,9 +366,9 @@ mod tests {
         // Row 10 has lags 0 and target z; row 11 has z at lag 1 and target 0.
         let mut expected = [0.0; MOMENTS_PER_CHANNEL];
         expected[0] = z * z;
-        expected[PRESENCE] = 8.0;
-        // Steps 2 and 0.4 are beyond the largest level.
-        expected[LEVEL] = 32.0;
+        // Two regression rows of the fifty of a usual block. Steps 2 and 0.4 are beyond the largest level.
+        expected[PRESENCE] = 8.0 * 2.0 / 50.0;
+        expected[LEVEL] = 32.0 * 2.0 / 50.0;
         let close = |(a, b): (&f32, &f64)| (f64::from(*a) - b).abs() < 1e-5;
         assert!(moments.iter().zip(&expected).all(close), "{moments:?}");
         assert_eq!(diagonal().collect::<Vec<_>>(), [0, 5, 9, 12, 14]);

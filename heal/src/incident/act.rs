@@ -6,8 +6,8 @@ use super::decide::{Circumstances, Decision, decide, ladder};
 use super::diagnose::{Diagnosis, diagnose};
 use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
 use crate::types::{
-    ActionKind, ActionRecord, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, NoticeKind,
-    Now, Outcome, Verdict,
+    ActionKind, ActionRecord, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId,
+    NoticeKind, Now, Outcome, Verdict,
 };
 
 impl IncidentMachine {
@@ -380,12 +380,17 @@ impl IncidentMachine {
             .services
             .get(service)
             .map_or(Vec::new(), |seen| seen.signs.clone());
+        // An alarm that had led to nothing is not the beginning of a crash or a hang.
+        let tells = |sign: &&Evidence| {
+            diagnosis.class.from_detector() || !sign.words.starts_with(super::observe::ALARM_WORDS)
+        };
+        let first = signs.iter().find(tells).map(|sign| sign.at);
         let mut record = Incident {
             id: IncidentId(self.last_incident),
             service: service.to_owned(),
             class: diagnosis.class,
             state: IncidentState::Open,
-            opened: signs.first().map_or(now.when(), |sign| sign.at),
+            opened: first.unwrap_or(now.when()),
             detected: now.when(),
             acted: None,
             healed: None,

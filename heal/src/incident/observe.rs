@@ -288,13 +288,15 @@ impl Observed {
         });
         new.then(|| {
             format!(
-                "anomaly score {score:.2} above {threshold:.2}, led by {}",
+                "{ALARM_WORDS} {score:.2} at a threshold of {threshold:.2}, led by {}",
                 brief(&top)
             )
         })
     }
 }
 
+/// How a sign of the detector begins.
+pub(super) const ALARM_WORDS: &str = "anomaly score";
 /// Normal rows in a row after settling that prove the alarm gone.
 const CALM_ROWS: u32 = 3;
 /// Rows of an alarm that tell what leads it.

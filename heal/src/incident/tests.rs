@@ -791,6 +791,18 @@ fn while_the_record_keeps_failing_a_person_is_reminded_and_a_restart_goes_on_try
 }
 
 #[test]
+fn a_crash_during_an_alarm_that_is_no_incident_yet_is_timed_from_the_crash() {
+    let mut story = Story::new(|policy| policy.anomaly_lasting = Duration::from_secs(100));
+    story.probes(true, 3);
+    story.anomaly("host_load");
+    story.pass(5_000);
+    story.crash();
+    let (crashed, incident) = (story.now().when(), story.incident().unwrap());
+    assert_eq!((incident.opened, incident.detected), (crashed, crashed));
+    assert!(incident.why().contains("-5.00 s"), "{}", incident.why());
+}
+
+#[test]
 fn a_crash_during_an_unexplained_anomaly_is_timed_from_the_crash() {
     let mut story = Story::new(|_| {});
     story.probes(true, 3);
