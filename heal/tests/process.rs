@@ -250,6 +250,12 @@ async fn a_later_run_adopts_the_running_child_and_sees_it_end() {
         let record = dir.path().join("child.json");
         let mut earlier = supervisor(&dir, "exec sleep 60");
         let pid = earlier.start_for(Some(42)).await.unwrap();
+        // While the shell turns into the program, a reader of /proc sees neither of the two.
+        let comm = format!("/proc/{pid}/comm");
+        until("the program runs", || {
+            std::fs::read_to_string(&comm).unwrap() == "sleep\n"
+        })
+        .await;
         drop(earlier);
         if without_record {
             // The earlier run died between the start and the writing of its record.
