@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use theriac_protocol::codec::{Encoded, encode_to_edge};
-use theriac_protocol::message::{AnnounceV1, FEATURE_LEDGER_SEAL, HelloV1, ToAggregator, ToEdge, UpdateV1};
+use theriac_protocol::message::{
+    AnnounceV1, FEATURE_LEDGER_SEAL, HelloV1, ToAggregator, ToEdge, UpdateKind, UpdateV1,
+};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::NodeId;
 use theriac_transport::{
@@ -35,6 +37,7 @@ pub(crate) struct Sessions {
     pub(crate) federation: String,
     pub(crate) spec: ModelSpec,
     pub(crate) limits: LimitSettings,
+    pub(crate) kind: UpdateKind,
     pub(crate) rule: RuleName,
     pub(crate) update_bytes: u64,
     pub(crate) frame_bytes_max: u32,
@@ -147,7 +150,7 @@ impl Sessions {
                 return None;
             }
         };
-        let protocol = match check_hello(&hello, &self.spec) {
+        let protocol = match check_hello(&hello, &self.spec, self.kind) {
             Ok(protocol) => protocol,
             Err(error) => {
                 tracing::warn!(%node, software = hello.software, %error, "not admitted");

@@ -1,6 +1,6 @@
 //! Whether an authenticated site may take part now: compatible, within its quota, and with a ledger that never went back.
 
-use theriac_protocol::message::{HelloV1, PROTOCOL_MAX, PROTOCOL_MIN};
+use theriac_protocol::message::{FEATURE_GRADIENT, HelloV1, PROTOCOL_MAX, PROTOCOL_MIN, UpdateKind};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::Digest;
 
@@ -45,6 +45,14 @@ pub enum AdmitError {
         /// The edge's.
         found: Digest,
     },
+    /// The edge cannot read what this federation's rounds collect.
+    #[error(
+        "the rounds collect gradients, and the edge ({software}) does not know `{FEATURE_GRADIENT}`: update it"
+    )]
+    Feature {
+        /// What the edge calls itself.
+        software: String,
+    },
     /// The privacy ledger went backwards or forked.
     #[error(
         "the privacy ledger has {} records with head {}, on record are {} with head {}: a restored snapshot or a copied disk",
@@ -63,17 +71,17 @@ impl AdmitError {
     pub fn code(&self) -> RefusalCode {
         match self {
             Self::Version { .. } => RefusalCode::UnsupportedVersion,
-            Self::Profile { .. } | Self::Layout { .. } => RefusalCode::LayoutMismatch,
+            Self::Profile { .. } | Self::Layout { .. } | Self::Feature { .. } => RefusalCode::LayoutMismatch,
             Self::Ledger { .. } => RefusalCode::LedgerRollback,
         }
     }
 }
 
-/// Whether the two programs fit together. Gives the protocol version to speak.
+/// Whether the two programs fit together, in a federation whose rounds collect `kind`. Gives the protocol version to speak.
 ///
 /// # Errors
-/// [`AdmitError::Version`], [`AdmitError::Profile`], [`AdmitError::Layout`].
-pub fn check_hello(hello: &HelloV1, spec: &ModelSpec) -> Result<u16, AdmitError> {
+/// [`AdmitError::Version`], [`AdmitError::Profile`], [`AdmitError::Layout`], [`AdmitError::Feature`].
+pub fn check_hello(hello: &HelloV1, spec: &ModelSpec, kind: UpdateKind) -> Result<u16, AdmitError> {
     let protocol = hello.protocol_max.min(PROTOCOL_MAX);
     if protocol < hello.protocol_min.max(PROTOCOL_MIN) {
         return Err(AdmitError::Version {
@@ -93,6 +101,12 @@ pub fn check_hello(hello: &HelloV1, spec: &ModelSpec) -> Result<u16, AdmitError>
         return Err(AdmitError::Layout {
             expected: spec.layout_digest(),
             found: hello.layout_digest,
+        });
+    }
+    // An announcement or a model that it cannot read would end its session, again and again.
+    if kind == UpdateKind::Gradient && !hello.features.iter().any(|name| name == FEATURE_GRADIENT) {
+        return Err(AdmitError::Feature {
+            software: hello.software.clone(),
         });
     }
     Ok(protocol)
@@ -153,6 +167,8 @@ impl Quota {
 
 #[cfg(test)]
 mod tests {
+    use theriac_protocol::units::{ModelVersion, NoiseMultiplier};
+
     use super::*;
 
     fn head(records: u64, byte: u8) -> LedgerHead {
@@ -172,6 +188,36 @@ mod tests {
                 RefusalCode::LedgerRollback
             );
         }
+    }
+
+    #[test]
+    fn an_edge_that_cannot_read_gradients_is_told_so_at_the_door() {
+        let spec = ModelSpec::profile("host-service-v1", 1).unwrap();
+        let hello = |features: &[&str]| HelloV1 {
+            protocol_min: PROTOCOL_MIN,
+            protocol_max: PROTOCOL_MAX,
+            software: "theriac-edge 0.1.0".to_owned(),
+            features: features.iter().map(|name| (*name).to_owned()).collect(),
+            profile: spec.profile_name().to_owned(),
+            profile_digest: spec.profile_digest(),
+            layout_digest: spec.layout_digest(),
+            noise_multiplier_min: NoiseMultiplier::new(1.0).unwrap(),
+            ledger_head: Digest::default(),
+            ledger_records: 0,
+            model_version: ModelVersion(0),
+            model_digest: Digest::default(),
+            audit_checkpoint: None,
+            receipt_missing: None,
+        };
+        let old = hello(&["ledger-seal-1"]);
+        for kind in [UpdateKind::Moments, UpdateKind::Delta] {
+            assert_eq!(check_hello(&old, &spec, kind), Ok(PROTOCOL_MAX));
+        }
+        let refused = check_hello(&old, &spec, UpdateKind::Gradient).unwrap_err();
+        assert_eq!(refused.code(), RefusalCode::LayoutMismatch);
+        assert!(refused.to_string().contains("theriac-edge 0.1.0"), "{refused}");
+        let new = hello(&["ledger-seal-1", FEATURE_GRADIENT]);
+        assert_eq!(check_hello(&new, &spec, UpdateKind::Gradient), Ok(PROTOCOL_MAX));
     }
 
     #[test]

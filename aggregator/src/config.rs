@@ -3,6 +3,7 @@
 //! [`Settings`] is what the file says; [`CheckedConfig`] is what the program runs on, and [`Settings::check`] is the only
 //! way from one to the other, so running code never meets a value out of range. `check-config` and `serve` share [`load`].
 
+mod evidence;
 mod example;
 
 use std::net::SocketAddr;
@@ -11,14 +12,21 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theriac_command::settings::{self, SettingsError};
+use theriac_model::LAG_MAX;
+use theriac_model::gradient::CLIP_NORM_PER_ROW;
+use theriac_privacy::central::CentralTerms;
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{L2Norm, NodeId, NoiseMultiplier};
 
+use crate::central::CentralNoiseSettings;
+use crate::evidence::reputation::QuarantineLimits;
 use crate::floor::FloorSettings;
 use crate::layout::{LayoutError, ModelSpec};
 use crate::models::frame_bytes_max;
-use crate::robust::RuleName;
+use crate::robust::{Options, RuleName, rule};
+use crate::server_optimizer::ServerOptimizer;
 
+pub use evidence::{OptimizerSettings, QuarantineSettings};
 pub use example::example;
 
 /// Prefix of environment variables that override the file: `THERIAC__SECTION__KEY`.
@@ -39,6 +47,14 @@ pub enum ConfigError {
         /// The value, the range, and what to do.
         reason: String,
     },
+    /// Noise at the centre under a rule whose output one site may move by any amount.
+    #[error(
+        "central_noise.enabled: rule `{rule}` has no sensitivity that noise could be measured by; only \"mean\" is private at the centre"
+    )]
+    CentralRule {
+        /// The configured rule.
+        rule: RuleName,
+    },
 }
 
 impl ConfigError {
@@ -46,6 +62,9 @@ impl ConfigError {
     pub fn hint(&self) -> String {
         match self {
             Self::Settings(error) => error.hint(),
+            Self::CentralRule { .. } => {
+                "set rounds.rule = \"mean\", which withstands no hostile site, or central_noise.enabled = false".into()
+            }
             Self::Value { .. } => {
                 "the comments in the file that `theriac-aggregator init` writes say unit, default and range of every key"
                     .into()
@@ -81,6 +100,12 @@ pub struct Settings {
     pub limits: LimitSettings,
     /// The weakest guarantee whose updates are taken.
     pub privacy_floor: FloorSettings,
+    /// Noise at the centre, for large fleets that trust this aggregator.
+    pub central_noise: CentralNoiseSettings,
+    /// When a site's updates are scored and count nothing.
+    pub quarantine: QuarantineSettings,
+    /// From the combined changes to the model's step.
+    pub server_optimizer: OptimizerSettings,
 }
 
 impl Default for Settings {
@@ -96,6 +121,9 @@ impl Default for Settings {
             model: ModelSettings::default(),
             limits: LimitSettings::default(),
             privacy_floor: FloorSettings::default(),
+            central_noise: CentralNoiseSettings::default(),
+            quarantine: QuarantineSettings::default(),
+            server_optimizer: OptimizerSettings::default(),
         }
     }
 }
@@ -104,8 +132,9 @@ impl Default for Settings {
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoundSettings {
-    /// What an edge sends: `"moments"` (second moments of the own-lag regression, one noised release; the default) or
-    /// `"delta"` (a clipped weight delta of the network).
+    /// What an edge sends: `"moments"` (second moments of the own-lag regression, one noised release; the default), `"gradient"`
+    /// (block-clipped gradients of the full linear model, of the same blocks in every one of some twenty rounds) or `"delta"` (a clipped weight
+    /// delta of the network). With `"gradient"` edges from before it are refused, and edges whose policy does not name it decline.
     pub kind: RoundKind,
     /// Fewest updates that make a model, 1 to 100 000, default 3. Up to `byzantine` edges whose update was refused count as well
     /// (not with `"mean"`). Too low: a few edges decide. Too high: rounds abort while
@@ -121,13 +150,15 @@ pub struct RoundSettings {
     pub pause: Duration,
     /// No round opens after this number; default none. For experiments.
     pub rounds_max: Option<u64>,
-    /// Clipping norm C of one privacy unit, above 0, default 17 200 (for moments of 3 600 rows; it grows with the rows of a
-    /// block: 4.8 for each row after the first ten). Too low: signal is cut off.
-    /// Too high: noise σC drowns it.
-    pub clip_norm: f64,
-    /// Noise multiplier σ that every update must carry, 0.1 to 1000, default 1.27 (ε = 4 at δ = 1e-6 for one release). Too
-    /// low: edges decline, their own policy wins. Too high: the model learns nothing.
-    pub noise_multiplier: f64,
+    /// Clipping norm C of one privacy unit, above 0. Default with `"moments"` and `"delta"` 17 200 (for moments of 3 600 rows; it grows with the
+    /// rows of a block: 4.8 for each row after the first ten), with `"gradient"` 4 for each row of a block after the first ten. Too
+    /// low: signal is cut off. Too high: noise σC drowns it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_norm: Option<f64>,
+    /// Noise multiplier σ that every update must carry, 0.1 to 1000. Default 1.27 (ε = 4 at δ = 1e-6 for one release), with `"gradient"` 5.69
+    /// (the same for twenty releases of the same blocks). Too low: edges decline, their own policy wins. Too high: the model learns nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub noise_multiplier: Option<f64>,
     /// Samples in one block, the privacy unit of moments, 11 to 86 400, default 3 600: one hour at one sample a second.
     pub block_rows: u32,
     /// An edge with fewer complete unspent blocks declines, 1 to `blocks_max`, default 2. Too low wastes budget on noise.
@@ -135,11 +166,33 @@ pub struct RoundSettings {
     /// Most blocks in one release, 1 to 100 000, default 60. It bounds the norm of an honest update, so too high lets a
     /// hostile edge send more.
     pub blocks_max: u32,
-    /// Rule that combines the updates: `"mean"`, `"median"` or `"trimmed_mean"` (default).
+    /// Rule that combines the updates, with what runs before it joined by `+`: `"mean"`, `"median"`, `"trimmed_mean"`,
+    /// `"meamed"`, `"multi_krum"`, `"geometric_median"`, `"geometric_median_converged"`, `"caf"` (default), `"mda"`,
+    /// `"monna"` or `"bulyan"`, after `"nnm+"`, `"arc+"`, `"bucketing+"` or `"dedup+"`. Those that need another number
+    /// (`"centered_clipping"`, `"clipping+"`) and `"krum"`, which would publish one edge's noise, are refused.
     pub rule: RuleName,
     /// Number f of hostile edges to withstand; below half the quorum, default 1. Too small: arbitrary failure. Too large:
     /// honest sites that differ are cut away. Ignored by `"mean"`, which withstands none.
     pub byzantine: usize,
+}
+
+impl RoundSettings {
+    /// C, or its default for what is collected.
+    pub fn clip_norm(&self) -> f64 {
+        let rows = (f64::from(self.block_rows) - LAG_MAX as f64).max(1.0);
+        self.clip_norm.unwrap_or(match self.kind {
+            RoundKind::Moments | RoundKind::Delta => 17_200.0,
+            RoundKind::Gradient => CLIP_NORM_PER_ROW * rows,
+        })
+    }
+
+    /// σ, or its default for what is collected.
+    pub fn noise_multiplier(&self) -> f64 {
+        self.noise_multiplier.unwrap_or(match self.kind {
+            RoundKind::Moments | RoundKind::Delta => 1.27,
+            RoundKind::Gradient => 5.69,
+        })
+    }
 }
 
 impl Default for RoundSettings {
@@ -150,12 +203,12 @@ impl Default for RoundSettings {
             deadline: Duration::from_mins(2),
             pause: Duration::from_mins(10),
             rounds_max: None,
-            clip_norm: 17_200.0,
-            noise_multiplier: 1.27,
+            clip_norm: None,
+            noise_multiplier: None,
             block_rows: 3_600,
             blocks_min: 2,
             blocks_max: 60,
-            rule: RuleName::TrimmedMean,
+            rule: RuleName::CAF,
             byzantine: 1,
         }
     }
@@ -169,6 +222,8 @@ pub enum RoundKind {
     Moments,
     /// A weight delta.
     Delta,
+    /// Block-clipped gradients.
+    Gradient,
 }
 
 impl From<RoundKind> for UpdateKind {
@@ -176,6 +231,7 @@ impl From<RoundKind> for UpdateKind {
         match kind {
             RoundKind::Moments => Self::Moments,
             RoundKind::Delta => Self::Delta,
+            RoundKind::Gradient => Self::Gradient,
         }
     }
 }
@@ -220,8 +276,11 @@ pub struct LimitSettings {
     #[serde(with = "settings::duration")]
     pub write_timeout: Duration,
     /// Rounds whose updates are kept after they end, 1 to 1 000 000, default 100. Older payloads are deleted; their records
-    /// stay.
+    /// stay. `rounds replay` needs them.
     pub rounds_kept: u64,
+    /// Rounds of which the record about every site is kept, 1 to 1 000 000, default 1 000; one record takes about 2 KB. What a site has
+    /// earned stays.
+    pub records_kept: u64,
 }
 
 impl Default for LimitSettings {
@@ -233,6 +292,7 @@ impl Default for LimitSettings {
             updates_per_round_max: 4,
             write_timeout: Duration::from_secs(30),
             rounds_kept: 100,
+            records_kept: 1_000,
         }
     }
 }
@@ -260,6 +320,12 @@ pub struct CheckedConfig {
     pub limits: LimitSettings,
     /// The fleet's floor.
     pub privacy_floor: FloorSettings,
+    /// Noise at the centre; `None`: off.
+    pub central_noise: Option<CentralTerms>,
+    /// When sites enter and leave quarantine.
+    pub quarantine: QuarantineLimits,
+    /// From the combined changes to the model's step.
+    pub server_optimizer: ServerOptimizer,
 }
 
 /// Terms of a round after the check.
@@ -343,6 +409,7 @@ impl Settings {
         })?;
         let limits = check_limits(self.limits)?;
         let rounds = check_rounds(&self.rounds)?;
+        let central_noise = self.central_noise.check(rounds.rule)?;
         if self.model.dimension.is_some() && rounds.kind != UpdateKind::Delta {
             return Err(wrong(
                 "model.dimension",
@@ -373,10 +440,13 @@ impl Settings {
             join_listen: self.join_listen,
             http: self.http,
             advertise: self.advertise,
+            quarantine: self.quarantine.check()?,
+            server_optimizer: self.server_optimizer.check(rounds.kind)?,
             rounds,
             model,
             limits,
             privacy_floor: check_floor(self.privacy_floor)?,
+            central_noise,
         })
     }
 }
@@ -412,16 +482,16 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
         ));
     }
     let clip_norm =
-        L2Norm::new(rounds.clip_norm).map_err(|error| wrong("rounds.clip_norm", error.to_string()))?;
-    if !(0.1..=1_000.0).contains(&rounds.noise_multiplier) {
-        let got = rounds.noise_multiplier;
+        L2Norm::new(rounds.clip_norm()).map_err(|error| wrong("rounds.clip_norm", error.to_string()))?;
+    let got = rounds.noise_multiplier();
+    if !(0.1..=1_000.0).contains(&got) {
         return Err(wrong(
             "rounds.noise_multiplier",
             format!("{got} is outside 0.1 to 1000"),
         ));
     }
-    let noise_multiplier = NoiseMultiplier::new(rounds.noise_multiplier)
-        .map_err(|error| wrong("rounds.noise_multiplier", error.to_string()))?;
+    let noise_multiplier =
+        NoiseMultiplier::new(got).map_err(|error| wrong("rounds.noise_multiplier", error.to_string()))?;
     count("rounds.block_rows", rounds.block_rows.into(), 11, 86_400)?;
     count("rounds.blocks_max", rounds.blocks_max.into(), 1, 100_000)?;
     count(
@@ -430,7 +500,10 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
         1,
         rounds.blocks_max.into(),
     )?;
-    if rounds.rule != RuleName::Mean && rounds.byzantine.saturating_mul(2) >= rounds.quorum {
+    // A round's options but for the seed, which only bucketing takes: the check is that of the rounds to come.
+    let options = Options::for_round(rounds.rule, std::iter::empty(), true);
+    let combined = rule(rounds.rule, rounds.byzantine, &options);
+    if rounds.rule.withstands(rounds.byzantine).saturating_mul(2) >= rounds.quorum {
         let (f, quorum) = (rounds.byzantine, rounds.quorum);
         let need = f.saturating_mul(2).saturating_add(1);
         return Err(wrong(
@@ -440,6 +513,17 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
             ),
         ));
     }
+    // The wire carries the name with every model (`ModelV1.rule`).
+    let name = rounds.rule.to_string();
+    if name.len() > RULE_BYTES_MAX {
+        return Err(wrong(
+            "rounds.rule",
+            format!("{name} is longer than {RULE_BYTES_MAX} bytes, the most that a model's header carries"),
+        ));
+    }
+    combined
+        .and_then(|rule| rule.check(rounds.quorum))
+        .map_err(|error| wrong("rounds.rule", error.to_string()))?;
     Ok(CheckedRounds {
         kind: rounds.kind.into(),
         quorum: rounds.quorum,
@@ -482,6 +566,7 @@ fn check_limits(limits: LimitSettings) -> Result<LimitSettings, ConfigError> {
         1_000,
     )?;
     count("limits.rounds_kept", limits.rounds_kept, 1, 1_000_000)?;
+    count("limits.records_kept", limits.records_kept, 1, 1_000_000)?;
     span(
         "limits.write_timeout",
         limits.write_timeout,
@@ -518,6 +603,9 @@ fn days(count: u64) -> Duration {
     Duration::from_hours(count * 24)
 }
 
+/// Longest name of a rule with what runs before it.
+const RULE_BYTES_MAX: usize = 32;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -549,7 +637,22 @@ mod tests {
 
     #[test]
     fn refuses_values_out_of_range_and_names_key_and_value() {
-        let cases: [(&str, &str, &str); 12] = [
+        let cases: [(&str, &str, &str); 15] = [
+            (
+                "federation = \"demo\"\n[quarantine]\nenter_below = 0.7",
+                "quarantine.enter_below",
+                "0.7",
+            ),
+            (
+                "federation = \"demo\"\n[server_optimizer]\nname = \"fedadam\"",
+                "server_optimizer.name",
+                "no step to smooth",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nkind = \"delta\"\n[server_optimizer]\nmomentum = 1.0",
+                "server_optimizer.momentum",
+                "1 is outside 0 to below 1",
+            ),
             ("federation = \"De mo\"", "federation", "De mo"),
             ("federation = \"demo\"\nhttp = \"0.0.0.0:1\"", "http", "0.0.0.0:1"),
             (
@@ -611,6 +714,54 @@ mod tests {
                 "{text}\n→ {error}"
             );
         }
+    }
+
+    #[test]
+    fn gradients_have_their_own_clip_and_noise() {
+        let text = |more: &str| format!("federation = \"demo\"\n[rounds]\n{more}");
+        let terms = |more: &str| {
+            let rounds = load_text(&text(more), &[]).unwrap().rounds;
+            (rounds.clip_norm.value(), rounds.noise_multiplier.value())
+        };
+        assert_eq!(terms(""), (17_200.0, 1.27));
+        assert_eq!(terms("kind = \"gradient\""), (4.0 * 3590.0, 5.69));
+        assert_eq!(terms("kind = \"gradient\"\nblock_rows = 60"), (200.0, 5.69));
+        assert_eq!(
+            terms("kind = \"gradient\"\nclip_norm = 3.5\nnoise_multiplier = 9.0"),
+            (3.5, 9.0)
+        );
+    }
+
+    #[test]
+    fn rules_that_cannot_hold_are_refused_with_the_reason() {
+        let load = |rule: &str, quorum: u32| {
+            let text = format!("federation = \"demo\"\n[rounds]\nrule = \"{rule}\"\nquorum = {quorum}\n");
+            load_text(&text, &[])
+        };
+        for (rule, quorum, says) in [
+            ("krum", 5, "privacy noise"),
+            ("bulyan", 6, "n ≥ 4f + 3"),
+            ("bucketing+median", 4, "2 buckets"),
+            ("nnm", 5, "add a rule"),
+            ("centered_clipping", 5, "--tau"),
+            ("clipping+median", 5, "--clip"),
+            ("dedup+nnm+geometric_median_converged", 5, "32 bytes"),
+        ] {
+            let error = load(rule, quorum).unwrap_err().to_string();
+            assert!(
+                error.starts_with("rounds.rule") && error.contains(says),
+                "{rule}: {error}"
+            );
+        }
+        for (rule, quorum) in [
+            ("caf", 3),
+            ("dedup+nnm+trimmed_mean", 5),
+            ("bulyan", 7),
+            ("bucketing+median", 5),
+        ] {
+            assert!(load(rule, quorum).is_ok(), "{rule}");
+        }
+        assert!(load("best", 5).is_err());
     }
 
     #[test]

@@ -138,6 +138,10 @@ impl DataDir {
     pub fn audit_key(&self) -> PathBuf {
         self.root.join("audit.key")
     }
+    /// Ledger of the noise that is added here.
+    pub fn central_ledger(&self) -> PathBuf {
+        self.root.join("central-ledger.log")
+    }
     /// Bound addresses of the running server.
     pub fn addresses(&self) -> PathBuf {
         self.root.join("addresses.json")

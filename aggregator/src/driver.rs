@@ -22,11 +22,13 @@ use tokio::task::JoinSet;
 
 use crate::admit::{AdmitError, check_ledger};
 use crate::audit::AuditKey;
+use crate::central::{Central, CentralStatus, OpenError};
 use crate::config::CheckedConfig;
 use crate::floor::FloorSettings;
 use crate::metrics::Metrics;
 use crate::models::{ModelError, Models};
 use crate::robust::Row;
+use crate::store::evidence::RoundPlan;
 use crate::store::history;
 use crate::store::models::{self, ModelRow};
 use crate::store::records::{self, LedgerHead, Registry};
@@ -55,6 +57,9 @@ pub enum DriverError {
     /// The model in force cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The ledger of the centre's noise cannot be used.
+    #[error(transparent)]
+    Central(#[from] OpenError),
     /// The update's layout cannot be announced.
     #[error(transparent)]
     Layout(#[from] crate::layout::LayoutError),
@@ -121,6 +126,8 @@ pub struct DriverStatus {
     pub aborted: u64,
     /// Connected sites that a round needs.
     pub quorum: usize,
+    /// Noise of the centre and what it has spent; `None`: off.
+    pub central: Option<CentralStatus>,
 }
 
 /// Shared views that the driver keeps up to date.
@@ -151,6 +158,7 @@ pub(crate) struct Driver {
     /// What each site has declared.
     guarantees: BTreeMap<NodeId, GuaranteeV1>,
     floor: FloorSettings,
+    central: Option<Central>,
     ledgers: BTreeMap<NodeId, LedgerHead>,
     receipts: BTreeMap<(Round, NodeId), StoredUpload>,
     cache: BTreeMap<NodeId, Row>,
@@ -158,6 +166,9 @@ pub(crate) struct Driver {
     /// Updates on their way to the disk.
     storing: usize,
     rounds_kept: u64,
+    records_kept: u64,
+    /// With what a round is combined.
+    plan: RoundPlan,
     candidate: Option<work::Computed>,
     /// Another model is being put in force: until that is done nothing of what the machine asks for is carried out, and nothing new is taken.
     rolling: bool,
@@ -206,7 +217,8 @@ impl Driver {
             quorum: rounds.quorum,
         };
         let found = store.read(Found::read).await?;
-        if found.model.layout_digest != config.model.layout_digest() {
+        let values = usize::try_from(found.model.values).unwrap_or(usize::MAX);
+        if config.model.layout_of(values) != Some(found.model.layout_digest) {
             let expected = config.model.layout_digest();
             return Err(DriverError::OtherModel {
                 expected,
@@ -217,6 +229,11 @@ impl Driver {
         let start = Instant::now();
         let now = Moment::default();
         record_terms(&store, &round_config, rule, &found).await?;
+        let central = Central::open(config, &store).await?;
+        let central_status = central.as_ref().map(Central::status);
+        if let Some(central) = &central_status {
+            tracing::warn!("{}", central.statement);
+        }
         let (machine, receipts) = begin(&store, &round_config, rule, &found, now).await?;
         let status = Arc::new(Mutex::new(DriverStatus {
             phase: machine.status().phase,
@@ -227,6 +244,7 @@ impl Driver {
             published: found.outcomes.0,
             aborted: found.outcomes.1,
             quorum: rounds.quorum,
+            central: central_status,
         }));
         let ledgers = found
             .registry
@@ -236,7 +254,7 @@ impl Driver {
         let (registry, registry_view) = watch::channel(Arc::new(found.registry));
         let (terms, terms_view) = watch::channel(machine.announcement(now).map(Arc::new));
         metrics.model_version.set(found.model.version.0);
-        let driver = Self {
+        let mut driver = Self {
             opened_at: (machine.status().phase == PhaseName::Collecting).then_some(start),
             machine,
             config: round_config,
@@ -254,12 +272,22 @@ impl Driver {
             links: BTreeMap::new(),
             guarantees: found.guarantees,
             floor: config.privacy_floor.clone(),
+            central,
             ledgers,
             receipts,
             cache: BTreeMap::new(),
             cache_bytes: 0,
             storing: 0,
             rounds_kept: config.limits.rounds_kept,
+            records_kept: config.limits.records_kept,
+            plan: RoundPlan {
+                rule: rounds.rule,
+                byzantine: rounds.byzantine,
+                quarantine: config.quarantine,
+                optimizer: config.server_optimizer,
+                rule_version: crate::evidence::RULE_VERSION,
+                central_noise: config.central_noise.is_some(),
+            },
             candidate: None,
             rolling: false,
             work: JoinSet::new(),
@@ -267,6 +295,7 @@ impl Driver {
             registry,
             terms,
         };
+        driver.heed_budget();
         Ok((
             driver,
             Views {
@@ -495,6 +524,28 @@ impl Driver {
             .is_err()
         {
             tracing::warn!("writes were still waiting at the end; they were not acknowledged to anybody");
+        }
+    }
+
+    /// Opens no further round once the centre's budget is spent: the model stays, sessions and downloads go on.
+    fn heed_budget(&mut self) {
+        let central = self
+            .status
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .central
+            .clone();
+        let Some(central) = central else { return };
+        self.metrics.central_epsilon.set(central.epsilon);
+        self.metrics.central_epsilon_limit.set(central.epsilon_limit);
+        if central.exhausted {
+            tracing::warn!(
+                epsilon = central.epsilon,
+                limit = central.epsilon_limit,
+                "the budget of the central noise is spent: no round opens any more, the model stays"
+            );
+            let now = self.now();
+            self.machine.handle(now, Input::Stop);
         }
     }
 

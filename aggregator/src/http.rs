@@ -1,4 +1,4 @@
-//! The page on loopback: health, readiness, metrics, status and rounds. Read-only, no login, small answers.
+//! The page on loopback: an overview for people, health, readiness, metrics, status and rounds. Read-only, no login, small answers.
 
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -7,23 +7,27 @@ use std::time::{Duration, Instant, SystemTime};
 
 use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, StatusCode, header};
-use axum::response::{IntoResponse as _, Response};
+use axum::response::{Html, IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use prometheus_client::registry::Registry;
+use theriac_protocol::units::Round;
 use theriac_transport::Endpoint;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::driver::DriverStatus;
 use crate::metrics::{Buffer, Direction, Metrics, Outcome, ProcessUse, text};
+use crate::page::render;
 use crate::status::Status;
-use crate::store::{Store, history, rounds};
+use crate::store::{Store, StoreError, evidence, history, rounds};
 
 /// Rounds in one answer, at most.
 const ROUNDS_MAX: u32 = 1_000;
 /// Rounds in one answer unless told otherwise.
 const ROUNDS_DEFAULT: u32 = 100;
+/// Rounds on the page for people.
+const ROUNDS_SHOWN: u32 = 20;
 
 /// What the page shows.
 #[derive(Debug)]
@@ -42,6 +46,7 @@ pub(crate) struct Page {
 /// Serves until `shutdown` turns true.
 pub(crate) async fn serve(listener: TcpListener, page: Arc<Page>, mut shutdown: watch::Receiver<bool>) {
     let router = Router::new()
+        .route("/", get(overview))
         .route("/healthz", get(health))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -102,6 +107,20 @@ async fn metrics(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response 
         return foreign();
     }
     page.refresh();
+    let counted = page
+        .store
+        .read(|connection| Ok((evidence::reputations(connection)?, evidence::count(connection)?)));
+    match counted.await {
+        Ok((reputations, count)) => {
+            let inside = reputations.values().filter(|site| site.is_quarantined()).count();
+            page.metrics
+                .quarantined
+                .set(i64::try_from(inside).unwrap_or(i64::MAX));
+            page.metrics.decision_records.set(count);
+        }
+        // Metrics of everything else are worth more than none.
+        Err(error) => tracing::warn!(%error, "cannot count the records of decisions"),
+    }
     match text(&page.registry) {
         Ok(text) => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -115,27 +134,35 @@ async fn status(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
     if !is_local(&headers) {
         return foreign();
     }
-    let federation = page.federation.clone();
-    let driver = || page.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let quorum = driver().quorum;
-    match page
-        .store
-        .read(move |connection| Status::at_rest(connection, &federation, quorum))
-        .await
-    {
-        Ok(at_rest) => {
-            let (traffic, used) = (page.endpoint.traffic(), ProcessUse::now());
-            Json(Status {
-                bytes_up: traffic.bytes_received,
-                bytes_down: traffic.bytes_sent,
-                uptime_s: page.started.elapsed().as_secs(),
-                peak_rss_bytes: used.peak_resident_bytes,
-                cpu_seconds: used.cpu_seconds,
-                ..at_rest.with_driver(&driver(), page.store.is_full())
-            })
-            .into_response()
-        }
+    match page.status_now().await {
+        Ok(status) => Json(status).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+/// For people: `/status`, the last rounds, and what the last one that ended decided.
+async fn overview(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
+    if !is_local(&headers) {
+        return foreign();
+    }
+    let read = |connection: &rusqlite::Connection| {
+        let rounds = history::list(connection, ROUNDS_SHOWN)?;
+        let ended = rounds.iter().find(|round| round.ended_unix_ms.is_some());
+        let decisions = match ended {
+            Some(round) => evidence::of_round(connection, Round(round.round))?,
+            None => Vec::new(),
+        };
+        Ok((rounds, decisions))
+    };
+    match (page.status_now().await, page.store.read(read).await) {
+        (Ok(status), Ok((rounds, decisions))) => {
+            let policy = "default-src 'none'; style-src 'unsafe-inline'";
+            let headers = [(header::CONTENT_SECURITY_POLICY, policy)];
+            (headers, Html(render(&status, &rounds, &decisions))).into_response()
+        }
+        (Err(error), _) | (_, Err(error)) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response()
+        }
     }
 }
 
@@ -161,6 +188,25 @@ async fn list_rounds(
 }
 
 impl Page {
+    async fn status_now(&self) -> Result<Status, StoreError> {
+        let federation = self.federation.clone();
+        let driver = || self.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let quorum = driver().quorum;
+        let at_rest = self
+            .store
+            .read(move |connection| Status::at_rest(connection, &federation, quorum))
+            .await?;
+        let (traffic, used) = (self.endpoint.traffic(), ProcessUse::now());
+        Ok(Status {
+            bytes_up: traffic.bytes_received,
+            bytes_down: traffic.bytes_sent,
+            uptime_s: self.started.elapsed().as_secs(),
+            peak_rss_bytes: used.peak_resident_bytes,
+            cpu_seconds: used.cpu_seconds,
+            ..at_rest.with_driver(&driver(), self.store.is_full())
+        })
+    }
+
     /// Brings what is counted elsewhere up to date. Those counts only grow, so they may be stored into counters.
     fn refresh(&self) {
         let m = &self.metrics;

@@ -1,7 +1,9 @@
 //! What the model and the updates look like: number of values and layout digests, from the configuration.
 
 use theriac_model::feature::FeatureSchema;
-use theriac_model::global::{GlobalModel, delta_layout, model_layout, moments_layout};
+use theriac_model::global::{
+    GlobalModel, delta_layout, gradient_layout, linear_model_layout, model_layout, moments_layout,
+};
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::Digest;
 
@@ -123,10 +125,34 @@ impl ModelSpec {
         self.values
     }
 
+    /// Digest of the layout that a model of so many values has: the plain one, or the one with a full linear part, which rounds of gradients
+    /// make. `None`: no model of this federation has so many.
+    pub fn layout_of(&self, values: usize) -> Option<Digest> {
+        if u32::try_from(values) == Ok(self.values) {
+            return Some(self.layout_digest);
+        }
+        let linear = linear_model_layout(self.channels()?);
+        (linear.len() == values).then(|| Digest(linear.digest()))
+    }
+
     /// Number of channels; `None` for bare numbers.
     pub fn channels(&self) -> Option<usize> {
         match &self.shape {
             Shape::Profile { schema, .. } => Some(schema.channels()),
+            Shape::Raw { .. } => None,
+        }
+    }
+
+    /// Names of the channels, in order; `None` for bare numbers.
+    pub fn channel_names(&self) -> Option<Vec<String>> {
+        match &self.shape {
+            Shape::Profile { schema, .. } => Some(
+                schema
+                    .features
+                    .iter()
+                    .map(|feature| feature.name.clone())
+                    .collect(),
+            ),
             Shape::Raw { .. } => None,
         }
     }
@@ -145,6 +171,7 @@ impl ModelSpec {
             }
             (Shape::Profile { schema, .. }, UpdateKind::Moments) => moments_layout(schema.channels()),
             (Shape::Profile { schema, .. }, UpdateKind::Delta) => delta_layout(schema.channels()),
+            (Shape::Profile { schema, .. }, UpdateKind::Gradient) => gradient_layout(schema.channels()),
         };
         Ok(UpdateLayout {
             values: announced(layout.len())?,
@@ -181,6 +208,12 @@ mod tests {
         let delta = spec.update(UpdateKind::Delta).unwrap();
         assert_eq!(delta.values as usize + 6 * channels, spec.values() as usize);
         assert_ne!(moments.digest, delta.digest);
+        let gradient = spec.update(UpdateKind::Gradient).unwrap();
+        assert_eq!(gradient.values as usize, (5 * channels + 1) * channels);
+        let linear = linear_model_layout(channels);
+        assert_eq!(spec.layout_of(linear.len()), Some(Digest(linear.digest())));
+        assert_eq!(spec.layout_of(spec.values() as usize), Some(spec.layout_digest()));
+        assert_eq!(spec.layout_of(1), None);
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! One module a step, in that order: [`accept`] takes connections, [`authenticate`] turns a certificate into an enrolled
 //! site, [`admit`] holds quotas and the ledger rule, [`validate`] makes a [`validate::ValidatedUpdate`] out of bytes, [`driver`]
 //! owns the [`RoundMachine`](theriac_protocol::round::RoundMachine) and carries out what it asks for, [`robust`] combines,
-//! [`publish`] makes the next model, [`store`] keeps everything, [`audit`] makes it provable. [`enrol`] is the separate
+//! [`publish`] makes the next model, [`evidence`] explains what was decided about everybody, [`combine`] puts these together and
+//! [`replay`] does a past round again, [`store`] keeps everything, [`audit`] makes it provable. [`enrol`] is the separate
 //! door for new edges, [`http`] the page on loopback.
 //!
 //! What it refuses to know: no sample, no feature value, no local model ever reaches this crate; an update is clipped
@@ -19,11 +20,15 @@ pub mod accept;
 pub mod admit;
 pub mod audit;
 pub mod authenticate;
+pub mod central;
+pub mod combine;
 pub mod commands;
 pub mod config;
+pub mod copies;
 pub mod data_dir;
 pub mod driver;
 pub mod enrol;
+pub mod evidence;
 pub mod floor;
 pub mod http;
 pub mod init;
@@ -31,12 +36,17 @@ pub mod layout;
 pub mod metrics;
 pub mod models;
 pub mod npy;
+mod page;
 pub mod publish;
+pub mod replay;
 pub mod robust;
+pub mod screen;
 pub mod serve;
+pub mod server_optimizer;
 pub mod status;
 pub mod store;
 pub mod validate;
+pub mod vet;
 
 pub use init::{InitOptions, Initialised, enrol_directly, init};
 pub use serve::{Addresses, Running, serve};

@@ -59,6 +59,16 @@ pub struct Metrics {
     pub enrolments: Family<Outcome, Counter>,
     /// Two sessions of one identity from different addresses.
     pub identity_alarms: Counter,
+    /// Sites that entered quarantine.
+    pub quarantine_entered: Counter,
+    /// Sites that left it.
+    pub quarantine_left: Counter,
+    /// Times that a site earned quarantine and stayed at weight 1, because as many as are assumed hostile were in it.
+    pub quarantine_held: Counter,
+    /// Sites in quarantine.
+    pub quarantined: Gauge,
+    /// Records of decisions that are kept.
+    pub decision_records: Gauge<u64, AtomicU64>,
     /// Sessions closed because their edge took messages too slowly.
     pub slow_readers: Counter,
     /// Attempts to write that failed and were tried again.
@@ -83,6 +93,10 @@ pub struct Metrics {
     pub storage_full: Gauge,
     /// Time left on the aggregator's certificate.
     pub certificate_left: Gauge<f64, AtomicU64>,
+    /// ε that the central noise has spent on every site; 0 while it is off.
+    pub central_epsilon: Gauge<f64, AtomicU64>,
+    /// Its limit; 0 while it is off.
+    pub central_epsilon_limit: Gauge<f64, AtomicU64>,
     /// Resident memory.
     pub resident: Gauge<u64, AtomicU64>,
     /// CPU time used.
@@ -102,6 +116,11 @@ impl Metrics {
             declines: Family::default(),
             enrolments: Family::default(),
             identity_alarms: Counter::default(),
+            quarantine_entered: Counter::default(),
+            quarantine_left: Counter::default(),
+            quarantine_held: Counter::default(),
+            quarantined: Gauge::default(),
+            decision_records: Gauge::default(),
             slow_readers: Counter::default(),
             store_retries: Counter::default(),
             bytes: Family::default(),
@@ -114,6 +133,8 @@ impl Metrics {
             audit_leaves: Gauge::default(),
             storage_full: Gauge::default(),
             certificate_left: Gauge::default(),
+            central_epsilon: Gauge::default(),
+            central_epsilon_limit: Gauge::default(),
             resident: Gauge::default(),
             cpu_seconds: Counter::default(),
         };
@@ -138,6 +159,22 @@ impl Metrics {
         registry.register("enrolments", "Enrolments by outcome", m.enrolments.clone());
         let help = "Sessions of one identity from two addresses at a time";
         registry.register("identity_alarms", help, m.identity_alarms.clone());
+        registry.register(
+            "quarantine_entered",
+            "Sites that entered quarantine",
+            m.quarantine_entered.clone(),
+        );
+        registry.register(
+            "quarantine_left",
+            "Sites that left quarantine",
+            m.quarantine_left.clone(),
+        );
+        let help =
+            "Sites that earned quarantine and still count, because as many as are assumed hostile are in it";
+        registry.register("quarantine_held", help, m.quarantine_held.clone());
+        registry.register("quarantined_sites", "Sites in quarantine", m.quarantined.clone());
+        let help = "Records of decisions that are kept";
+        registry.register("decision_records", help, m.decision_records.clone());
         registry.register(
             "slow_readers",
             "Sessions closed because they read too slowly",
@@ -175,6 +212,10 @@ impl Metrics {
             Unit::Bytes,
             m.resident.clone(),
         );
+        let help = "Epsilon that the central noise has spent on every site; 0 while it is off";
+        registry.register("central_epsilon_spent", help, m.central_epsilon.clone());
+        let help = "Largest epsilon of the central noise; 0 while it is off";
+        registry.register("central_epsilon_limit", help, m.central_epsilon_limit.clone());
         registry.register_with_unit("cpu", "CPU time used", Unit::Seconds, m.cpu_seconds.clone());
         (metrics, registry)
     }

@@ -69,19 +69,6 @@ impl Models {
         encode(&row, payload)
     }
 
-    /// A model's values, on a thread that may block.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn payload_blocking(&self, store: &Store, version: ModelVersion) -> Result<Bytes, StoreError> {
-        match self.cached(version) {
-            Some(frame) => Ok(frame.payload),
-            None => {
-                store.read_blocking(|connection| models::model_payload(connection, store.blobs(), version))
-            }
-        }
-    }
-
     fn cached(&self, version: ModelVersion) -> Option<Encoded> {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         current

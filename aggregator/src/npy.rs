@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use crate::robust::{MatrixRows, RuleError};
+use crate::robust::{FileRows, MatrixRows, RuleError, Width};
 
 const MAGIC: &[u8; 6] = b"\x93NUMPY";
 /// Longest header taken: those that NumPy writes have a few hundred bytes.
@@ -85,61 +85,13 @@ pub enum Matrix {
 /// # Errors
 /// [`NpyError`].
 pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
+    let mut start = Start::read(path)?;
+    let [n, d] = start.shape;
     let io = |source| NpyError::Io {
         what: "read",
         path: path.to_owned(),
         source,
     };
-    let format = |reason: String| NpyError::Format {
-        path: path.to_owned(),
-        reason,
-    };
-    let mut file = File::open(path).map_err(io)?;
-    let mut start = [0_u8; 8];
-    file.read_exact(&mut start).map_err(io)?;
-    if start[..6] != *MAGIC || !(1..=2).contains(&start[6]) {
-        return Err(format("no .npy file of version 1 or 2".into()));
-    }
-    let mut length = [0_u8; 4];
-    file.read_exact(&mut length[..if start[6] == 1 { 2 } else { 4 }])
-        .map_err(io)?;
-    let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
-    if length > HEADER_BYTES_MAX {
-        return Err(format(format!("a header of {length} bytes")));
-    }
-    let mut header = vec![0_u8; length];
-    file.read_exact(&mut header).map_err(io)?;
-    let header = String::from_utf8_lossy(&header).into_owned();
-    let wide = match value(&header, "'descr':") {
-        Some("'<f4'") => false,
-        Some("'<f8'") => true,
-        other => return Err(format(format!("element type {}", other.unwrap_or("unknown")))),
-    };
-    if value(&header, "'fortran_order':") != Some("False") {
-        return Err(NpyError::FortranOrder {
-            path: path.to_owned(),
-        });
-    }
-    let shape = shape(&header).ok_or_else(|| format("no shape".into()))?;
-    let [n, d] = shape[..] else {
-        return Err(format(format!("shape {shape:?}")));
-    };
-    let width = if wide { 8 } else { 4 };
-    let count = n
-        .checked_mul(d)
-        .filter(|count| count.checked_mul(width).is_some())
-        .ok_or_else(|| format("too large".into()))?;
-    let found = file
-        .metadata()
-        .map_err(io)?
-        .len()
-        .saturating_sub(10 + u64::from(start[6] - 1) * 2 + length as u64);
-    if found != (count * width) as u64 {
-        return Err(format(format!(
-            "{found} bytes of values where shape {shape:?} needs {}",
-            count * width
-        )));
-    }
     let finite = |index: Option<usize>| match index {
         Some(index) => Err(NpyError::NonFinite {
             path: path.to_owned(),
@@ -147,14 +99,119 @@ pub fn read_matrix(path: &Path) -> Result<Matrix, NpyError> {
         }),
         None => Ok(()),
     };
-    if wide {
-        let values = read_values(&mut file, count, f64::from_le_bytes).map_err(io)?;
-        finite(values.iter().position(|value| !value.is_finite()))?;
-        Ok(Matrix::F64(MatrixRows::new(values, n, d)?))
-    } else {
-        let values = read_values(&mut file, count, f32::from_le_bytes).map_err(io)?;
-        finite(values.iter().position(|value| !value.is_finite()))?;
-        Ok(Matrix::F32(MatrixRows::new(values, n, d)?))
+    match start.kind {
+        Kind::F64 => {
+            let values = read_values(&mut start.file, n * d, f64::from_le_bytes).map_err(io)?;
+            finite(values.iter().position(|value| !value.is_finite()))?;
+            Ok(Matrix::F64(MatrixRows::new(values, n, d)?))
+        }
+        Kind::F32 => {
+            let values = read_values(&mut start.file, n * d, f32::from_le_bytes).map_err(io)?;
+            finite(values.iter().position(|value| !value.is_finite()))?;
+            Ok(Matrix::F32(MatrixRows::new(values, n, d)?))
+        }
+        Kind::F16 => Err(NpyError::Format {
+            path: path.to_owned(),
+            reason: "element type '<f2' is read with --spill only".into(),
+        }),
+    }
+}
+
+/// Opens an `[n, d]` matrix of float16 or float32 that stays in its file.
+///
+/// # Errors
+/// [`NpyError`]; values that are not finite are found while a rule reads them.
+pub fn open_matrix(path: &Path) -> Result<FileRows, NpyError> {
+    let start = Start::read(path)?;
+    let [n, d] = start.shape;
+    let width = match start.kind {
+        Kind::F16 => Width::F16,
+        Kind::F32 => Width::F32,
+        Kind::F64 => {
+            return Err(NpyError::Format {
+                path: path.to_owned(),
+                reason: "element type '<f8' with --spill".into(),
+            });
+        }
+    };
+    Ok(FileRows::new(start.file, start.offset, n, d, width))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    F16,
+    F32,
+    F64,
+}
+
+/// A file whose header was read and agrees with its length; it stands at its first value.
+struct Start {
+    file: File,
+    kind: Kind,
+    shape: [usize; 2],
+    offset: u64,
+}
+
+impl Start {
+    fn read(path: &Path) -> Result<Self, NpyError> {
+        let io = |source| NpyError::Io {
+            what: "read",
+            path: path.to_owned(),
+            source,
+        };
+        let format = |reason: String| NpyError::Format {
+            path: path.to_owned(),
+            reason,
+        };
+        let mut file = File::open(path).map_err(io)?;
+        let mut start = [0_u8; 8];
+        file.read_exact(&mut start).map_err(io)?;
+        if start[..6] != *MAGIC || !(1..=2).contains(&start[6]) {
+            return Err(format("no .npy file of version 1 or 2".into()));
+        }
+        let mut length = [0_u8; 4];
+        file.read_exact(&mut length[..if start[6] == 1 { 2 } else { 4 }])
+            .map_err(io)?;
+        let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
+        if length > HEADER_BYTES_MAX {
+            return Err(format(format!("a header of {length} bytes")));
+        }
+        let mut header = vec![0_u8; length];
+        file.read_exact(&mut header).map_err(io)?;
+        let header = String::from_utf8_lossy(&header).into_owned();
+        let (kind, width) = match value(&header, "'descr':") {
+            Some("'<f2'") => (Kind::F16, 2),
+            Some("'<f4'") => (Kind::F32, 4),
+            Some("'<f8'") => (Kind::F64, 8),
+            other => return Err(format(format!("element type {}", other.unwrap_or("unknown")))),
+        };
+        if value(&header, "'fortran_order':") != Some("False") {
+            return Err(NpyError::FortranOrder {
+                path: path.to_owned(),
+            });
+        }
+        let shape = shape(&header).ok_or_else(|| format("no shape".into()))?;
+        let [n, d] = shape[..] else {
+            return Err(format(format!("shape {shape:?}")));
+        };
+        let count = n
+            .checked_mul(d)
+            .filter(|count| count.checked_mul(width).is_some())
+            .ok_or_else(|| format("too large".into()))?;
+        let offset = 10 + u64::from(start[6] - 1) * 2 + length as u64;
+        let found = file.metadata().map_err(io)?.len().saturating_sub(offset);
+        if found != (count * width) as u64 {
+            return Err(format(format!(
+                "{found} bytes of values where shape {shape:?} needs {}",
+                count * width
+            )));
+        }
+        Ok(Self {
+            file,
+            kind,
+            shape: [n, d],
+            offset,
+        })
     }
 }
 
@@ -191,39 +248,50 @@ fn shape(header: &str) -> Option<Vec<usize>> {
         .collect()
 }
 
-/// Writes a `[d]` vector of `f32`.
+/// A number that an `.npy` file holds.
+pub trait NpyValue: Copy {
+    /// NumPy's name of the type.
+    const KIND: &'static str;
+    /// Its bytes, least significant first.
+    fn bytes(self) -> impl AsRef<[u8]>;
+}
+
+impl NpyValue for f32 {
+    const KIND: &'static str = "<f4";
+    fn bytes(self) -> impl AsRef<[u8]> {
+        self.to_le_bytes()
+    }
+}
+
+impl NpyValue for f64 {
+    const KIND: &'static str = "<f8";
+    fn bytes(self) -> impl AsRef<[u8]> {
+        self.to_le_bytes()
+    }
+}
+
+/// Writes a `[d]` vector.
 ///
 /// # Errors
 /// [`NpyError::Io`].
-pub fn write_f32(path: &Path, values: &[f32]) -> Result<(), NpyError> {
-    write(
-        path,
-        "<f4",
-        values.len(),
-        values.iter().map(|value| value.to_le_bytes()),
-    )
+pub fn write_vector<T: NpyValue>(path: &Path, values: &[T]) -> Result<(), NpyError> {
+    write(path, &format!("({},)", values.len()), values)
 }
 
-/// Writes a `[d]` vector of `f64`.
+/// Writes an `[n, d]` matrix, row after row, of `rows` rows.
 ///
 /// # Errors
 /// [`NpyError::Io`].
-pub fn write_f64(path: &Path, values: &[f64]) -> Result<(), NpyError> {
-    write(
-        path,
-        "<f8",
-        values.len(),
-        values.iter().map(|value| value.to_le_bytes()),
-    )
+pub fn write_matrix<T: NpyValue>(path: &Path, values: &[T], rows: usize) -> Result<(), NpyError> {
+    let columns = values.len().checked_div(rows).unwrap_or(0);
+    write(path, &format!("({rows}, {columns})"), values)
 }
 
-fn write<const W: usize>(
-    path: &Path,
-    kind: &str,
-    count: usize,
-    values: impl Iterator<Item = [u8; W]>,
-) -> Result<(), NpyError> {
-    let mut header = format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': ({count},), }}");
+fn write<T: NpyValue>(path: &Path, shape: &str, values: &[T]) -> Result<(), NpyError> {
+    let mut header = format!(
+        "{{'descr': '{}', 'fortran_order': False, 'shape': {shape}, }}",
+        T::KIND
+    );
     // The values begin at a multiple of 64 bytes, and the header ends with a newline.
     let padding = 64 - (MAGIC.len() + 4 + header.len() + 1) % 64;
     header.push_str(&" ".repeat(padding));
@@ -236,7 +304,7 @@ fn write<const W: usize>(
         file.write_all(&length.to_le_bytes())?;
         file.write_all(header.as_bytes())?;
         for value in values {
-            file.write_all(&value)?;
+            file.write_all(value.bytes().as_ref())?;
         }
         file.flush()
     })();
@@ -325,7 +393,7 @@ mod tests {
         let gone = dir.path().join("gone/u.npy");
         for error in [
             read_matrix(&gone).unwrap_err(),
-            write_f32(&gone, &[1.0]).unwrap_err(),
+            write_vector(&gone, &[1.0_f32]).unwrap_err(),
         ] {
             assert!(!error.hint().contains("numpy"), "{error}: {}", error.hint());
         }
@@ -335,7 +403,7 @@ mod tests {
     fn header_of_a_written_vector_ends_at_a_multiple_of_64() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.npy");
-        write_f32(&path, &[1.0, 2.0]).unwrap();
+        write_vector(&path, &[1.0_f32, 2.0]).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         assert_eq!((bytes.len() - 8) % 64, 0);
         assert!(bytes.windows(12).any(|window| window == b"'shape': (2,"));

@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 
 use crate::accept::{Sessions, accept};
 use crate::audit::{AuditKey, AuditKeyError};
+use crate::central::{CENTRAL_HINT, OpenError};
 use crate::config::CheckedConfig;
 use crate::data_dir::{DataDir, DataDirError, DataDirLock, IDENTITY, replace_file};
 use crate::driver::{Driver, DriverError, INPUTS_MAX};
@@ -101,7 +102,10 @@ impl ServeError {
                 Problem::temporary("TH-E0703", error).hint(error.hint())
             }
             Self::DataDir(error) => Problem::config("TH-E0702", error).hint(error.hint()),
-            Self::Store(error) | Self::Driver(DriverError::Store(error)) => error.problem(),
+            Self::Store(error)
+            | Self::Driver(DriverError::Store(error) | DriverError::Central(OpenError::Store(error))) => {
+                error.problem()
+            }
             Self::Authority(AuthorityError::Host(_) | AuthorityError::NoHost) => {
                 Problem::usage("TH-E0711", self)
                     .hint("give what edges dial, separated by commas: --hosts agg.example.org,192.0.2.7")
@@ -120,6 +124,9 @@ impl ServeError {
                     "another program may use port {}: choose a free one, or 0 for any",
                     address.port()
                 )),
+            Self::Driver(DriverError::Central(error @ OpenError::Ledger(_))) => {
+                Problem::config("TH-E0722", error).hint(CENTRAL_HINT)
+            }
             Self::Driver(error) => Problem::config("TH-E0708", error)
                 .hint("restore the [model] section to what it was at `init`, or begin a new federation"),
             Self::Ended(_) => {
@@ -241,6 +248,7 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
         federation: config.federation.clone(),
         spec: config.model.clone(),
         limits: config.limits.clone(),
+        kind: config.rounds.kind,
         rule: config.rounds.rule,
         update_bytes: u64::from(layout.values) * 4,
         frame_bytes_max: frame_bytes_max(layout.values),

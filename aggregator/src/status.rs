@@ -6,10 +6,13 @@ use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 use theriac_protocol::message::{GuaranteeUnit, GuaranteeV1};
 use theriac_protocol::round::PhaseName;
+use theriac_protocol::units::NodeId;
 
+use crate::central::CentralStatus;
 use crate::driver::DriverStatus;
+use crate::evidence::reputation::Reputation;
 use crate::store::records::{self, SiteRow};
-use crate::store::{StoreError, history, models, rounds, word};
+use crate::store::{StoreError, evidence, history, models, rounds, word};
 
 /// `/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,6 +54,9 @@ pub struct Status {
     pub cpu_seconds: f64,
     /// `ok`, or `full` from a write that failed for want of room until one succeeds.
     pub storage: String,
+    /// Noise of the centre and what it has spent; absent: off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub central_noise: Option<CentralStatus>,
     /// Every enrolled site.
     pub sites: Vec<SiteStatus>,
 }
@@ -80,6 +86,18 @@ pub struct SiteStatus {
     pub last_verdict: Option<String>,
     /// What it guarantees, as it declared; absent for an edge that is too old to say.
     pub guarantee: Option<GuaranteeStatus>,
+    /// What it has earned by its updates, 0 to 1; below `[quarantine] enter_below` it enters quarantine.
+    #[serde(default)]
+    pub trust: Option<f64>,
+    /// The round after which it entered quarantine, while it is in it: its updates are scored and count nothing.
+    #[serde(default)]
+    pub quarantined_since: Option<u64>,
+    /// What became of its part in the last round on record: `combined`, `quarantined`, `refused`, …
+    #[serde(default)]
+    pub last_decision: Option<String>,
+    /// That round.
+    #[serde(default)]
+    pub last_decision_round: Option<u64>,
     /// Records of its privacy ledger that are counter-signed.
     pub ledger_records: u64,
     /// Head of the last of them.
@@ -144,9 +162,62 @@ impl SiteStatus {
             delta: row.delta,
             last_verdict: row.last_verdict,
             guarantee: row.guarantee.map(GuaranteeStatus::from),
+            trust: None,
+            quarantined_since: None,
+            last_decision: None,
+            last_decision_round: None,
             ledger_records: row.ledger.records,
             ledger_head: row.ledger.head.to_string(),
         }
+    }
+
+    /// With what the records of decisions say about it.
+    #[must_use]
+    pub fn with_standing(mut self, standings: &Standings) -> Self {
+        let reputation = standings
+            .reputations
+            .iter()
+            .find(|(node, _)| node.as_str() == self.name)
+            .map(|(_, reputation)| *reputation)
+            .unwrap_or_default();
+        self.trust = Some(reputation.trust());
+        self.quarantined_since = reputation.quarantined_since;
+        if let Some((decision, round)) = standings.last.get(&self.name) {
+            self.last_decision = Some(decision.clone());
+            self.last_decision_round = Some(*round);
+        }
+        self
+    }
+}
+
+/// Where the sites stand.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Standings {
+    reputations: BTreeMap<NodeId, Reputation>,
+    last: BTreeMap<String, (String, u64)>,
+}
+
+impl Standings {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn read(connection: &Connection) -> Result<Self, StoreError> {
+        Ok(Self {
+            reputations: evidence::reputations(connection)?,
+            last: evidence::last_decisions(connection)?,
+        })
+    }
+
+    /// A site's standing in a cell: `0.953`, or `quarantine 0.213`.
+    pub fn word(&self, node: &NodeId) -> String {
+        let reputation = self.reputations.get(node).copied().unwrap_or_default();
+        let quarantine = if reputation.is_quarantined() {
+            "quarantine "
+        } else {
+            ""
+        };
+        format!("{quarantine}{:.3}", reputation.trust())
     }
 }
 
@@ -158,6 +229,7 @@ impl Status {
     pub fn at_rest(connection: &Connection, federation: &str, quorum: usize) -> Result<Self, StoreError> {
         let (published, aborted) = history::outcomes(connection)?;
         let sites = records::sites(connection)?;
+        let standings = Standings::read(connection)?;
         Ok(Self {
             federation: federation.to_owned(),
             running: false,
@@ -176,7 +248,11 @@ impl Status {
             peak_rss_bytes: 0,
             cpu_seconds: 0.0,
             storage: "ok".into(),
-            sites: sites.into_iter().map(|row| SiteStatus::new(row, false)).collect(),
+            central_noise: None,
+            sites: sites
+                .into_iter()
+                .map(|row| SiteStatus::new(row, false).with_standing(&standings))
+                .collect(),
         })
     }
 
@@ -192,6 +268,7 @@ impl Status {
         self.rounds_published = driver.published;
         self.rounds_aborted = driver.aborted;
         self.quorum = driver.quorum;
+        self.central_noise.clone_from(&driver.central);
         self.missing = match driver.phase {
             PhaseName::Idle => driver.quorum.saturating_sub(driver.connected.len()),
             _ => 0,

@@ -4,13 +4,13 @@
 //! concerns the round (number, nonce, base model, duplicates) is the round machine's.
 
 use bytes::Bytes;
-use theriac_model::moments::MOMENTS_PER_CHANNEL;
-use theriac_protocol::compress::{decode_range, payload_len, scan};
+use theriac_protocol::compress::{payload_len, scan};
 use theriac_protocol::message::{AnnounceV1, Encoding, UpdateKind, UpdateV1};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::{Digest, NodeId};
 
 use crate::robust::Row;
+use crate::vet::{self, Screens};
 
 /// An update as it came, with the sender's name from its certificate.
 #[derive(Debug, Clone)]
@@ -122,12 +122,12 @@ pub enum UpdateError {
         /// The update's norm.
         found: f64,
     },
-    /// Moments that no time series has, whatever the noise.
-    #[error("{what} is {found}, with this noise a time series gives at least {bound}")]
+    /// Moments that no time series has, or less noise than was agreed, beyond what chance explains.
+    #[error("{what} is {found}, beyond {bound}: no series gives that with the agreed noise")]
     Implausible {
         /// Which sum.
         what: &'static str,
-        /// Six standard deviations of noise below what is possible.
+        /// The bound, noise allowed for.
         bound: f64,
         /// The sum.
         found: f64,
@@ -155,6 +155,18 @@ impl UpdateError {
 /// # Errors
 /// [`UpdateError`] for the first check that fails, cheap ones first.
 pub fn validate(raw: RawUpdate, terms: &AnnounceV1) -> Result<ValidatedUpdate, UpdateError> {
+    validate_with(raw, terms, Screens::ALL)
+}
+
+/// The same with some screens only, for measurement.
+///
+/// # Errors
+/// As [`validate`].
+pub fn validate_with(
+    raw: RawUpdate,
+    terms: &AnnounceV1,
+    screens: Screens,
+) -> Result<ValidatedUpdate, UpdateError> {
     let RawUpdate {
         node,
         header,
@@ -175,9 +187,13 @@ pub fn validate(raw: RawUpdate, terms: &AnnounceV1) -> Result<ValidatedUpdate, U
     if norm > bound || norm.is_nan() {
         return Err(UpdateError::Norm { bound, found: norm });
     }
-    if terms.kind == UpdateKind::Moments {
-        plausible(&header, &payload, terms)?;
-    }
+    vet::look(header.encoding, &payload, norm, terms, screens).map_err(|finding| {
+        UpdateError::Implausible {
+            what: finding.what,
+            bound: finding.bound,
+            found: finding.found,
+        }
+    })?;
     Ok(ValidatedUpdate {
         node,
         header,
@@ -241,14 +257,14 @@ fn check_header(header: &UpdateV1, payload_bytes: usize, terms: &AnnounceV1) -> 
 
 /// The public norm bound S of a round: what an honest update exceeds with negligible probability.
 ///
-/// Moments are a sum of at most `blocks_max` blocks, each clipped to norm C; a delta is one vector clipped to C. Gaussian
+/// Moments and gradients are a sum of at most `blocks_max` blocks, each clipped to norm C; a delta is one vector clipped to C. Gaussian
 /// noise of standard deviation σC on d values has a norm below σC(√d + 5) except with probability e^(−12.5) (the norm is a
 /// 1-Lipschitz function of the noise with mean at most √d: Boucheron, Lugosi and Massart 2013, theorem 5.6). Norms add at
 /// most: S = units·C + σC(√d + 5).
 pub fn norm_bound(terms: &AnnounceV1) -> f64 {
     let clip = terms.clip_norm.value();
     let units = match terms.kind {
-        UpdateKind::Moments => f64::from(terms.blocks_max),
+        UpdateKind::Moments | UpdateKind::Gradient => f64::from(terms.blocks_max),
         UpdateKind::Delta => 1.0,
     };
     units * clip + terms.noise_multiplier.value() * clip * (f64::from(terms.values).sqrt() + 5.0)
@@ -263,41 +279,6 @@ fn rounding_slack(encoding: Encoding) -> f64 {
     }
 }
 
-/// Moments of any series have non-negative squares on the diagonal of `Σ p pᵀ`. Their sum carries Gaussian noise of a known
-/// standard deviation, σC√(number of entries), so a sum more than six of them below zero comes from no series: a strong
-/// sign flip, for example. (The ratio of cross to own moments would say more, but only for a centred scaler, which
-/// the public one is not.)
-fn plausible(header: &UpdateV1, payload: &[u8], terms: &AnnounceV1) -> Result<(), UpdateError> {
-    let mut channel = [0.0_f32; MOMENTS_PER_CHANNEL];
-    let channels = usize::try_from(header.values).unwrap_or(usize::MAX) / MOMENTS_PER_CHANNEL;
-    let mut found = 0.0;
-    for index in 0..channels {
-        decode_range(
-            header.encoding,
-            payload,
-            index * MOMENTS_PER_CHANNEL,
-            &mut channel,
-        );
-        found += DIAGONAL
-            .map(|entry| f64::from(channel[entry]))
-            .iter()
-            .sum::<f64>();
-    }
-    let entries = (channels * DIAGONAL.len()) as f64;
-    let bound = -6.0 * terms.noise_multiplier.value() * terms.clip_norm.value() * entries.sqrt();
-    if found < bound {
-        return Err(UpdateError::Implausible {
-            what: "the sum of squares",
-            bound,
-            found,
-        });
-    }
-    Ok(())
-}
-
-/// Places of the squares among a channel's moments: the diagonal of a 5 × 5 upper triangle, row after row.
-const DIAGONAL: [usize; 5] = [0, 5, 9, 12, 14];
-
 #[cfg(test)]
 mod tests {
     use theriac_protocol::compress::{encode_f32, encode_int8};
@@ -305,6 +286,7 @@ mod tests {
     use theriac_protocol::units::{Delta, Epsilon, L2Norm, ModelVersion, NoiseMultiplier, Round};
 
     use super::*;
+    use crate::vet::DIAGONAL;
 
     fn terms(kind: UpdateKind, values: u32) -> AnnounceV1 {
         AnnounceV1 {
@@ -443,6 +425,8 @@ mod tests {
         assert!((norm_bound(&delta) - (2.0 + 1.5 * 2.0 * 15.0)).abs() < 1e-9);
         let moments = terms(UpdateKind::Moments, 100);
         assert!((norm_bound(&moments) - (4.0 * 2.0 + 1.5 * 2.0 * 15.0)).abs() < 1e-9);
+        let gradient = terms(UpdateKind::Gradient, 100);
+        assert!((norm_bound(&gradient) - norm_bound(&moments)).abs() < 1e-9);
     }
 
     #[test]
@@ -476,10 +460,10 @@ mod tests {
             }
             f32_update(&values, &terms)
         };
-        // Six standard deviations: 6 · 1.5 · 2 · √5 = 40.2 over five entries.
-        assert_eq!(code(moments(-8.5), &terms), Some(RefusalCode::Implausible));
-        assert_eq!(code(moments(-7.5), &terms), None, "noise alone can do that");
-        assert_eq!(code(moments(50.0), &terms), None);
+        // Five standard deviations: 5 · 1.5 · 2 · √5 = 33.5 over five entries.
+        assert_eq!(code(moments(-7.5), &terms), Some(RefusalCode::Implausible));
+        assert_eq!(code(moments(-5.5), &terms), None, "noise alone can do that");
+        assert_eq!(code(moments(5.0), &terms), None);
     }
 
     #[test]

@@ -9,15 +9,20 @@
 
 use proptest::prelude::*;
 use theriac_aggregator::robust::{
-    Combined, MatrixRows, PayloadRows, Row, Rows as _, RuleError, RuleName, rule,
+    Combined, MatrixRows, Options, PayloadRows, Row, Rows as _, RuleError, RuleName, rule,
 };
 use theriac_protocol::compress::{encode_f32, encode_int8};
 use theriac_protocol::message::Encoding;
 
 fn combine(name: RuleName, f: usize, rows: &[Vec<f32>]) -> Combined<f32> {
-    rule(name, f)
+    rule(name, f, &Options::default())
+        .unwrap()
         .combine(&MatrixRows::from_rows(rows).unwrap())
         .unwrap()
+}
+
+fn plain(name: RuleName, f: usize) -> Box<dyn theriac_aggregator::robust::Rule> {
+    rule(name, f, &Options::default()).unwrap()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -40,12 +45,12 @@ proptest! {
         for i in (1..n).rev() {
             shuffled.swap(i, usize::try_from(seed.wrapping_mul(i as u64 + 7) % (i as u64 + 1)).unwrap());
         }
-        for name in [RuleName::Median, RuleName::TrimmedMean] {
+        for name in [RuleName::MEDIAN, RuleName::TRIMMED_MEAN] {
             let (one, two) = (combine(name, f, &rows), combine(name, f, &shuffled));
             prop_assert_eq!(bits(&one.values), bits(&two.values), "{}", name);
         }
         // The mean sums in row order, in f64: equal up to the last bit of an f32.
-        for (a, b) in combine(RuleName::Mean, 0, &rows).values.iter().zip(combine(RuleName::Mean, 0, &shuffled).values) {
+        for (a, b) in combine(RuleName::MEAN, 0, &rows).values.iter().zip(combine(RuleName::MEAN, 0, &shuffled).values) {
             prop_assert!((a - b).abs() <= a.abs() * 2.0 * f32::EPSILON);
         }
     }
@@ -56,7 +61,7 @@ proptest! {
         let rows: Vec<Vec<f32>> = rows.iter().map(|row| row.iter().map(|v| v.round()).collect()).collect();
         let moved: Vec<Vec<f32>> =
             rows.iter().map(|row| row.iter().map(|v| v + f32::from(shift)).collect()).collect();
-        for name in RuleName::ALL {
+        for name in [RuleName::MEAN, RuleName::MEDIAN, RuleName::TRIMMED_MEAN] {
             for (a, b) in combine(name, f, &rows).values.iter().zip(combine(name, f, &moved).values) {
                 prop_assert!((a + f32::from(shift) - b).abs() < 1e-3, "{}: {} {}", name, a, b);
             }
@@ -72,7 +77,7 @@ proptest! {
         for row in 0..f {
             all.insert(row, (0..rows[0].len()).map(|i| hostile[(i + row) % hostile.len()]).collect());
         }
-        for name in [RuleName::Median, RuleName::TrimmedMean] {
+        for name in [RuleName::MEDIAN, RuleName::TRIMMED_MEAN] {
             for (column, value) in combine(name, f, &all).values.iter().enumerate() {
                 let low = honest.iter().map(|row| row[column]).fold(f32::INFINITY, f32::min);
                 let high = honest.iter().map(|row| row[column]).fold(f32::NEG_INFINITY, f32::max);
@@ -84,7 +89,7 @@ proptest! {
     #[test]
     fn identical_rows_come_back((row, n) in (prop::collection::vec(-1e3_f32..1e3, 1..30), 1_usize..300)) {
         let rows = vec![row.clone(); n];
-        for name in [RuleName::Median, RuleName::TrimmedMean] {
+        for name in [RuleName::MEDIAN, RuleName::TRIMMED_MEAN] {
             let combined = combine(name, (n - 1) / 2, &rows);
             for (value, expected) in combined.values.iter().zip(&row) {
                 prop_assert!((value - expected).abs() <= expected.abs() * f32::EPSILON);
@@ -109,13 +114,14 @@ fn one_thread_and_two_give_the_same_bits() {
             })
             .collect();
         let rows = MatrixRows::from_rows(&rows).unwrap();
-        for name in RuleName::ALL {
+        for name in [RuleName::MEAN, RuleName::MEDIAN, RuleName::TRIMMED_MEAN] {
             let on = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new()
                     .num_threads(threads)
                     .build()
                     .unwrap();
-                pool.install(|| rule(name, 4).combine(&rows)).unwrap()
+                pool.install(|| rule(name, 4, &Options::default()).unwrap().combine(&rows))
+                    .unwrap()
             };
             let (one, two) = (on(1), on(2));
             assert_eq!(bits(&one.values), bits(&two.values), "{name}");
@@ -133,7 +139,7 @@ fn network_and_plain_sort_agree() {
             .collect()
     };
     let rows: Vec<Vec<f32>> = (0..257).map(row).collect();
-    let combined = combine(RuleName::TrimmedMean, 60, &rows);
+    let combined = combine(RuleName::TRIMMED_MEAN, 60, &rows);
     for (column, value) in combined.values.iter().enumerate() {
         let mut values: Vec<f32> = rows.iter().map(|row| row[column]).collect();
         values.sort_by(f32::total_cmp);
@@ -154,9 +160,12 @@ fn stored_payloads_and_plain_rows_give_the_same_bits() {
         })
         .collect();
     let payloads = PayloadRows::new(payloads, 3).unwrap();
-    let combined = rule(RuleName::TrimmedMean, 1).combine(&payloads).unwrap();
+    let combined = rule(RuleName::TRIMMED_MEAN, 1, &Options::default())
+        .unwrap()
+        .combine(&payloads)
+        .unwrap();
     let plain: Vec<Vec<f32>> = rows.iter().map(|row| row.to_vec()).collect();
-    assert_eq!(combined, combine(RuleName::TrimmedMean, 1, &plain));
+    assert_eq!(combined, combine(RuleName::TRIMMED_MEAN, 1, &plain));
     let (encoding, payload) = encode_int8(&rows[0], || 0.5);
     let int8 = PayloadRows::new(
         vec![Row {
@@ -180,7 +189,7 @@ fn evidence_names_the_row_that_was_cut_away() {
     let honest = vec![vec![1.0_f32; 100]; 4];
     let mut rows = honest;
     rows.push(vec![-50.0; 100]);
-    let combined = combine(RuleName::TrimmedMean, 1, &rows);
+    let combined = combine(RuleName::TRIMMED_MEAN, 1, &rows);
     let liar = combined.evidence[4];
     assert!((liar.trimmed_share - 1.0).abs() < 1e-12 && (liar.norm - 500.0).abs() < 1e-9);
     assert!((liar.distance - 510.0).abs() < 1e-9, "{liar:?}");
@@ -196,22 +205,22 @@ fn impossible_rounds_are_errors() {
     let empty = MatrixRows::<f32>::from_rows::<Vec<f32>>(&[]).unwrap();
     let narrow = MatrixRows::from_rows(&[Vec::<f32>::new()]).unwrap();
     let pair = MatrixRows::from_rows(&[[1.0_f32], [2.0]]).unwrap();
-    for name in RuleName::ALL {
-        assert_eq!(rule(name, 0).combine(&empty), Err(RuleError::NoRows), "{name}");
+    for name in [RuleName::MEAN, RuleName::MEDIAN, RuleName::TRIMMED_MEAN] {
+        assert_eq!(plain(name, 0).combine(&empty), Err(RuleError::NoRows), "{name}");
         assert_eq!(
-            rule(name, 0).combine(&narrow),
+            plain(name, 0).combine(&narrow),
             Err(RuleError::NoColumns),
             "{name}"
         );
     }
-    for name in [RuleName::Median, RuleName::TrimmedMean] {
+    for name in [RuleName::MEDIAN, RuleName::TRIMMED_MEAN] {
         assert_eq!(
-            rule(name, 1).combine(&pair),
+            plain(name, 1).combine(&pair),
             Err(RuleError::TooManyByzantine { f: 1, n: 2 }),
             "{name}"
         );
         assert_eq!(
-            rule(name, usize::MAX).combine(&pair).unwrap_err(),
+            plain(name, usize::MAX).combine(&pair).unwrap_err(),
             RuleError::TooManyByzantine { f: usize::MAX, n: 2 }
         );
     }
@@ -236,69 +245,4 @@ fn impossible_rounds_are_errors() {
             ..
         })
     ));
-}
-
-/// Values computed by NumPy and `ByzFL`; the file's own tolerances.
-#[test]
-fn agrees_with_the_recorded_reference() {
-    let path = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../shared/reference/robust_aggregation.json"
-    );
-    let Ok(text) = std::fs::read_to_string(path) else {
-        println!("left out: no recorded reference values beside the workspace");
-        return;
-    };
-    let reference: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let vector = |value: &serde_json::Value| -> Vec<f64> {
-        value
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|v| v.as_f64().unwrap())
-            .collect()
-    };
-    let mut checked = 0;
-    for case in reference["cases"].as_array().unwrap() {
-        let Ok(name) = case["rule"].as_str().unwrap().parse::<RuleName>() else {
-            continue;
-        };
-        let f = usize::try_from(case["params"]["f"].as_u64().unwrap_or(0)).unwrap();
-        let input: Vec<Vec<f64>> = case["input"].as_array().unwrap().iter().map(vector).collect();
-        let expected = vector(&case["output"]);
-        let largest =
-            |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, |most: f64, v| most.max(v.abs()));
-        let (output, tolerance): (Vec<f64>, f64) = if case["dtype"] == "f32" {
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "the case says that its values are f32"
-            )]
-            let rows: Vec<Vec<f32>> = input
-                .iter()
-                .map(|row| row.iter().map(|v| *v as f32).collect())
-                .collect();
-            let output = combine(name, f, &rows)
-                .values
-                .iter()
-                .map(|v| f64::from(*v))
-                .collect();
-            (output, 2e-5 * largest(&mut input.iter().flatten().copied()))
-        } else {
-            let rows = MatrixRows::from_rows(&input).unwrap();
-            (
-                rule(name, f).combine_f64(&rows).unwrap().values,
-                1e-9 * largest(&mut expected.iter().copied()),
-            )
-        };
-        assert_eq!(output.len(), expected.len());
-        for (got, want) in output.iter().zip(&expected) {
-            assert!(
-                (got - want).abs() <= tolerance,
-                "{}: {got} is not {want}",
-                case["id"]
-            );
-        }
-        checked += 1;
-    }
-    assert!(checked >= 24, "only {checked} cases were there");
 }

@@ -53,9 +53,9 @@ fn settings(change: impl FnOnce(&mut Settings)) -> Settings {
             quorum: 2,
             deadline: Duration::from_secs(15),
             pause: Duration::ZERO,
-            clip_norm: 10.0,
-            noise_multiplier: 1.0,
-            rule: RuleName::Mean,
+            clip_norm: Some(10.0),
+            noise_multiplier: Some(1.0),
+            rule: RuleName::MEAN,
             byzantine: 0,
             ..RoundSettings::default()
         },
@@ -430,7 +430,7 @@ async fn bad_updates_cost_only_their_sender_and_leave_evidence() {
 async fn as_many_refused_edges_as_the_rule_withstands_do_not_stop_the_round() {
     let mut centre = Centre::start(|settings| {
         settings.rounds.rounds_max = Some(1);
-        settings.rounds.rule = RuleName::TrimmedMean;
+        settings.rounds.rule = RuleName::TRIMMED_MEAN;
         settings.rounds.quorum = 3;
         settings.rounds.byzantine = 1;
         settings.rounds.deadline = Duration::from_mins(10);

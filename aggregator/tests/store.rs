@@ -22,7 +22,7 @@ use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::{Delta, Digest, Epsilon, L2Norm, ModelVersion, NodeId, NoiseMultiplier, Round};
 
 const RULE: RoundRule = RoundRule {
-    rule: RuleName::Mean,
+    rule: RuleName::MEAN,
     byzantine: 0,
     quorum: 1,
 };
@@ -111,7 +111,7 @@ fn open_round_comes_back_as_it_was() {
     let mut database = Database::open(&dir).unwrap();
     let header = update(&terms, &[1, 2, 3], 4);
     let stored = database
-        .write(|work| rounds::insert_upload(work, &node("a"), &header, &[1, 2, 3], 0.5, RuleName::Mean))
+        .write(|work| rounds::insert_upload(work, &node("a"), &header, &[1, 2, 3], 0.5, RuleName::MEAN))
         .unwrap();
     let reason = theriac_protocol::message::DeclineReason::TooFewBlocks;
     database
@@ -152,7 +152,7 @@ fn second_update_of_a_site_is_refused_by_the_store_itself() {
     let mut database = Database::open(&dir).unwrap();
     let mut insert = |payload: &[u8]| {
         let header = update(&terms, payload, 1);
-        database.write(|work| rounds::insert_upload(work, &node("a"), &header, payload, 0.1, RuleName::Mean))
+        database.write(|work| rounds::insert_upload(work, &node("a"), &header, payload, 0.1, RuleName::MEAN))
     };
     insert(&[1, 2, 3]).unwrap();
     assert!(matches!(insert(&[3, 2, 1]), Err(StoreError::Database(_))));
@@ -203,7 +203,7 @@ fn failed_transaction_leaves_no_audit_leaf() {
     let before = leaves(&database);
     let failed = database.write(|work| {
         let header = update(&terms, &[1], 1);
-        rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::Mean)?;
+        rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::MEAN)?;
         Err::<(), _>(StoreError::Conflict("on purpose".into()))
     });
     assert!(failed.is_err());
@@ -220,7 +220,7 @@ fn large_payloads_are_blobs_and_a_missing_one_names_its_row() {
     let mut database = Database::open(&dir).unwrap();
     database.blobs().put(&header.payload_digest, &payload).unwrap();
     database
-        .write(|work| rounds::insert_upload(work, &node("a"), &header, &payload, 1.0, RuleName::Mean))
+        .write(|work| rounds::insert_upload(work, &node("a"), &header, &payload, 1.0, RuleName::MEAN))
         .unwrap();
     let read =
         |database: &Database| rounds::upload_row(database.read(), database.blobs(), Round(1), &node("a"));
@@ -465,7 +465,7 @@ fn a_round_keeps_why_an_update_was_refused() {
     let header = update(&terms, &[1, 2, 3], 1);
     database
         .write(|work| {
-            rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::Mean)
+            rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::MEAN)
         })
         .unwrap();
     let detail = history::detail(database.read(), Round(1)).unwrap();
@@ -495,4 +495,72 @@ fn a_host_that_no_certificate_can_carry_leaves_nothing_behind() {
     );
     assert!(!root.exists(), "half an aggregator is left");
     with("agg.example.org").unwrap();
+}
+
+#[test]
+fn silence_lateness_and_rounds_without_a_model_are_on_record_and_count_for_nothing() {
+    use theriac_aggregator::evidence::Decision;
+    use theriac_aggregator::store::evidence;
+    use theriac_protocol::refusal::AbortReason;
+    let (_temporary, dir) = new_store();
+    enrol(&dir, &["a", "b"]);
+    let terms = open_round(&dir, 1);
+    let mut database = Database::open(&dir).unwrap();
+    let sent = update(&terms, &[1, 2, 3], 1);
+    database
+        .write(|work| {
+            rounds::insert_upload(work, &node("a"), &sent, &[1, 2, 3], 1.0, RuleName::MEAN)?;
+            rounds::abort(work, Round(1), AbortReason::QuorumMissed)?;
+            // Ended is ended: the records are written once.
+            rounds::abort(work, Round(1), AbortReason::QuorumMissed)
+        })
+        .unwrap();
+    let decisions = |database: &Database| -> Vec<(String, Decision)> {
+        let records = evidence::of_round(database.read(), Round(1)).unwrap();
+        records
+            .into_iter()
+            .map(|record| (record.site, record.decision))
+            .collect()
+    };
+    let at_the_end = [
+        ("a".to_owned(), Decision::NotCombined),
+        ("b".to_owned(), Decision::Silent),
+    ];
+    assert_eq!(decisions(&database), at_the_end);
+    let late = update(&terms, &[4, 5, 6], 1);
+    for name in ["b", "b", "a"] {
+        let refuse = |work: &theriac_aggregator::store::Work<'_>| {
+            rounds::refuse_upload(work, &node(name), &late, RefusalCode::RoundClosed, RuleName::MEAN)
+        };
+        database.write(refuse).unwrap();
+    }
+    let with_the_late_one = [&at_the_end[..], &[("b".to_owned(), Decision::Late)]].concat();
+    assert_eq!(
+        decisions(&database),
+        with_the_late_one,
+        "once, and only of who was silent"
+    );
+    assert!(evidence::reputations(database.read()).unwrap().is_empty());
+    assert_eq!(evidence::check_chain(database.read(), Round(1)).unwrap(), Ok(3));
+    // The beginning of the chain goes, the rest still holds together.
+    open_round(&dir, 2);
+    database
+        .write(|work| rounds::abort(work, Round(2), AbortReason::QuorumMissed))
+        .unwrap();
+    assert_eq!(
+        database.write(|work| evidence::forget(work, Round(1))).unwrap(),
+        3
+    );
+    assert_eq!(evidence::check_chain(database.read(), Round(2)).unwrap(), Ok(2));
+    // Its end is missed.
+    let cut = database.write(|work| {
+        Ok(work
+            .connection()
+            .execute("DELETE FROM decision WHERE seq = 5", [])?)
+    });
+    assert_eq!(cut.unwrap(), 1);
+    assert_eq!(
+        evidence::check_chain(database.read(), Round(2)).unwrap(),
+        Err(evidence::ChainError::Head)
+    );
 }

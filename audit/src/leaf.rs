@@ -100,6 +100,16 @@ pub enum AuditEvent {
         #[serde(with = "members")]
         members: Vec<(NodeId, Digest)>,
     },
+    /// A round's decisions about every site are on record.
+    DecisionsRecorded {
+        /// The round.
+        round: Round,
+        /// How many.
+        records: u32,
+        /// Hash of the last of them; each record holds the hash of the one before it.
+        #[serde(with = "hex")]
+        head: Digest,
+    },
     /// A site's gate judged a model.
     ModelGate {
         /// The model.

@@ -1,11 +1,14 @@
 //! The privacy ledger: one durable charge, reading a year's file, and the figure of many blocks.
 
 use std::error::Error;
+use std::fs::File;
 use std::hint::black_box;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::Criterion;
+use rustix::time::{ClockId, clock_gettime};
 use theriac_privacy::ledger::{Ledger, ReleasePlan, Reserved};
 use theriac_privacy::policy::Policy;
 use theriac_privacy::report::{SealCheck, Trust, verify};
@@ -15,6 +18,8 @@ use theriac_protocol::units::{Digest, L2Norm, NoiseMultiplier, Round, Timestamp}
 /// A year of hourly releases, each a charge and its release, is 17 520 records.
 const RECORDS: u64 = 10_000;
 const BLOCKS: u64 = 1_000;
+/// Charges and plain appends that take turns.
+const TURNS: u64 = 300;
 
 fn main() -> Result<(), Box<dyn Error>> {
     // Where the state directory would be: a memory file system says nothing about a disk.
@@ -33,6 +38,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     drop(ledger);
 
+    beside_the_disk(folder.path(), &policy)?;
+
     let path = year(folder.path(), &policy)?;
     let bytes = std::fs::metadata(&path)?.len();
     eprintln!("{RECORDS} records are {bytes} bytes");
@@ -44,6 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let seals = |_: &_, _: &_| SealCheck::Wrong;
     let trust = Trust {
         policy_key: None,
+        edge_key: None,
         known: None,
         seals: &seals,
     };
@@ -63,6 +71,48 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     criterion.final_summary();
     Ok(())
+}
+
+/// A charge beside what the disk itself asks for: as many bytes appended to a plain file and synced, taking turns. Medians of wall time, and of the CPU time of a
+/// charge, which is what the ledger adds.
+fn beside_the_disk(folder: &Path, policy: &Policy) -> Result<(), Box<dyn Error>> {
+    let path = folder.join("turns.log");
+    let mut ledger = Ledger::open(&path, policy.site(), policy.clone(), Timestamp(1))?;
+    let mut plain = File::create(folder.join("plain"))?;
+    let (mut charges, mut bare, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
+    let mut length = std::fs::metadata(&path)?.len();
+    for round in 1..=TURNS {
+        let (begun, begun_cpu) = (Instant::now(), cpu_time());
+        let reserved = ledger.reserve(plan(round, vec![round], 2.0), Timestamp(round))?;
+        charges.push(begun.elapsed());
+        cpu.push(cpu_time().saturating_sub(begun_cpu));
+        drop(reserved);
+        let longer = std::fs::metadata(&path)?.len();
+        let bytes = vec![7_u8; usize::try_from(longer - length)?];
+        length = longer;
+        let begun = Instant::now();
+        plain.write_all(&bytes)?;
+        plain.sync_data()?;
+        bare.push(begun.elapsed());
+    }
+    let median = |times: &mut Vec<Duration>| {
+        times.sort_unstable();
+        times[times.len() / 2].as_secs_f64() * 1e3
+    };
+    let (charge, bare, cpu) = (median(&mut charges), median(&mut bare), median(&mut cpu));
+    eprintln!(
+        "a charge takes {charge:.3} ms, the same bytes appended and synced {bare:.3} ms ({:.2} times); {cpu:.3} ms of it are CPU time",
+        charge / bare
+    );
+    Ok(())
+}
+
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }
 
 /// A ledger of [`RECORDS`] records: charges of one block each, and their releases.

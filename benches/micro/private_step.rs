@@ -4,6 +4,7 @@
 //! taking turns, because what slows one kind then slows all.
 
 use std::error::Error;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor};
@@ -11,7 +12,12 @@ use rustix::time::{ClockId, clock_gettime};
 use theriac_benches::Numbers;
 use theriac_model::global::GlobalModel;
 use theriac_model::private_train::{DenseLayer, DenseNetwork, UnitGradients};
-use theriac_privacy::noise::add_exact_noise;
+use theriac_privacy::descent::NoisyDescent;
+use theriac_privacy::ledger::{Ledger, ReleasePlan, Reserved};
+use theriac_privacy::noise::{ExactGaussian, add_exact_noise};
+use theriac_privacy::policy::Policy;
+use theriac_protocol::message::UpdateKind;
+use theriac_protocol::units::{L2Norm, NoiseMultiplier, Round, Timestamp};
 
 /// Units of a step, each one row.
 const BATCH: usize = 256;
@@ -19,13 +25,17 @@ const BATCH: usize = 256;
 const TURNS: usize = 200;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let turns = if std::env::args().any(|word| word == "--test") {
-        1
-    } else {
-        TURNS
+    let asked = std::env::var("THERIAC_BENCH_TURNS").ok();
+    let turns = match asked.and_then(|turns| turns.parse().ok()) {
+        _ if std::env::args().any(|word| word == "--test") => 1,
+        Some(turns) => turns,
+        None => TURNS,
     };
     let mut numbers = Numbers::new(7);
     noise(turns)?;
+    for (units, values) in [(20, 7_258), (64, 7_258), (64, 51_212)] {
+        whole_numbers(units, values, turns.min(100), &mut numbers)?;
+    }
     let linear = numbers.signed(38 * 190);
     let shipped = DenseNetwork::shipped(&GlobalModel::initial(38, 1), Some(&linear))?;
     steps(
@@ -68,6 +78,48 @@ fn noise(turns: usize) -> Result<(), Box<dyn Error>> {
     }
     let nanoseconds = median(&mut times).as_secs_f64() * 1e9 / values.len() as f64;
     print(&format!("{{\"exact_noise_ns_per_value\": {nanoseconds:.1}}}"));
+    Ok(())
+}
+
+/// A step of [`NoisyDescent`]: each unit clipped and cut to the grid in whole numbers, checked in 128 bits, added; noise; the mean. The gradients are there
+/// already; their copies are not counted.
+fn whole_numbers(units: u64, values: u32, turns: usize, numbers: &mut Numbers) -> Result<(), Box<dyn Error>> {
+    let folder = tempfile::tempdir()?;
+    let policy = Policy::parse("site = \"site-a\"\nepsilon = 100.0\n")?;
+    let mut ledger = Ledger::open(
+        &folder.path().join("l"),
+        policy.site(),
+        policy.clone(),
+        Timestamp(1),
+    )?;
+    let plan = ReleasePlan {
+        round: Round(1),
+        nonce: 1,
+        kind: UpdateKind::Moments,
+        values,
+        block_span: Duration::from_hours(1),
+        blocks: (0..units).collect(),
+        sampling_rate: 1.0,
+        steps: 1,
+        clip_norm: L2Norm::new(1.0)?,
+        noise_multiplier: NoiseMultiplier::new(1.28)?,
+    };
+    let Reserved::Fresh(reservation) = ledger.reserve(plan, Timestamp(1))? else {
+        return Err("charged before".into());
+    };
+    let steps = NonZeroU32::new(u32::try_from(turns + turns / 10)?).ok_or("no turns")?;
+    let mut descent = NoisyDescent::new(reservation, steps)?;
+    let gradients: Vec<Vec<f32>> = (0..units).map(|_| numbers.signed(values as usize)).collect();
+    let mut times = Vec::new();
+    while descent.left() > 0 {
+        let copy = gradients.clone();
+        times.push(timed(|| Ok(descent.step(&ExactGaussian, |_| copy)?))?);
+    }
+    let milliseconds = median(&mut times).as_secs_f64() * 1e3;
+    let per_value = milliseconds * 1e6 / units as f64 / f64::from(values);
+    print(&format!(
+        "{{\"whole_number_step_units\": {units}, \"values\": {values}, \"step_ms\": {milliseconds:.3}, \"ns_per_unit_and_value\": {per_value:.2}}}"
+    ));
     Ok(())
 }
 

@@ -50,6 +50,24 @@ pub fn calm_host(rows: usize) -> Result<(FeatureSchema, Series), SeriesError> {
     Series::new(channels, values).map(|series| (schema, series))
 }
 
+/// A profile of recorded channels in 0..1, and rows of noise that remembers.
+///
+/// # Errors
+/// [`SeriesError`] never happens for rows as long as the profile.
+pub fn recorded_host(rows: usize, channels: usize) -> Result<(FeatureSchema, Series), SeriesError> {
+    let mut numbers = Numbers::new(2);
+    let mut levels = vec![0.5_f32; channels];
+    let mut values = Vec::with_capacity(rows * channels);
+    for _ in 0..rows {
+        for level in &mut levels {
+            *level = 0.8 * *level + 0.2 * numbers.draw();
+            values.push(*level);
+        }
+    }
+    let schema = FeatureSchema::recorded("recorded", channels);
+    Series::new(channels, values).map(|series| (schema, series))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,10 @@
 //! A bar on standard error for work that takes long; nothing where no person looks.
 
 use std::io::{self, IsTerminal as _, Stderr, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Work that is done sooner shows no bar.
@@ -70,6 +74,56 @@ impl<W: Write> Drop for Progress<W> {
     }
 }
 
+/// Steps of work that several threads do; each says when it has done one.
+#[derive(Debug)]
+pub struct Steps {
+    done: AtomicU64,
+    // Held while a bar is drawn.
+    progress: Mutex<Progress>,
+}
+
+impl Steps {
+    /// Begins a piece of work of `total` steps, shown on standard error when that is a terminal.
+    pub fn new(label: impl Into<String>, total: usize) -> Self {
+        Self {
+            done: AtomicU64::new(0),
+            progress: Mutex::new(Progress::new(label, total as u64)),
+        }
+    }
+
+    /// One more step is done.
+    pub fn step(&self) {
+        let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
+        self.progress
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .set(done);
+    }
+}
+
+/// Does work of which nobody knows how far it is, and shows that it goes on, on standard error when that is a terminal.
+pub fn during<T>(label: impl Into<String>, work: impl FnOnce() -> T) -> T {
+    while_shown(Progress::new(label, 0), work)
+}
+
+fn while_shown<T, W: Write + Send>(mut progress: Progress<W>, work: impl FnOnce() -> T) -> T {
+    if progress.terminal.is_none() {
+        return work();
+    }
+    let (done, waits) = mpsc::channel::<()>();
+    thread::scope(move |scope| {
+        scope.spawn(move || {
+            while waits.recv_timeout(REDRAW) == Err(RecvTimeoutError::Timeout) {
+                progress.set(0);
+            }
+        });
+        let result = work();
+        // A panic in there drops it too.
+        drop(done);
+        result
+    })
+}
+
 fn bar(label: &str, done: u64, total: u64) -> String {
     if total == 0 {
         return format!("{label} …");
@@ -106,6 +160,40 @@ mod tests {
         Progress::on(Some(&mut screen), "reading", 200, Duration::from_mins(1)).set(100);
         assert!(screen.is_empty());
         Progress::on(None::<Vec<u8>>, "reading", 200, Duration::ZERO).set(100);
+    }
+
+    /// A screen that says when it was drawn on.
+    struct Screen<'a>(&'a mut Vec<u8>, mpsc::Sender<()>);
+
+    impl Write for Screen<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.extend_from_slice(bytes);
+            self.1.send(()).ok();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn work_of_unknown_length_is_shown_until_it_is_done() {
+        let mut screen = Vec::new();
+        let (drawn, wait) = mpsc::channel();
+        let terminal = Some(Screen(&mut screen, drawn));
+        let progress = Progress::on(terminal, "fitting", 0, Duration::ZERO);
+        let answer = while_shown(progress, || wait.recv().map(|()| 7));
+        assert_eq!(answer, Ok(7));
+        let text = String::from_utf8(screen).unwrap();
+        assert!(
+            text.starts_with("\r\x1b[Kfitting …") && text.ends_with("\r\x1b[K"),
+            "{text:?}"
+        );
+        assert_eq!(
+            while_shown(Progress::on(None::<Vec<u8>>, "x", 0, Duration::ZERO), || 8),
+            8
+        );
     }
 
     #[test]

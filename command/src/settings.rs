@@ -111,6 +111,14 @@ pub fn load<T: DeserializeOwned>(
         .map_err(|error: toml::de::Error| value_error(&origin, &error))
 }
 
+/// Parses a text that was read already; `file` is named in errors.
+///
+/// # Errors
+/// [`SettingsError`] as for [`load`].
+pub fn parse_text<T: DeserializeOwned>(text: &str, file: &Path) -> Result<T, SettingsError> {
+    parse(text, &file.display().to_string(), Some(file))
+}
+
 fn parse<T: DeserializeOwned>(text: &str, origin: &str, file: Option<&Path>) -> Result<T, SettingsError> {
     // Syntax first: a broken file and a wrong key are different mistakes and get different help.
     parse_table(text, file)?;

@@ -17,7 +17,8 @@ use theriac_model::risk::exhaustion::Limit;
 use theriac_privacy::policy::signed::PolicyPublicKey;
 use theriac_protocol::units::NodeId;
 
-use crate::probe::ProbeUrl;
+use crate::postgres::CheckpointSettings;
+use crate::probe::Probe;
 
 /// Prefix of environment variables that override the file: `THERIAC__SECTION__KEY`.
 pub const ENVIRONMENT_PREFIX: &str = "THERIAC";
@@ -66,6 +67,8 @@ pub struct EdgeSettings {
     pub healing: HealingSection,
     /// The budget of actions over all services.
     pub healing_budget: NodeBudget,
+    /// A signed policy of healing.
+    pub healing_policy: HealingPolicySettings,
     /// Services that this edge starts, watches and restarts: one `[[service]]` table each, at most 16.
     pub service: Vec<ServiceSettings>,
 }
@@ -232,6 +235,29 @@ impl Default for FederationSettings {
     }
 }
 
+/// `[healing_policy]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HealingPolicySettings {
+    /// A signed policy of what may be done to which service (docs/healing.md). Default: none; `[healing]` alone holds then. A
+    /// relative path is one from the edge's working directory.
+    pub file: Option<PathBuf>,
+    /// Public keys (`thpk1_…`) whose signatures count. Default: none. Needed with `file`.
+    pub keys: Vec<PolicyPublicKey>,
+    /// So many different ones of `keys` must have signed, 1 to their number. Default 1.
+    pub need: usize,
+}
+
+impl Default for HealingPolicySettings {
+    fn default() -> Self {
+        Self {
+            file: None,
+            keys: Vec::new(),
+            need: 1,
+        }
+    }
+}
+
 /// `[http]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -275,8 +301,10 @@ pub struct ServiceSettings {
     pub probe: Option<ProbeSettings>,
     /// The service's durable state: checked before each start, checkpointed, restored when corrupt. Optional.
     pub state: Option<StateSettings>,
-    /// Names of the supervised services that this one calls. Default none. `incidents why` then says which of them to look at
-    /// first; healing does not depend on it. A missing name hides a cause, a wrong one blames a bystander.
+    /// How that state becomes a checkpoint. Default: the directory is copied.
+    pub checkpoint: Option<CheckpointSettings>,
+    /// Names of the supervised services that this one calls. Default none. While one of them is down this one is not restarted for
+    /// not answering, and `incidents why` says which to look at first. A missing name hides a cause, a wrong one blames a bystander.
     #[serde(default)]
     pub depends_on: Vec<String>,
     /// What the service must not use up; its failure risk is judged by it.
@@ -291,7 +319,8 @@ pub struct ServiceSettings {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProbeSettings {
-    /// `http://HOST:PORT/PATH`; any 2xx answer is well. Plain HTTP only: a probe stays on the host.
+    /// `http://HOST:PORT/PATH`; any 2xx answer is well. Plain HTTP only: a probe stays on the host. Or
+    /// `postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE`, asked `select 1`; an ordinary role sees full connections too.
     pub url: String,
     /// Time between probes. Default `500ms`, range 50 ms to 60 s. The time to find a hang is about
     /// `failures × (interval + timeout)`.
@@ -319,9 +348,21 @@ pub struct StateSettings {
     /// Longest time that the check may take, default `10s`, range 10 ms to 10 min. A check that takes longer says nothing.
     #[serde(default = "default_check_timeout", with = "settings::duration")]
     pub check_timeout: Duration,
-    /// Time between checkpoints. Default `5m`, range 1 s to 7 days. Rarely loses more work, often costs disk traffic.
+    /// Longest time between checkpoints. Default `5m`, range 1 s to 7 days. They come sooner where a failure is likely or has
+    /// become so. Too long loses more work; too short keeps the schedule from saving disk traffic.
     #[serde(default = "default_checkpoint_interval", with = "settings::duration")]
     pub interval: Duration,
+    /// Shortest time between checkpoints, however near a failure seems. Default `1m`, range 1 s to 7 days; where `interval` is
+    /// shorter, that counts. Too short lets a wrong predictor flood the disk; too long comes too late before a failure.
+    #[serde(default = "default_min_gap", with = "settings::duration")]
+    pub min_gap: Duration,
+    /// Most time spent on checkpoints while no failure is foretold, in per cent. Default 5, above 0 to 100.
+    #[serde(default = "default_budget_pct")]
+    pub budget_pct: f64,
+    /// Mean time between failures before the edge has seen any. Default `1day`, range 1 min to 1 year. It counts as one failure,
+    /// so it is soon outweighed. Too long takes the first checkpoints rarely.
+    #[serde(default = "default_mtbf", with = "settings::duration")]
+    pub expected_mtbf: Duration,
     /// Valid checkpoints kept, 1 to 100, default 2.
     #[serde(default = "default_keep")]
     pub keep: usize,
@@ -351,6 +392,18 @@ fn default_checkpoint_interval() -> Duration {
     Duration::from_mins(5)
 }
 
+fn default_min_gap() -> Duration {
+    Duration::from_mins(1)
+}
+
+fn default_budget_pct() -> f64 {
+    5.0
+}
+
+fn default_mtbf() -> Duration {
+    Duration::from_hours(24)
+}
+
 fn default_keep() -> usize {
     2
 }
@@ -374,6 +427,8 @@ pub struct EdgeConfig {
     pub http: HttpSettings,
     /// Checked `[healing_budget]`.
     pub healing_budget: NodeBudget,
+    /// Checked `[healing_policy]`.
+    pub healing_policy: HealingPolicySettings,
     /// Checked services.
     pub services: Vec<ServiceConfig>,
 }
@@ -410,6 +465,8 @@ pub struct ServiceConfig {
     pub probe: Option<ProbeConfig>,
     /// Its durable state.
     pub state: Option<StateSettings>,
+    /// How that becomes a checkpoint.
+    pub checkpoint: Option<CheckpointSettings>,
     /// Names of services that it calls, each one supervised here.
     pub depends_on: Vec<String>,
     /// Resident memory at which it fails, where that is known.
@@ -420,7 +477,7 @@ pub struct ServiceConfig {
 #[derive(Debug, Clone)]
 pub struct ProbeConfig {
     /// Where to ask.
-    pub url: ProbeUrl,
+    pub url: Probe,
     /// Time between probes.
     pub interval: Duration,
     /// Longest wait.
@@ -498,6 +555,7 @@ impl EdgeConfig {
             federation: settings.federation,
             http: settings.http,
             healing_budget,
+            healing_policy: check_policy(settings.healing_policy)?,
             services: check_services(settings.service, &settings.healing)?,
         })
     }
@@ -629,6 +687,22 @@ fn check_risk(risk: RiskSettings) -> Result<RiskConfig, ConfigError> {
         horizons,
         model: risk.model,
     })
+}
+
+fn check_policy(policy: HealingPolicySettings) -> Result<HealingPolicySettings, ConfigError> {
+    if policy.file.is_some() {
+        if policy.keys.is_empty() {
+            let text = "is empty: a policy file counts only with the signature of a key that is listed here";
+            return Err(wrong("healing_policy.keys", text));
+        }
+        count("healing_policy.need", policy.need, 1, policy.keys.len())?;
+    }
+    for (at, key) in policy.keys.iter().enumerate() {
+        if policy.keys[..at].contains(key) {
+            return Err(wrong("healing_policy.keys", format!("{key} is there twice")));
+        }
+    }
+    Ok(policy)
 }
 
 fn check_federation(federation: &FederationSettings) -> Result<(), ConfigError> {
@@ -765,12 +839,36 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
             Duration::from_hours(168),
         )?;
         span(
+            &key("state.min_gap"),
+            state.min_gap,
+            Duration::from_secs(1),
+            Duration::from_hours(168),
+        )?;
+        span(
+            &key("state.expected_mtbf"),
+            state.expected_mtbf,
+            Duration::from_mins(1),
+            Duration::from_hours(8_760),
+        )?;
+        if !(state.budget_pct > 0.0 && state.budget_pct <= 100.0) {
+            let got = state.budget_pct;
+            return Err(wrong(
+                key("state.budget_pct"),
+                format!("{got} is outside above 0 to 100"),
+            ));
+        }
+        span(
             &key("state.check_timeout"),
             state.check_timeout,
             Duration::from_millis(10),
             Duration::from_mins(10),
         )?;
         count(&key("state.keep"), state.keep, 1, 100)?;
+    }
+    if let Some(checkpoint) = &service.checkpoint
+        && let Some((field, reason)) = checkpoint.wrong(service.state.as_ref())
+    {
+        return Err(wrong(key(field), reason));
     }
     let memory_limit = service
         .limits
@@ -793,6 +891,7 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
         output: service.output,
         probe,
         state: service.state,
+        checkpoint: service.checkpoint,
         depends_on: service.depends_on,
         memory_limit,
     })
@@ -946,6 +1045,14 @@ mod tests {
             (
                 "[[service]]\nname = 'a'\nargv = ['x']\nstate = { dir = 'd', keep = 0 }",
                 "keep",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nstate = { dir = 'd', budget_pct = 0.0 }",
+                "budget_pct",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nstate = { dir = 'd', min_gap = '1ms' }",
+                "min_gap",
             ),
             (
                 "[[service]]\nname = 'a'\nargv = ['x']\ndepends_on = ['db']",

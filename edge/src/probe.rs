@@ -1,17 +1,96 @@
-//! One question to a service on this host: a bounded HTTP GET.
+//! One question to a service on this host: a bounded HTTP GET, or `select 1` over a PostgreSQL server's Unix socket.
 //!
 //! A probe asks on a new connection, as a client would: the kernel accepts connections for a hung process, so only an
 //! answer proves that somebody is there. What is read is bounded and never interpreted beyond its status.
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt as _;
 use std::str::FromStr;
 use std::time::Duration;
 
+use theriac_heal::postgres::PostgresError;
+use theriac_heal::postgres::owner::Owner;
+use theriac_heal::postgres::session::{Session, Target};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 /// Most bytes of an answer's head that are read, in bytes.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
+
+/// What a service is asked, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Probe {
+    /// `http://HOST:PORT/PATH`.
+    Http(ProbeUrl),
+    /// `postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE`.
+    Postgres(Target),
+}
+
+impl FromStr for Probe {
+    type Err = ProbeUrlError;
+
+    fn from_str(url: &str) -> Result<Self, Self::Err> {
+        let wrong = |reason| ProbeUrlError {
+            url: url.to_owned(),
+            reason,
+        };
+        let Some(rest) = url.strip_prefix("postgresql://") else {
+            return url.parse().map(Self::Http);
+        };
+        let (user, rest) = rest
+            .split_once('@')
+            .ok_or_else(|| wrong("the role is missing: postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE"))?;
+        let parts = rest
+            .rsplit_once('/')
+            .and_then(|(place, database)| Some((place.rsplit_once(':')?, database)));
+        let Some(((socket_dir, port), database)) = parts else {
+            return Err(wrong(
+                "the port or the database is missing: …/SOCKET_DIR:PORT/DATABASE",
+            ));
+        };
+        let port = port.parse().map_err(|_| wrong("the port is no number"))?;
+        if !socket_dir.starts_with('/') || user.is_empty() || database.is_empty() || port == 0 {
+            return Err(wrong(
+                "a server is asked over the directory of its Unix socket, an absolute path",
+            ));
+        }
+        Ok(Self::Postgres(Target {
+            socket_dir: socket_dir.into(),
+            port,
+            user: user.to_owned(),
+            database: database.to_owned(),
+        }))
+    }
+}
+
+/// Asks. Whether the answer is a good one, and what it was.
+///
+/// # Errors
+/// [`ProbeError`] when there is none within `timeout`.
+pub async fn ask(probe: &Probe, timeout: Duration) -> Result<(bool, String), ProbeError> {
+    match probe {
+        Probe::Http(url) => {
+            let code = status(url, timeout).await?;
+            Ok(((200..=299).contains(&code), format!("status {code}")))
+        }
+        Probe::Postgres(target) => {
+            let asked = async {
+                // Whoever made the socket is who the server runs as, and so whom `peer` lets in.
+                let made = std::fs::metadata(target.socket())?;
+                let owner = Owner {
+                    uid: made.uid(),
+                    gid: made.gid(),
+                };
+                let session = Session::open(target, Some(owner), timeout).await?;
+                session.execute("the probe", "select 1").await?;
+                Ok((true, "it answers select 1".to_owned()))
+            };
+            tokio::time::timeout(timeout, asked)
+                .await
+                .map_err(|_| ProbeError::TimedOut(timeout))?
+        }
+    }
+}
 
 /// `http://HOST:PORT/PATH`, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,7 +103,9 @@ pub struct ProbeUrl {
 
 /// Why a text is no [`ProbeUrl`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{url}` is no probe address: {reason}; write http://HOST:PORT/PATH")]
+#[error(
+    "`{url}` is no probe address: {reason}; write http://HOST:PORT/PATH or postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE"
+)]
 pub struct ProbeUrlError {
     url: String,
     reason: &'static str,
@@ -85,6 +166,9 @@ pub enum ProbeError {
     /// The connection failed.
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    /// The server let no session in, or did not answer.
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
     /// What came is no HTTP answer.
     #[error("the answer is not HTTP")]
     NotHttp,
@@ -191,6 +275,29 @@ mod tests {
             stream.write_all(answer).await.unwrap();
         });
         url
+    }
+
+    #[test]
+    fn a_server_is_named_by_role_socket_and_database() {
+        let probe: Probe = "postgresql://app@/var/run/postgresql:5433/shop".parse().unwrap();
+        let Probe::Postgres(target) = probe else {
+            panic!("{probe:?}")
+        };
+        assert_eq!(
+            target.socket(),
+            std::path::Path::new("/var/run/postgresql/.s.PGSQL.5433")
+        );
+        assert_eq!((target.user.as_str(), target.database.as_str()), ("app", "shop"));
+        for wrong in [
+            "postgresql:///var/run/postgresql:5432/shop",
+            "postgresql://app@db.example:5432/shop",
+            "postgresql://app@/run/pg:0/shop",
+            "postgresql://app@/run/pg:5432/",
+            "postgresql://app@/run/pg",
+            "ftp://host/",
+        ] {
+            assert!(wrong.parse::<Probe>().is_err(), "{wrong}");
+        }
     }
 
     #[tokio::test]

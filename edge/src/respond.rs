@@ -3,7 +3,7 @@
 //! The machine decides and reads no clock; this task hands it inputs with the time, makes every intent durable before
 //! it answers that it is, and passes actions to the one task that owns the service's process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,13 +11,15 @@ use std::time::Duration;
 use theriac_heal::executor::clock;
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output};
 use theriac_heal::policy::{Autonomy, HealPolicy, HealingSection, NodeBudget, PolicyError};
-use theriac_heal::types::{FaultClass, Incident, IncidentState, Intent, Notice};
+use theriac_heal::types::{FaultClass, Incident, IncidentId, IncidentState, Intent, Notice};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::HOST;
+use crate::healing_policy::Rulings;
 use crate::metrics::{Metrics, kind};
 use crate::service::{Command, ServiceShared};
+use crate::state_dir::StateDir;
 use crate::status::Board;
 use crate::storage::StorageWatch;
 use crate::store::{Store, StoreError};
@@ -54,6 +56,31 @@ pub struct Responder {
     pub metrics: Arc<Metrics>,
     /// What the disk did not take; it outlives the task.
     pub unsaved: Unsaved,
+    /// To the sample loop: whose level is normal now.
+    pub new_normals: NewNormals,
+    /// Where the stop switch and the log of rulings are.
+    pub dir: StateDir,
+}
+
+/// Services, or the host, of which a person said that what their incident shows is normal now; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct NewNormals(Arc<Mutex<BTreeSet<String>>>);
+
+impl NewNormals {
+    /// Leaves word for the sample loop.
+    pub fn accept(&self, service: &str) {
+        self.lock().insert(service.to_owned());
+    }
+
+    /// What was left since the last call.
+    pub fn take(&self) -> BTreeSet<String> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        // Held for one insertion or exchange.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Incidents, by number, and whether the machine's state as well could not be written: they are written again as soon as
@@ -121,6 +148,7 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
             pid: std::process::id(),
         },
     );
+    responder.follow_switch(&mut machine);
     responder.begin(&machine).await;
     let mut approvals = tokio::time::interval(APPROVALS_EVERY);
     approvals.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -143,6 +171,8 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
             },
             () = timeout => machine.handle_timeout(clock::now()),
             _ = approvals.tick() => {
+                responder.follow_switch(&mut machine);
+                responder.tell_risks(&mut machine);
                 responder.save_again(&machine).await;
                 responder.take_approvals(&mut machine).await;
             }
@@ -152,18 +182,21 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
 
 impl Responder {
     fn machine(&self, state: MachineState, fresh: bool) -> IncidentMachine {
-        let mut services: BTreeMap<String, HealPolicy> = self
-            .hands
-            .iter()
-            .map(|(name, hand)| (name.clone(), hand.shared.config.healing.clone()))
-            .collect();
-        match host_policy() {
-            Ok(policy) => drop(services.insert(HOST.to_owned(), policy)),
-            Err(error) => tracing::error!(%error, "anomalies of the host itself open no incident"),
-        }
+        let configs = || {
+            self.hands
+                .iter()
+                .map(|(name, hand)| (name.clone(), &hand.shared.config))
+        };
         let config = HealConfig {
-            services,
+            services: policies(
+                configs()
+                    .map(|(name, config)| (name, config.healing.clone()))
+                    .collect(),
+            ),
             node: self.budget,
+            depends_on: configs()
+                .map(|(name, config)| (name, config.depends_on.clone()))
+                .collect(),
             clock_id: clock::clock_id(),
         };
         if fresh {
@@ -223,6 +256,11 @@ impl Responder {
                     );
                     self.keep(&incident).await;
                     changed = true;
+                }
+                Output::Ruled(record) => {
+                    if let Err(error) = Rulings::of(&self.dir).append(&record) {
+                        tracing::warn!(%error, "a ruling of the policy was not written down");
+                    }
                 }
                 Output::RecordIntent(intent) => self.record(machine, intent).await,
                 Output::Execute(intent) => {
@@ -298,7 +336,30 @@ impl Responder {
                 }
             }
         };
+        // The switch may have been thrown while the disk was busy.
+        self.follow_switch(machine);
         machine.handle(clock::now(), input);
+    }
+
+    /// While the stop file is there nothing is begun.
+    fn follow_switch(&self, machine: &mut IncidentMachine) {
+        let stopped = self.dir.stop_file().exists();
+        if stopped != machine.is_halted() {
+            tracing::warn!(stopped, "the stop switch of healing was thrown");
+            machine.handle(clock::now(), Input::Halt(stopped));
+        }
+    }
+
+    /// For conditions of the policy that ask for the risk.
+    fn tell_risks(&self, machine: &mut IncidentMachine) {
+        for (name, hand) in &self.hands {
+            if machine.open_incident(name).is_some() {
+                let risks = hand.shared.risks();
+                let probability = risks.first().and_then(|risk| Some(risk.chance.ok()?.probability));
+                let service = name.clone();
+                machine.handle(clock::now(), Input::Risk { service, probability });
+            }
+        }
     }
 
     async fn pass_on(&self, intent: Intent, command: fn(Intent) -> Command) {
@@ -335,6 +396,33 @@ impl Responder {
             }
             Err(error) => self.storage.failed("read approvals", &error),
         }
+        match self.store.take_new_normals().await {
+            Ok(taken) => {
+                for incident in taken {
+                    self.accept_new_normal(machine, incident);
+                }
+            }
+            Err(error) => self.storage.failed("read new normals", &error),
+        }
+    }
+
+    fn accept_new_normal(&self, machine: &mut IncidentMachine, incident: IncidentId) {
+        let open = machine.open_incidents().find(|open| open.id == incident);
+        let Some(open) = open.filter(|open| open.class.from_detector()) else {
+            tracing::info!(
+                incident = incident.0,
+                "over before it was said to be a new normal"
+            );
+            return;
+        };
+        let service = open.service.clone();
+        tracing::info!(
+            incident = incident.0,
+            service,
+            "a person said that this is normal now"
+        );
+        self.new_normals.accept(&service);
+        machine.handle(clock::now(), Input::NewNormal { incident });
     }
 }
 
@@ -347,6 +435,15 @@ fn show_trouble(shared: &ServiceShared, open: Option<&Incident>) {
     shared.disturbed.store(open.is_some(), Ordering::Relaxed);
     shared.unsound.store(unsound, Ordering::Relaxed);
     shared.corrupt.store(corrupt, Ordering::Relaxed);
+}
+
+/// The services' policies and that of the host, as the machine has them.
+pub(crate) fn policies(mut services: BTreeMap<String, HealPolicy>) -> BTreeMap<String, HealPolicy> {
+    match host_policy() {
+        Ok(policy) => drop(services.insert(HOST.to_owned(), policy)),
+        Err(error) => tracing::error!(%error, "anomalies of the host itself open no incident"),
+    }
+    services
 }
 
 /// Trouble of the host as a whole is recorded; nothing is done about it.
@@ -370,11 +467,8 @@ fn notify(notice: &Notice) {
 
 #[cfg(test)]
 mod tests {
-    use theriac_heal::types::{IncidentId, IncidentState};
-
     use super::*;
     use crate::config::EdgeConfig;
-    use crate::state_dir::StateDir;
     use crate::status::Storage;
     use crate::store::StoreReader;
     use crate::supervise::{ShutdownSender, shutdown};
@@ -384,6 +478,7 @@ mod tests {
         store: Store,
         storage: StorageWatch,
         unsaved: Unsaved,
+        new_normals: NewNormals,
         board: Board,
         events: mpsc::Sender<Input>,
         commands: mpsc::Receiver<Command>,
@@ -396,7 +491,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = StateDir::open(&root.path().join("s")).unwrap();
         let file = root.path().join("edge.toml");
-        let text = "healing = { autonomy = 'act' }\n[[service]]\nname = 'kv'\nargv = ['true']\n";
+        let text =
+            "healing = { autonomy = 'act', cooldown = '0s' }\n[[service]]\nname = 'kv'\nargv = ['true']\n";
         std::fs::write(&file, text).unwrap();
         let config = EdgeConfig::load(Some(&file), []).unwrap();
         let store = Store::open(&dir).unwrap();
@@ -417,7 +513,10 @@ mod tests {
             board: board.clone(),
             metrics,
             unsaved: Unsaved::default(),
+            new_normals: NewNormals::default(),
+            dir: dir.clone(),
         };
+        let new_normals = responder.new_normals.clone();
         let (storage, unsaved) = (responder.storage.clone(), responder.unsaved.clone());
         let (events, received) = mpsc::channel(16);
         let (stop, signal) = shutdown();
@@ -431,6 +530,7 @@ mod tests {
             store,
             storage,
             unsaved,
+            new_normals,
             board,
             events,
             commands,
@@ -484,6 +584,57 @@ mod tests {
         let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
         assert_eq!(reader.intents().unwrap(), [intent.id.0]);
         assert_eq!(reader.incidents(9).unwrap()[0].state, IncidentState::Acting);
+        stage.finish().await;
+    }
+
+    #[tokio::test]
+    async fn every_ruling_is_written_down_and_says_the_same_when_asked_again() {
+        use theriac_heal::policy::evaluate::{Ruling, RulingRecord, evaluate};
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        stage.crash().await;
+        assert!(matches!(stage.next().await, Command::Execute(_)));
+        let text = std::fs::read_to_string(stage.dir.rulings()).unwrap();
+        let records: Vec<RulingRecord> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(records[0].ruling, Ruling::Act);
+        let section = HealingSection {
+            autonomy: Some(Autonomy::Act),
+            ..HealingSection::default()
+        };
+        for record in &records {
+            let said = evaluate(&section.check().unwrap(), NodeBudget::default(), &record.facts);
+            assert_eq!(said, record.ruling);
+        }
+        stage.finish().await;
+    }
+
+    #[tokio::test]
+    async fn with_the_stop_switch_on_a_crash_is_seen_and_nothing_is_done() {
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        std::fs::write(stage.dir.stop_file(), "").unwrap();
+        stage.crash().await;
+        let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
+        let held = || {
+            let incidents = reader.incidents(9).unwrap();
+            let mut considered = incidents.iter().flat_map(|incident| &incident.alternatives);
+            considered.any(|alternative| alternative.reason == "the stop switch is on")
+        };
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        while !held() {
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "{:?}",
+                stage.board.incidents()
+            );
+            tokio::task::yield_now().await;
+        }
+        assert!(stage.commands.try_recv().is_err(), "an action with the switch on");
+        std::fs::remove_file(stage.dir.stop_file()).unwrap();
+        assert!(matches!(stage.next().await, Command::Execute(_)));
         stage.finish().await;
     }
 
@@ -542,6 +693,50 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_new_normal_reaches_the_sample_loop_only_while_its_incident_is_open_and_of_the_detector() {
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        stage.crash().await;
+        assert!(matches!(stage.next().await, Command::Execute(_)));
+        let anomaly = || Input::Anomaly {
+            service: HOST.to_owned(),
+            score: 9.0,
+            threshold: 3.0,
+            causes: Vec::new(),
+        };
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
+        let (mut crash, mut host) = (None, None);
+        while crash.is_none() || host.is_none() {
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "no two incidents within 20 s"
+            );
+            stage.events.send(anomaly()).await.unwrap();
+            tokio::task::yield_now().await;
+            let found = reader.incidents(9).unwrap();
+            let of = |service: &str| found.iter().find(|i| i.service == service).map(|i| i.id);
+            (crash, host) = (of("kv"), of(HOST));
+        }
+        for id in [crash.unwrap(), host.unwrap(), IncidentId(999)] {
+            reader.accept_new_normal(id).unwrap();
+        }
+        let mut accepted = BTreeSet::new();
+        while accepted.is_empty() {
+            assert!(tokio::time::Instant::now() < deadline, "not taken up within 20 s");
+            tokio::task::yield_now().await;
+            accepted = stage.new_normals.take();
+        }
+        assert_eq!(accepted, BTreeSet::from([HOST.to_owned()]), "a crash is no level");
+        let why = || reader.incident(host.unwrap()).unwrap().unwrap().why();
+        while !why().contains("a person said that this is normal now") {
+            assert!(tokio::time::Instant::now() < deadline, "{}", why());
+            tokio::task::yield_now().await;
+        }
+        stage.finish().await;
+    }
+
+    #[tokio::test]
     async fn a_restarted_machine_asks_what_became_of_an_intent_instead_of_repeating_it() {
         let mut stage = stage();
         assert!(matches!(stage.next().await, Command::Begin));
@@ -552,6 +747,7 @@ mod tests {
         let config = HealConfig {
             services: BTreeMap::from([("kv".to_owned(), host_policy().unwrap())]),
             node: NodeBudget::default(),
+            depends_on: std::collections::BTreeMap::new(),
             clock_id: clock::clock_id(),
         };
         let mut machine = IncidentMachine::restore(config, machine, clock::now());

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use crate::client::{self, Client, opening};
 use crate::config::{EdgeConfig, NoiseBackend};
 use crate::detect::{LaneShared, load_detector};
+use crate::healing_policy::{self, HealingPolicyError};
 use crate::http::{self, Page};
 use crate::metrics::Metrics;
 use crate::respond::{self, Events, Hand, Responder};
@@ -59,6 +60,9 @@ pub enum EdgeError {
         /// In the certificate.
         enrolled: NodeId,
     },
+    /// The policy of healing is refused.
+    #[error(transparent)]
+    HealingPolicy(#[from] HealingPolicyError),
     /// The page's address cannot be bound.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -73,6 +77,7 @@ impl From<EdgeError> for Problem {
     fn from(error: EdgeError) -> Self {
         let text = error.to_string();
         match error {
+            EdgeError::HealingPolicy(error) => crate::commands::policy_refused(error),
             EdgeError::StateDir(StateDirError::InUse { .. }) => Self::temporary("TH-E0304", text)
                 .hint("stop that process, or give this one a state_dir of its own"),
             EdgeError::StateDir(StateDirError::Mode { .. }) => Self::config("TH-E0303", text)
@@ -132,9 +137,19 @@ struct Edge {
 }
 
 impl Edge {
-    async fn open(config: EdgeConfig, tamper: Option<Tamper>) -> Result<Self, EdgeError> {
+    async fn open(mut config: EdgeConfig, tamper: Option<Tamper>) -> Result<Self, EdgeError> {
+        let policy = healing_policy::apply(&mut config)?;
         let dir = StateDir::open(&config.state_dir.path)?;
         let lock = dir.lock()?;
+        if let Some(policy) = &policy {
+            healing_policy::note_version(policy, &dir)?;
+            tracing::info!(
+                path = %policy.path.display(),
+                version = policy.version,
+                signers = policy.signers.len(),
+                "the signed policy of healing holds"
+            );
+        }
         if config.state_dir.by_default {
             tracing::info!(path = %dir.root().display(), "no state_dir is set, keeping state here");
         }
@@ -235,6 +250,7 @@ impl Edge {
             storage.clone().run(store.clone(), shutdown)
         });
         let hands = self.start_services(&mut tasks, &events);
+        let new_normals = respond::NewNormals::default();
         let responder = Responder {
             hands,
             budget: self.config.healing_budget,
@@ -243,6 +259,8 @@ impl Edge {
             board: self.board.clone(),
             metrics: Arc::clone(&self.metrics),
             unsaved: respond::Unsaved::default(),
+            new_normals: new_normals.clone(),
+            dir: self.dir.clone(),
         };
         tasks.spawn("respond", move |shutdown| {
             respond::run(responder.clone(), Arc::clone(&received), shutdown)
@@ -257,6 +275,7 @@ impl Edge {
             storage: self.storage.clone(),
             board: self.board.clone(),
             metrics: Arc::clone(&self.metrics),
+            new_normals,
         };
         tasks.spawn("watch", move |shutdown| watch::run(watch.clone(), shutdown));
         if let Some(client) = self.client.clone() {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use theriac_heal::checkpoint::schedule::Limits;
 use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
 use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLimits};
 use theriac_heal::executor::process::{
@@ -112,7 +113,7 @@ impl ServiceShared {
         *self.risks.lock().unwrap_or_else(PoisonError::into_inner) = risks;
     }
 
-    fn set_pid(&self, pid: Option<u32>) {
+    pub(crate) fn set_pid(&self, pid: Option<u32>) {
         self.pid.store(pid.unwrap_or(0), Ordering::Release);
     }
 }
@@ -379,13 +380,9 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
             process = shared.pid();
             starting = Some(begun);
         }
-        let answer = probe::status(&config.url, config.timeout).await;
+        let answer = probe::ask(&config.url, config.timeout).await;
         let latency = begun.elapsed();
-        let (ok, detail) = match answer {
-            Ok(code @ 200..=299) => (true, format!("status {code}")),
-            Ok(code) => (false, format!("status {code}")),
-            Err(error) => (false, error.to_string()),
-        };
+        let (ok, detail) = answer.unwrap_or_else(|error| (false, error.to_string()));
         good = if ok { good.saturating_add(1) } else { 0 };
         if ok || starting.is_some_and(|since| since.elapsed() >= config.start_grace) {
             starting = None;
@@ -498,13 +495,23 @@ fn hands(context: &ServiceContext) -> Result<ServiceHands, CheckpointError> {
             bytes_max: OUTPUT_BYTES_MAX,
         };
     }
+    if crate::postgres::is_postgres(config)
+        && let Some(state) = &config.state
+    {
+        crate::postgres::supervise(&mut spec, &state.dir);
+    }
     let record = context.dir.root().join(format!("service-{}.json", config.name));
     let state = config
         .state
         .as_ref()
         .map(|state| {
-            let checkpoints = open_checkpoints(&context.dir, config.name.as_str(), state)?;
-            Ok(ServiceState {
+            let checkpoints = open_checkpoints(
+                &context.dir,
+                config.name.as_str(),
+                state,
+                crate::postgres::is_postgres(config),
+            )?;
+            Ok::<_, CheckpointError>(ServiceState {
                 dir: state.dir.clone(),
                 check: state_check(state),
                 checkpoints,
@@ -522,15 +529,28 @@ pub(crate) fn open_checkpoints(
     dir: &StateDir,
     service: &str,
     state: &StateSettings,
+    needs_proof: bool,
 ) -> Result<CheckpointStore, CheckpointError> {
     let limits = StoreLimits {
         keep: state.keep,
+        needs_proof,
         // A checkpoint is never what makes training and sending stop.
         free_bytes_min: FREE_MIN,
         ..StoreLimits::default()
     };
     let path: &Path = &dir.checkpoints().join(service);
     CheckpointStore::open(path, limits)
+}
+
+/// When checkpoints of the state are taken.
+pub(crate) fn schedule_limits(state: &StateSettings) -> Limits {
+    Limits {
+        min_gap: state.min_gap.min(state.interval),
+        max_gap: state.interval,
+        budget_pct: state.budget_pct,
+        expected_mtbf: state.expected_mtbf,
+        ..Limits::default()
+    }
 }
 
 /// The command that says whether the state is sound, where there is one.

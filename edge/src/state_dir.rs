@@ -231,6 +231,26 @@ impl StateDir {
         self.keys().join("policy.key")
     }
 
+    /// While it exists no action is begun.
+    pub fn stop_file(&self) -> PathBuf {
+        self.root.join("healing.stopped")
+    }
+
+    /// The highest version of the policy of healing that held here.
+    pub fn healing_version(&self) -> PathBuf {
+        self.root.join("healing.version")
+    }
+
+    /// What the policy was asked and said.
+    pub fn rulings(&self) -> PathBuf {
+        self.root.join("rulings.jsonl")
+    }
+
+    /// What was learnt of when to take a service's checkpoints.
+    pub fn schedule(&self, service: &str) -> PathBuf {
+        self.checkpoints().join(format!("{service}.schedule"))
+    }
+
     /// Where models are kept.
     pub fn model(&self) -> PathBuf {
         self.root.join("model")

@@ -32,6 +32,9 @@ pub struct Status {
     pub model_version: u64,
     /// What the gate made of the latest published model: `none`, `accepted`, `worse_on_tail`, …
     pub gate: String,
+    /// Why, in words with the figures that decided; absent before the first one.
+    #[serde(default)]
+    pub gate_reason: Option<String>,
     /// Link to the aggregator.
     pub federation: Federation,
     /// Why federation is off or refused, in words.
@@ -124,6 +127,9 @@ pub struct ServiceStatus {
     /// Why the latest attempt to take one failed; absent after one that did not.
     #[serde(default)]
     pub checkpoint_failure: Option<String>,
+    /// Why the latest one was taken, or why one that is due is not; absent before the first.
+    #[serde(default)]
+    pub checkpoint_reason: Option<String>,
     /// Its failure risk, one for each horizon; empty before the first sample.
     #[serde(default)]
     pub risk: Vec<RiskView>,
@@ -264,6 +270,7 @@ impl Board {
             alarm: false,
             model_version: 0,
             gate: "none".to_owned(),
+            gate_reason: None,
             federation: Federation::Off,
             federation_detail: None,
             round: 0,
@@ -309,6 +316,7 @@ impl Board {
             alarm: false,
             checkpoints: 0,
             checkpoint_failure: None,
+            checkpoint_reason: None,
             risk: Vec::new(),
         };
         change(self.lock().services.entry(name.to_owned()).or_insert_with(fresh));
@@ -374,6 +382,7 @@ mod tests {
         let mut machine = IncidentMachine::new(HealConfig {
             services: BTreeMap::from([("kv".to_owned(), HealingSection::default().check().unwrap())]),
             node: NodeBudget::default(),
+            depends_on: std::collections::BTreeMap::new(),
             clock_id: "test".to_owned(),
         });
         let now = Now {
@@ -428,6 +437,7 @@ mod tests {
             "alarm",
             "model_version",
             "gate",
+            "gate_reason",
             "federation",
             "round",
             "epsilon_spent",

@@ -22,7 +22,7 @@ use crate::state_dir::StateDir;
 /// `THEE` in `application_id`, so that a foreign file is told apart.
 const APPLICATION_ID: i32 = 0x5448_4545;
 /// Version of the schema below.
-const SCHEMA_VERSION: i32 = 2;
+const SCHEMA_VERSION: i32 = 3;
 /// Closed incidents kept.
 const INCIDENTS_KEPT: u32 = 10_000;
 /// Jobs that may wait for the writer.
@@ -49,7 +49,11 @@ CREATE TABLE checkpoint (
 CREATE TABLE approval (
     incident INTEGER PRIMARY KEY, approve INTEGER NOT NULL CHECK (approve IN (0, 1))
 ) STRICT;
+CREATE TABLE new_normal (incident INTEGER PRIMARY KEY) STRICT;
 ";
+
+/// From version 2: nobody could say that what an incident is about is normal now.
+const FROM_VERSION_2: &str = "CREATE TABLE new_normal (incident INTEGER PRIMARY KEY) STRICT;";
 
 /// From version 1: the outbox was keyed by the round alone, and the ledger's head was not kept.
 const FROM_VERSION_1: &str = "
@@ -392,6 +396,24 @@ impl Store {
         .await
     }
 
+    /// Takes the incidents of which people said since the last call that they show a new normal.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn take_new_normals(&self) -> Result<Vec<IncidentId>, StoreError> {
+        self.call(|connection| {
+            let taken: Vec<IncidentId> = connection
+                .prepare_cached("SELECT incident FROM new_normal ORDER BY incident")?
+                .query_map([], |row| Ok(IncidentId(unsigned(row.get(0)?))))?
+                .collect::<Result<_, _>>()?;
+            if !taken.is_empty() {
+                connection.execute("DELETE FROM new_normal", [])?;
+            }
+            Ok(taken)
+        })
+        .await
+    }
+
     /// Whether a small write succeeds: how a full disk that got room again is noticed.
     ///
     /// # Errors
@@ -552,6 +574,20 @@ impl StoreReader {
             .map_err(|error| classify(&self.path, error))
     }
 
+    /// Leaves word for the running edge that what an incident is about is normal now.
+    ///
+    /// # Errors
+    /// [`StoreError`], also of a store that no edge of this build has opened yet.
+    pub fn accept_new_normal(&self, incident: IncidentId) -> Result<(), StoreError> {
+        self.connection
+            .execute(
+                "INSERT OR REPLACE INTO new_normal (incident) VALUES (?1)",
+                params![signed(incident.0)],
+            )
+            .map(drop)
+            .map_err(|error| classify(&self.path, error))
+    }
+
     /// Runs SQLite's own check over the whole file.
     ///
     /// # Errors
@@ -607,9 +643,12 @@ fn open(path: &Path) -> Result<Connection, StoreError> {
         transaction.commit().map_err(at)?;
     }
     check_identity(&connection, path, 1)?;
-    if version == 1 {
+    if version == 1 || version == 2 {
         let transaction = connection.transaction().map_err(at)?;
-        transaction.execute_batch(FROM_VERSION_1).map_err(at)?;
+        if version == 1 {
+            transaction.execute_batch(FROM_VERSION_1).map_err(at)?;
+        }
+        transaction.execute_batch(FROM_VERSION_2).map_err(at)?;
         transaction
             .pragma_update(None, "user_version", SCHEMA_VERSION)
             .map_err(at)?;
@@ -900,7 +939,7 @@ mod tests {
         Store::open(&dir).unwrap().put_outbox(&row).await.unwrap();
         let old = Connection::open(dir.database()).unwrap();
         old.execute_batch(
-            "DROP TABLE ledger; ALTER TABLE outbox RENAME TO o;
+            "DROP TABLE ledger; DROP TABLE new_normal; ALTER TABLE outbox RENAME TO o;
              CREATE TABLE outbox (
                  round INTEGER PRIMARY KEY, nonce TEXT NOT NULL, payload_digest TEXT NOT NULL, body BLOB NOT NULL
              ) STRICT;
@@ -914,6 +953,29 @@ mod tests {
         assert_eq!(store.outbox().await.unwrap(), Some(row));
         store.put_outbox(&update(7, 2, b"second")).await.unwrap();
         assert_eq!(store.known_ledger().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_store_of_version_2_is_brought_up_and_takes_new_normals() {
+        let (_root, dir) = dir();
+        Store::open(&dir)
+            .unwrap()
+            .save_incident(&incident(4, IncidentState::Open))
+            .await
+            .unwrap();
+        let old = Connection::open(dir.database()).unwrap();
+        old.execute_batch("DROP TABLE new_normal; PRAGMA user_version = 2;")
+            .unwrap();
+        drop(old);
+        let reader = StoreReader::open(&dir.database()).unwrap().unwrap();
+        assert!(
+            reader.accept_new_normal(IncidentId(4)).is_err(),
+            "not brought up yet"
+        );
+        let store = Store::open(&dir).unwrap();
+        reader.accept_new_normal(IncidentId(4)).unwrap();
+        assert_eq!(store.take_new_normals().await.unwrap(), [IncidentId(4)]);
+        assert_eq!(store.incidents(9).await.unwrap().len(), 1);
     }
 
     #[tokio::test]
@@ -940,6 +1002,10 @@ mod tests {
         reader.decide(IncidentId(2), true).unwrap();
         assert_eq!(store.take_approvals().await.unwrap(), [(IncidentId(2), true)]);
         assert_eq!(store.take_approvals().await.unwrap(), []);
+        reader.accept_new_normal(IncidentId(3)).unwrap();
+        reader.accept_new_normal(IncidentId(3)).unwrap();
+        assert_eq!(store.take_new_normals().await.unwrap(), [IncidentId(3)]);
+        assert_eq!(store.take_new_normals().await.unwrap(), []);
     }
 
     #[tokio::test]
@@ -972,7 +1038,7 @@ mod tests {
         let (_root, dir) = dir();
         let other = Connection::open(dir.database()).unwrap();
         other
-            .execute_batch("CREATE TABLE a (b); PRAGMA user_version = 3;")
+            .execute_batch("CREATE TABLE a (b); PRAGMA user_version = 9;")
             .unwrap();
         drop(other);
         assert!(matches!(

@@ -12,7 +12,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
 use rand::Rng as _;
-use theriac_model::global::{GlobalModel, delta_layout, moments_layout};
+use theriac_model::global::{GlobalModel, delta_layout, gradient_layout, moments_layout};
+use theriac_model::gradient::{BlockRows, GradientPoint};
 use theriac_model::{moments, train};
 use theriac_privacy::ledger::{
     KnownHead, Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError, Reserved, Seal,
@@ -214,7 +215,8 @@ impl Releaser {
         let policy = self.ledger.policy();
         GuaranteeV1 {
             unit: match policy.unit() {
-                PrivacyUnit::Block => GuaranteeUnit::Block,
+                // No site's policy has the unit `node`.
+                PrivacyUnit::Block | PrivacyUnit::Node => GuaranteeUnit::Block,
                 PrivacyUnit::Record => GuaranteeUnit::Record,
             },
             block_ms: u64::try_from(policy.block_span().as_millis()).unwrap_or(u64::MAX),
@@ -292,6 +294,7 @@ impl Releaser {
         let own = match announce.kind {
             UpdateKind::Moments => moments_layout(channels).len(),
             UpdateKind::Delta => delta_layout(channels).len(),
+            UpdateKind::Gradient => gradient_layout(channels).len(),
         };
         if announce.values as usize != own {
             return Err(Unreleased::Layout {
@@ -311,7 +314,7 @@ impl Releaser {
             clip_norm: announce.clip_norm,
             noise_multiplier: announce.noise_multiplier,
         };
-        if announce.kind == UpdateKind::Moments {
+        if announce.kind != UpdateKind::Delta {
             // Before anything is counted: the aggregator does not choose how the history is cut up.
             let expected = plan.block_span;
             plan.block_span = self.step * announce.block_rows;
@@ -324,7 +327,11 @@ impl Releaser {
             let span_ms = u64::try_from(plan.block_span.as_millis()).unwrap_or(u64::MAX);
             let mut blocks = self.lane.history().complete_blocks(span_ms, announce.block_rows);
             let now = now();
-            blocks.retain(|block| self.ledger.is_chargeable_at(*block, now));
+            if announce.kind == UpdateKind::Gradient {
+                blocks = self.affordable(&mut plan, blocks, announce, now)?;
+            } else {
+                blocks.retain(|block| self.ledger.is_chargeable_at(*block, now));
+            }
             // The newest ones: they say most about now.
             blocks.drain(..blocks.len().saturating_sub(announce.blocks_max as usize));
             if blocks.len() < announce.blocks_min.max(1) as usize {
@@ -336,6 +343,25 @@ impl Releaser {
             plan.blocks = blocks;
         }
         Ok(plan)
+    }
+
+    /// The blocks that can bear one more round of gradients. Rounds read the same blocks again, so at some time the budget of those at hand is spent,
+    /// which is another reason to decline than that there are none.
+    fn affordable(
+        &self,
+        plan: &mut ReleasePlan,
+        blocks: Vec<u64>,
+        announce: &AnnounceV1,
+        now: Timestamp,
+    ) -> Result<Vec<u64>, Unreleased> {
+        plan.blocks = blocks;
+        let affordable = self.ledger.affordable(plan, now);
+        let enough = |count: usize| count >= announce.blocks_min.max(1) as usize;
+        if !enough(affordable.len()) && enough(plan.blocks.len()) {
+            // The ledger's own words.
+            self.ledger.check(plan, now)?;
+        }
+        Ok(affordable)
     }
 
     fn make(
@@ -350,6 +376,9 @@ impl Releaser {
                 self.moments(blocks, announce.block_rows)
             })?,
             UpdateKind::Delta => LocalUpdate::delta(reservation, layout, || self.delta(announce, base))?,
+            UpdateKind::Gradient => LocalUpdate::gradient(reservation, layout, |blocks| {
+                self.gradients(blocks, announce.block_rows, base)
+            })?,
         };
         let noisy = local.clip().noise(self.mechanism.as_ref())?;
         let noisy = match &self.tamper.0 {
@@ -378,6 +407,21 @@ impl Releaser {
             .map(|block| {
                 let series = self.lane.history().block(*block, span_ms, block_rows);
                 moments::block(&moments::public_values(schema, &series), series.rows())
+            })
+            .collect()
+    }
+
+    /// One gradient for each charged block, at the weights that the round builds on, from that block's rows alone.
+    fn gradients(&self, blocks: &[u64], block_rows: u32, base: &GlobalModel) -> Vec<Vec<f32>> {
+        let span_ms = u64::try_from((self.step * block_rows).as_millis()).unwrap_or(u64::MAX);
+        let schema = &self.lane.schema;
+        let point = GradientPoint::new(&base.descent().iterate);
+        blocks
+            .iter()
+            .map(|block| {
+                let series = self.lane.history().block(*block, span_ms, block_rows);
+                let rows = BlockRows::new(&moments::public_values(schema, &series), series.rows());
+                point.gradient(&rows)
             })
             .collect()
     }
@@ -417,296 +461,4 @@ fn now() -> Timestamp {
 }
 
 #[cfg(test)]
-mod tests {
-    use theriac_model::feature::FeatureSchema;
-    use theriac_model::sample::Sample;
-    use theriac_privacy::noise::ExactGaussian;
-    use theriac_privacy::policy::Policy;
-    use theriac_protocol::units::{L2Norm, ModelVersion, NodeId, Round};
-
-    use super::*;
-
-    const STEP: Duration = Duration::from_secs(1);
-
-    fn lane(rows: u32) -> Arc<LaneShared> {
-        let lane = LaneShared::new("kv", FeatureSchema::host_service_v1(), 10_000);
-        for row in 0..rows {
-            let values = (0..16)
-                .map(|c| 0.1 * c as f32 + 0.01 * (row % 7) as f32)
-                .collect();
-            lane.history().push(
-                Sample {
-                    at_ms: 1_000_000_020_000 + u64::from(row) * 1000,
-                    values,
-                },
-                row % 50 != 0,
-            );
-        }
-        Arc::new(lane)
-    }
-
-    fn ledger(dir: &std::path::Path, epsilon: f64) -> Ledger {
-        let policy =
-            format!("site = 'site-a'\nepsilon = {epsilon:?}\nblock = '1m'\nnoise_multiplier_min = 0.7\n");
-        let node: NodeId = "site-a".parse().unwrap();
-        Ledger::open(
-            &dir.join("ledger.log"),
-            &node,
-            Policy::parse(&policy).unwrap(),
-            Timestamp(1),
-        )
-        .unwrap()
-    }
-
-    fn releaser(dir: &std::path::Path, rows: u32, epsilon: f64, tamper: Option<Tamper>) -> Releaser {
-        Releaser::new(
-            ledger(dir, epsilon),
-            lane(rows),
-            STEP,
-            2,
-            Box::new(ExactGaussian),
-            tamper,
-        )
-    }
-
-    fn announce(round: u64) -> AnnounceV1 {
-        AnnounceV1 {
-            round: Round(round),
-            nonce: round * 7,
-            kind: UpdateKind::Moments,
-            values: 352,
-            layout_digest: Digest(moments_layout(16).digest()),
-            base_version: ModelVersion(0),
-            base_digest: Digest([1; 32]),
-            clip_norm: L2Norm::new(588.0).unwrap(),
-            noise_multiplier: NoiseMultiplier::new(1.27).unwrap(),
-            block_rows: 60,
-            blocks_min: 2,
-            blocks_max: 3,
-            deadline_ms: 10_000,
-        }
-    }
-
-    fn base() -> GlobalModel {
-        GlobalModel::initial(16, 1)
-    }
-
-    fn fresh(release: Release) -> (OutboxRow, ReservationId) {
-        match release {
-            Release::Fresh { row, id } => (row, id),
-            Release::Stored => panic!("charged before"),
-        }
-    }
-
-    #[test]
-    fn a_release_is_charged_bounded_and_readable() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut releaser = releaser(dir.path(), 400, 4.0, None);
-        let (row, id) = fresh(releaser.release(&announce(1), &base()).unwrap());
-        releaser.mark_released(id, row.payload_digest).unwrap();
-        let ToAggregator::Update(header, payload) = message_of(&row).unwrap() else {
-            panic!("no update")
-        };
-        assert_eq!((header.round, header.values, payload.len()), (Round(1), 352, 352));
-        assert_eq!(Digest::of(&payload), header.payload_digest);
-        assert_eq!(
-            header.blocks_bound, 3,
-            "the public bound, not the number of blocks"
-        );
-        let charged: Vec<u64> = releaser.ledger().charged_blocks().into_iter().flatten().collect();
-        assert_eq!(charged.len(), 3, "the newest three of the complete blocks");
-        assert!(releaser.ledger().spent().epsilon > 0.0);
-        assert_eq!(
-            encode_body(&message_of(&row).unwrap()).unwrap(),
-            row.body,
-            "a retry sends the same bytes"
-        );
-    }
-
-    #[test]
-    fn blocks_are_charged_once_until_none_is_left() {
-        let dir = tempfile::tempdir().unwrap();
-        // Blocks begin at a whole minute: 400 rows from second 20 on hold six complete ones.
-        let mut releaser = releaser(dir.path(), 400, 4.0, None);
-        let _first = fresh(releaser.release(&announce(1), &base()).unwrap());
-        let spent = releaser.ledger().spent().epsilon;
-        let _second = fresh(releaser.release(&announce(2), &base()).unwrap());
-        assert!(
-            (releaser.ledger().spent().epsilon - spent).abs() < 1e-12,
-            "disjoint blocks compose in parallel"
-        );
-        let error = releaser.release(&announce(3), &base()).unwrap_err();
-        assert!(
-            matches!(error, Unreleased::TooFewBlocks { needed: 2, found: 0 }),
-            "{error}"
-        );
-        assert_eq!(error.decline_reason(), DeclineReason::TooFewBlocks);
-    }
-
-    #[test]
-    fn the_same_round_is_never_noised_twice() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut releaser = releaser(dir.path(), 800, 4.0, None);
-        let (row, _) = fresh(releaser.release(&announce(1), &base()).unwrap());
-        let again = AnnounceV1 {
-            blocks_min: 1,
-            ..announce(1)
-        };
-        assert!(matches!(
-            releaser.release(&again, &base()).unwrap(),
-            Release::Stored
-        ));
-        drop(releaser);
-        let mut reopened = Releaser::new(
-            ledger(dir.path(), 4.0),
-            lane(800),
-            STEP,
-            2,
-            Box::new(ExactGaussian),
-            None,
-        );
-        assert!(matches!(
-            reopened.release(&again, &base()).unwrap(),
-            Release::Stored
-        ));
-        reopened.confirm(&row).unwrap();
-        let foreign = OutboxRow {
-            payload_digest: Digest([9; 32]),
-            ..row.clone()
-        };
-        assert!(
-            reopened.confirm(&foreign).is_err(),
-            "other bytes for the same charge were confirmed"
-        );
-        let uncharged = OutboxRow {
-            round: Round(77),
-            ..row
-        };
-        assert!(
-            reopened.confirm(&uncharged).is_err(),
-            "bytes without a charge were confirmed"
-        );
-    }
-
-    fn sample(at_ms: u64, value: f32) -> Sample {
-        Sample {
-            at_ms,
-            values: vec![value; 16],
-        }
-    }
-
-    /// Block edges are fixed in UTC, and rows whose lags would reach over one are not used.
-    #[test]
-    fn a_block_is_computed_from_its_own_rows_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let releaser = releaser(dir.path(), 180, 4.0, None);
-        let first = 1_000_000_020_000 / 60_000;
-        let before = releaser.moments(&[first + 1], 60);
-        let other = LaneShared::new("kv", FeatureSchema::host_service_v1(), 10_000);
-        for row in 0_u64..180 {
-            let at_ms = 1_000_000_020_000 + row * 1000;
-            let same = (0..16)
-                .map(|c| 0.1 * c as f32 + 0.01 * (row % 7) as f32)
-                .collect();
-            let values = if row / 60 == 1 { same } else { vec![9.0; 16] };
-            other.history().push(Sample { at_ms, values }, true);
-        }
-        let changed = Releaser {
-            lane: Arc::new(other),
-            ..releaser
-        };
-        assert_eq!(
-            changed.moments(&[first + 1], 60),
-            before,
-            "another block's rows were used"
-        );
-        assert_ne!(changed.moments(&[first], 60), before);
-    }
-
-    #[test]
-    fn a_clock_set_back_over_a_block_edge_releases_nothing_twice() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut releaser = releaser(dir.path(), 400, 4.0, None);
-        let all = AnnounceV1 {
-            blocks_max: 60,
-            ..announce(1)
-        };
-        let _charged = fresh(releaser.release(&all, &base()).unwrap());
-        let before = releaser.ledger().spent();
-        // Three minutes back: the same blocks are measured again, and end again.
-        for row in 0..240 {
-            let back = 1_000_000_020_000 + 200_000 + row * 1000;
-            releaser.lane.history().push(sample(back, 0.5), true);
-        }
-        let again = AnnounceV1 {
-            blocks_min: 1,
-            ..announce(2)
-        };
-        let released = releaser.release(&again, &base());
-        let charged: Vec<u64> = releaser.ledger().charged_blocks().into_iter().flatten().collect();
-        let mut once = charged.clone();
-        once.dedup();
-        assert_eq!(charged, once);
-        let after = releaser.ledger().spent();
-        assert!(
-            (after.epsilon - before.epsilon).abs() < 1e-12,
-            "a block was charged twice"
-        );
-        if let Err(error) = released {
-            assert_eq!(error.decline_reason(), DeclineReason::TooFewBlocks, "{error}");
-        }
-    }
-
-    #[test]
-    fn a_spent_budget_refuses_and_reads_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut releaser = releaser(dir.path(), 400, 0.5, None);
-        let error = releaser.release(&announce(1), &base()).unwrap_err();
-        assert_eq!(error.decline_reason(), DeclineReason::BudgetSpent, "{error}");
-        assert_eq!(releaser.ledger().spent().releases, 0);
-    }
-
-    #[test]
-    fn foreign_block_lengths_and_layouts_are_declined_before_any_charge() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut releaser = releaser(dir.path(), 400, 4.0, None);
-        let longer = AnnounceV1 {
-            block_rows: 120,
-            blocks_min: 1,
-            ..announce(1)
-        };
-        assert_eq!(
-            releaser.release(&longer, &base()).unwrap_err().decline_reason(),
-            DeclineReason::TermsTooWeak
-        );
-        let wider = AnnounceV1 {
-            values: 760,
-            ..announce(1)
-        };
-        assert_eq!(
-            releaser.release(&wider, &base()).unwrap_err().decline_reason(),
-            DeclineReason::UnknownLayout
-        );
-        assert_eq!(releaser.ledger().spent().releases, 0);
-    }
-
-    #[test]
-    fn a_hostile_edge_changes_noised_values_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let tamper: Tamper =
-            Arc::new(|_, values| values.into_iter().map(|value| value * 0.0 + 5.0).collect());
-        let mut releaser = releaser(dir.path(), 400, 4.0, Some(tamper));
-        let (row, _) = fresh(releaser.release(&announce(1), &base()).unwrap());
-        let ToAggregator::Update(header, payload) = message_of(&row).unwrap() else {
-            panic!("no update")
-        };
-        assert!(
-            payload.iter().all(|byte| *byte == payload[0]),
-            "all values are the same"
-        );
-        assert!(
-            header.privacy.epsilon_spent.value() > 0.0,
-            "the charge was made all the same"
-        );
-    }
-}
+mod tests;

@@ -2,8 +2,10 @@
 //!
 //! An alarm that lasts half an hour while the service answers and nothing else is wrong is taken for a new normal: the
 //! alarm is told as over, the next rows are gathered unscored, and a new model is fitted on them. A model of a short
-//! history is doubted sooner, as long as no resource of the service rose by what counts.
+//! history is doubted sooner, as long as no resource of the service rose by what counts. A person who says so
+//! (`incidents accept`) has the same done at once.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,6 +21,7 @@ use crate::HOST;
 use crate::config::{DetectionSettings, SamplingSettings};
 use crate::detect::{Blame, FitEvent, Lane, LaneShared, RowVerdict, Signal, keep_detector};
 use crate::metrics::{Metrics, at_horizon, kind, service as label};
+use crate::respond::NewNormals;
 use crate::risk::{HostRisk, RiskModel, ServiceRisk};
 use crate::sample::{HostSampler, ProbeWindow, ServiceReading, ServiceSampler, row};
 use crate::service::ServiceShared;
@@ -57,6 +60,8 @@ pub struct Watch {
     pub board: Board,
     /// The counters.
     pub metrics: Arc<Metrics>,
+    /// Whose level a person took for normal.
+    pub new_normals: NewNormals,
 }
 
 /// One lane in the hands of the loop.
@@ -120,7 +125,9 @@ pub async fn run(watch: Watch, mut shutdown: Shutdown) -> Result<(), RiskError> 
         watch
             .board
             .update(|status| status.risk = risks.iter().map(Into::into).collect());
+        let accepted = watch.new_normals.take();
         for row in &mut rows {
+            watch.accept_new_normal(row, &accepted);
             let reading = watch.one(row, &tick).await;
             if let (Some(risk), Some(service)) = (&mut row.risk, &row.service) {
                 let risks = risk.tick(tick.now_s, reading.as_ref(), &host_memory);
@@ -242,20 +249,44 @@ impl Watch {
 
     /// Begins to gather rows for a new model when the alarm has lasted long enough.
     fn watch_for_new_normal(&self, state: &mut Row, signal: &Signal, sound: bool) {
-        let shared = state.lane.shared();
-        let fitted_on = shared.detector().map_or(0, |detector| detector.rows());
+        let fitted_on = state
+            .lane
+            .shared()
+            .detector()
+            .map_or(0, |detector| detector.rows());
         let patience = Patience::new(self.sampling.interval, fitted_on);
-        // At least half of what the fit looks at is then new.
-        let known = shared.history().quiet_len().min(self.detection.fit_rows / 2);
-        let rows = self.detection.warm_up_rows.max(known);
-        if !state.normal.row(signal, sound, patience, rows) {
-            return;
+        let rows = self.rows_of_new_normal(state);
+        if state.normal.row(signal, sound, patience, rows) {
+            self.begin_new_normal(state, rows, "the alarm lasts and the service is well");
         }
+    }
+
+    /// Does the same at once where a person said so.
+    fn accept_new_normal(&self, state: &mut Row, accepted: &BTreeSet<String>) {
+        let named = accepted.contains(&state.lane.shared().name);
+        let host = accepted.contains(HOST) && state.blames_host;
+        if named || host {
+            let rows = self.rows_of_new_normal(state);
+            state.normal.accept(rows);
+            self.begin_new_normal(state, rows, "a person said so");
+        }
+    }
+
+    /// At least half of what the fit looks at is then new.
+    fn rows_of_new_normal(&self, state: &Row) -> usize {
+        let known = state.lane.shared().history().quiet_len();
+        self.detection
+            .warm_up_rows
+            .max(known.min(self.detection.fit_rows / 2))
+    }
+
+    fn begin_new_normal(&self, state: &mut Row, rows: usize, why: &str) {
         let shared = Arc::clone(state.lane.shared());
         tracing::warn!(
             lane = shared.name,
             rows,
-            "the alarm lasts and the service is well: taken for a new normal, gathering rows for a new model"
+            why,
+            "taken for a new normal, gathering rows for a new model"
         );
         state.lane = Lane::new(shared, self.detection.clone(), self.sampling.interval);
         state.untold.service = true;
@@ -439,6 +470,14 @@ struct NewNormal {
 }
 
 impl NewNormal {
+    /// Takes what is there for normal: `rows` are gathered.
+    fn accept(&mut self, rows: usize) {
+        *self = Self {
+            learning: Some(rows),
+            ..Self::default()
+        };
+    }
+
     /// Counts a row. True when the alarm has now lasted long enough with a sound service: `rows` are then gathered.
     fn row(&mut self, signal: &Signal, sound: bool, patience: Patience, rows: usize) -> bool {
         if let Some(left) = &mut self.learning {
@@ -463,8 +502,7 @@ impl NewNormal {
         if self.alarmed_rows < patience.max(1) {
             return false;
         }
-        (self.alarmed_rows, self.risen) = (0, false);
-        self.learning = Some(rows);
+        self.accept(rows);
         true
     }
 }
@@ -562,5 +600,64 @@ mod tests {
         };
         assert!(!normal.row(&risen, true, young, 100));
         assert_eq!(lasts(&mut normal, &anomaly()), Some(8_999));
+    }
+
+    fn stage(root: &std::path::Path) -> (Watch, mpsc::Receiver<Input>) {
+        let dir = StateDir::open(&root.join("s")).unwrap();
+        let config = crate::config::EdgeConfig::load(None, []).unwrap();
+        let (board, metrics) = (Board::new("a", 60), Arc::new(Metrics::new()));
+        let schema = theriac_model::feature::FeatureSchema::host_service_v1();
+        let lanes = ["kv", "db"].map(|name| (Arc::new(LaneShared::new(name, schema.clone(), 1000)), None));
+        let (events, received) = mpsc::channel(16);
+        let watch = Watch {
+            sampling: config.sampling.clone(),
+            detection: config.detection.clone(),
+            risk: RiskModel::load(&config.risk).unwrap(),
+            lanes: lanes.to_vec(),
+            storage: StorageWatch::new(dir.clone(), board.clone(), Arc::clone(&metrics)),
+            dir,
+            events,
+            board,
+            metrics,
+            new_normals: NewNormals::default(),
+        };
+        (watch, received)
+    }
+
+    #[test]
+    fn a_new_normal_that_a_person_accepted_ends_the_alarm_and_gathers_rows_in_that_lane_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let (watch, mut received) = stage(root.path());
+        let mut rows = watch.rows().unwrap();
+        rows[1].blames_host = true;
+        let service = |name: &str| name.to_owned();
+        watch.new_normals.accept("kv");
+        let accepted = watch.new_normals.take();
+        for row in &mut rows {
+            watch.accept_new_normal(row, &accepted);
+            row.untold.send(&watch.events, &row.lane.shared().name);
+        }
+        assert_eq!(rows[0].normal.learning, Some(watch.detection.warm_up_rows));
+        assert_eq!(rows[1].normal.learning, None);
+        let told = received.try_recv().unwrap();
+        assert_eq!(
+            told,
+            Input::AnomalyCleared {
+                service: service("kv")
+            }
+        );
+        assert!(received.try_recv().is_err() && watch.new_normals.take().is_empty());
+
+        // An incident of the host as a whole: every lane that blames it.
+        watch.accept_new_normal(&mut rows[1], &BTreeSet::from([service(HOST)]));
+        assert!(rows[1].normal.learning.is_some() && !rows[1].blames_host);
+        rows[1].untold.send(&watch.events, "db");
+        let told = received.try_recv().unwrap();
+        assert_eq!(
+            told,
+            Input::AnomalyCleared {
+                service: service(HOST)
+            }
+        );
     }
 }

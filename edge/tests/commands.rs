@@ -723,7 +723,10 @@ async fn a_report_is_written_and_verified_and_a_changed_one_is_not_true() {
     .unwrap();
     let untrue = problem(&["privacy", "verify", &report]).await;
     assert_eq!((untrue.code, untrue.exit), ("TH-E0342", Exit::Failed));
-    assert!(untrue.message.contains("epsilon_limit"), "{untrue}");
+    assert!(
+        untrue.message.contains("was changed after it was written"),
+        "{untrue}"
+    );
 }
 
 #[tokio::test]

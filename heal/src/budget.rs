@@ -58,12 +58,58 @@ impl Ledger {
         &self.charges
     }
 
-    /// Whether one more action is allowed now.
+    /// Exactly these charges.
+    pub(crate) fn of(charges: Vec<Charge>) -> Self {
+        Self { charges }
+    }
+
+    /// Actions of one kind on a service within a window.
+    pub(crate) fn of_action(
+        &self,
+        service: &str,
+        action: ActionKind,
+        window: Duration,
+        now: Duration,
+    ) -> u32 {
+        self.count(now, window, |charge| {
+            charge.service == service && charge.action == action
+        })
+    }
+
+    /// Actions on a service, and on all, within their windows.
+    pub(crate) fn spent(
+        &self,
+        service: &str,
+        policy: &HealPolicy,
+        node: NodeBudget,
+        now: Duration,
+    ) -> (u32, u32) {
+        (
+            self.count(now, policy.window, |charge| charge.service == service),
+            self.count(now, node.window, |_| true),
+        )
+    }
+
+    /// Whether one more action is allowed now, with the service's own cool-down.
+    #[cfg(test)]
     pub(crate) fn allows(
         &self,
         service: &str,
         action: ActionKind,
         policy: &HealPolicy,
+        node: NodeBudget,
+        now: Duration,
+    ) -> Result<(), Refusal> {
+        self.allows_after(service, action, policy, policy.cooldown, node, now)
+    }
+
+    /// Whether one more action is allowed now.
+    pub(crate) fn allows_after(
+        &self,
+        service: &str,
+        action: ActionKind,
+        policy: &HealPolicy,
+        cooldown: Duration,
         node: NodeBudget,
         now: Duration,
     ) -> Result<(), Refusal> {
@@ -85,7 +131,7 @@ impl Ledger {
             .filter(|c| c.service == service && c.action == action)
             .map(|c| c.at_ms)
             .max();
-        match last.map(|at_ms| Duration::from_millis(at_ms).saturating_add(policy.cooldown)) {
+        match last.map(|at_ms| Duration::from_millis(at_ms).saturating_add(cooldown)) {
             Some(until) if until > now => Err(Refusal::CoolingDown { until }),
             _ => Ok(()),
         }

@@ -27,4 +27,5 @@ pub mod checkpoint;
 pub mod executor;
 pub mod incident;
 pub mod policy;
+pub mod postgres;
 pub mod types;

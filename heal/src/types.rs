@@ -59,11 +59,60 @@ pub enum FaultClass {
     Corruption,
     /// The file system of the service has no room: a restart cannot help and may make it worse.
     DiskFull,
+    /// More work comes than the service can do: a restart throws away what it has in hand.
+    Overload,
+    /// A service that it calls is down: a restart of this one cannot help.
+    DependencyDown,
     /// Something is wrong and the evidence names nothing that an action here would mend.
     Unknown,
 }
 
+/// Whether a restart of the service can help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RestartHelps {
+    /// It mends what is diagnosed.
+    Yes,
+    /// It cannot help, and may make it worse.
+    No,
+    /// Not known.
+    Unknown,
+}
+
+impl RestartHelps {
+    /// The word in files and records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Yes => "yes",
+            Self::No => "no",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 impl FaultClass {
+    /// Every class there is.
+    pub const ALL: [Self; 9] = [
+        Self::Crash,
+        Self::Hang,
+        Self::MemoryLeak,
+        Self::CpuContention,
+        Self::Corruption,
+        Self::DiskFull,
+        Self::Overload,
+        Self::DependencyDown,
+        Self::Unknown,
+    ];
+
+    /// Whether a restart mends it.
+    pub fn restart_helps(self) -> RestartHelps {
+        match self {
+            Self::Crash | Self::Hang | Self::MemoryLeak | Self::CpuContention => RestartHelps::Yes,
+            Self::Corruption | Self::DiskFull | Self::Overload | Self::DependencyDown => RestartHelps::No,
+            Self::Unknown => RestartHelps::Unknown,
+        }
+    }
+
     /// Whether the detector alone finds trouble of this class.
     pub fn from_detector(self) -> bool {
         matches!(self, Self::MemoryLeak | Self::CpuContention | Self::Unknown)
@@ -78,6 +127,8 @@ impl FaultClass {
             Self::CpuContention => "cpu_contention",
             Self::Corruption => "corruption",
             Self::DiskFull => "disk_full",
+            Self::Overload => "overload",
+            Self::DependencyDown => "dependency_down",
             Self::Unknown => "unknown",
         }
     }

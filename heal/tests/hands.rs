@@ -75,7 +75,7 @@ impl Node {
                     self.machine.handle(clock::now(), answer);
                 }
                 Output::Closed(incident) => self.closed.push(incident),
-                Output::Opened(_) | Output::Updated(_) | Output::Notify(_) => {}
+                Output::Opened(_) | Output::Updated(_) | Output::Notify(_) | Output::Ruled(_) => {}
             }
         }
     }
@@ -180,6 +180,7 @@ fn config() -> HealConfig {
     HealConfig {
         services,
         node: NodeBudget::default(),
+        depends_on: std::collections::BTreeMap::new(),
         clock_id: clock::clock_id(),
     }
 }

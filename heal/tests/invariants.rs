@@ -9,8 +9,11 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output, ProcessState};
+use theriac_heal::policy::evaluate::{Ruling, evaluate};
 use theriac_heal::policy::{Autonomy, HealPolicy, NodeBudget};
-use theriac_heal::types::{ActionKind, Cause, IncidentId, Intent, IntentId, NoticeKind, Now, Outcome};
+use theriac_heal::types::{
+    ActionKind, Cause, IncidentId, Intent, IntentId, NoticeKind, Now, Outcome, RestartHelps,
+};
 
 const SERVICES: [&str; 2] = ["a", "b"];
 
@@ -160,6 +163,8 @@ impl World {
         let config = HealConfig {
             services,
             node,
+            // The second calls the first.
+            depends_on: BTreeMap::from([(SERVICES[1].to_owned(), vec![SERVICES[0].to_owned()])]),
             clock_id: "boot-0".to_owned(),
         };
         Self {
@@ -468,6 +473,18 @@ impl World {
                     self.executing.push(intent);
                 }
                 Output::Reconcile(intent) => self.to_reconcile.push(intent),
+                Output::Ruled(record) => {
+                    let policy = &self.config.services[&record.facts.service];
+                    let says = evaluate(policy, self.config.node, &record.facts);
+                    assert_eq!(says, record.ruling, "a ruling that does not replay: {record:?}");
+                    let helps = record.facts.restart_helps;
+                    assert!(
+                        says != Ruling::Act
+                            || record.facts.action != ActionKind::Restart
+                            || helps != RestartHelps::No,
+                        "a restart that cannot help: {record:?}"
+                    );
+                }
                 Output::Notify(notice) if notice.kind == NoticeKind::Demoted => {
                     self.demoted.insert(notice.service);
                 }

@@ -20,7 +20,7 @@ pub fn tamper(attack: Attack) -> Tamper {
 /// [`EdgeError`] when it cannot start.
 pub async fn run(config: EdgeConfig, attack: Attack) -> Result<(), EdgeError> {
     let mut interrupted = interruption();
-    tracing::warn!(attack = attack.name(), "this edge lies about its updates");
+    tracing::warn!(%attack, "this edge lies about its updates");
     let until = async move {
         // An error means that nobody is left to interrupt; then the signal itself ends the process.
         interrupted
@@ -39,6 +39,6 @@ mod tests {
 
     #[test]
     fn changes_updates_as_the_attack_says() {
-        assert_eq!(tamper(Attack::SignFlip)(Round(1), vec![1.0, -2.0]), [-5.0, 10.0]);
+        assert_eq!(tamper(Attack::SIGN_FLIP)(Round(1), vec![1.0, -2.0]), [-5.0, 10.0]);
     }
 }

@@ -6,8 +6,10 @@
 //! - [`compare`] measures detectors against each other on labelled recordings.
 //! - [`load`] measures the aggregator alone, with light edges that train nothing.
 //! - [`simulate`] trains on recorded metrics, many sites in one process on virtual time.
+//! - [`robustness`] measures rules against attacks.
 //! - [`evaluate`] measures anomaly scores against labels, from files.
 //! - [`causes`] measures how well root causes are found.
+//! - [`schedule`] measures what a schedule of checkpoints wastes, on virtual time.
 //! - [`attack`] holds what a hostile edge does to the values it sends; [`hostile`] is such an edge.
 
 pub mod attack;
@@ -20,6 +22,8 @@ pub mod fleet;
 pub mod hostile;
 pub mod load;
 pub mod risk;
+pub mod robustness;
+pub mod schedule;
 pub mod service;
 pub mod simulate;
 pub mod traffic;

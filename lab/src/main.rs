@@ -11,7 +11,7 @@ use theriac_command::output::{self, Format, Output};
 use theriac_command::problem::{self, Problem};
 use theriac_command::telemetry::{self, LogFormat};
 use theriac_edge::config::EdgeConfig;
-use theriac_lab::attack::Attack;
+use theriac_lab::attack::{self, Attack};
 use theriac_lab::campaign::{self, Healer};
 use theriac_lab::causes::{self, CausesError};
 use theriac_lab::compare;
@@ -22,6 +22,8 @@ use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
 use theriac_lab::load::{self, LoadError};
 use theriac_lab::risk;
+use theriac_lab::robustness;
+use theriac_lab::schedule::{self, ScheduleError};
 use theriac_lab::service;
 use theriac_lab::simulate::{self, SimulateError};
 
@@ -75,11 +77,19 @@ enum Command {
     /// Judges how well failures are foretold, on recorded engines and drives and on made ramps.
     #[command(after_help = "Example: theriac-lab risk --data recorded --out theriac-risk")]
     Risk(risk::Args),
+    /// Simulates when checkpoints are taken, and what that wastes, against Young/Daly and a fixed interval.
+    #[command(after_help = "Example: theriac-lab schedule --mtbf 1h --costs 3.1,30 --runs 10")]
+    Schedule(schedule::Args),
     /// Fits several detectors on labelled recordings and measures them against each other.
     #[command(
         after_help = "Example: theriac-lab compare --data recorded --out comparison --views all,5min,even,odd"
     )]
     Compare(compare::Args),
+    /// Measures rules against attacks, over seeds, as ratios to what the honest sites alone learn.
+    #[command(
+        after_help = "Example: theriac-lab robustness --out table --rules mean,caf --attacks none,ipm-3 --seeds 2"
+    )]
+    Robustness(robustness::Args),
     /// A real edge that changes its updates after they were clipped and noised.
     #[command(after_help = "Example: theriac-lab hostile-edge --config edge.toml --attack sign-flip")]
     HostileEdge(HostileArgs),
@@ -174,8 +184,8 @@ struct HostileArgs {
     /// Configuration of the edge.
     #[arg(long)]
     config: PathBuf,
-    /// What it does to its updates; `theriac-lab attack list` shows them.
-    #[arg(long)]
+    /// What it does to its updates: one that needs no others' updates; `theriac-lab attack list` shows them.
+    #[arg(long, value_parser = attack::alone)]
     attack: Attack,
     /// Ends when the process that started it is gone.
     #[arg(long, hide = true)]
@@ -233,7 +243,9 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Evaluate(args) => run_evaluate(args),
         Command::Causes(args) => run_causes(args),
         Command::Risk(args) => run_risk(&args),
+        Command::Schedule(args) => run_schedule(&args),
         Command::Compare(args) => run_compare(args),
+        Command::Robustness(args) => run_robustness(&args),
         Command::HostileEdge(args) => run_hostile(args),
         Command::Attack {
             command: AttackCommand::List { format },
@@ -380,9 +392,32 @@ fn run_risk(args: &risk::Args) -> Result<ExitCode, Problem> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn run_schedule(args: &schedule::Args) -> Result<ExitCode, Problem> {
+    let measured = schedule::run(args).map_err(|error| match error {
+        ScheduleError::Option { .. } => Problem::usage("TH-E0850", error),
+        error => Problem::failed("TH-E0851", error),
+    })?;
+    print(args.format, &measured, measured.table())?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn run_compare(args: compare::Args) -> Result<ExitCode, Problem> {
     let compared = compare::run(&args).map_err(|error| Problem::failed("TH-E0815", error))?;
     print(args.format, &compared, compared.table())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_robustness(args: &robustness::Args) -> Result<ExitCode, Problem> {
+    let table = robustness::run(args).map_err(|error| {
+        if error.is_usage() {
+            Problem::usage("TH-E0816", error).hint("`theriac-lab robustness --help` shows an example")
+        } else {
+            Problem::failed("TH-E0817", error).hint(
+                "a machine is NAME.train.npy.gz, NAME.test.npy.gz and NAME.label.npy.gz in --data; --out needs room and must be writable",
+            )
+        }
+    })?;
+    print(args.format, &table, table.table())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -424,13 +459,14 @@ fn run_edge(passed: Passed) -> Result<ExitCode, Problem> {
 }
 
 fn list_attacks(format: Format) -> Result<ExitCode, Problem> {
-    let listed: Vec<_> = Attack::ALL
+    let all = Attack::all();
+    let listed: Vec<_> = all
         .iter()
         .map(|attack| serde_json::json!({ "name": attack.name(), "description": attack.description() }))
         .collect();
-    let rows: Vec<Vec<String>> = Attack::ALL
+    let rows: Vec<Vec<String>> = all
         .iter()
-        .map(|attack| vec![attack.name().to_owned(), attack.description().to_owned()])
+        .map(|attack| vec![attack.name(), attack.description()])
         .collect();
     print(format, &listed, output::table(&["Attack", "What it does"], &rows))?;
     Ok(ExitCode::SUCCESS)

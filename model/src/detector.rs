@@ -9,9 +9,11 @@ use crate::arm::Arm;
 use crate::feature::FeatureSchema;
 use crate::forecaster::{Forecaster, ResidualNetwork};
 use crate::global::{GlobalModel, OwnLagWeights};
+use crate::linear::FullWeights;
 use crate::moments::LEVEL_MAX;
 use crate::normalise::{Normaliser, narrow};
-use crate::ridge::{NormalEquations, Unsolvable, coldness};
+use crate::personalise::{self, Leaning};
+use crate::ridge::{Lean, NormalEquations, Priors, Unsolvable, coldness};
 use crate::sample::Sample;
 use crate::score::{HALF_LIVES, Head, HeadState};
 use crate::series::{Series, SeriesError};
@@ -89,6 +91,8 @@ pub struct FitOptions {
     /// ([`OwnLagWeights::public_constant`]): right whenever the history may be short, since their weight fades as it
     /// grows. `None` = ridge towards zero, which needs days of rows.
     pub prior: Option<OwnLagWeights>,
+    /// Weights on all lags to lean on in the second forecaster, learnt elsewhere; `None` = own-lag ones (`prior`), other lags towards zero.
+    pub full_prior: Option<FullWeights>,
     /// False alarms per day that the threshold aims at. Lower is quieter and later.
     pub false_alarms_per_day: f64,
     /// Which detector.
@@ -114,9 +118,18 @@ impl FitOptions {
             step,
             half_lives: default_half_lives(step),
             prior: None,
+            full_prior: None,
             false_alarms_per_day: 1.0,
             arm: Arm::default(),
             network: None,
+        }
+    }
+
+    /// What both forecasters lean on.
+    pub(crate) fn priors(&self) -> Priors<'_> {
+        Priors {
+            own: self.prior.as_ref(),
+            full: self.full_prior.as_ref(),
         }
     }
 
@@ -178,6 +191,7 @@ pub struct Detector {
     pub(crate) heads: [Head; 2],
     pub(crate) threshold: Threshold,
     pub(crate) rows: u64,
+    pub(crate) leaning: Leaning,
     pub(crate) provenance: Provenance,
 }
 
@@ -204,7 +218,7 @@ impl Detector {
         Self::fit_with(schema, series, options, None, Learning::Nothing)
     }
 
-    /// Fits anew on `series`, with the global model's own-lag weights as prior and its network. Options and
+    /// Fits anew on `series`, with the global model's weights (own-lag and, where there are some, full ones) as prior and its network. Options and
     /// provenance stay.
     ///
     /// # Errors
@@ -212,6 +226,7 @@ impl Detector {
     pub fn refit_with_global(&self, series: &Series, global: &GlobalModel) -> Result<Self, DetectorError> {
         let options = FitOptions {
             prior: Some(global.own_lag()),
+            full_prior: global.linear(),
             ..self.options.clone()
         };
         let network = ResidualNetwork::new(global.channels(), global.network());
@@ -229,7 +244,7 @@ impl Detector {
         network: Option<ResidualNetwork>,
         learning: Learning,
     ) -> Result<Self, DetectorError> {
-        check_channels(schema, series, options.prior.as_ref())?;
+        check_channels(schema, series, options.priors())?;
         if series.rows() < ROWS_MIN {
             return Err(DetectorError::TooFewRows {
                 needed: ROWS_MIN,
@@ -239,15 +254,18 @@ impl Detector {
         let arm = options.arm;
         let normaliser = arm_scaler(schema, series, options);
         let scaled = ScaledRows::new(&normaliser, series);
-        let mut equations = if arm.paths().contains(&Path::Full) {
-            NormalEquations::new(schema.channels())
-        } else {
-            NormalEquations::own_only(schema.channels())
+        let priors = options.priors();
+        let (mut forecaster, leaning) = match learning {
+            Learning::OwnRows => personalise::fit(&scaled, priors, network, arm.paths())?,
+            Learning::Nothing => {
+                let nothing = if arm.paths().contains(&Path::Full) {
+                    NormalEquations::new(schema.channels())
+                } else {
+                    NormalEquations::own_only(schema.channels())
+                };
+                (forecaster(&nothing, priors, network)?, [None; 2])
+            }
         };
-        if learning == Learning::OwnRows {
-            equations.add_rows(&scaled.values, 0..scaled.rows());
-        }
-        let mut forecaster = forecaster(&equations, options.prior.as_ref(), network)?;
         if let Some(own) = arm.fixed_own(schema.channels()) {
             forecaster.own = own;
         }
@@ -282,6 +300,7 @@ impl Detector {
             heads,
             threshold,
             rows: series.rows() as u64,
+            leaning,
             provenance: Provenance::default(),
         })
     }
@@ -307,7 +326,7 @@ impl Detector {
     }
 
     fn replay(&self, series: &Series, mut each: impl FnMut(&[f32])) -> Result<Vec<f32>, DetectorError> {
-        check_channels(&self.schema, series, None)?;
+        check_channels(&self.schema, series, Priors::default())?;
         let mut state = ScoringState::new(self.schema.channels());
         let mut scores = Vec::with_capacity(series.rows());
         for (index, row) in series.iter_rows().enumerate() {
@@ -340,6 +359,11 @@ impl Detector {
     /// Rows it was fitted on.
     pub fn rows(&self) -> u64 {
         self.rows
+    }
+
+    /// How strongly its forecasts lean on the prior.
+    pub fn leaning(&self) -> Leaning {
+        self.leaning
     }
 
     /// Where it comes from.
@@ -530,6 +554,38 @@ impl ScaledRows {
         self.values.len() / self.channels.max(1)
     }
 
+    pub(crate) fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Mean over the channels that count of `min(|x − x̂|, bound)`, for every row from `start`; 0 where none counts or the row has
+    /// no lags.
+    pub(crate) fn errors_from(
+        &self,
+        start: usize,
+        forecaster: &Forecaster,
+        path: Path,
+        bound: f32,
+    ) -> Vec<f64> {
+        let channels = self.channels;
+        let (mut lags, mut forecast) = (vec![0.0; channels * LAG_COUNT], vec![0.0; channels]);
+        let mut errors = vec![0.0; self.rows().saturating_sub(start)];
+        for row in start.max(LAG_MAX)..self.rows() {
+            lags_of(&self.values, channels, row, &mut lags);
+            path.forecast(forecaster, &lags, &mut forecast);
+            let at = row * channels;
+            let (mut count, mut sum) = (0.0, 0.0);
+            for (channel, forecast) in forecast.iter().enumerate() {
+                if !self.silent.get(at + channel).copied().unwrap_or(false) {
+                    count += 1.0;
+                    sum += f64::from((self.values[at + channel] - forecast).abs().min(bound));
+                }
+            }
+            errors[row - start] = if count > 0.0 { sum / count } else { 0.0 };
+        }
+        errors
+    }
+
     /// Writes `|x − x̂|`, `[time, channel]`, NaN where a channel does not count; the first ten rows repeat the
     /// eleventh.
     pub(crate) fn residuals(&self, forecaster: &Forecaster, path: Path, out: &mut [f32]) {
@@ -589,25 +645,22 @@ fn level_floors(
         .collect()
 }
 
-/// Solves for both paths.
+/// Solves for both paths with the usual λ.
 pub(crate) fn forecaster(
     equations: &NormalEquations,
-    prior: Option<&OwnLagWeights>,
+    priors: Priors<'_>,
     network: Option<ResidualNetwork>,
 ) -> Result<Forecaster, Unsolvable> {
+    let lean = Lean::on(priors, equations.usual_lambda());
     Ok(Forecaster::new(
         equations.channels(),
-        equations.solve_own(prior)?,
-        equations.solve_full(prior)?,
+        equations.solve_own(lean)?,
+        equations.solve_full(lean)?,
         network,
     ))
 }
 
-fn check_channels(
-    schema: &FeatureSchema,
-    series: &Series,
-    prior: Option<&OwnLagWeights>,
-) -> Result<(), DetectorError> {
+fn check_channels(schema: &FeatureSchema, series: &Series, priors: Priors<'_>) -> Result<(), DetectorError> {
     let expected = schema.channels();
     if expected == 0 {
         return Err(DetectorError::NoChannels(schema.name.clone()));
@@ -619,9 +672,11 @@ fn check_channels(
         }
         .into());
     }
-    match prior.map(OwnLagWeights::channels) {
-        Some(found) if found != expected => Err(DetectorError::PriorChannels { expected, found }),
-        _ => Ok(()),
+    let leant_on = priors.own.map(OwnLagWeights::channels);
+    let leant_on = [leant_on, priors.full.map(FullWeights::channels)];
+    match leant_on.into_iter().flatten().find(|found| *found != expected) {
+        Some(found) => Err(DetectorError::PriorChannels { expected, found }),
+        None => Ok(()),
     }
 }
 

@@ -2,11 +2,15 @@
 //!
 //! Refusing costs nothing: the host goes on with what it has. So a model must earn its place on this host's own rows.
 
+use std::fmt;
+
 use crate::LAG_MAX;
-use crate::detector::{Detector, Path, ScaledRows, forecaster, local_scaler};
-use crate::forecaster::{Forecaster, ResidualNetwork};
+use crate::detector::{Detector, Path, ScaledRows, local_scaler};
+use crate::feature::FeatureSchema;
+use crate::forecaster::{ResidualNetwork, forecast_full};
 use crate::global::{GlobalModel, OwnLagWeights};
-use crate::ridge::{NormalEquations, Unsolvable};
+use crate::personalise::{CHANCE, choose, difference};
+use crate::ridge::{Priors, Unsolvable};
 use crate::series::Series;
 use crate::window::lags_of;
 
@@ -16,8 +20,6 @@ pub const GATE_ROWS_MIN: usize = 60;
 /// How much worse, in mean absolute residual, a model may be on the tail. A model that ranks faults better need not forecast calm
 /// rows better: at 2 % the gate kept honest models from 3 of 52 new sites.
 const WORSE_MAX: f64 = 0.05;
-/// Standard errors of that difference that are granted to chance: a fifth of 120 rows is 24.
-const CHANCE: f64 = 2.0;
 /// How much worse, in capped squared residual on all rows, a model may be as it came, against the public constant. Weights that lean on
 /// the last row are up to 1.1 times as bad on a channel that is pure noise here and is none elsewhere.
 const HARM_MAX: f64 = 1.2;
@@ -40,115 +42,232 @@ pub enum GateOutcome {
     TooFewRows,
 }
 
-/// Judges a global model on the host's own history, oldest row first, without rows of alarms or actions.
-///
-/// Two tests must pass. *As it came*, the own-lag part must not be worse than the public constant by more than 20 % in
-/// capped squared residual over all rows: that floors the harm of a poisoned model however few rows there are.
-/// *In use*, a fit on the first four fifths with the model as prior must not be worse on the last fifth than the
-/// same fit with the current prior by more than 5 % in mean absolute residual; a difference within two standard errors of the
-/// rows' differences is chance and counts for the model.
-pub fn judge(current: &Detector, history: &Series, global: &GlobalModel) -> GateOutcome {
-    let channels = current.schema().channels();
-    if global.channels() != channels || history.channels() != channels {
-        return GateOutcome::LayoutMismatch;
-    }
-    if global.values().iter().any(|v| !v.is_finite()) {
-        return GateOutcome::NonFinite;
-    }
-    if history.rows() < GATE_ROWS_MIN {
-        return GateOutcome::TooFewRows;
-    }
-    match passes(current, history, global) {
-        Ok(true) => match current.refit_with_global(history, global) {
-            Ok(detector) => GateOutcome::Accepted(Box::new(detector)),
-            Err(_) => GateOutcome::NonFinite,
-        },
-        Ok(false) => GateOutcome::WorseOnTail,
-        Err(Unsolvable { .. }) => GateOutcome::NonFinite,
+/// What a model did on the host's own rows: the reason of a verdict.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evidence {
+    /// Capped squared residual of the weights as they came (own-lag or full linear, the worse), over that of the public constant, all
+    /// rows; 1 where both are 0.
+    pub as_it_came: f64,
+    /// On the tail; `None` when the model was refused as it came.
+    pub tail: Option<Tail>,
+}
+
+/// What fits on the first four fifths did on the last one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tail {
+    /// Rows of it.
+    pub rows: usize,
+    /// Mean absolute residual with the model as prior, in scaled units, summed over both paths, at the λ that is best there.
+    pub with_model: f64,
+    /// The same with what the host has.
+    pub without: f64,
+    /// Standard error of their difference, from the rows' differences.
+    pub standard_error: f64,
+}
+
+impl Evidence {
+    fn harmful(&self) -> bool {
+        self.as_it_came > HARM_MAX
     }
 }
 
-fn passes(current: &Detector, history: &Series, global: &GlobalModel) -> Result<bool, Unsolvable> {
-    let channels = global.channels();
-    let rows = ScaledRows::new(&local_scaler(current.schema(), history, true), history);
-    let constant = OwnLagWeights::public_constant(channels);
-    let own_lag = global.own_lag();
-    if squared_as_is(&rows, channels, &own_lag) > HARM_MAX * squared_as_is(&rows, channels, &constant) {
-        return Ok(false);
+impl Tail {
+    /// Whether the model is worse by more than 5 % and chance.
+    fn worse(&self) -> bool {
+        self.with_model - self.without - CHANCE * self.standard_error > WORSE_MAX * self.without
     }
-    let split = rows.rows() - rows.rows() / 5;
-    let mut equations = NormalEquations::new(channels);
-    equations.add_rows(&rows.values, 0..split);
-    let network = ResidualNetwork::new(channels, global.network());
-    let candidate = forecaster(&equations, Some(&own_lag), network)?;
-    let prior = current.options().prior.as_ref();
-    let kept = forecaster(&equations, prior, current.forecaster.network.clone())?;
-    let (candidate, kept) = (
-        tail_errors(&rows, &candidate, split),
-        tail_errors(&rows, &kept, split),
-    );
-    Ok(!worse(&candidate, &kept))
 }
 
-/// Whether the candidate's errors exceed the kept ones, row by row, by more than 2 % and chance.
-fn worse(candidate: &[f64], kept: &[f64]) -> bool {
-    let count = kept.len().max(1) as f64;
-    let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / count;
-    let differences = || {
-        candidate
-            .iter()
-            .zip(kept)
-            .map(|(candidate, kept)| candidate - kept)
-    };
-    let difference = mean(&mut differences());
-    let variance = mean(&mut differences().map(|d| (d - difference).powi(2)));
-    difference - CHANCE * (variance / count).sqrt() > WORSE_MAX * mean(&mut kept.iter().copied())
-}
-
-/// Mean capped absolute residual of each row from `split`, summed over both paths.
-fn tail_errors(rows: &ScaledRows, forecaster: &Forecaster, split: usize) -> Vec<f64> {
-    let channels = rows.values.len() / rows.rows().max(1);
-    let mut residuals = vec![0.0; rows.values.len()];
-    let mut errors = vec![0.0; rows.rows() - split];
-    for path in [Path::Own, Path::Full] {
-        rows.residuals(forecaster, path, &mut residuals);
-        for (error, row) in errors
-            .iter_mut()
-            .zip(residuals[split * channels..].chunks_exact(channels))
-        {
-            let counted = row.iter().filter(|r| !r.is_nan());
-            let (count, sum) = counted.fold((0.0, 0.0), |(n, sum), r| {
-                (n + 1.0, sum + f64::from(r.min(RESIDUAL_MAX)))
-            });
-            *error += if count > 0.0 { sum / count } else { 0.0 };
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "as it came {:.2} times the squared residual of the public constant (at most {HARM_MAX})",
+            self.as_it_came
+        )?;
+        match &self.tail {
+            Some(tail) => write!(
+                f,
+                "; mean residual {:.4} with it and {:.4} without on the last {} rows (may be {:.0} % and chance, here {:.4}, worse)",
+                tail.with_model,
+                tail.without,
+                tail.rows,
+                WORSE_MAX * 100.0,
+                CHANCE * tail.standard_error,
+            ),
+            None => f.write_str(", so its tail was not looked at"),
         }
     }
-    errors
 }
 
-/// Sum of capped squared residuals of own-lag weights as they came, without intercept.
-fn squared_as_is(rows: &ScaledRows, channels: usize, weights: &OwnLagWeights) -> f64 {
-    let mut lags = vec![0.0; channels * crate::LAG_COUNT];
+/// What the gate decided, and by what.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Judgement {
+    /// The decision.
+    pub outcome: GateOutcome,
+    /// What was measured; `None` where nothing could be.
+    pub evidence: Option<Evidence>,
+}
+
+impl From<GateOutcome> for Judgement {
+    fn from(outcome: GateOutcome) -> Self {
+        Self {
+            outcome,
+            evidence: None,
+        }
+    }
+}
+
+/// Judges a global model on the host's own history, oldest row first, without rows of alarms or actions.
+///
+/// Two tests must pass. *As it came*, neither the own-lag part nor the full linear model, where there is one, may be worse than the public constant by more than 20 % in
+/// capped squared residual over all rows: that floors the harm of a poisoned model however few rows there are.
+/// *In use*, a fit on the first four fifths with the model as prior must not be worse on the last fifth than the
+/// same fit with the current prior by more than 5 % in mean absolute residual, each leaning as strongly as is best for it there
+/// ([`personalise`](crate::personalise)); a difference within two standard errors of the rows' differences is chance and
+/// counts for the model.
+pub fn judge(current: &Detector, history: &Series, global: &GlobalModel) -> Judgement {
+    let channels = current.schema().channels();
+    if global.channels() != channels || history.channels() != channels {
+        return GateOutcome::LayoutMismatch.into();
+    }
+    if global.values().iter().any(|v| !v.is_finite()) {
+        return GateOutcome::NonFinite.into();
+    }
+    if history.rows() < GATE_ROWS_MIN {
+        return GateOutcome::TooFewRows.into();
+    }
+    let Ok(evidence) = measure(current, history, global) else {
+        return GateOutcome::NonFinite.into();
+    };
+    let outcome = if evidence.tail.is_none_or(|tail| tail.worse()) {
+        GateOutcome::WorseOnTail
+    } else {
+        match current.refit_with_global(history, global) {
+            Ok(detector) => GateOutcome::Accepted(Box::new(detector)),
+            Err(_) => GateOutcome::NonFinite,
+        }
+    };
+    Judgement {
+        outcome,
+        evidence: Some(evidence),
+    }
+}
+
+fn measure(current: &Detector, history: &Series, global: &GlobalModel) -> Result<Evidence, Unsolvable> {
+    let channels = global.channels();
+    let rows = ScaledRows::new(&local_scaler(current.schema(), history, true), history);
+    let own_lag = global.own_lag();
+    let linear = global.linear();
+    let of_own =
+        |weights: &OwnLagWeights| squared_as_is(&rows, channels, |lags, out| own_as_is(weights, lags, out));
+    let constant = of_own(&OwnLagWeights::public_constant(channels));
+    let of_full = linear.as_ref().map(|full| {
+        squared_as_is(&rows, channels, |lags, out| {
+            forecast_full(full.values(), channels, lags, out);
+        })
+    });
+    let as_came = of_own(&own_lag).max(of_full.unwrap_or(0.0));
+    let evidence = Evidence {
+        as_it_came: if constant > 0.0 {
+            as_came / constant
+        } else if as_came > 0.0 {
+            f64::INFINITY
+        } else {
+            1.0
+        },
+        tail: None,
+    };
+    if evidence.harmful() {
+        return Ok(evidence);
+    }
+    let errors = |priors, network: Option<&ResidualNetwork>| {
+        choose(&rows, priors, network, &[Path::Own, Path::Full]).map(|chosen| chosen.tail_errors)
+    };
+    let network = ResidualNetwork::new(channels, global.network());
+    let priors = Priors {
+        own: Some(&own_lag),
+        full: linear.as_ref(),
+    };
+    let with_model = errors(priors, network.as_ref())?;
+    let without = errors(current.options().priors(), current.forecaster.network.as_ref())?;
+    Ok(Evidence {
+        tail: Some(tail(&with_model, &without)),
+        ..evidence
+    })
+}
+
+fn tail(with_model: &[f64], without: &[f64]) -> Tail {
+    let mean = |errors: &[f64]| errors.iter().sum::<f64>() / errors.len().max(1) as f64;
+    Tail {
+        rows: without.len(),
+        with_model: mean(with_model),
+        without: mean(without),
+        standard_error: difference(with_model, without).1,
+    }
+}
+
+/// Rows that own-lag weights are tried on as they come: how well a global model forecasts a host, before anything is learnt of it.
+pub struct Trial {
+    rows: ScaledRows,
+    channels: usize,
+}
+
+impl Trial {
+    /// Tries on `rows`, scaled as a host does that knows the last `known` of them and has a prior.
+    ///
+    /// # Panics
+    /// When the series has other channels than the schema.
+    pub fn new(schema: &FeatureSchema, rows: &Series, known: usize) -> Self {
+        Self {
+            rows: ScaledRows::new(&local_scaler(schema, &rows.tail(known), true), rows),
+            channels: schema.channels(),
+        }
+    }
+
+    /// Sum of squared one-step residuals over all rows and channels, each residual capped at 8 local units.
+    pub fn squared_error(&self, weights: &OwnLagWeights) -> f64 {
+        squared_as_is(&self.rows, self.channels, |lags, out| {
+            own_as_is(weights, lags, out);
+        })
+    }
+}
+
+impl std::fmt::Debug for Trial {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // No number of the host's own scaler.
+        f.debug_struct("Trial").finish_non_exhaustive()
+    }
+}
+
+/// Sum of capped squared residuals of a forecast from all lags.
+fn squared_as_is(rows: &ScaledRows, channels: usize, forecast: impl Fn(&[f32], &mut [f32])) -> f64 {
+    let (mut lags, mut forecasts) = (vec![0.0; channels * crate::LAG_COUNT], vec![0.0; channels]);
     let mut sum = 0.0;
     for row in LAG_MAX..rows.rows() {
         lags_of(&rows.values, channels, row, &mut lags);
-        for channel in 0..channels {
-            let own = weights.channel(channel).iter().enumerate();
-            let forecast: f32 = own.map(|(lag, w)| w * lags[lag * channels + channel]).sum();
-            let residual = (rows.values[row * channels + channel] - forecast)
-                .abs()
-                .min(RESIDUAL_MAX);
+        forecast(&lags, &mut forecasts);
+        for (value, forecast) in rows.values[row * channels..].iter().zip(&forecasts) {
+            let residual = (value - forecast).abs().min(RESIDUAL_MAX);
             sum += f64::from(residual).powi(2);
         }
     }
     sum
 }
 
+/// Own-lag weights as they came, without intercept.
+fn own_as_is(weights: &OwnLagWeights, lags: &[f32], out: &mut [f32]) {
+    let channels = weights.channels();
+    for (channel, out) in out.iter_mut().enumerate() {
+        let own = weights.channel(channel).iter().enumerate();
+        *out = own.map(|(lag, w)| w * lags[lag * channels + channel]).sum();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::detector::FitOptions;
-    use crate::feature::FeatureSchema;
     use std::time::Duration;
 
     /// Slow swings with shocks, two channels in 0..1.
@@ -185,7 +304,7 @@ mod tests {
         let current = local(&rows);
         let honest = own_lag([0.8, 0.1, 0.0, 0.0, 0.0]);
         let model = GlobalModel::initial(2, 1).with_own_lag(&honest).unwrap();
-        let GateOutcome::Accepted(accepted) = judge(&current, &rows, &model) else {
+        let GateOutcome::Accepted(accepted) = judge(&current, &rows, &model).outcome else {
             panic!("refused")
         };
         assert_eq!(accepted.options().prior, Some(model.own_lag()));
@@ -200,7 +319,7 @@ mod tests {
             for poison in [[-0.19; 5], [1.0; 5], [0.0, 0.0, 0.0, 0.0, -0.9], [1e30; 5]] {
                 let model = GlobalModel::initial(2, 1).with_own_lag(&own_lag(poison)).unwrap();
                 assert_eq!(
-                    judge(&current, &rows, &model),
+                    judge(&current, &rows, &model).outcome,
                     GateOutcome::WorseOnTail,
                     "{length} rows, {poison:?}"
                 );
@@ -212,13 +331,14 @@ mod tests {
     fn chance_is_told_from_harm() {
         let kept: Vec<f64> = (0..24).map(|i| 1.0 + f64::from(i % 5) / 10.0).collect();
         let shifted = |by: f64| kept.iter().map(|e| e + by).collect::<Vec<_>>();
-        assert!(!worse(&shifted(0.0), &kept) && !worse(&shifted(0.05), &kept) && worse(&shifted(0.1), &kept));
+        let worse = |errors: &[f64]| tail(errors, &kept).worse();
+        assert!(!worse(&shifted(0.0)) && !worse(&shifted(0.05)) && worse(&shifted(0.1)));
         let noisy: Vec<f64> = kept
             .iter()
             .enumerate()
             .map(|(i, e)| e + [0.5, -0.4][i % 2])
             .collect();
-        assert!(!worse(&noisy, &kept), "worse on average, but only by chance");
+        assert!(!worse(&noisy), "worse on average, but only by chance");
     }
 
     #[test]
@@ -226,7 +346,47 @@ mod tests {
         let rows = history(200);
         let delta = vec![1.0; crate::global::delta_layout(2).len()];
         let model = GlobalModel::initial(2, 1).with_delta(&delta).unwrap();
-        assert_eq!(judge(&local(&rows), &rows, &model), GateOutcome::WorseOnTail);
+        let judged = judge(&local(&rows), &rows, &model);
+        assert_eq!(judged.outcome, GateOutcome::WorseOnTail);
+        let evidence = judged.evidence.unwrap();
+        let tail = evidence.tail.unwrap();
+        assert!(tail.rows == 40 && tail.with_model > tail.without, "{tail:?}");
+        let reason = evidence.to_string();
+        assert!(
+            reason.contains("without on the last 40 rows (may be 5 % and chance"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn a_full_linear_model_is_leant_on_and_a_poisoned_one_is_refused() {
+        let rows = history(400);
+        let initial = GlobalModel::initial(2, 1);
+        let trained = |change: fn(&mut Vec<f32>)| {
+            let mut descent = initial.descent();
+            let mut values = descent.average.values().to_vec();
+            change(&mut values);
+            descent.average = crate::linear::FullWeights::new(2, values).unwrap();
+            initial.with_descent(&descent).unwrap()
+        };
+        let honest = trained(|values| values[0] += 0.3);
+        let GateOutcome::Accepted(accepted) = judge(&local(&rows), &rows, &honest).outcome else {
+            panic!("refused")
+        };
+        assert_eq!(accepted.options().full_prior, honest.linear());
+        assert_ne!(
+            accepted.forecaster,
+            local(&rows)
+                .refit_with_global(&rows, &initial)
+                .unwrap()
+                .forecaster
+        );
+        // Only what the first channel does to the second: the own-lag part is as good as before.
+        let poisoned = trained(|values| (0..5).for_each(|lag| values[lag * 4 + 1] = 1.0));
+        assert_eq!(
+            judge(&local(&rows), &rows, &poisoned).outcome,
+            GateOutcome::WorseOnTail
+        );
     }
 
     #[test]
@@ -234,11 +394,11 @@ mod tests {
         let rows = history(100);
         let current = local(&rows);
         assert_eq!(
-            judge(&current, &rows, &GlobalModel::initial(3, 1)),
+            judge(&current, &rows, &GlobalModel::initial(3, 1)).outcome,
             GateOutcome::LayoutMismatch
         );
         assert_eq!(
-            judge(&current, &rows.tail(20), &GlobalModel::initial(2, 1)),
+            judge(&current, &rows.tail(20), &GlobalModel::initial(2, 1)).outcome,
             GateOutcome::TooFewRows
         );
     }
@@ -247,7 +407,7 @@ mod tests {
     fn history_of_constants_or_nothing_but_missing_values_is_judged() {
         for value in [0.5, f32::NAN] {
             let rows = Series::new(2, vec![value; 200]).unwrap();
-            let outcome = judge(&local(&rows), &rows, &GlobalModel::initial(2, 1));
+            let outcome = judge(&local(&rows), &rows, &GlobalModel::initial(2, 1)).outcome;
             assert!(matches!(outcome, GateOutcome::Accepted(_)), "{outcome:?}");
         }
     }

@@ -5,6 +5,8 @@ use rand_chacha::ChaCha20Rng;
 
 use crate::LAG_COUNT;
 use crate::forecaster::HIDDEN;
+use crate::gradient::Descent;
+use crate::linear::FullWeights;
 use crate::moments::MOMENTS_PER_CHANNEL;
 use crate::params::ParamLayout;
 
@@ -14,6 +16,10 @@ pub const PUBLIC_OWN_WEIGHT: f32 = 0.19;
 
 const OWN_LAG: &str = "own_lag.weight";
 const OWN_LEVEL: &str = "own_lag.level";
+const AVERAGE: &str = "linear.average";
+const ITERATE: &str = "linear.iterate";
+const STEPS: &str = "linear.steps";
+const VELOCITY: &str = "linear.velocity";
 /// Tensors of the residual network, `[out, in]` for weights.
 pub(crate) const NETWORK: [&str; 4] = [
     "network.hidden.bias",
@@ -112,7 +118,8 @@ impl OwnLagWeights {
     }
 }
 
-/// The published model: own-lag weights and the residual network, one flat vector in layout order.
+/// The published model: own-lag weights, the residual network and, where rounds of gradients made it, the full linear model; one flat
+/// vector in layout order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GlobalModel {
     channels: usize,
@@ -148,12 +155,18 @@ impl GlobalModel {
         }
     }
 
-    /// Takes flat values in the order of [`model_layout`], as received.
+    /// Takes flat values in the order of [`model_layout`] or [`linear_model_layout`], as received; which one, their number says.
     ///
     /// # Errors
     /// [`GlobalError::Length`] for another number of values; [`GlobalError::NonFinite`] for NaN or infinity.
     pub fn from_values(channels: usize, values: Vec<f32>) -> Result<Self, GlobalError> {
-        let layout = model_layout(channels);
+        let mut layout = model_layout(channels);
+        if values.len() != layout.len() {
+            let linear = linear_model_layout(channels);
+            if values.len() == linear.len() {
+                layout = linear;
+            }
+        }
         check(&values, channels, layout.len())?;
         Ok(Self {
             channels,
@@ -198,12 +211,79 @@ impl GlobalModel {
         Ok(next)
     }
 
+    /// Where the descent of the full linear model stands; before the first round of gradients it begins at the own-lag weights.
+    pub fn descent(&self) -> Descent {
+        let Some(average) = self.linear() else {
+            return Descent::begin(FullWeights::of_own_lag(&self.own_lag()));
+        };
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "whatever a foreign model says, a float becomes a count without wrapping"
+        )]
+        let steps = self.part(STEPS).first().copied().unwrap_or(0.0) as u32;
+        Descent {
+            iterate: FullWeights::finite(self.channels, self.part(ITERATE)),
+            velocity: self.part(VELOCITY),
+            average,
+            steps,
+        }
+    }
+
+    /// The same model after a step of the full linear model: what a round of gradients makes. Own-lag weights and levels stay what they are, the
+    /// public constant or what a round of moments made of them: a full model's weights on a channel's own lags forecast little without the rest.
+    ///
+    /// # Errors
+    /// [`GlobalError`] for other channels, or a value that is not finite.
+    pub fn with_descent(&self, descent: &Descent) -> Result<Self, GlobalError> {
+        let layout = linear_model_layout(self.channels);
+        let mut values = vec![0.0; layout.len()];
+        for (name, _, range) in layout.iter() {
+            let part = match name {
+                AVERAGE => descent.average.values().to_vec(),
+                ITERATE => descent.iterate.values().to_vec(),
+                VELOCITY => descent.velocity.clone(),
+                STEPS => vec![descent.steps as f32],
+                other => self.part(other),
+            };
+            check(&part, self.channels, range.len())?;
+            values[range].copy_from_slice(&part);
+        }
+        Ok(Self {
+            channels: self.channels,
+            layout,
+            values,
+        })
+    }
+
+    /// The same model without its full linear part: what a round of another kind builds on.
+    #[must_use]
+    pub fn without_linear(&self) -> Self {
+        let layout = model_layout(self.channels);
+        let values = layout.iter().flat_map(|(name, ..)| self.part(name)).collect();
+        Self {
+            channels: self.channels,
+            layout,
+            values,
+        }
+    }
+
+    /// The full linear model that edges use, where rounds of gradients made one.
+    pub fn linear(&self) -> Option<FullWeights> {
+        let average = self.layout.range(AVERAGE)?;
+        Some(FullWeights::finite(self.channels, self.values[average].to_vec()))
+    }
+
+    /// One tensor; empty when the layout has none of this name.
+    fn part(&self, name: &str) -> Vec<f32> {
+        self.values[self.layout.range(name).unwrap_or_default()].to_vec()
+    }
+
     /// The own-lag part.
     pub fn own_lag(&self) -> OwnLagWeights {
-        let part = |name| self.values[self.layout.range(name).unwrap_or_default()].to_vec();
         OwnLagWeights {
-            weights: part(OWN_LAG),
-            levels: part(OWN_LEVEL),
+            weights: self.part(OWN_LAG),
+            levels: self.part(OWN_LEVEL),
         }
     }
 
@@ -229,7 +309,7 @@ impl GlobalModel {
     }
 }
 
-fn check(values: &[f32], channels: usize, expected: usize) -> Result<(), GlobalError> {
+pub(crate) fn check(values: &[f32], channels: usize, expected: usize) -> Result<(), GlobalError> {
     if values.len() != expected {
         return Err(GlobalError::Length {
             channels,
@@ -247,6 +327,23 @@ fn check(values: &[f32], channels: usize, expected: usize) -> Result<(), GlobalE
 pub fn model_layout(channels: usize) -> ParamLayout {
     let own = [(OWN_LAG, vec![channels, LAG_COUNT]), (OWN_LEVEL, vec![channels])];
     ParamLayout::new(network_shapes(channels).into_iter().chain(own))
+}
+
+/// Layout of a [`GlobalModel`] with a full linear part.
+pub fn linear_model_layout(channels: usize) -> ParamLayout {
+    let full = vec![channels * LAG_COUNT + 1, channels];
+    let linear = [AVERAGE, ITERATE, VELOCITY].map(|name| (name.to_owned(), full.clone()));
+    let steps = (STEPS.to_owned(), vec![1]);
+    let base = model_layout(channels);
+    let base = base
+        .iter()
+        .map(|(name, shape, _)| (name.to_owned(), shape.to_vec()));
+    ParamLayout::new(base.chain(linear).chain([steps]))
+}
+
+/// Layout of the gradient that a site releases: of the full linear model, `[5C + 1, channel]`, in whitened coordinates.
+pub fn gradient_layout(channels: usize) -> ParamLayout {
+    ParamLayout::new([("gradient", vec![channels * LAG_COUNT + 1, channels])])
 }
 
 /// Layout of the moments that a site releases: per channel 15 entries of `Σ p pᵀ`, 5 of `Σ p y`, presence

@@ -3,6 +3,7 @@
 //! ```text
 //! detect   Sample → Normaliser → lag ring → two forecasters → residuals → score head → AlarmState
 //! learn    Series → moments of complete blocks (public scaler) → [privacy, network, rule] → solve → GlobalModel → gate
+//!          Series → gradients of complete blocks → [privacy, network, rule] → step → GlobalModel → gate, round after round
 //! ```
 //!
 //! The crate knows tensors, not networks: it opens no socket, reads no clock and names no peer. It also knows no
@@ -27,11 +28,14 @@ pub mod feature;
 pub mod forecaster;
 pub mod gate;
 pub mod global;
+pub mod gradient;
 pub mod io;
+pub mod linear;
 mod model_file;
 pub mod moments;
 pub mod normalise;
 pub mod params;
+pub mod personalise;
 pub mod private_train;
 pub mod ridge;
 pub mod risk;

@@ -20,7 +20,9 @@ use crate::detector::{Detector, FitOptions, Provenance};
 use crate::feature::FeatureSchema;
 use crate::forecaster::{Forecaster, ResidualNetwork};
 use crate::global::{GlobalModel, OwnLagWeights, delta_layout, model_layout};
+use crate::linear::FullWeights;
 use crate::normalise::Normaliser;
+use crate::personalise::Leaning;
 use crate::ridge::FULL_CHANNELS_MAX;
 use crate::score::{HALF_LIVES, Head};
 use crate::threshold::Threshold;
@@ -147,6 +149,9 @@ struct Card {
     /// Files that were written before there were several have none.
     #[serde(default)]
     arm: Arm,
+    /// How strongly each path leans on the prior; files that were written before it was chosen have none.
+    #[serde(default)]
+    prior_lambda: Leaning,
     /// SHA-256 over name, type, shape and bytes of all tensors in the order of their names.
     tensors_sha256: String,
 }
@@ -237,6 +242,7 @@ impl Detector {
             half_lives_seconds: self.options.half_lives.map(|h| h.as_secs_f64()),
             false_alarms_per_day: self.options.false_alarms_per_day,
             arm: self.options.arm,
+            prior_lambda: self.leaning,
             tensors_sha256,
         }
     }
@@ -296,6 +302,10 @@ impl Detector {
             );
             tensors.insert(PRIOR_LEVEL.to_owned(), Tensor::f32(&[channels], prior.levels()));
         }
+        if let Some(prior) = &self.options.full_prior {
+            let shape = [channels * LAG_COUNT + 1, channels];
+            tensors.insert(PRIOR_FULL.to_owned(), Tensor::f32(&shape, prior.values()));
+        }
         tensors
     }
 }
@@ -335,6 +345,7 @@ const FULL: &str = "forecast.full.weight";
 const NETWORK: &str = "network.values";
 const PRIOR: &str = "prior.own_lag.weight";
 const PRIOR_LEVEL: &str = "prior.own_lag.level";
+const PRIOR_FULL: &str = "prior.full.weight";
 
 fn read_card(path: &Path, text: Option<&str>) -> Result<Card, ModelFileError> {
     let no_card = |reason: String| ModelFileError::NoCard {
@@ -429,6 +440,7 @@ impl Reader<'_> {
                 growth,
             },
             rows: card.rows,
+            leaning: card.prior_lambda,
             provenance: card.provenance,
         })
     }
@@ -452,6 +464,13 @@ impl Reader<'_> {
         } else {
             None
         };
+        // Only models that rounds of gradients made have them.
+        let full_prior = if self.tensors.contains_key(PRIOR_FULL) {
+            let weights = self.f32(PRIOR_FULL, &[channels * LAG_COUNT + 1, channels])?;
+            FullWeights::new(channels, weights).ok()
+        } else {
+            None
+        };
         Ok(FitOptions {
             step: duration(card.step_seconds)?,
             half_lives: [
@@ -459,6 +478,7 @@ impl Reader<'_> {
                 duration(card.half_lives_seconds[1])?,
             ],
             prior,
+            full_prior,
             false_alarms_per_day: card.false_alarms_per_day,
             arm: card.arm,
             // How the network came about is not kept; its weights are.

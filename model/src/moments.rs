@@ -38,7 +38,7 @@ pub const RECORD_CLIP_NORM: f64 = 360.0;
 const ROWS_PER_RECORD: usize = LAG_COUNT + 1;
 
 /// Smallest scale inside a block, in publicly scaled units: what moves less stays small instead of being blown up.
-const SCALE_MIN: f64 = 0.25;
+pub(crate) const SCALE_MIN: f64 = 0.25;
 
 /// Largest level of a channel, in publicly scaled units. It bounds what a false level can do to an edge.
 pub const LEVEL_MAX: f32 = 0.25;
@@ -259,7 +259,7 @@ fn step_size(lags: [f64; LAG_COUNT], target: f64) -> f64 {
     (target - mean(lags)).abs()
 }
 
-fn channels_of(values: &[f32], rows: usize) -> usize {
+pub(crate) fn channels_of(values: &[f32], rows: usize) -> usize {
     let channels = values.len().checked_div(rows).unwrap_or(0);
     assert_eq!(values.len(), channels * rows, "values are whole rows");
     channels

@@ -2,16 +2,16 @@
 
 use nalgebra::{Cholesky, DMatrix, DVector};
 
-use crate::forecaster::{forecast_full, forecast_own};
 use crate::global::OwnLagWeights;
+use crate::linear::FullWeights;
 use crate::window::lags_of;
 use crate::{LAG_COUNT, LAG_MAX, LAGS};
 
 /// Ridge towards zero.
 pub const LAMBDA_NO_PRIOR: f64 = 10.0;
 
-/// Ridge towards own-lag weights learnt elsewhere, up to [`COLD_ROWS`] rows. Fixed: choosing it on the last few rows
-/// loses at 120 rows.
+/// Usual ridge towards own-lag weights learnt elsewhere, up to [`COLD_ROWS`] rows; [`personalise`](crate::personalise)
+/// says when it is another.
 pub const LAMBDA_PRIOR: f64 = 1000.0;
 
 /// Up to this many rows a prior has its full weight; beyond, it fades as `COLD_ROWS / rows`.
@@ -159,75 +159,32 @@ impl NormalEquations {
         self.rows
     }
 
-    /// Every channel from its own lags: `[channel, 5 lags + 1]`,
-    /// `argmin ‖y − a w‖² + λ‖w_lags − prior‖² + 10 w_1²`, λ = 1000 · [`coldness`] but at least 10; without a prior
-    /// λ = 10 towards zero.
-    ///
-    /// # Errors
-    /// [`Unsolvable`] when a value was not finite.
-    pub fn solve_own(&self, prior: Option<&OwnLagWeights>) -> Result<Vec<f32>, Unsolvable> {
-        self.own_with(|channel, i| self.pull(prior.filter(|_| i < LAG_COUNT), channel, i))
+    /// The strength with which a fit of these rows leans on a prior unless its own tail says otherwise: λ = 1000 ·
+    /// [`coldness`] but at least 10.
+    pub fn usual_lambda(&self) -> f64 {
+        (LAMBDA_PRIOR * coldness(self.rows)).max(LAMBDA_NO_PRIOR)
     }
 
-    /// Every channel from all lags: `[5C + 1, channel]`, row-major, pulled towards the own-lag prior as in
-    /// [`solve_own`](Self::solve_own), other lags towards zero. Empty when only own lags are kept.
+    /// Proximal ridge of every channel on its own lags, `[channel, 5 lags + 1]`:
+    /// `argmin ‖y − a w‖² + λ‖w_lags − prior‖² + 10 w_1²`, λ above 0; without a prior λ = 10 towards zero.
     ///
     /// # Errors
     /// [`Unsolvable`] when a value was not finite.
-    pub fn solve_full(&self, prior: Option<&OwnLagWeights>) -> Result<Vec<f32>, Unsolvable> {
-        let constant = self.channels * LAG_COUNT;
-        let prior_of = |row: usize| prior.filter(|_| row < constant);
+    pub fn solve_own(&self, lean: Lean<'_>) -> Result<Vec<f32>, Unsolvable> {
+        self.own_with(|channel, i| lean.own(channel, i))
+    }
+
+    /// Proximal ridge of every channel on all lags, `[5C + 1, channel]`, row-major:
+    /// `W = argmin ‖X − A W‖² + λ‖W − V‖² = (AᵀA + λI)⁻¹(AᵀX + λV)`, `V` = the prior's weights on all lags where it has some, else its own-lag
+    /// weights and 0 elsewhere. The constant has λ = 10 towards zero: it depends on where the local scaler has its centre, so nobody
+    /// else's is leant on. Empty when only own lags are kept.
+    ///
+    /// # Errors
+    /// [`Unsolvable`] when a value was not finite.
+    pub fn solve_full(&self, lean: Lean<'_>) -> Result<Vec<f32>, Unsolvable> {
         self.full_with(
-            |row| self.pull(prior_of(row), 0, 0).0,
-            |row, channel| match prior_of(row) {
-                Some(_) if row % self.channels == channel => self.pull(prior, channel, row / self.channels).1,
-                _ => 0.0,
-            },
-        )
-    }
-
-    /// Proximal ridge of every channel on its own lags, `argmin ‖y − a w‖² + λ‖w − towards‖²`, intercept included;
-    /// `towards` and the result are `[channel, 5 lags + 1]`.
-    ///
-    /// # Errors
-    /// [`Unsolvable`] when a value was not finite.
-    ///
-    /// # Panics
-    /// When `towards` has another length.
-    pub fn solve_own_towards(&self, towards: &[f32], pull: Pull) -> Result<Vec<f32>, Unsolvable> {
-        assert_eq!(
-            towards.len(),
-            self.channels * (LAG_COUNT + 1),
-            "own-lag weights with intercepts"
-        );
-        let Some(lambda) = pull.lambda() else {
-            return Ok(towards.to_vec());
-        };
-        let share = pull.share();
-        self.own_with(|channel, i| {
-            let towards = towards[channel * (LAG_COUNT + 1) + i];
-            (lambda, share * f64::from(towards))
-        })
-    }
-
-    /// Proximal ridge on all lags, `W = argmin ‖X − A W‖² + λ‖W − towards‖² = (AᵀA + λI)⁻¹(AᵀX + λ towards)`;
-    /// `towards` and the result are `[5C + 1, channel]`, row-major. Empty when only own lags are kept.
-    ///
-    /// # Errors
-    /// [`Unsolvable`] when a value was not finite.
-    ///
-    /// # Panics
-    /// When `towards` has another length.
-    pub fn solve_full_towards(&self, towards: &[f32], pull: Pull) -> Result<Vec<f32>, Unsolvable> {
-        let size = self.channels * LAG_COUNT + 1;
-        assert_eq!(towards.len(), size * self.channels, "full weights");
-        let Some(lambda) = pull.lambda() else {
-            return Ok(towards.to_vec());
-        };
-        let share = pull.share();
-        self.full_with(
-            |_| lambda,
-            |row, channel| share * f64::from(towards[row * self.channels + channel]),
+            |row| lean.full_strength(row, self.channels),
+            |row, channel| lean.full_target(row, channel, self.channels),
         )
     }
 
@@ -276,17 +233,6 @@ impl NormalEquations {
             .iter()
             .map(|w| crate::normalise::narrow(*w))
             .collect())
-    }
-
-    /// Strength and target of the ridge on one weight.
-    fn pull(&self, prior: Option<&OwnLagWeights>, channel: usize, lag: usize) -> (f64, f64) {
-        match prior {
-            Some(prior) => {
-                let lambda = (LAMBDA_PRIOR * coldness(self.rows)).max(LAMBDA_NO_PRIOR);
-                (lambda, f64::from(prior.channel(channel)[lag]))
-            }
-            None => (LAMBDA_NO_PRIOR, 0.0),
-        }
     }
 }
 
@@ -337,154 +283,89 @@ fn add_own(sums: &mut [OwnSums], scaled: &[f32], range: std::ops::Range<usize>) 
     }
 }
 
-/// How strongly a fit leans on weights that were learnt elsewhere.
+/// Weights learnt elsewhere that a fit leans on.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Priors<'a> {
+    /// Own-lag weights.
+    pub own: Option<&'a OwnLagWeights>,
+    /// Weights on all lags; `None`: a fit on all lags leans on the own-lag ones too, with 0 for other channels.
+    pub full: Option<&'a FullWeights>,
+}
+
+impl<'a> Priors<'a> {
+    /// Own-lag weights alone, or nothing.
+    pub fn own_lag(own: Option<&'a OwnLagWeights>) -> Self {
+        Self { own, full: None }
+    }
+
+    /// Whether there is anything to lean on.
+    pub fn is_some(&self) -> bool {
+        self.own.is_some() || self.full.is_some()
+    }
+}
+
+/// What a fit leans on, and how strongly.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Pull {
-    /// Not at all: λ = 10 towards zero.
-    LocalOnly,
-    /// λ towards them, above 0.
-    Lambda(f64),
-    /// They are taken as they are: λ → ∞.
-    AsIs,
+pub struct Lean<'a> {
+    priors: Priors<'a>,
+    lambda: f64,
 }
 
-/// What [`personalise_own`] and [`personalise_full`] try, from the weakest to the strongest.
-pub const PULLS: [Pull; 9] = [
-    Pull::LocalOnly,
-    Pull::Lambda(30.0),
-    Pull::Lambda(100.0),
-    Pull::Lambda(300.0),
-    Pull::Lambda(1e3),
-    Pull::Lambda(3e3),
-    Pull::Lambda(1e4),
-    Pull::Lambda(3e4),
-    Pull::AsIs,
-];
-
-impl Pull {
-    /// Strength of the ridge; `None` when nothing is fitted.
-    fn lambda(self) -> Option<f64> {
-        match self {
-            Self::LocalOnly => Some(LAMBDA_NO_PRIOR),
-            Self::Lambda(lambda) => Some(lambda),
-            Self::AsIs => None,
-        }
-    }
-
-    /// Share of the foreign weights in the ridge's target.
-    fn share(self) -> f64 {
-        f64::from(u8::from(self != Self::LocalOnly))
-    }
-}
-
-/// Weights fitted to one site, and how they were chosen.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Personalised {
-    /// In the form of the weights that were leant on.
-    pub weights: Vec<f32>,
-    /// The pull that did best on the tail.
-    pub pull: Pull,
-    /// Mean absolute residual on the tail of each of [`PULLS`], in scaled units; 0 where there was no tail.
-    pub tail_errors: [f64; PULLS.len()],
-}
-
-/// Proximal ridge of every channel on its own lags, towards weights `[channel, 5 lags + 1]` learnt elsewhere.
-///
-/// Each of [`PULLS`] is fitted on the first four fifths of `scaled` (`[time, channel]`, no NaN, oldest first) and judged on
-/// the last fifth, which no fit saw and which needs no labels; the best one, at a tie the weaker, is fitted again on
-/// all rows. Without a single row to judge on, the weights stay as they are. Below about 120 rows the tail is too short to choose
-/// well: there a fixed [`LAMBDA_PRIOR`] is better.
-///
-/// # Errors
-/// [`Unsolvable`] when a value was not finite.
-///
-/// # Panics
-/// When `towards` has another length.
-pub fn personalise_own(scaled: &[f32], channels: usize, towards: &[f32]) -> Result<Personalised, Unsolvable> {
-    choose(
-        scaled,
-        channels,
-        |equations, pull| equations.solve_own_towards(towards, pull),
-        |weights, lags, out| forecast_own(weights, channels, lags, out),
-    )
-}
-
-/// As [`personalise_own`], for weights `[5C + 1, channel]` on all lags.
-///
-/// # Errors
-/// [`Unsolvable`] when a value was not finite.
-///
-/// # Panics
-/// When `towards` has another length, or there are more than [`FULL_CHANNELS_MAX`] channels.
-pub fn personalise_full(
-    scaled: &[f32],
-    channels: usize,
-    towards: &[f32],
-) -> Result<Personalised, Unsolvable> {
-    assert!(channels <= FULL_CHANNELS_MAX, "a regression on all lags");
-    choose(
-        scaled,
-        channels,
-        |equations, pull| equations.solve_full_towards(towards, pull),
-        |weights, lags, out| forecast_full(weights, channels, lags, out),
-    )
-}
-
-fn choose(
-    scaled: &[f32],
-    channels: usize,
-    solve: impl Fn(&NormalEquations, Pull) -> Result<Vec<f32>, Unsolvable>,
-    forecast: impl Fn(&[f32], &[f32], &mut [f32]),
-) -> Result<Personalised, Unsolvable> {
-    let rows = scaled.len() / channels.max(1);
-    let split = rows - rows / 5;
-    let mut equations = NormalEquations::new(channels);
-    equations.add_rows(scaled, 0..split);
-    let mut tail_errors = [0.0; PULLS.len()];
-    for (error, pull) in tail_errors.iter_mut().zip(PULLS) {
-        let weights = solve(&equations, pull)?;
-        *error = mean_residual(scaled, channels, split, |lags, out| {
-            forecast(&weights, lags, out);
-        });
-    }
-    equations.add_rows(scaled, split..rows);
-    let pull = if split.max(LAG_MAX) < rows {
-        let mut best = 0;
-        for index in 1..PULLS.len() {
-            if tail_errors[index] < tail_errors[best] {
-                best = index;
-            }
-        }
-        PULLS[best]
-    } else {
-        Pull::AsIs
+impl<'a> Lean<'a> {
+    /// On nothing: λ = 10 towards zero.
+    pub const NOTHING: Self = Self {
+        priors: Priors {
+            own: None,
+            full: None,
+        },
+        lambda: LAMBDA_NO_PRIOR,
     };
-    Ok(Personalised {
-        weights: solve(&equations, pull)?,
-        pull,
-        tail_errors,
-    })
-}
 
-/// Mean absolute residual of the rows from `start`; 0 for none.
-fn mean_residual(
-    scaled: &[f32],
-    channels: usize,
-    start: usize,
-    forecast: impl Fn(&[f32], &mut [f32]),
-) -> f64 {
-    let rows = scaled.len() / channels.max(1);
-    let (mut lags, mut row) = (vec![0.0; channels * LAG_COUNT], vec![0.0; channels]);
-    let (mut sum, mut count) = (0.0, 0.0);
-    for t in start.max(LAG_MAX)..rows {
-        lags_of(scaled, channels, t, &mut lags);
-        forecast(&lags, &mut row);
-        for (value, forecast) in scaled[t * channels..].iter().zip(&row) {
-            sum += f64::from((value - forecast).abs());
-            count += 1.0;
+    /// On priors with strength `lambda`, above 0; on nothing where there are none.
+    pub fn on(priors: Priors<'a>, lambda: f64) -> Self {
+        if priors.is_some() {
+            Self { priors, lambda }
+        } else {
+            Self::NOTHING
         }
     }
-    if count > 0.0 { sum / count } else { 0.0 }
+
+    /// The strength where there is a prior.
+    pub fn lambda(self) -> Option<f64> {
+        self.priors.is_some().then_some(self.lambda)
+    }
+
+    /// Strength of the ridge on one weight of the own-lag fit, and its target.
+    fn own(self, channel: usize, lag: usize) -> (f64, f64) {
+        if lag == LAG_COUNT {
+            return (LAMBDA_NO_PRIOR, 0.0);
+        }
+        match self.priors.own {
+            Some(own) => (self.lambda, f64::from(own.channel(channel)[lag])),
+            None => (LAMBDA_NO_PRIOR, 0.0),
+        }
+    }
+
+    /// Strength of the ridge on one row of the fit on all lags of `channels` channels.
+    fn full_strength(self, row: usize, channels: usize) -> f64 {
+        if row < channels * LAG_COUNT {
+            self.lambda
+        } else {
+            LAMBDA_NO_PRIOR
+        }
+    }
+
+    /// Its target for one weight.
+    fn full_target(self, row: usize, channel: usize, channels: usize) -> f64 {
+        if row == channels * LAG_COUNT {
+            return 0.0;
+        }
+        match (self.priors.full, self.priors.own) {
+            (Some(full), _) => f64::from(full.values()[row * channels + channel]),
+            (None, Some(own)) if row % channels == channel => f64::from(own.channel(channel)[row / channels]),
+            (None, _) => 0.0,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -514,13 +395,13 @@ mod tests {
     #[test]
     fn finds_the_coefficients_of_a_known_process() {
         let equations = equations(&coupled(4000));
-        let own = equations.solve_own(None).unwrap();
+        let own = equations.solve_own(Lean::NOTHING).unwrap();
         assert!(
             (own[0] - 0.5).abs() < 0.05,
             "own lag 1 of channel 0 is {}",
             own[0]
         );
-        let full = equations.solve_full(None).unwrap();
+        let full = equations.solve_full(Lean::NOTHING).unwrap();
         assert!(
             (full[1] - 1.0).abs() < 0.01,
             "channel 1 from lag 1 of channel 0 is {}",
@@ -532,14 +413,52 @@ mod tests {
     fn without_rows_the_prior_remains() {
         let equations = NormalEquations::new(2);
         let prior = OwnLagWeights::new(2, (0..10_u8).map(|i| f32::from(i) / 10.0).collect()).unwrap();
-        let own = equations.solve_own(Some(&prior)).unwrap();
+        let lean = Lean::on(Priors::own_lag(Some(&prior)), equations.usual_lambda());
+        let own = equations.solve_own(lean).unwrap();
         assert_eq!(own[..5], prior.values()[..5]);
         assert_eq!(own[5].to_bits(), 0.0_f32.to_bits());
-        let full = equations.solve_full(Some(&prior)).unwrap();
+        let full = equations.solve_full(lean).unwrap();
         // Row = lag · 2 + channel, column = channel.
         assert!((full[(3 * 2 + 1) * 2 + 1] - prior.channel(1)[3]).abs() < 1e-6);
         assert!(full[(3 * 2) * 2 + 1].abs() < 1e-6);
-        assert!(equations.solve_own(None).unwrap().iter().all(|w| *w == 0.0));
+        assert!(
+            equations
+                .solve_own(Lean::NOTHING)
+                .unwrap()
+                .iter()
+                .all(|w| *w == 0.0)
+        );
+    }
+
+    #[test]
+    fn leaning_on_full_weights_is_leaning_on_own_ones_when_they_hold_no_others() {
+        let equations = equations(&coupled(300));
+        let own = OwnLagWeights::new(2, (0..10_u8).map(|i| f32::from(i) / 20.0).collect()).unwrap();
+        let full = FullWeights::of_own_lag(&own);
+        let on_full = |full| {
+            let priors = Priors {
+                own: None,
+                full: Some(full),
+            };
+            equations.solve_full(Lean::on(priors, 1000.0)).unwrap()
+        };
+        let (a, b) = (
+            equations
+                .solve_full(Lean::on(Priors::own_lag(Some(&own)), 1000.0))
+                .unwrap(),
+            on_full(&full),
+        );
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-6));
+        let mut other = full.values().to_vec();
+        other[1] += 0.5;
+        let other = FullWeights::new(2, other).unwrap();
+        let c = on_full(&other);
+        assert!(
+            c[1] - b[1] > 0.01,
+            "the second channel from the first: {} {}",
+            c[1],
+            b[1]
+        );
     }
 
     #[test]
@@ -553,10 +472,10 @@ mod tests {
         parts.add(&rest);
         assert_eq!(parts.rows(), whole.rows());
         for (a, b) in parts
-            .solve_full(None)
+            .solve_full(Lean::NOTHING)
             .unwrap()
             .iter()
-            .zip(whole.solve_full(None).unwrap())
+            .zip(whole.solve_full(Lean::NOTHING).unwrap())
         {
             assert!((a - b).abs() < 1e-6);
         }
@@ -566,27 +485,29 @@ mod tests {
     fn values_that_are_not_finite_are_an_error() {
         let mut values = coupled(50);
         values[60] = f32::NAN;
-        assert!(equations(&values).solve_full(None).is_err());
-        assert!(equations(&values).solve_own(None).is_err());
+        assert!(equations(&values).solve_full(Lean::NOTHING).is_err());
+        assert!(equations(&values).solve_own(Lean::NOTHING).is_err());
     }
-
-    /// `[channel, 6]` own-lag weights of `coupled`: the second channel is the first, a row later.
-    const TRUE_OWN: [f32; 12] = [0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0];
 
     #[test]
     fn proximal_solution_has_no_gradient() {
         let values = coupled(300);
         let equations = equations(&values);
-        let towards: Vec<f32> = (0..22_u8).map(|i| f32::from(i) / 22.0 - 0.5).collect();
+        let prior = OwnLagWeights::new(2, (0..10_u8).map(|i| f32::from(i) / 10.0 - 0.5).collect()).unwrap();
         let weights = equations
-            .solve_full_towards(&towards, Pull::Lambda(100.0))
+            .solve_full(Lean::on(Priors::own_lag(Some(&prior)), 100.0))
             .unwrap();
         // Half the gradient of ‖X − A W‖² + λ‖W − V‖²: AᵀA W − AᵀX + λ(W − V), summed row by row from the definition.
-        let mut gradient: Vec<f64> = weights
-            .iter()
-            .zip(&towards)
-            .map(|(w, v)| 100.0 * f64::from(w - v))
-            .collect();
+        let mut gradient = [0.0_f64; 22];
+        for (index, gradient) in gradient.iter_mut().enumerate() {
+            let (row, channel) = (index / 2, index % 2);
+            let (lambda, towards) = match row {
+                10 => (LAMBDA_NO_PRIOR, 0.0),
+                row if row % 2 == channel => (100.0, prior.channel(channel)[row / 2]),
+                _ => (100.0, 0.0),
+            };
+            *gradient = lambda * f64::from(weights[index] - towards);
+        }
         for t in LAG_MAX..300 {
             let mut a = [1.0_f32; 11];
             lags_of(&values, 2, t, &mut a[..10]);
@@ -606,58 +527,22 @@ mod tests {
     #[test]
     fn stronger_pull_is_nearer_to_the_foreign_weights() {
         let equations = equations(&coupled(300));
-        let towards = [0.9_f32; 12];
-        let distance = |pull| {
-            let own = equations.solve_own_towards(&towards, pull).unwrap();
-            own.iter()
-                .zip(&towards)
-                .map(|(w, v)| f64::from(w - v).powi(2))
-                .sum::<f64>()
+        let prior = OwnLagWeights::new(2, vec![0.9; 10]).unwrap();
+        let distance = |lambda| {
+            let own = equations
+                .solve_own(Lean::on(Priors::own_lag(Some(&prior)), lambda))
+                .unwrap();
+            let lags = own.iter().enumerate().filter(|(i, _)| i % 6 < LAG_COUNT);
+            lags.map(|(_, w)| f64::from(w - 0.9).powi(2)).sum::<f64>()
         };
-        let distances: Vec<f64> = PULLS.into_iter().map(distance).collect();
+        let distances = [10.0, 100.0, 1e3, 1e4, 1e6].map(distance);
         assert!(distances.is_sorted_by(|a, b| a > b), "{distances:?}");
-        assert!(distances[PULLS.len() - 1].abs() < 1e-12);
+        assert!(distances[4] < 1e-3, "{distances:?}");
+        let nothing = equations.solve_own(Lean::NOTHING).unwrap();
         assert_eq!(
-            equations.solve_own_towards(&towards, Pull::LocalOnly).unwrap(),
-            equations.solve_own(None).unwrap()
+            equations.solve_own(Lean::on(Priors::default(), 300.0)).unwrap(),
+            nothing
         );
-        let full = equations.solve_full_towards(&[0.9; 22], Pull::LocalOnly).unwrap();
-        assert_eq!(full, equations.solve_full(None).unwrap());
-    }
-
-    #[test]
-    fn good_foreign_weights_are_leant_on_and_bad_ones_are_not() {
-        // Idle for four fifths, then as elsewhere: what the site itself saw teaches nothing.
-        let mut idle = vec![0.0; 1600];
-        idle.extend(coupled(200));
-        let good = personalise_own(&idle, 2, &TRUE_OWN).unwrap();
-        assert_ne!(good.pull, Pull::LocalOnly, "{:?}", good.tail_errors);
-        let many = coupled(3000);
-        let bad = TRUE_OWN.map(|w| w - 2.0);
-        let bad = personalise_own(&many, 2, &bad).unwrap();
-        let chosen = PULLS.iter().position(|pull| *pull == bad.pull).unwrap();
-        assert!(chosen <= 3, "{:?} of {:?}", bad.pull, bad.tail_errors);
-        assert!((bad.weights[0] - 0.5).abs() < 0.15, "{:?}", bad.weights);
-        let mut best = 0.0;
-        let full = personalise_full(&many, 2, &[5.0; 22]).unwrap();
-        for (error, pull) in full.tail_errors.iter().zip(PULLS) {
-            if pull == full.pull {
-                best = *error;
-            }
-        }
-        assert!(full.tail_errors.iter().all(|error| *error >= best));
-    }
-
-    #[test]
-    fn without_a_tail_the_foreign_weights_stay() {
-        for rows in [0, 1, 4, 10] {
-            let values = &coupled(10)[..rows * 2];
-            let kept = personalise_own(values, 2, &TRUE_OWN).unwrap();
-            assert_eq!((kept.pull, &kept.weights[..]), (Pull::AsIs, &TRUE_OWN[..]));
-        }
-        let mut values = coupled(50);
-        values[60] = f32::NAN;
-        assert!(personalise_own(&values, 2, &TRUE_OWN).is_err());
     }
 
     #[test]
@@ -670,10 +555,13 @@ mod tests {
         rest.add_rows(&values, 300..500);
         alone.add(&rest);
         assert_eq!(alone.rows(), whole.rows());
-        let (a, b) = (alone.solve_own(None).unwrap(), whole.solve_own(None).unwrap());
+        let (a, b) = (
+            alone.solve_own(Lean::NOTHING).unwrap(),
+            whole.solve_own(Lean::NOTHING).unwrap(),
+        );
         assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-6), "{a:?} {b:?}");
-        assert!(alone.solve_full(None).unwrap().is_empty());
+        assert!(alone.solve_full(Lean::NOTHING).unwrap().is_empty());
         let many = NormalEquations::new(FULL_CHANNELS_MAX + 1);
-        assert!(many.solve_full(None).unwrap().is_empty());
+        assert!(many.solve_full(Lean::NOTHING).unwrap().is_empty());
     }
 }

@@ -9,10 +9,13 @@ pub const HALF_LIVES: usize = 2;
 const BASE_SHARE_MIN: f64 = 0.05;
 /// Nor below this, in scaled units.
 const BASE_MIN: f64 = 1e-3;
+/// Unit where no channel's residuals reach that: nothing moved, so the measure is a twentieth of the least change that the profile
+/// says matters.
+const BASE_CONSTANT: f64 = 0.05;
 /// Quantile of the smoothed scores on history that makes their unit.
 const LEVEL_QUANTILE: f64 = 0.99;
-/// Units of scores are not below this: a history of constants has no residuals at all.
-const LEVEL_MIN: f64 = 1e-3;
+/// A history whose scores have a top per cent below this has no residuals to speak of, such as one of constants.
+const LEVEL_QUIET: f64 = 0.01;
 
 /// Turns the residuals of one forecaster into a score. With `z = |residual| / base`, `y^h` its causal
 /// exponential mean of half-life `h`, and `a_h` the mean of the `max(1, ⌊C/6⌋)` largest `y^h`:
@@ -154,13 +157,23 @@ fn bases(residuals: &[f32], channels: usize, base_quantile: f64, floors: &[f32])
             quantile(&mut column, base_quantile).max(floor)
         })
         .collect();
-    let least = (BASE_SHARE_MIN * raw.iter().copied().fold(0.0, f64::max)).max(BASE_MIN);
+    let largest = raw.iter().copied().fold(0.0, f64::max);
+    let least = if largest < BASE_MIN {
+        BASE_CONSTANT
+    } else {
+        (BASE_SHARE_MIN * largest).max(BASE_MIN)
+    };
     raw.into_iter().map(|base| narrow(base.max(least))).collect()
 }
 
 fn upper(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f32> = values.map(narrow).collect();
-    quantile(&mut values, LEVEL_QUANTILE).max(LEVEL_MIN)
+    unit_or_one(quantile(&mut values, LEVEL_QUANTILE))
+}
+
+/// A unit taken from a history that has something to measure by; else 1, which leaves values as they are.
+pub(crate) fn unit_or_one(unit: f64) -> f64 {
+    if unit < LEVEL_QUIET { 1.0 } else { unit }
 }
 
 #[cfg(test)]
@@ -182,7 +195,7 @@ mod tests {
     fn unit_of_a_quiet_channel_is_a_share_of_the_loudest() {
         let residuals: Vec<f32> = (0..100).flat_map(|_| [10.0, 0.0]).collect();
         assert_eq!(bases(&residuals, 2, 0.75, &[]), [10.0, 0.5]);
-        assert_eq!(bases(&[0.0, f32::NAN], 2, 0.75, &[]), [1e-3, 1e-3]);
+        assert_eq!(bases(&[0.0, f32::NAN], 2, 0.75, &[]), [0.05, 0.05]);
         assert_eq!(
             bases(&residuals, 2, 0.75, &[1.0, 2.0]),
             [10.0, 2.0],
@@ -194,8 +207,10 @@ mod tests {
     fn history_without_residuals_gives_finite_scores() {
         let (head, scores) = Head::fit(&[0.0; 60], 2, [3.0, 12.0], 0.75, &[]);
         assert!(scores.iter().all(|s| *s == 0.0));
-        let score = head.push(&mut HeadState::new(2), &[100.0, 0.0], &mut [0.0; 2]);
-        assert!(score.is_finite() && score > 1.0);
+        let score = |residual| head.push(&mut HeadState::new(2), &[residual, 0.0], &mut [0.0; 2]);
+        // A step of one floor is 20 units of 0.05; rounding of an f32 is none.
+        assert!((score(1.0) - 20.0).abs() < 1e-3, "{}", score(1.0));
+        assert!(score(1e-5) < 0.01, "{}", score(1e-5));
     }
 
     #[test]

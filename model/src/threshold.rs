@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::normalise::{narrow, quantile};
+use crate::score::unit_or_one;
 
 const DAY_SECONDS: f64 = 86_400.0;
 const HOUR_SECONDS: f64 = 3_600.0;
@@ -70,12 +71,13 @@ pub struct Threshold {
 
 impl Threshold {
     /// Finds the level for about `per_day` false alarms a day from the `scores` of a history of rows `step` apart
-    /// (finite; the order of time). Without scores the level is 1, about the top per cent of the history.
+    /// (finite; the order of time). Without scores, and for scores of 0 as those of a constant history, the level is 1, about the
+    /// top per cent of the history.
     pub fn calibrate(scores: &[f64], step: Duration, per_day: f64) -> Self {
         let step = step.as_secs_f64().max(1e-3);
         let alpha = (HOURLY_FACTOR * per_day / 24.0).clamp(1e-6, 0.5);
         let rows_per_hour = (HOUR_SECONDS / step).max(1.0);
-        let start = start_level(scores, step, per_day, alpha, rows_per_hour).max(f64::from(f32::EPSILON));
+        let start = unit_or_one(start_level(scores, step, per_day, alpha, rows_per_hour));
         Self {
             level: start,
             start,

@@ -13,7 +13,7 @@ use crate::detector::{NetworkOptions, ROWS_MIN, ScaledRows, forecaster, local_sc
 use crate::feature::FeatureSchema;
 use crate::forecaster::{Forecaster, HIDDEN, NETWORK_INPUT_MAX, ResidualNetwork};
 use crate::global::{GlobalModel, delta_layout};
-use crate::ridge::{NormalEquations, Unsolvable};
+use crate::ridge::{NormalEquations, Priors, Unsolvable};
 use crate::series::{Series, SeriesError};
 use crate::window::lags_of;
 use crate::{LAG_COUNT, LAG_MAX};
@@ -88,7 +88,8 @@ pub fn delta(
     let rows = ScaledRows::new(&local_scaler(schema, series, true), series);
     let mut equations = NormalEquations::new(channels);
     equations.add_rows(&rows.values, 0..rows.rows());
-    let linear = forecaster(&equations, Some(&global.own_lag()), None)?;
+    let own = global.own_lag();
+    let linear = forecaster(&equations, Priors::own_lag(Some(&own)), None)?;
 
     let start = global.network();
     let end = descend(&linear, &rows, &start, steps, seed)?;
@@ -218,7 +219,9 @@ mod tests {
         let mut equations = NormalEquations::new(2);
         equations.add_rows(&scaled.values, 0..scaled.rows());
         let network = ResidualNetwork::new(2, global.network());
-        let forecaster = forecaster(&equations, Some(&global.own_lag()), network).unwrap();
+        let own = global.own_lag();
+        let priors = Priors::own_lag(Some(&own));
+        let forecaster = forecaster(&equations, priors, network).unwrap();
         let mut residuals = vec![0.0; scaled.values.len()];
         scaled.residuals(&forecaster, crate::detector::Path::Full, &mut residuals);
         residuals.iter().map(|r| f64::from(*r)).sum::<f64>() / residuals.len() as f64

@@ -98,6 +98,33 @@ fn constant_channel_is_quiet_until_it_moves() {
     assert!((600..605).contains(&raised[0]));
 }
 
+/// Nothing ever moved: there is no residual to measure by, so a floor's change is the measure.
+#[test]
+fn history_of_constants_has_a_threshold_and_alarms_at_a_floor_but_not_at_rounding() {
+    let constant = |rows: usize| vec![0.5; rows * CHANNELS];
+    let detector = fit(CHANNELS, constant(5000));
+    assert_eq!(detector.threshold().level().to_bits(), 1.0_f32.to_bits());
+    let jitter: Vec<f32> = constant(1000)
+        .iter()
+        .enumerate()
+        .map(|(i, v)| v + [0.0, 1e-6, -1e-6][i % 3])
+        .collect();
+    for quiet in [constant(1000), jitter] {
+        let scores = detector.score_series(&series(CHANNELS, quiet.clone())).unwrap();
+        assert!(scores.iter().all(|s| *s < 0.05), "{scores:?}");
+        let (raised, _) = raised_at(detector.clone(), &quiet, every_minute);
+        assert_eq!(raised, [0; 0]);
+    }
+    // The floor of a recorded channel is 0.02.
+    let mut moved = constant(1000);
+    set(&mut moved, 2, 600..1000, |_| 0.52);
+    let (raised, _) = raised_at(detector.clone(), &moved, every_minute);
+    assert_eq!(raised.len(), 1, "{raised:?}");
+    assert!((600..605).contains(&raised[0]));
+    let highest = detector.score_series(&series(CHANNELS, moved)).unwrap();
+    assert!(highest.iter().all(|s| *s < 100.0), "a score that people can read");
+}
+
 #[test]
 fn channel_that_vanishes_and_comes_back_raises_nothing() {
     let mut test = calm(1000, CHANNELS, 2);

@@ -95,7 +95,7 @@ impl Rho {
         }
         let bound = |log_order: f64| epsilon_at_order(rho, delta, log_order);
         let middle = 0.5 * (-delta.ln() / rho).ln();
-        let best = golden_minimum(bound, middle - 8.0, middle + 8.0);
+        let best = golden_minimum(bound, middle - 8.0, middle + 8.0, 80).value;
         // One part in 10^12 upwards, so that rounding never favours us.
         let epsilon = best.max(0.0) * (1.0 + 1e-12);
         if epsilon.is_nan() { f64::INFINITY } else { epsilon }
@@ -143,12 +143,21 @@ fn epsilon_at_order(rho: f64, delta: f64, log_order: f64) -> f64 {
     order * rho - (1.0 / above_one).ln_1p() - (delta.ln() + above_one.ln_1p()) / above_one
 }
 
-/// The smallest value of `f` that golden-section search finds in `[low, high]`.
-fn golden_minimum(f: impl Fn(f64) -> f64, mut low: f64, mut high: f64) -> f64 {
+/// Where golden-section search ends.
+#[derive(Debug, Clone, Copy)]
+struct Minimum {
+    /// The middle of what is left of the range.
+    at: f64,
+    /// The least value that was seen in the last step.
+    value: f64,
+}
+
+/// The least value of `f` that `steps` steps of golden-section search find in `[low, high]`.
+fn golden_minimum(f: impl Fn(f64) -> f64, mut low: f64, mut high: f64, steps: u32) -> Minimum {
     const RATIO: f64 = 0.618_033_988_749_894_9;
     let (mut left, mut right) = (high - RATIO * (high - low), low + RATIO * (high - low));
     let (mut at_left, mut at_right) = (f(left), f(right));
-    for _ in 0..80 {
+    for _ in 0..steps {
         if at_left <= at_right {
             (high, right, at_right) = (right, left, at_left);
             left = high - RATIO * (high - low);
@@ -159,7 +168,10 @@ fn golden_minimum(f: impl Fn(f64) -> f64, mut low: f64, mut high: f64) -> f64 {
             at_right = f(right);
         }
     }
-    at_left.min(at_right)
+    Minimum {
+        at: f64::midpoint(low, high),
+        value: at_left.min(at_right),
+    }
 }
 
 /// Relative margin on every charge; see [`Rho::gaussian`].

@@ -20,6 +20,7 @@ use crate::accountant::Rho;
 use crate::clip::GridSum;
 use crate::ledger::Reservation;
 use crate::noise::{NoiseError, NoiseMechanism, release};
+use crate::policy::PrivacyUnit;
 
 pub use self::sampled::SampledDescent;
 
@@ -36,6 +37,12 @@ pub enum DescentError {
     /// The reservation charges every block for one vector made of all data, so it names none.
     #[error("gradient steps read single blocks: reserve `moments` blocks for them")]
     NoBlocks,
+    /// The reservation is for another unit than whole blocks, whose gradients these steps clip.
+    #[error("sampled steps clip the gradients of whole blocks: the unit must be `block`, not `{unit}`")]
+    Unit {
+        /// The reservation's unit.
+        unit: PrivacyUnit,
+    },
     /// The charge's noise is so weak or strong that no step has a multiplier.
     #[error("{steps} steps of the reserved noise have no multiplier that a float can hold")]
     NoMultiplier {

@@ -18,8 +18,11 @@
 //! This crate knows neither sockets nor models: it sees flat vectors. It is the only one that names OpenDP.
 
 pub mod accountant;
+pub mod central;
 pub mod clip;
 pub mod descent;
+#[cfg(feature = "failpoints")]
+pub mod failpoint;
 mod grid;
 pub mod ledger;
 pub mod noise;

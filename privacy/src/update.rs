@@ -125,6 +125,21 @@ impl LocalUpdate {
         Self::of(reservation, layout_digest, units)
     }
 
+    /// As [`LocalUpdate::moments`], for one round of gradients: `read` gives one gradient for each charged block that holds data, all taken
+    /// at the same weights, which are public.
+    ///
+    /// # Errors
+    /// As for [`LocalUpdate::moments`].
+    pub fn gradient(
+        reservation: Reservation,
+        layout_digest: Digest,
+        read: impl FnOnce(&[u64]) -> Vec<Vec<f32>>,
+    ) -> Result<Self, UpdateError> {
+        check_kind(&reservation, UpdateKind::Gradient)?;
+        let units = read(reservation.blocks());
+        Self::of(reservation, layout_digest, units)
+    }
+
     /// Reads all the node's data: `read` gives one weight delta of `plan.values` numbers.
     ///
     /// # Errors
@@ -172,7 +187,7 @@ impl LocalUpdate {
     ) -> Result<Self, UpdateError> {
         let plan = reservation.plan();
         let charged = match plan.kind {
-            UpdateKind::Moments => plan.blocks.len(),
+            UpdateKind::Moments | UpdateKind::Gradient => plan.blocks.len(),
             UpdateKind::Delta => 1,
         };
         if units.len() > charged {

@@ -1,8 +1,10 @@
-//! Kill −9 at every point of a training job: what is on record is never less than what was released.
+//! Kill −9 at every durable step of a training job: what is on record is never less than what was released.
 //!
-//! The job runs in a process of its own (this program again, with `THERIAC_CRASH_JOB` set), says each step on its standard output, and is killed:
-//! after a chosen step, or at a random moment. Then the ledger is read and held to what was seen. `THERIAC_CRASH_RUNS=500` makes the
-//! full number of runs; without it a smaller number keeps the test short.
+//! The job runs in a process of its own (this program again, with `THERIAC_CRASH_JOB` set), says each step on its standard output, and stops for good at
+//! the chosen one, counted over all steps of the ledger and of the job itself (`theriac_privacy::failpoint`): half a record written, written and not
+//! synced, and so on. There it is killed. Then the ledger is read and held to what was seen. Which step it is follows from a seed, and every step
+//! comes before any comes twice. `THERIAC_CRASH_RUNS=500` makes the full number of runs; without it a smaller number keeps the test short.
+//! `THERIAC_CRASH_SEED` takes another order.
 
 #![expect(
     clippy::unwrap_used,
@@ -10,15 +12,18 @@
     reason = "a test that cannot go on fails"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rand::{Rng as _, SeedableRng as _};
+use rand::SeedableRng as _;
+use rand::seq::SliceRandom as _;
 use rand_chacha::ChaCha8Rng;
+use theriac_privacy::failpoint;
 use theriac_privacy::ledger::{Ledger, ReleasePlan, ReservationId, Reserved, Spent};
 use theriac_privacy::noise::ExactGaussian;
 use theriac_privacy::policy::Policy;
@@ -27,9 +32,11 @@ use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{Digest, L2Norm, NodeId, NoiseMultiplier, Round, Timestamp};
 
 const JOB: &str = "THERIAC_CRASH_JOB";
-/// The job's steps, in order, for each round.
-const STEPS: [&str; 6] = ["open", "reserve", "read", "store", "mark", "send"];
+/// Number of the step at which the job stops for good.
+const STOP_AT: &str = "THERIAC_CRASH_STOP_AT";
 const ROUNDS_PER_JOB: u64 = 3;
+/// Jobs in a row on one ledger; then a new one is begun, so that its beginning is a place to die at, too.
+const JOBS_PER_LEDGER: usize = 8;
 
 fn policy() -> Policy {
     Policy::parse("site = \"site-a\"\nepsilon = 8\nnoise_multiplier_min = 0.7\n").unwrap()
@@ -62,18 +69,34 @@ fn outbox_path(dir: &Path, round: u64) -> PathBuf {
     dir.join(format!("outbox-{round}"))
 }
 
+static STEPS: AtomicUsize = AtomicUsize::new(0);
+static STOP: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// Counts a step; at the chosen one it says so and waits to be killed.
+fn step(name: &'static str) {
+    let number = STEPS.fetch_add(1, Ordering::Relaxed) + 1;
+    if number == STOP.load(Ordering::Relaxed) {
+        line(&format!("stop {name}"));
+        // Nobody writes to our standard input: only the kill ends this.
+        let _ended = std::io::stdin().read(&mut [0]);
+    }
+}
+
 /// The job itself. As a test it does nothing; `kill_at_every_point…` starts it.
 #[test]
 fn the_job_that_is_killed() {
     let Some(dir) = std::env::var_os(JOB) else { return };
     let dir = PathBuf::from(dir);
-    let first: u64 = std::env::var("THERIAC_CRASH_ROUND").unwrap().parse().unwrap();
+    let number = |name: &str| std::env::var(name).unwrap().parse::<u64>().unwrap();
+    STOP.store(usize::try_from(number(STOP_AT)).unwrap(), Ordering::Relaxed);
+    failpoint::install(step);
+    let first = number("THERIAC_CRASH_ROUND");
     let mut ledger = Ledger::open(&ledger_path(&dir), &node(), policy(), Timestamp(1)).unwrap();
-    say("open", first, None);
+    step("open");
     for round in first..first + ROUNDS_PER_JOB {
         take_part(&dir, &mut ledger, round);
     }
-    say("done", first, None);
+    line(&format!("done {}", STEPS.load(Ordering::Relaxed)));
 }
 
 /// One round as an edge does it: charge, read, clip, noise, outbox, mark, send. What was charged before sends the stored bytes or nothing.
@@ -88,10 +111,11 @@ fn take_part(dir: &Path, ledger: &mut Ledger, round: u64) {
             return;
         }
     };
-    say("reserve", round, None);
+    step("reserved");
     let layout = Digest::of(b"layout");
     let local = LocalUpdate::moments(reservation, layout, |blocks| {
         say("read", round, None);
+        step("read");
         blocks.iter().map(|_| vec![0.1; 8]).collect()
     });
     let noisy = local.unwrap().clip().noise(&ExactGaussian).unwrap();
@@ -99,36 +123,36 @@ fn take_part(dir: &Path, ledger: &mut Ledger, round: u64) {
     let (beside, place) = (dir.join("outbox.new"), outbox_path(dir, round));
     let mut file = fs::File::create(&beside).unwrap();
     file.write_all(&bytes).unwrap();
+    step("outbox written");
     file.sync_all().unwrap();
+    step("outbox synced");
     fs::rename(&beside, &place).unwrap();
+    step("outbox in its place");
     fs::File::open(dir).unwrap().sync_all().unwrap();
-    say("store", round, Some(&bytes));
+    step("outbox directory synced");
     send_stored(ledger, id, &bytes);
 }
 
 fn send_stored(ledger: &mut Ledger, id: ReservationId, bytes: &[u8]) {
     ledger.mark_released(id, Digest::of(bytes), Timestamp(3)).unwrap();
-    say("mark", id.round.0, None);
+    step("marked");
     say("send", id.round.0, Some(bytes));
+    step("sent");
 }
 
-/// One line, written at once: what the outside world has seen even if the process dies right after.
-fn say(step: &str, round: u64, bytes: Option<&[u8]>) {
+fn say(what: &str, round: u64, bytes: Option<&[u8]>) {
     let digest = bytes
         .map(|bytes| Digest::of(bytes).to_string())
         .unwrap_or_default();
-    let line = format!("\nstep {step} {round} {digest}\n");
-    std::io::stdout().write_all(line.as_bytes()).unwrap();
-    std::io::stdout().flush().unwrap();
+    line(&format!("step {what} {round} {digest}"));
 }
 
-/// When the job is killed.
-#[derive(Debug, Clone, Copy)]
-enum Kill {
-    /// As soon as so many steps were said.
-    AfterSteps(usize),
-    /// So long after its start.
-    After(Duration),
+/// One line, written at once: what the outside world has seen even if the process dies right after.
+fn line(text: &str) {
+    std::io::stdout()
+        .write_all(format!("\n{text}\n").as_bytes())
+        .unwrap();
+    std::io::stdout().flush().unwrap();
 }
 
 #[derive(Debug, Default)]
@@ -143,41 +167,104 @@ fn kill_at_every_point_never_loses_a_charge_and_the_next_job_goes_on() {
     if std::env::var_os(JOB).is_some() {
         return;
     }
-    let runs: usize = std::env::var("THERIAC_CRASH_RUNS").map_or(40, |runs| runs.parse().unwrap());
-    let seed = 0x5eed_1ed9;
-    eprintln!("seed {seed}, {runs} runs");
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let dir = tempfile::tempdir().unwrap();
-    let (mut seen, mut most) = (Seen::default(), None::<Spent>);
-    seen.next = 1;
-    let every_point = STEPS.len() * usize::try_from(ROUNDS_PER_JOB).unwrap();
-    for run in 0..runs {
-        let kill = if run % 2 == 0 {
-            Kill::AfterSteps(1 + (run / 2) % every_point)
-        } else {
-            Kill::After(Duration::from_micros(rng.random_range(500..40_000)))
-        };
-        let lines = killed_job(dir.path(), seen.next, kill);
-        note(&mut seen, &lines);
-        most = Some(judge(dir.path(), &seen, most, run, kill));
+    let from = |name: &str, other: usize| std::env::var(name).map_or(other, |text| text.parse().unwrap());
+    let runs = from("THERIAC_CRASH_RUNS", 40);
+    let seed = from("THERIAC_CRASH_SEED", 0x5eed_1ed9) as u64;
+    eprintln!("seed {seed}, {runs} kills");
+    let whole = tempfile::tempdir().unwrap();
+    let Job { done, .. } = job(whole.path(), 1, usize::MAX);
+    let mut points: Vec<usize> = (1..=done.expect("nobody killed it")).collect();
+    points.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    let (mut killed, mut finished, mut reached) = (0, 0, BTreeSet::new());
+    let (mut read, mut sent) = (0, 0);
+    let mut run = 0_usize;
+    while killed < runs {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut seen, mut most) = (Seen::default(), None::<Spent>);
+        seen.next = 1;
+        let mut torn = false;
+        for _ in 0..JOBS_PER_LEDGER {
+            // A job that finds half a record cuts it off first: every second time it dies right there.
+            let repairs = torn && run.is_multiple_of(2);
+            let point = if repairs { 1 } else { points[run % points.len()] };
+            run += 1;
+            let job = job(dir.path(), seen.next, point);
+            torn = job.stopped.as_deref() == Some("half an append");
+            match job.stopped {
+                Some(name) => {
+                    killed += 1;
+                    reached.insert(name);
+                }
+                // On a ledger that is there a job has fewer steps.
+                None => finished += 1,
+            }
+            note(&mut seen, &job.lines);
+            let what = format!("run {run}, step {point}, seed {seed}");
+            most = Some(judge(dir.path(), &seen, most, &what));
+        }
+        // The last job is left alone and finishes.
+        let last = job(dir.path(), seen.next, usize::MAX);
+        assert!(last.done.is_some(), "{:?}", last.lines);
+        note(&mut seen, &last.lines);
+        judge(
+            dir.path(),
+            &seen,
+            most,
+            &format!("the last job after run {run}, seed {seed}"),
+        );
+        read += seen.read.len();
+        sent += seen.read.values().flatten().count();
     }
-    // The last job is left alone and finishes.
-    let lines = killed_job(dir.path(), seen.next, Kill::AfterSteps(usize::MAX));
-    assert!(
-        lines.iter().any(|line| line.starts_with("step done")),
-        "{lines:?}"
-    );
-    note(&mut seen, &lines);
-    judge(dir.path(), &seen, most, runs, Kill::AfterSteps(usize::MAX));
+    // Every kind of step, once every step had its turn.
+    if runs >= 4 * points.len() {
+        for name in STEP_NAMES {
+            assert!(
+                reached.contains(name),
+                "no job was killed at `{name}`: {reached:?}"
+            );
+        }
+    }
     eprintln!(
-        "{} rounds were read, {} sent",
-        seen.read.len(),
-        seen.read.values().flatten().count()
+        "{killed} jobs killed at {} kinds of {} steps, {finished} had ended before; {read} rounds were read, {sent} sent",
+        reached.len(),
+        points.len()
     );
 }
 
-/// Starts the job, kills it, and gives every line that it wrote before.
-fn killed_job(dir: &Path, round: u64, kill: Kill) -> Vec<String> {
+/// Where a job can stop.
+const STEP_NAMES: [&str; 18] = [
+    "cut",
+    "begun beside",
+    "begun and synced",
+    "moved to its place",
+    "directory synced",
+    "before the append",
+    "half an append",
+    "appended",
+    "synced",
+    "open",
+    "reserved",
+    "read",
+    "outbox written",
+    "outbox synced",
+    "outbox in its place",
+    "outbox directory synced",
+    "marked",
+    "sent",
+];
+
+/// What became of a job.
+struct Job {
+    /// What the world has seen.
+    lines: Vec<String>,
+    /// The step that it was killed at.
+    stopped: Option<String>,
+    /// It ended by itself after so many steps.
+    done: Option<usize>,
+}
+
+/// Starts the job, and kills it at the step of this number, should it come to it.
+fn job(dir: &Path, round: u64, stop_at: usize) -> Job {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
@@ -187,45 +274,41 @@ fn killed_job(dir: &Path, round: u64, kill: Kill) -> Vec<String> {
         ])
         .env(JOB, dir)
         .env("THERIAC_CRASH_ROUND", round.to_string())
+        .env(STOP_AT, stop_at.to_string())
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let mut out = BufReader::new(child.stdout.take().unwrap());
-    let lines = match kill {
-        Kill::AfterSteps(steps) => {
-            let mut lines = Vec::new();
-            while lines.len() < steps {
-                let mut line = String::new();
-                if out.read_line(&mut line).unwrap() == 0 {
-                    break;
-                }
-                lines.extend(step(&line));
-            }
-            end(&mut child);
-            lines
-        }
-        Kill::After(after) => {
-            std::thread::sleep(after);
-            end(&mut child);
-            Vec::new()
-        }
+    let mut job = Job {
+        lines: Vec::new(),
+        stopped: None,
+        done: None,
     };
-    let mut rest = String::new();
-    out.read_to_string(&mut rest).unwrap();
-    lines.into_iter().chain(rest.lines().filter_map(step)).collect()
-}
-
-fn step(line: &str) -> Option<String> {
-    // A line that was cut in the middle by the kill says nothing.
-    let line = line.trim_end();
-    line.starts_with("step ").then(|| line.to_owned())
-}
-
-fn end(child: &mut Child) {
+    // Held open: a closed standard input would wake the job up.
+    let input = child.stdin.take();
+    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if let Some(name) = line.strip_prefix("stop ") {
+            job.stopped = Some(name.to_owned());
+            break;
+        }
+        job.done = line
+            .strip_prefix("done ")
+            .map(|steps| steps.parse().unwrap())
+            .or(job.done);
+        job.lines.extend(line.starts_with("step ").then_some(line));
+    }
     // SIGKILL. It may have ended by itself.
     drop(child.kill());
     child.wait().unwrap();
+    drop(input);
+    assert!(
+        job.stopped.is_some() || job.done.is_some(),
+        "the job ended by a fault: {:?}",
+        job.lines
+    );
+    job
 }
 
 fn note(seen: &mut Seen, lines: &[String]) {
@@ -258,9 +341,14 @@ fn note(seen: &mut Seen, lines: &[String]) {
 }
 
 /// Reads the ledger after the crash and holds it to what was seen.
-fn judge(dir: &Path, seen: &Seen, most: Option<Spent>, run: usize, kill: Kill) -> Spent {
-    let what = format!("run {run}, {kill:?}");
-    let ledger = Ledger::open(&ledger_path(dir), &node(), policy(), Timestamp(1))
+fn judge(dir: &Path, seen: &Seen, most: Option<Spent>, what: &str) -> Spent {
+    // A copy, so that a torn record is still there for the next job.
+    let place = tempfile::tempdir().unwrap();
+    let copy = ledger_path(place.path());
+    if ledger_path(dir).exists() {
+        fs::copy(ledger_path(dir), &copy).unwrap();
+    }
+    let ledger = Ledger::open(&copy, &node(), policy(), Timestamp(1))
         .unwrap_or_else(|error| panic!("{what}: {error}"));
     let spent = ledger.spent();
     if let Some(most) = most {

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use theriac_privacy::ledger::{KnownHead, Ledger, ReleasePlan, Reserved, Seal};
 use theriac_privacy::policy::Policy;
-use theriac_privacy::policy::signed::{PolicyKey, signature_path};
-use theriac_privacy::report::{SealCheck, Trust, Verified, VerifyError, page, verify};
+use theriac_privacy::policy::signed::{PolicyKey, PolicyPublicKey, signature_path};
+use theriac_privacy::report::{Document, SealCheck, Trust, Verified, VerifyError, page, verify};
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{Digest, L2Norm, NodeId, NoiseMultiplier, Round, Timestamp};
 
@@ -101,10 +101,23 @@ fn check(report: &Value) -> Result<Verified, VerifyError> {
     check_with(report, None, SealCheck::Trusted)
 }
 
+/// As a forger would: the digest is that of the changed report.
 fn check_with(report: &Value, known: Option<KnownHead>, seals: SealCheck) -> Result<Verified, VerifyError> {
+    let mut report = report.clone();
+    with_new_digest(&mut report);
+    check_as_it_is(&report, known, seals, None)
+}
+
+fn check_as_it_is(
+    report: &Value,
+    known: Option<KnownHead>,
+    seals: SealCheck,
+    edge_key: Option<PolicyPublicKey>,
+) -> Result<Verified, VerifyError> {
     let judged = |_: &Seal, _: &NodeId| seals;
     let trust = Trust {
         policy_key: Some(officer().public()),
+        edge_key,
         known,
         seals: &judged,
     };
@@ -188,6 +201,179 @@ fn every_changed_figure_is_found() {
         .unwrap()
         .remove("epsilon_lifetime");
     assert!(matches!(check(&changed), Err(VerifyError::Format(_))));
+}
+
+/// The digest of the fields as they stand, if they still make a report; a signature is left as it is.
+fn with_new_digest(report: &mut Value) {
+    let Ok(mut document) = serde_json::from_value::<Document>(report.clone()) else {
+        return;
+    };
+    document.digest = String::new();
+    document.signature = None;
+    let text = serde_json::to_string(&serde_json::to_value(&document).unwrap()).unwrap();
+    let digest = Digest::of(format!("theriac privacy report v2\n{text}").as_bytes());
+    report["digest"] = json!(digest.to_string());
+}
+
+fn edge_key() -> PolicyKey {
+    PolicyKey::from_seed(&[5; 32])
+}
+
+/// Every way to change one thing: each value, each character of each text, each name, each element.
+fn mutations(value: &Value, path: &str, made: &mut dyn FnMut(&str, Value)) {
+    match value {
+        Value::Null => made(path, json!(1)),
+        Value::Bool(is) => made(path, json!(!is)),
+        Value::Number(number) => {
+            // A whole number stays one, else its type alone would give it away.
+            let other = || json!(number.as_f64().unwrap() * 1.000_001 + 1.0);
+            made(path, number.as_u64().map_or_else(other, |whole| json!(whole + 1)));
+            made(path, Value::Null);
+        }
+        Value::String(text) => {
+            for at in 0..text.len() {
+                let mut bytes = text.clone().into_bytes();
+                bytes[at] = if bytes[at] == b'1' { b'2' } else { b'1' };
+                if let Ok(changed) = String::from_utf8(bytes) {
+                    made(path, json!(changed));
+                }
+            }
+            made(path, json!(format!("{text} ")));
+        }
+        Value::Array(list) => {
+            for (index, element) in list.iter().enumerate() {
+                let mut less = list.clone();
+                less.remove(index);
+                made(path, Value::Array(less));
+                let mut more = list.clone();
+                more.insert(index, element.clone());
+                made(path, Value::Array(more));
+                mutations(element, &format!("{path}.{index}"), &mut |at, changed| {
+                    let mut list = list.clone();
+                    list[index] = changed;
+                    made(at, Value::Array(list));
+                });
+            }
+            for index in 1..list.len() {
+                let mut swapped = list.clone();
+                swapped.swap(index - 1, index);
+                if swapped != *list {
+                    made(path, Value::Array(swapped));
+                }
+            }
+        }
+        Value::Object(object) => {
+            let mut more = object.clone();
+            more.insert("added".to_owned(), json!(1));
+            made(path, Value::Object(more));
+            for (name, inner) in object {
+                let mut less = object.clone();
+                less.remove(name);
+                made(&format!("{path}.{name}"), Value::Object(less));
+                mutations(inner, &format!("{path}.{name}"), &mut |at, changed| {
+                    let mut object = object.clone();
+                    object.insert(name.clone(), changed);
+                    made(at, Value::Object(object));
+                });
+            }
+        }
+    }
+}
+
+/// One field at a time, each character of each text: everything is found. Of who computes the digest anew, all but the two fields that nothing vouches for without a
+/// signature; with one that the verifier knows, those too.
+#[test]
+fn every_single_change_of_a_report_is_found() {
+    let place = place();
+    let unsigned = place.report();
+    let document: Document = serde_json::from_value(unsigned.clone()).unwrap();
+    let signed = serde_json::to_value(document.signed(&edge_key())).unwrap();
+    let (known, key) = (Some(place.known), Some(edge_key().public()));
+    assert!(check_as_it_is(&unsigned, known, SealCheck::Trusted, None).is_ok());
+    let verified = check_as_it_is(&signed, known, SealCheck::Trusted, key).unwrap();
+    assert!(verified.report_trusted && verified.report_signer.is_some());
+    assert!(
+        check_as_it_is(&unsigned, known, SealCheck::Trusted, key).is_err(),
+        "the signature was taken off"
+    );
+    let (mut changes, mut free) = (0_u32, std::collections::BTreeSet::new());
+    let mut number = 0_usize;
+    mutations(&unsigned, "", &mut |path, mut changed| {
+        number += 1;
+        // The curves of the records' bodies are long; every seventh character of them is enough.
+        let body = path.split('.').next_back() == Some("body");
+        // No signature at all and one that is `null` say the same.
+        let unsigned_anyway = changed.get("signature").is_none();
+        if body && !number.is_multiple_of(7) || unsigned_anyway || changed == unsigned {
+            return;
+        }
+        changes += 1;
+        let found = check_as_it_is(&changed, known, SealCheck::Trusted, None);
+        assert!(found.is_err(), "{path} was changed: {found:?}");
+        with_new_digest(&mut changed);
+        if changed != unsigned && check_as_it_is(&changed, known, SealCheck::Trusted, None).is_ok() {
+            free.insert(path.to_owned());
+        }
+        if ["", ".made", ".software"].contains(&path) {
+            changed["signature"] = signed["signature"].clone();
+            let found = check_as_it_is(&changed, known, SealCheck::Trusted, key);
+            assert!(found.is_err(), "{path} was changed under a signature: {found:?}");
+        }
+    });
+    assert!(changes > 2_000, "{changes}");
+    assert_eq!(free.into_iter().collect::<Vec<_>>(), [".made", ".software"]);
+    mutations(&signed["signature"], ".signature", &mut |_, changed| {
+        let mut report = signed.clone();
+        report["signature"] = changed;
+        let found = check_as_it_is(&report, known, SealCheck::Trusted, key);
+        assert!(found.is_err(), "{}: {found:?}", report["signature"]);
+    });
+}
+
+/// A name twice is read as its last by some and as its first by others.
+#[test]
+fn a_name_that_is_there_twice_is_found() {
+    let place = place();
+    let text = serde_json::to_string(&place.report()).unwrap();
+    let twice = text.replacen(
+        "\"epsilon_spent\":",
+        "\"epsilon_spent\":0.0,\"epsilon_spent\":",
+        1,
+    );
+    assert_ne!(text, twice);
+    let judged = |_: &Seal, _: &NodeId| SealCheck::Trusted;
+    let trust = Trust {
+        policy_key: None,
+        edge_key: None,
+        known: None,
+        seals: &judged,
+    };
+    assert!(verify(&text, &trust).is_ok());
+    let found = verify(&twice, &trust);
+    assert!(matches!(found, Err(VerifyError::Format(_))), "{found:?}");
+}
+
+#[test]
+fn the_second_figure_is_in_the_report_and_never_above_the_first() {
+    let place = place();
+    let report = place.report();
+    let figure = |name: &str| report["statement"][name].as_f64().unwrap();
+    for name in ["epsilon_spent", "epsilon_unit_lifetime", "epsilon_lifetime"] {
+        let (rdp, pld) = (figure(name), figure(&format!("{name}_pld")));
+        assert!(pld > 0.8 * rdp && pld <= rdp, "{name}: {pld}, {rdp}");
+    }
+    let blocks = report["blocks"].as_array().unwrap();
+    let most = blocks
+        .iter()
+        .map(|run| run["epsilon_pld"].as_f64().unwrap())
+        .fold(0.0, f64::max);
+    assert!(
+        (most - figure("epsilon_unit_lifetime_pld")).abs() < 1e-12,
+        "{most}"
+    );
+    let document = Ledger::report(&path(&place.folder), &place.policy, None, Timestamp(9)).unwrap();
+    let html = page(&document).unwrap();
+    assert!(html.contains("ε by PLD") && html.contains(&format!("{:.4}", figure("epsilon_spent_pld"))));
 }
 
 #[test]
@@ -313,6 +499,7 @@ fn wrong_signatures_are_found() {
     let judged = |_: &Seal, _: &NodeId| SealCheck::Consistent;
     let trust = Trust {
         policy_key: Some(PolicyKey::from_seed(&[1; 32]).public()),
+        edge_key: None,
         known: None,
         seals: &judged,
     };

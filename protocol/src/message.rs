@@ -64,6 +64,10 @@ pub enum ToEdge {
 /// Feature of a [`HelloV1`]: the edge keeps [`LedgerSealV1`] and answers the first with a [`GuaranteeV1`].
 pub const FEATURE_LEDGER_SEAL: &str = "ledger-seal-1";
 
+/// Feature of a [`HelloV1`]: the edge can read an announcement of [`UpdateKind::Gradient`] and a model with a full linear part. An
+/// aggregator whose rounds collect gradients admits no edge without it.
+pub const FEATURE_GRADIENT: &str = "gradient-1";
+
 /// Who an edge is and what it knows. Its node id is *not* in here: it comes from the certificate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HelloV1 {
@@ -129,6 +133,9 @@ pub enum UpdateKind {
     Moments,
     /// A clipped weight delta of the residual network.
     Delta,
+    /// Block-clipped gradients of the full linear model at the announced base (`[5 · channels + 1, channel]`, in whitened coordinates); the
+    /// aggregator steps. Only announced to edges whose Hello lists [`FEATURE_GRADIENT`]: others cannot read it.
+    Gradient,
 }
 
 /// A round's terms. The edge intersects them with its own policy and may decline, never loosen.
@@ -152,7 +159,7 @@ pub struct AnnounceV1 {
     pub clip_norm: L2Norm,
     /// Noise multiplier σ: noise of standard deviation σC on the sum.
     pub noise_multiplier: NoiseMultiplier,
-    /// Samples in one block, the privacy unit of [`UpdateKind::Moments`].
+    /// Samples in one block, the privacy unit of [`UpdateKind::Moments`] and [`UpdateKind::Gradient`].
     pub block_rows: u32,
     /// Fewest blocks worth sending; with fewer an edge declines.
     pub blocks_min: u32,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use theriac_aggregator::robust::{PayloadRows, RuleName, rule};
+use theriac_aggregator::robust::{Options, PayloadRows, RuleName, rule};
 use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, validate};
 use theriac_protocol::codec::{body_bytes_max, decode_to_aggregator};
 use theriac_protocol::compress::encode_f32;
@@ -220,7 +220,10 @@ impl Centre {
                         .map(|(node, _)| self.stored[&(round, node.clone())].row())
                         .collect();
                     let rows = PayloadRows::new(rows, self.values).unwrap();
-                    let combined = rule(RuleName::TrimmedMean, 1).combine(&rows).unwrap();
+                    let combined = rule(RuleName::TRIMMED_MEAN, 1, &Options::default())
+                        .unwrap()
+                        .combine(&rows)
+                        .unwrap();
                     self.combined = encode_f32(&combined.values);
                     Some(Input::Aggregated {
                         round,

@@ -15,3 +15,5 @@ mod malformed;
 mod marker;
 #[cfg(test)]
 mod poisoned;
+#[cfg(test)]
+mod record_unit;

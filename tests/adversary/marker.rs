@@ -16,7 +16,7 @@ use theriac_edge::metrics::Metrics;
 use theriac_edge::status::Board;
 use theriac_edge::update::{Release, Releaser, message_of};
 use theriac_model::detector::Provenance;
-use theriac_model::global::{GlobalModel, delta_layout};
+use theriac_model::global::{GlobalModel, delta_layout, gradient_layout};
 use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS, public_values, solve};
 use theriac_model::sample::Sample;
 use theriac_model::series::Series;
@@ -192,6 +192,15 @@ fn announce(round: u64, kind: UpdateKind) -> AnnounceV1 {
     };
     match kind {
         UpdateKind::Moments => moments,
+        UpdateKind::Gradient => {
+            let layout = gradient_layout(16);
+            AnnounceV1 {
+                values: u32::try_from(layout.len()).unwrap(),
+                layout_digest: Digest(layout.digest()),
+                noise_multiplier: NoiseMultiplier::new(5.69).unwrap(),
+                ..moments
+            }
+        }
         UpdateKind::Delta => {
             let layout = delta_layout(16);
             AnnounceV1 {
@@ -246,13 +255,13 @@ fn no_planted_value_leaves_the_node_and_what_leaves_is_noised() {
     );
 }
 
-/// The life of an edge: detect, release both kinds of update, take a model. Gives all that it said, and the released sums.
+/// The life of an edge: detect, release every kind of update, take a model. Gives all that it said, and the released sums.
 fn live(samples: &[Sample]) -> (Outside, Vec<f32>) {
     let mut outside = Outside::default();
     let schema = honest::schema();
     let folder = tempfile::tempdir().unwrap();
     let site = honest::node("site-a");
-    let text = "site = 'site-a'\nepsilon = 8.0\nblock = '1m'\nmechanisms = ['moments', 'delta']\n";
+    let text = "site = 'site-a'\nepsilon = 8.0\nblock = '1m'\nmechanisms = ['moments', 'delta', 'gradient']\nblock_releases_max = 2\n";
     let policy = Policy::parse(text).unwrap();
     let ledger = Ledger::open(&folder.path().join("ledger.log"), &site, policy, Timestamp(1)).unwrap();
 
@@ -275,7 +284,8 @@ fn live(samples: &[Sample]) -> (Outside, Vec<f32>) {
     let mut releaser = Releaser::new(ledger, lane, STEP, 2, Box::new(ExactGaussian), None);
     let base = GlobalModel::initial(schema.channels(), 1);
     let mut released = vec![0.0; 320];
-    for (round, kind) in [(1, UpdateKind::Moments), (2, UpdateKind::Delta)] {
+    let kinds = [UpdateKind::Moments, UpdateKind::Delta, UpdateKind::Gradient];
+    for (round, kind) in (1..).zip(kinds) {
         let Release::Fresh { row, id } = releaser.release(&announce(round, kind), &base).unwrap() else {
             panic!("charged before")
         };

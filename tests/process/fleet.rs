@@ -8,7 +8,7 @@ use bytes::Bytes;
 use theriac_aggregator::config::{LimitSettings, ModelSettings, RoundKind, RoundSettings, Settings};
 use theriac_aggregator::data_dir::DataDir;
 use theriac_aggregator::publish::next_model;
-use theriac_aggregator::robust::{RuleName, rule};
+use theriac_aggregator::robust::{Options, RuleName, rule};
 use theriac_aggregator::status::Status as CentreStatus;
 use theriac_aggregator::store::rounds::{self as stored, RoundDetail};
 use theriac_aggregator::store::{Database, records};
@@ -91,28 +91,41 @@ impl Centre {
 
     /// In `dir`, for a model of four bare numbers, whose rounds clients without data can take part in.
     pub(crate) fn bare(root: &Path, dir: &Path, rounds: RoundSettings) -> Self {
+        let rounds = RoundSettings {
+            kind: RoundKind::Delta,
+            rule: RuleName::MEAN,
+            clip_norm: Some(10.0),
+            noise_multiplier: Some(1.0),
+            ..rounds
+        };
+        let limits = LimitSettings {
+            rounds_kept: 1_000_000,
+            ..LimitSettings::default()
+        };
+        Self::of(
+            root,
+            dir,
+            Settings {
+                rounds,
+                limits,
+                model: ModelSettings {
+                    dimension: Some(DIMENSION),
+                    ..ModelSettings::default()
+                },
+                ..Settings::default()
+            },
+        )
+    }
+
+    /// In `dir`, with these settings and addresses of its own.
+    pub(crate) fn of(root: &Path, dir: &Path, settings: Settings) -> Self {
         let [listen, join, page] = [free_address(), free_address(), free_address()];
         let settings = Settings {
             federation: "plant".to_owned(),
             listen,
             join_listen: join,
             http: page,
-            rounds: RoundSettings {
-                kind: RoundKind::Delta,
-                rule: RuleName::Mean,
-                clip_norm: 10.0,
-                noise_multiplier: 1.0,
-                ..rounds
-            },
-            model: ModelSettings {
-                dimension: Some(DIMENSION),
-                ..ModelSettings::default()
-            },
-            limits: LimitSettings {
-                rounds_kept: 1_000_000,
-                ..LimitSettings::default()
-            },
-            ..Settings::default()
+            ..settings
         };
         let options = InitOptions {
             settings,
@@ -153,7 +166,7 @@ impl Centre {
             .map(|upload| stored::upload_row(read, blobs, round, &upload.node.parse().unwrap()).unwrap())
             .collect();
         let base = records::model_payload(read, blobs, ModelVersion(detail.round.base_version)).unwrap();
-        let rule = rule(rounds.rule, rounds.byzantine);
+        let rule = rule(rounds.rule, rounds.byzantine, &Options::default()).unwrap();
         next_model(&config.model, &terms, &base, rows, &*rule)
             .unwrap()
             .payload
@@ -263,8 +276,17 @@ impl Edge {
         Self::on(root, name, root, "", more)
     }
 
+    /// The same with more keys in the privacy policy.
+    pub(crate) fn under(root: &Path, name: &str, policy: &str) -> Self {
+        Self::made(root, name, root, ("", ""), policy)
+    }
+
     /// The same with its state on `disk` and more keys in `[federation]`.
     pub(crate) fn on(root: &Path, name: &str, disk: &Path, federation: &str, more: &str) -> Self {
+        Self::made(root, name, disk, (federation, more), "")
+    }
+
+    fn made(root: &Path, name: &str, disk: &Path, (federation, more): (&str, &str), promise: &str) -> Self {
         let edge = Self {
             name: name.to_owned(),
             dir: disk.join(name),
@@ -275,7 +297,7 @@ impl Edge {
         };
         let policy = root.join(format!("{name}.privacy.toml"));
         let terms = format!(
-            "site = \"{name}\"\nblock = \"{BLOCK}\"\nepsilon = 8\ndelta = 1e-6\nnoise_multiplier_min = 0.7\n"
+            "site = \"{name}\"\nblock = \"{BLOCK}\"\nepsilon = 8\ndelta = 1e-6\nnoise_multiplier_min = 0.7\n{promise}\n"
         );
         fs::write(&policy, &terms).unwrap();
         let officer = PolicyKey::from_seed(&rand::random());

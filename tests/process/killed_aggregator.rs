@@ -101,8 +101,8 @@ fn the_open_round_goes_on_with_the_acknowledged_update_and_nobody_trains_twice()
 
 /// What the two sites were promised and told.
 #[derive(Default)]
-struct Heard {
-    receipts: BTreeMap<(Round, String), Digest>,
+pub(crate) struct Heard {
+    pub(crate) receipts: BTreeMap<(Round, String), Digest>,
     nonces: BTreeMap<Round, u64>,
     /// The first session that ended by the reset of a new process.
     fault: Option<String>,
@@ -118,7 +118,7 @@ impl Heard {
 }
 
 /// Takes part in every round for ever, comes back whenever the aggregator is gone, and sends the same bytes again.
-async fn take_part(mut site: Site, name: String, value: f32, heard: Arc<Mutex<Heard>>) {
+pub(crate) async fn take_part(mut site: Site, name: String, value: f32, heard: Arc<Mutex<Heard>>) {
     let mut update: Option<Update> = None;
     let mut missing = None;
     loop {
@@ -130,8 +130,9 @@ async fn take_part(mut site: Site, name: String, value: f32, heard: Arc<Mutex<He
                     .as_ref()
                     .is_none_or(|update| update.0.round != announce.round)
                 {
-                    #[expect(clippy::cast_precision_loss, reason = "a few rounds")]
-                    let values = [value, announce.round.0 as f32, 0.25, -value];
+                    // Below the norm that an honest update may have, however many rounds there are.
+                    let turn = u8::try_from(announce.round.0 % 64).unwrap_or_default();
+                    let values = [value, f32::from(turn), 0.25, -value];
                     update = Some(site.update(&announce, values));
                 }
                 if let Some(update) = &update {

@@ -9,6 +9,8 @@ mod bad_identity;
 #[cfg(test)]
 mod bad_start;
 #[cfg(test)]
+mod central_noise;
+#[cfg(test)]
 mod child;
 #[cfg(test)]
 mod fleet;
@@ -28,6 +30,9 @@ mod metrics_files;
 mod page;
 #[cfg(test)]
 mod played;
+mod quarantine;
+#[cfg(test)]
+mod restored_edge;
 #[cfg(test)]
 mod rounds;
 #[cfg(test)]

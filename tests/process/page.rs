@@ -38,3 +38,11 @@ pub(crate) fn json<T: DeserializeOwned>(at: SocketAddr, path: &str) -> Option<T>
 pub(crate) fn is_well(at: SocketAddr) -> bool {
     ask("GET", at, "/healthz", b"").is_some_and(|(code, _)| code == 200)
 }
+
+/// The body of a page, whatever it is.
+pub(crate) fn text(at: SocketAddr, path: &str) -> String {
+    let (code, body) = ask("GET", at, path, b"").expect("the page answers");
+    let text = String::from_utf8(body).unwrap();
+    assert_eq!(code, 200, "{path}: {text}");
+    text
+}

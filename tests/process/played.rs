@@ -11,7 +11,7 @@ use theriac_model::feature::FeatureSchema;
 use theriac_model::global::{GlobalModel, moments_layout};
 use theriac_protocol::compress::encode_f32;
 use theriac_protocol::message::{
-    AnnounceV1, HelloV1, ModelV1, PROTOCOL_MAX, ToAggregator, ToEdge, UpdateKind, WelcomeV1,
+    AnnounceV1, HelloV1, LedgerSealV1, ModelV1, PROTOCOL_MAX, ToAggregator, ToEdge, UpdateKind, WelcomeV1,
 };
 use theriac_protocol::units::{Digest, L2Norm, ModelVersion, NodeId, NoiseMultiplier, Round, Timestamp};
 use theriac_transport::{AggregatorSession, Endpoint, Limits, bind_server};
@@ -121,6 +121,15 @@ impl Played {
             round,
         };
         session.send(&ToEdge::Welcome(welcome)).await.unwrap();
+        // Nothing of its ledger is on record here: an edge trains once it knows.
+        let seal = LedgerSealV1 {
+            records: 0,
+            head: Digest::default(),
+            signed: Timestamp(unix_ms()),
+            key: String::new(),
+            signature: vec![0; 64],
+        };
+        session.send(&ToEdge::Seal(seal)).await.unwrap();
         (session, hello)
     }
 

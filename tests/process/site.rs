@@ -29,11 +29,18 @@ pub(crate) struct Site {
     name: String,
     /// Records in the ledger that it claims to keep.
     records: u64,
+    /// Values of the model.
+    dimension: u32,
 }
 
 impl Site {
     /// Call it within a runtime. A lost aggregator is noticed at once: it is spoken to all the time.
     pub(crate) fn new(centre: &Centre, identity: &Identity) -> Self {
+        Self::of(centre, identity, DIMENSION)
+    }
+
+    /// The same for a model of `dimension` bare numbers.
+    pub(crate) fn of(centre: &Centre, identity: &Identity, dimension: u32) -> Self {
         let authority = Authority::load(&centre.dir.join("authority/aggregators")).expect("init has made it");
         let limits = Limits {
             keep_alive: Duration::from_millis(50),
@@ -45,7 +52,13 @@ impl Site {
             centre: centre.listen,
             name: identity.name().node.to_string(),
             records: 0,
+            dimension,
         }
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// A session and, if one is open, the round.
@@ -79,16 +92,16 @@ impl Site {
     }
 
     /// An update of these values, charged to the ledger that there is not.
-    pub(crate) fn update(&mut self, announce: &AnnounceV1, values: [f32; DIMENSION as usize]) -> Update {
+    pub(crate) fn update(&mut self, announce: &AnnounceV1, values: impl AsRef<[f32]>) -> Update {
         self.records += 1;
-        let payload = Bytes::from(encode_f32(&values));
+        let payload = Bytes::from(encode_f32(values.as_ref()));
         let header = UpdateV1 {
             round: announce.round,
             nonce: announce.nonce,
             kind: announce.kind,
             base_digest: announce.base_digest,
             layout_digest: announce.layout_digest,
-            values: DIMENSION,
+            values: self.dimension,
             encoding: Encoding::F32,
             payload_digest: Digest::of(&payload),
             blocks_bound: announce.blocks_max,
@@ -112,7 +125,7 @@ impl Site {
     }
 
     fn hello(&self, receipt_missing: Option<Round>) -> HelloV1 {
-        let spec = ModelSpec::raw(DIMENSION).unwrap();
+        let spec = ModelSpec::raw(self.dimension).unwrap();
         HelloV1 {
             protocol_min: PROTOCOL_MIN,
             protocol_max: PROTOCOL_MAX,

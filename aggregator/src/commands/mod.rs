@@ -1,6 +1,8 @@
 //! The command line: arguments to results and exit codes. `main.rs` and the lab call [`main`].
 
 mod aggregate;
+mod central;
+mod evidence;
 mod records;
 mod server;
 mod setup;
@@ -86,6 +88,11 @@ enum Command {
         after_help = "Example: theriac-aggregator aggregate --rule trimmed_mean --byzantine 3 --input u.npy --output a.npy"
     )]
     Aggregate(aggregate::AggregateArgs),
+    /// What `[central_noise]` would cost, by the number of sites; it reads nothing.
+    #[command(
+        after_help = "Example: theriac-aggregator central-noise --sites 50,1000 --values 7000 --rounds 90"
+    )]
+    CentralNoise(central::CentralNoiseArgs),
 }
 
 /// What every command takes that looks at a data directory.
@@ -138,6 +145,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Status(common) => server::status(&common),
         Command::CheckConfig(common) => server::check_config(&common),
         Command::Aggregate(args) => aggregate::aggregate(args),
+        Command::CentralNoise(args) => central::central_noise(&args),
     }
 }
 
@@ -154,6 +162,10 @@ fn open(config: &CheckedConfig) -> Result<(DataDir, Database), Problem> {
         .map_err(|error| Problem::config("TH-E0702", &error).hint(error.hint()))?;
     let database = Database::open(&dir).map_err(|error| store_problem(&error))?;
     Ok((dir, database))
+}
+
+fn central_problem(error: &dyn std::error::Error) -> Problem {
+    Problem::config("TH-E0722", format!("[central_noise]: {error}")).hint(crate::central::CENTRAL_HINT)
 }
 
 fn store_problem(error: &StoreError) -> Problem {

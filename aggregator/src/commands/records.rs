@@ -14,16 +14,20 @@ use theriac_audit::leaf::SiteStanding;
 use theriac_audit::verify;
 use theriac_command::output::{Format, table};
 use theriac_command::problem::Problem;
+use theriac_privacy::central::CentralLedger;
 use theriac_protocol::units::{ModelVersion, NodeId, Round};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{Common, load, open, output_problem, print, store_problem};
+use super::evidence::{RoundShown, ShowArgs, decisions, replay, show_site};
+use super::{Common, central_problem, load, open, output_problem, print, store_problem};
 use theriac_protocol::message::{GuaranteeUnit, GuaranteeV1};
 
 use crate::audit::{AuditKey, AuditLog, lines};
+use crate::evidence::Record;
 use crate::serve::ServeError;
-use crate::status::SiteStatus;
+use crate::status::{SiteStatus, Standings};
+use crate::store::evidence;
 use crate::store::history::{self, RoundDetail, RoundRow};
 use crate::store::{models as stored_models, records as stored};
 
@@ -35,6 +39,9 @@ pub(super) enum SitesCommand {
     /// Lists every enrolled site.
     #[command(after_help = "Example: theriac-aggregator sites list --format json")]
     List(Common),
+    /// Why a site counts as it does: its last rounds, its trust, the reasons in plain words, and what you can do.
+    #[command(after_help = "Example: theriac-aggregator sites show plant-7")]
+    Show(ShowArgs),
     /// Keeps a site out until it is resumed; its open connection is closed within a second.
     #[command(after_help = "Example: theriac-aggregator sites suspend plant-7 --reason 'odd updates'")]
     Suspend(SiteArgs),
@@ -60,6 +67,7 @@ pub(super) struct SiteArgs {
 pub(super) fn sites(command: SitesCommand) -> Result<ExitCode, Problem> {
     let (args, state) = match command {
         SitesCommand::List(common) => return list_sites(&common),
+        SitesCommand::Show(args) => return show_site(&args),
         SitesCommand::Suspend(args) => (args, SiteStanding::Suspended),
         SitesCommand::Resume(args) => (args, SiteStanding::Active),
         SitesCommand::Revoke(args) => (args, SiteStanding::Revoked),
@@ -82,12 +90,14 @@ pub(super) fn sites(command: SitesCommand) -> Result<ExitCode, Problem> {
 fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
     let (_, database) = open(&load(&common.config)?)?;
     let rows = stored::sites(database.read()).map_err(|error| store_problem(&error))?;
+    let standings = Standings::read(database.read()).map_err(|error| store_problem(&error))?;
     let cells: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
             vec![
                 row.node.to_string(),
                 crate::store::word(row.state),
+                standings.word(&row.node),
                 rfc3339(row.enrolled.0),
                 row.accepted.to_string(),
                 row.refusals.values().sum::<u64>().to_string(),
@@ -104,7 +114,7 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
     let values: Vec<serde_json::Value> = rows
         .into_iter()
         .map(|row| {
-            let mut value = json!(SiteStatus::new(row, false));
+            let mut value = json!(SiteStatus::new(row, false).with_standing(&standings));
             if let Some(fields) = value.as_object_mut() {
                 fields.remove("connected");
             }
@@ -114,6 +124,7 @@ fn list_sites(common: &Common) -> Result<ExitCode, Problem> {
     let header = [
         "site",
         "state",
+        "standing",
         "enrolled",
         "accepted",
         "refused",
@@ -174,6 +185,14 @@ pub(super) enum RoundsCommand {
         /// Number of the round.
         round: u64,
     },
+    /// Does a past round again from what is stored and compares every bit. Exit code 0: the same; 1: not; 3: it cannot be done.
+    #[command(after_help = "Example: theriac-aggregator rounds replay 12")]
+    Replay {
+        #[command(flatten)]
+        common: Common,
+        /// Number of the round.
+        round: u64,
+    },
     /// Prints each round as it ends.
     #[command(after_help = "Example: theriac-aggregator rounds follow --count 3")]
     Follow {
@@ -197,18 +216,60 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
             print(common.format, &rows, table(&header, &cells))?;
         }
         RoundsCommand::Show { common, round } => {
-            let (_, database) = open(&load(&common.config)?)?;
-            let detail =
+            let (dir, database) = open(&load(&common.config)?)?;
+            let mut detail =
                 history::detail(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
-            print(common.format, &detail, shown(&detail))?;
+            let ledger = dir.central_ledger();
+            if ledger.exists() {
+                detail.central_noise = CentralLedger::charges_of(&ledger, Round(round))
+                    .map_err(|error| central_problem(&error))?;
+            }
+            let decisions =
+                evidence::of_round(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
+            let plan =
+                evidence::plan(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
+            let human = shown(&detail, &decisions);
+            let value = RoundShown {
+                detail,
+                plan,
+                decisions,
+            };
+            print(common.format, &value, human)?;
         }
+        RoundsCommand::Replay { common, round } => return replay(&common, round),
         RoundsCommand::Follow { common, count } => follow(&common, count)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// One round for people.
-fn shown(detail: &RoundDetail) -> String {
+fn shown(detail: &RoundDetail, records: &[Record]) -> String {
+    format!(
+        "round {}: {}\n{}{}\n\n{}",
+        detail.round.round,
+        outcome(&detail.round),
+        terms(detail),
+        central(detail),
+        match records {
+            // Not closed yet, or closed too long ago: what the round's own rows say.
+            [] => so_far(detail),
+            records => decisions(records),
+        }
+    )
+}
+
+/// What the centre added to this round, as a line under the terms.
+fn central(detail: &RoundDetail) -> String {
+    detail.central_noise.map_or_else(String::new, |noise| {
+        format!(
+            "\n  central noise: sigma {}, clip norm {}, sampling rate {}, charged {} times; private for each whole site against everybody \
+             but this aggregator, which must be trusted",
+            noise.noise_multiplier, noise.clip_norm, noise.sampling_rate, noise.charges
+        )
+    })
+}
+
+fn so_far(detail: &RoundDetail) -> String {
     let header = ["site", "norm", "distance", "trimmed", "bytes", "leaf"];
     let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
     let uploads: Vec<Vec<String>> = detail
@@ -232,13 +293,11 @@ fn shown(detail: &RoundDetail) -> String {
         lines.collect()
     };
     format!(
-        "round {}: {}\n{}\n\n{}{}{}",
-        detail.round.round,
-        outcome(&detail.round),
-        terms(detail),
+        "{}{}{}\n{}",
         table(&header, &uploads),
         said("declined", &detail.declines),
         said("was refused", &detail.refusals),
+        decisions(&[])
     )
 }
 
@@ -518,8 +577,15 @@ mod tests {
             uploads: Vec::new(),
             declines: BTreeMap::from([("a".into(), "budget_spent".into())]),
             refusals: BTreeMap::from([("b".into(), "non_finite".into())]),
+            central_noise: Some(theriac_privacy::central::CentralRound {
+                round: 12,
+                charges: 2,
+                noise_multiplier: 3.0,
+                sampling_rate: 0.5,
+                clip_norm: 1.5,
+            }),
         };
-        let said = shown(&detail);
+        let said = shown(&detail, &[]);
         for wanted in [
             "round 12: published model 8",
             "moments of 240 values on model 7, trimmed_mean f=1, quorum 3, deadline 90 s",

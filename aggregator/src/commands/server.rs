@@ -13,11 +13,12 @@ use theriac_command::problem::Problem;
 use theriac_command::telemetry::{self, LogFormat};
 use tokio::sync::watch;
 
-use super::{Common, load, open, print, store_problem};
+use super::{Common, central_problem, load, open, print, store_problem};
+use crate::central::{CentralStatus, statement};
 use crate::config::CheckedConfig;
 use crate::data_dir::DataDir;
 use crate::serve::{Addresses, serve as start};
-use crate::status::Status;
+use crate::status::{SiteStatus, Status};
 
 /// Longest answer of our own page that is taken.
 const STATUS_BYTES_MAX: u64 = 16 << 20;
@@ -77,9 +78,15 @@ pub(super) fn check_config(common: &Common) -> Result<ExitCode, Problem> {
         "config": common.config, "ok": true, "federation": config.federation, "data_dir": config.data_dir,
         "listen": config.listen, "join_listen": config.join_listen, "http": config.http,
         "rule": rounds.rule, "byzantine": rounds.byzantine, "quorum": rounds.quorum,
+        "central_noise": config.central_noise.as_ref().map(statement),
+        "quarantine": config.quarantine, "server_optimizer": config.server_optimizer,
     });
+    let central = config
+        .central_noise
+        .as_ref()
+        .map_or_else(String::new, |terms| format!("\n{}", statement(terms)));
     let human = format!(
-        "{} is good: federation {}, {} with quorum {} and f = {}, data in {}",
+        "{} is good: federation {}, {} with quorum {} and f = {}, data in {}{central}",
         common.config.display(),
         config.federation,
         rounds.rule,
@@ -97,8 +104,10 @@ pub(super) fn status(common: &Common) -> Result<ExitCode, Problem> {
         status
     } else {
         let (_, database) = open(&config)?;
-        Status::at_rest(database.read(), &config.federation, config.rounds.quorum)
-            .map_err(|error| store_problem(&error))?
+        let mut status = Status::at_rest(database.read(), &config.federation, config.rounds.quorum)
+            .map_err(|error| store_problem(&error))?;
+        status.central_noise = CentralStatus::read(&config).map_err(|error| central_problem(&error))?;
+        status
     };
     print(common.format, &status, human(&status))?;
     Ok(if status.running && status.storage == "ok" {
@@ -117,6 +126,8 @@ fn human(status: &Status) -> String {
                 site.name.clone(),
                 site.state.clone(),
                 if site.connected { "yes" } else { "no" }.to_owned(),
+                standing(site),
+                site.last_decision.clone().unwrap_or_default(),
                 site.accepted.to_string(),
                 site.refused.to_string(),
                 site.epsilon
@@ -129,6 +140,8 @@ fn human(status: &Status) -> String {
         "site",
         "state",
         "connected",
+        "standing",
+        "last decision",
         "accepted",
         "refused",
         "epsilon",
@@ -144,9 +157,22 @@ fn human(status: &Status) -> String {
         status.rounds_aborted,
         status.connected.len(),
         status.sites.len(),
-        wants(status),
+        wants(status)
+            + &status
+                .central_noise
+                .as_ref()
+                .map_or_else(String::new, |central| format!("{central}\n")),
         table(&header, &rows)
     )
+}
+
+/// Trust, and whether it is in quarantine.
+fn standing(site: &SiteStatus) -> String {
+    match (site.trust, site.quarantined_since) {
+        (Some(trust), Some(round)) => format!("quarantine since {round} ({trust:.3})"),
+        (Some(trust), None) => format!("{trust:.3}"),
+        (None, _) => "-".into(),
+    }
 }
 
 /// What the aggregator waits for, one line each.
@@ -221,6 +247,7 @@ mod tests {
             published: 0,
             aborted: 0,
             quorum: 3,
+            central: None,
         };
         let at_rest = Status::at_rest(database.read(), "demo", 3).unwrap();
         at_rest.with_driver(&driver, storage_full)

@@ -8,7 +8,8 @@ use crate::floor::FloorUnit;
 /// The commented file that `init` writes, with every key at the value of `settings`.
 pub fn example(settings: &Settings) -> String {
     let (rounds, model, limits) = (&settings.rounds, &settings.model, &settings.limits);
-    let floor = &settings.privacy_floor;
+    let (floor, central) = (&settings.privacy_floor, &settings.central_noise);
+    let (quarantine, optimizer) = (&settings.quarantine, &settings.server_optimizer);
     let floor_word = |unit| match unit {
         FloorUnit::Block => "block",
         FloorUnit::Record => "record",
@@ -22,6 +23,7 @@ pub fn example(settings: &Settings) -> String {
     let kind = match rounds.kind {
         RoundKind::Moments => "moments",
         RoundKind::Delta => "delta",
+        RoundKind::Gradient => "gradient",
     };
     let real = |value: f64| toml::Value::Float(value).to_string();
     format!(
@@ -43,7 +45,8 @@ http = "{http}"
 {advertise}
 
 [rounds]
-# What an edge sends: "moments" (one noised release of second moments) or "delta" (a clipped weight delta).
+# What an edge sends: "moments" (one noised release of second moments), "gradient" (some twenty rounds of clipped gradients of the
+# same blocks; edges need a policy that allows it) or "delta" (a clipped weight delta).
 kind = "{kind}"
 # Fewest updates that make a model, 1 to 100000. Too low: a few edges decide. Too high: rounds abort.
 quorum = {quorum}
@@ -53,17 +56,19 @@ deadline = {deadline}
 pause = {pause}
 # No round opens after this number. For experiments.
 {rounds_max}
-# Clipping norm C of one privacy unit, above 0. Too low: signal is cut off. Too high: the noise, σC, drowns it.
-clip_norm = {clip_norm}
-# Noise multiplier σ that every update must carry, 0.1 to 1000. Too low: edges decline. Too high: nothing is learnt.
-noise_multiplier = {noise_multiplier}
+# Clipping norm C of one privacy unit, above 0. Too low: signal is cut off. Too high: the noise, σC, drowns it. Without it: 17200, for
+# gradients 4 for each row of a block after the first ten.
+{clip_norm}
+# Noise multiplier σ that every update must carry, 0.1 to 1000. Too low: edges decline. Too high: nothing is learnt. Without it: 1.27, for
+# gradients 5.69 (epsilon 4 at delta 1e-6 for one release, for twenty).
+{noise_multiplier}
 # Samples in one block, the privacy unit of moments, 11 to 86400.
 block_rows = {block_rows}
 # An edge with fewer complete unspent blocks declines, 1 to blocks_max.
 blocks_min = {blocks_min}
 # Most blocks in one release, 1 to 100000. It bounds an honest update's norm: too high lets a hostile edge send more.
 blocks_max = {blocks_max}
-# "mean", "median" or "trimmed_mean".
+# "caf", "nnm+trimmed_mean", "trimmed_mean", "median" or "mean"; docs/robustness.md has all.
 rule = "{rule}"
 # Hostile edges to withstand, below half the quorum. Too small: arbitrary failure. Too large: honest sites are cut away.
 byzantine = {byzantine}
@@ -89,6 +94,25 @@ updates_per_round_max = {updates}
 write_timeout = {write_timeout}
 # Rounds whose updates are kept after they end, 1 to 1000000; older payloads are deleted, their records stay.
 rounds_kept = {rounds_kept}
+# Rounds of which the record about every site is kept, 1 to 1000000; one record takes about 2 KB.
+records_kept = {records_kept}
+
+[quarantine]
+# Sites whose rows are again and again such as no honest row is are scored at weight 0 until they have earned their way back.
+enabled = {quarantined}
+# Trust below which a site enters (a new one has 0.8), and from which on it leaves, at most 0.78.
+enter_below = {enter_below}
+leave_at = {leave_at}
+
+[server_optimizer]
+# "fedavg", "fedavgm", "fedadam" or "fedyogi": from the combined changes to the model's step. Only with kind = "delta".
+name = "{optimizer}"
+# Server rate, 0.000001 to 100; begin at 0.01 with fedadam and fedyogi.
+rate = {rate}
+# Beta of fedavgm, beta 1 of the others, 0 to below 1; beta 2; and tau, 1e-12 to 1, which keeps noise from being scaled up.
+momentum = {momentum}
+second_momentum = {second_momentum}
+adaptivity = {adaptivity}
 
 [privacy_floor]
 # The weakest guarantee whose updates are taken, held to what each site declares. Without any key nothing is asked.
@@ -101,6 +125,24 @@ rounds_kept = {rounds_kept}
 {delta_max}
 # Whether somebody must have signed the site's policy.
 signed = {signed}
+
+[central_noise]
+# Noise of this aggregator on top of each site's own, for large fleets that trust it: the unit is a whole site (docs/privacy.md).
+# Only with rule = "mean". Off by default.
+enabled = {central}
+# Raise it with every change of epsilon, delta, noise_multiplier or sampling_rate.
+version = {central_version}
+# Largest epsilon of any site over all rounds, above 0 to 100; once it is spent no round opens. Delta, above 0 to 0.001.
+epsilon = {central_epsilon}
+delta = {central_delta}
+# Noise on the sum in multiples of clip_norm, 0.3 to 10000.
+noise_multiplier = {central_sigma}
+# Probability with which a stored update enters the sum, above 0 to 1.
+sampling_rate = {central_rate}
+# Largest Euclidean norm of one update in the sum, 1e-9 to 1e12.
+{central_clip}
+# Sites that the fleet is taken to have, 1 to 10000000: the sum is divided by sampling_rate times this public number.
+{central_sites}
 "#,
         federation = text(&settings.federation),
         data_dir = text(&settings.data_dir.to_string_lossy()),
@@ -116,8 +158,8 @@ signed = {signed}
         deadline = time(rounds.deadline),
         pause = time(rounds.pause),
         rounds_max = or_comment("rounds_max", rounds.rounds_max.map(|n| n.to_string()), "1000"),
-        clip_norm = real(rounds.clip_norm),
-        noise_multiplier = real(rounds.noise_multiplier),
+        clip_norm = or_comment("clip_norm", rounds.clip_norm.map(real), "17200.0"),
+        noise_multiplier = or_comment("noise_multiplier", rounds.noise_multiplier.map(real), "1.27"),
         block_rows = rounds.block_rows,
         blocks_min = rounds.blocks_min,
         blocks_max = rounds.blocks_max,
@@ -132,11 +174,28 @@ signed = {signed}
         updates = limits.updates_per_round_max,
         write_timeout = time(limits.write_timeout),
         rounds_kept = limits.rounds_kept,
+        records_kept = limits.records_kept,
+        quarantined = quarantine.enabled,
+        enter_below = real(quarantine.enter_below),
+        leave_at = real(quarantine.leave_at),
+        optimizer = optimizer.name,
+        rate = real(optimizer.rate),
+        momentum = real(optimizer.momentum),
+        second_momentum = real(optimizer.second_momentum),
+        adaptivity = real(optimizer.adaptivity),
         floor_unit = or_comment("unit", floor.unit.map(floor_word).map(text), "\"block\""),
         block_min = or_comment("block_min", floor.block_min.map(time), "\"1h\""),
         epsilon_max = or_comment("epsilon_max", floor.epsilon_max.map(real), "4.0"),
         delta_max = or_comment("delta_max", floor.delta_max.map(real), "1e-6"),
         signed = floor.signed,
+        central = central.enabled,
+        central_version = central.version,
+        central_epsilon = real(central.epsilon),
+        central_delta = real(central.delta),
+        central_sigma = real(central.noise_multiplier),
+        central_rate = real(central.sampling_rate),
+        central_clip = or_comment("clip_norm", central.clip_norm.map(real), "1.0"),
+        central_sites = or_comment("sites", central.sites.map(|n| n.to_string()), "10000"),
     )
 }
 
@@ -158,6 +217,8 @@ mod tests {
         changed.rounds.rounds_max = Some(9);
         changed.rounds.kind = RoundKind::Delta;
         changed.model.dimension = Some(10);
+        changed.quarantine.enabled = false;
+        changed.server_optimizer.name = crate::server_optimizer::OptimizerName::FedYogi;
         changed.privacy_floor = crate::floor::FloorSettings {
             unit: Some(FloorUnit::Block),
             block_min: Some(Duration::from_hours(1)),
@@ -165,6 +226,9 @@ mod tests {
             delta_max: Some(1e-6),
             signed: true,
         };
+        changed.central_noise.enabled = true;
+        changed.central_noise.clip_norm = Some(2.5);
+        changed.central_noise.sites = Some(12);
         for settings in [good(), changed] {
             let parsed: Settings = toml::from_str(&example(&settings)).unwrap();
             assert_eq!(parsed, settings);

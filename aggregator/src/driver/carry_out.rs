@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use theriac_protocol::codec::encode_to_edge;
 use theriac_protocol::message::{AnnounceV1, ClosedV1, ToEdge, UpdateV1};
 use theriac_protocol::refusal::{AbortReason, RefusalCode, RoundOutcome};
@@ -11,9 +12,10 @@ use theriac_protocol::units::{Digest, NodeId, Round};
 
 use super::Driver;
 use super::work::{Computed, Done, until_it_works, with_urgency};
+use crate::evidence::Decision;
 use crate::metrics::{Outcome, Verdict};
 use crate::store::models::ModelRow;
-use crate::store::{Urgency, rounds};
+use crate::store::{Urgency, evidence, rounds};
 use crate::validate::ValidatedUpdate;
 
 /// The update that caused the outputs at hand.
@@ -211,24 +213,45 @@ impl Driver {
     }
 
     fn publish(&mut self, round: Round, members: Vec<(NodeId, Digest)>) {
-        let Some(Computed { row, candidate }) = &self.candidate else {
+        let Some(Computed {
+            row,
+            candidate,
+            conclusion,
+        }) = &self.candidate
+        else {
             // Impossible: the machine publishes only what it was told was computed.
             tracing::error!(round = round.0, "no model is at hand to publish");
             return;
         };
         let (store, row, candidate) = (self.store.clone(), row.clone(), candidate.clone());
+        let conclusion = conclusion.clone();
+        // In the model are those that counted.
+        let members: Vec<(NodeId, Digest)> = members
+            .into_iter()
+            .zip(&conclusion.account.rows)
+            .filter(|(_, row)| row.decision == Decision::Combined)
+            .map(|(member, _)| member)
+            .collect();
+        let records_kept = self.records_kept;
         self.work.spawn(async move {
-            let mut wait = std::time::Duration::from_millis(250);
-            while let Err(error) = store.put_blob(row.digest, candidate.payload.clone()).await {
-                tracing::error!(%error, hint = error.hint(), "cannot store the next model; trying again in {wait:?}");
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(std::time::Duration::from_secs(5));
+            let memory = conclusion.memory.as_ref().map(|(_, memory)| Bytes::from(memory.to_bytes()));
+            let memory = memory.map(|bytes| (Digest::of(&bytes), bytes));
+            for (digest, payload) in memory.into_iter().chain([(row.digest, candidate.payload.clone())]) {
+                let mut wait = std::time::Duration::from_millis(250);
+                while let Err(error) = store.put_blob(digest, payload.clone()).await {
+                    tracing::error!(%error, hint = error.hint(), "cannot store the next model; trying again in {wait:?}");
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(std::time::Duration::from_secs(5));
+                }
             }
             until_it_works(&store, "publish a model", move |work| {
-                rounds::publish(work, &row, &candidate.payload, &members, &candidate.evidence)
+                rounds::publish(work, &row, &candidate.payload, &members, &candidate.evidence)?;
+                let changes = evidence::conclude_round(work, round, conclusion.clone())?;
+                evidence::forget(work, Round(round.0.saturating_sub(records_kept)))?;
+                Ok(changes)
             })
             .await
-            .map_or(Done::Written(Ok(())), |()| Done::Published(round))
+            .map_or(Done::Written(Ok(())), |changes| Done::Published(round, changes))
         });
     }
 
@@ -275,6 +298,7 @@ impl Driver {
             digest: model.digest,
         };
         self.machine = RoundMachine::new(self.config.clone(), base, last, self.nonce_seed, now);
+        self.heed_budget();
         self.candidate = None;
         self.storing = 0;
         self.terms.send_replace(None);

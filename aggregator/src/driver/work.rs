@@ -1,17 +1,22 @@
 //! What runs beside the driver and comes back to it: writes, reads and the aggregation.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
+use theriac_privacy::central::CentralCharge;
 use theriac_protocol::message::{ToEdge, UpdateV1};
 use theriac_protocol::round::{BaseModel, Input};
 use theriac_protocol::units::{Digest, NodeId, Round};
 
 use super::Driver;
-use crate::publish::{Candidate, next_model};
-use crate::robust::{Row, rule};
+use crate::combine::{RoundInputs, RoundResult};
+use crate::evidence::reputation::Changes;
+use crate::publish::Candidate;
+use crate::robust::Row;
+use crate::store::evidence::{self, Conclusion};
 use crate::store::models::ModelRow;
 use crate::store::records::Registry;
-use crate::store::rounds::{self, StoredUpload};
+use crate::store::rounds::StoredUpload;
 use crate::store::{Store, StoreError, Urgency, Work, wall_clock};
 
 /// First wait before a write that must succeed is tried again.
@@ -42,8 +47,8 @@ pub(super) enum Done {
         round: Round,
         result: Result<Box<Computed>, String>,
     },
-    /// A round's model is durable.
-    Published(Round),
+    /// A round's model is durable, and this is how the quarantine changed.
+    Published(Round, Changes),
     /// A round's end without a model is durable.
     Aborted(Round),
     /// A receipt of an earlier round was looked up.
@@ -65,6 +70,7 @@ pub(super) enum Done {
 pub(super) struct Computed {
     pub(super) row: ModelRow,
     pub(super) candidate: Candidate,
+    pub(super) conclusion: Conclusion,
 }
 
 impl Driver {
@@ -88,6 +94,7 @@ impl Driver {
                 round,
                 result: Ok(computed),
             } => {
+                self.heed_budget();
                 let (version, digest) = (computed.row.version, computed.candidate.digest);
                 // A round that a roll-over ended may be computed only now: nobody wants it any more.
                 if self.machine.status().round == round {
@@ -107,10 +114,11 @@ impl Driver {
                 result: Err(reason),
             } => {
                 tracing::warn!(round = round.0, reason, "the round gives no model");
+                self.heed_budget();
                 self.machine.handle(now, Input::AggregationFailed { round });
             }
-            Done::Published(round) => {
-                self.published();
+            Done::Published(round, changes) => {
+                self.published(changes);
                 self.machine.handle(now, Input::Published { round });
             }
             Done::Aborted(round) => {
@@ -183,8 +191,25 @@ impl Driver {
         self.pump(None);
     }
 
-    fn published(&mut self) {
-        if let Some(Computed { row, candidate }) = self.candidate.take() {
+    fn published(&mut self, changes: Changes) {
+        let m = &self.metrics;
+        m.quarantine_entered.inc_by(changes.entered as u64);
+        m.quarantine_left.inc_by(changes.left as u64);
+        m.quarantine_held.inc_by(changes.held as u64);
+        if changes.held > 0 {
+            tracing::warn!(
+                held = changes.held,
+                "sites have earned quarantine and still count: as many as are assumed hostile (rounds.byzantine) are in it already"
+            );
+        }
+        if changes.entered + changes.left > 0 {
+            tracing::warn!(
+                entered = changes.entered,
+                left = changes.left,
+                "the quarantine has changed; `theriac-aggregator sites list` says who, `sites show NAME` why"
+            );
+        }
+        if let Some(Computed { row, candidate, .. }) = self.candidate.take() {
             self.metrics.model_version.set(row.version.0);
             self.with_status(|status| {
                 status.published += 1;
@@ -198,55 +223,78 @@ impl Driver {
     pub(super) fn compute(&mut self, round: Round, base: BaseModel, members: Vec<(NodeId, Digest)>) {
         let mut cache = std::mem::take(&mut self.cache);
         self.cache_bytes = 0;
-        let (store, models, spec) = (self.store.clone(), self.models.clone(), self.spec.clone());
-        let (terms, round_rule) = (self.config.terms.clone(), self.rule);
+        let (store, spec, plan) = (self.store.clone(), self.spec.clone(), self.plan.clone());
         let seconds = self.metrics.aggregation_seconds.clone();
-        let work = move || {
+        let (central, status) = (self.central.clone(), std::sync::Arc::clone(&self.status));
+        let (charge_store, charge_terms) = (self.store.clone(), self.config.terms.clone());
+        let work = move |charge: Option<CentralCharge>| {
             let begun = std::time::Instant::now();
-            let mut rows = Vec::with_capacity(members.len());
-            for (node, digest) in &members {
-                let row = match cache.remove(node) {
-                    Some(row) => row,
-                    None => store
-                        .read_blocking(|connection| {
-                            rounds::upload_row(connection, store.blobs(), round, node)
-                        })
-                        .map_err(|error| error.to_string())?,
-                };
-                debug_assert_eq!(
-                    Digest::of(&row.payload),
-                    *digest,
-                    "a stored payload has its digest"
-                );
-                rows.push(row);
-            }
-            let base_payload = models
-                .payload_blocking(&store, base.version)
-                .map_err(|error| error.to_string())?;
-            // As many as asked for, or as many as these rows can withstand when refused sites have left too few. A refused
-            // site is no proof that the others are honest, so f is not lowered further. A function of the stored rows alone.
-            let byzantine = round_rule.byzantine.min(rows.len().saturating_sub(1) / 2);
-            let rule = rule(round_rule.rule, byzantine);
-            let candidate =
-                next_model(&spec, &terms, &base_payload, rows, &*rule).map_err(|error| error.to_string())?;
+            let load = |connection: &rusqlite::Connection| {
+                let earned = evidence::reputations(connection)?;
+                RoundInputs::load(
+                    connection,
+                    store.blobs(),
+                    round,
+                    plan.clone(),
+                    &earned,
+                    &mut cache,
+                )
+            };
+            let inputs = store.read_blocking(load).map_err(|error| error.to_string())?;
+            debug_assert!(
+                inputs
+                    .stored
+                    .iter()
+                    .zip(&inputs.rows)
+                    .map(|(stored, row)| (stored.node.clone(), Digest::of(&row.payload)))
+                    .eq(members),
+                "the machine and the store agree, and a stored payload has its digest"
+            );
+            let result = inputs.run(&spec, charge).map_err(|error| error.to_string())?;
+            let RoundResult { candidate, account } = result;
             let row = ModelRow {
                 version: base.version.next(),
                 round,
-                layout_digest: spec.layout_digest(),
-                values: spec.values(),
+                layout_digest: candidate.layout_digest,
+                values: candidate.values,
                 digest: candidate.digest,
-                rule: round_rule.rule.word().to_owned(),
-                contributors: u32::try_from(members.len()).unwrap_or(u32::MAX),
+                rule: plan.rule.to_string(),
+                contributors: u32::try_from(candidate.evidence.len()).unwrap_or(u32::MAX),
                 rolled_back_to: None,
                 released: wall_clock(),
             };
             seconds.observe(begun.elapsed().as_secs_f64());
-            Ok(Box::new(Computed { row, candidate }))
+            let memory = candidate.memory.clone().map(|memory| (row.version, memory));
+            let conclusion = Conclusion {
+                plan,
+                account,
+                memory,
+            };
+            Ok(Box::new(Computed {
+                row,
+                candidate,
+                conclusion,
+            }))
         };
         self.work.spawn(async move {
-            let result = tokio::task::spawn_blocking(work)
-                .await
-                .unwrap_or_else(|error| Err(error.to_string()));
+            // Before a single update is read for the sum.
+            let charged = match &central {
+                Some(central) => central
+                    .charge(&charge_store, round, &charge_terms)
+                    .await
+                    .map(Some),
+                None => Ok(None),
+            };
+            let result = match charged {
+                Ok(charge) => tokio::task::spawn_blocking(move || work(charge))
+                    .await
+                    .unwrap_or_else(|error| Err(error.to_string())),
+                Err(refused) => Err(refused.to_string()),
+            };
+            if let Some(central) = central {
+                let spent = tokio::task::spawn_blocking(move || central.status()).await.ok();
+                status.lock().unwrap_or_else(PoisonError::into_inner).central = spent;
+            }
             Done::Computed { round, result }
         });
     }

@@ -1,50 +1,25 @@
-//! The coordinate-wise median.
+//! The coordinate-wise median (Yin et al. 2018, definition 1).
 
-use super::rows::{Rows, Scalar};
-use super::tiles::{self, Column, LANES};
-use super::{Combined, Rule, RuleError, RuleName};
+use super::RuleError;
+use super::column::Column;
+use super::method::{Method, Plan, Round};
 
 /// The median of every coordinate; for an even number of rows the midpoint of the two middle values.
+///
+/// Breakdown point 1/2. Cost n·d·log²n comparisons in a network, one pass. Memory: one stripe of columns a thread. Under
+/// privacy noise: usable, it keeps 2/π of the mean's efficiency. Sites that differ: poor, minorities drop out.
 #[derive(Debug, Clone, Copy)]
-pub struct Median {
-    byzantine: usize,
-}
+pub(super) struct Median;
 
-impl Median {
-    /// The median; `byzantine` only decides how many rows are needed.
-    pub fn new(byzantine: usize) -> Self {
-        Self { byzantine }
+impl Method for Median {
+    fn needs_gram(&self) -> bool {
+        false
     }
-}
-
-impl Rule for Median {
-    fn name(&self) -> RuleName {
-        RuleName::Median
-    }
-    fn byzantine(&self) -> usize {
-        self.byzantine
-    }
-    fn check(&self, n: usize) -> Result<(), RuleError> {
-        super::minority(n, self.byzantine)
-    }
-    fn combine(&self, rows: &dyn Rows<f32>) -> Result<Combined<f32>, RuleError> {
-        self.check(rows.count())?;
-        tiles::combine(self, rows)
-    }
-    fn combine_f64(&self, rows: &dyn Rows<f64>) -> Result<Combined<f64>, RuleError> {
-        self.check(rows.count())?;
-        tiles::combine(self, rows)
-    }
-}
-
-impl Column for Median {
-    const SORTED: bool = true;
-
-    fn kept(&self, n: usize) -> std::ops::RangeInclusive<usize> {
-        (n - 1) / 2..=n / 2
-    }
-
-    fn combine<T: Scalar>(&self, tile: &[[T; LANES]]) -> [f64; LANES] {
-        tiles::mean_of_rows(&tile[self.kept(tile.len())])
+    fn plan(&self, round: Round<'_>) -> Result<Plan, RuleError> {
+        let (first, last) = ((round.n - 1) / 2, round.n / 2);
+        Ok(Plan::Columns {
+            of: None,
+            column: Column::Ranks { first, last },
+        })
     }
 }

@@ -1,113 +1,72 @@
 //! Rules that combine the updates of a round, blocked by coordinate and parallel over blocks.
 //!
-//! A rule is pure: rows in a fixed order (by `NodeId`), no clock, no entropy. Work is cut into chunks of [`CHUNK`]
-//! coordinates whatever the number of threads, each chunk's sums run in a fixed order in `f64`, and chunk results are
+//! A rule is pure: rows in a fixed order (by `NodeId`), no clock, no entropy; a permutation comes from a seed in the record. Work
+//! is cut into chunks of columns whatever the number of threads, each chunk's sums run in a fixed order, and chunk results are
 //! joined in order: the same rows give the same bits on any core count.
 //!
-//! Rows are read tile by tile straight from stored payloads ([`PayloadRows`]), so no second copy of a round exists in
-//! `f32`. Working memory is one tile of [`LANES`] × n values a thread.
+//! There are two kinds. **Rules of coordinates** ([`mean`], [`median`], [`trimmed_mean`], [`meamed`]) pass over memory once and
+//! sort columns in vector lanes ([`network`]). **Rules of distances** (all others) never touch a row to decide: they see the
+//! inner products of all pairs ([`gram`], one pass), work on n × n numbers, and give one weight a row; a second pass adds up. A
+//! **pre-aggregation** is a linear map of rows ([`mix`]): it changes inner products and weights, or is applied to a stripe of
+//! columns in cache. Mixed rows never exist as a whole.
+//!
+//! Rows are read stripe by stripe straight from stored payloads ([`PayloadRows`]), so no second copy of a round exists in
+//! `f32`.
 //!
 //! Start at [`rule`] (a name and f to a [`Rule`]) and [`Rule::combine`]. A rule never sees an unvalidated row: the values
 //! are finite ([`crate::validate`]).
+#![allow(
+    clippy::inline_always,
+    reason = "what runs under a vector instruction set must be inlined into the function that turns it on"
+)]
+#![allow(
+    rustdoc::private_intra_doc_links,
+    reason = "the files beside this one are its table of contents"
+)]
 
-pub mod mean;
-pub mod median;
+mod arc;
+mod bucketing;
+mod bulyan;
+mod caf;
+mod centered_clipping;
+mod clipping;
+mod column;
+mod compose;
+mod dedup;
+mod eigen;
+mod error;
+mod geometric_median;
+mod gram;
+mod kernel;
+mod krum;
+mod mda;
+mod meamed;
+mod mean;
+mod median;
+mod method;
+mod mix;
+mod monna;
+mod name;
 mod network;
-pub mod rows;
+mod nnm;
+mod options;
+mod rows;
+mod spill;
 mod tiles;
-pub mod trimmed_mean;
+mod trimmed_mean;
 
 use std::fmt;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use compose::{Composed, MixedRows};
+pub use error::RuleError;
+pub use gram::GRAM_ROWS_MAX;
+pub use name::{Base, Before, RuleName, STAGES_MAX};
+pub use options::Options;
 pub use rows::{MatrixRows, PayloadRows, Row, Rows, Scalar};
+pub use spill::{FileRows, SpillError, Width};
 pub use tiles::{CHUNK, LANES};
-
-/// Why rows cannot be combined.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RuleError {
-    /// No rule of this name.
-    #[error("`{0}` is no rule: use mean, median or trimmed_mean")]
-    UnknownRule(String),
-    /// No row.
-    #[error("no updates to combine: at least one is needed")]
-    NoRows,
-    /// Rows without values.
-    #[error("updates without values: at least one coordinate is needed")]
-    NoColumns,
-    /// Half the rows or more are assumed to be hostile.
-    #[error("{f} hostile of {n} updates is no minority: at least {} updates are needed", 2 * f + 1)]
-    TooManyByzantine {
-        /// Assumed number of hostile rows.
-        f: usize,
-        /// Number of rows.
-        n: usize,
-    },
-    /// A row has another length.
-    #[error("update {row} has {found} values, the first one has {expected}: all must be equally long")]
-    Ragged {
-        /// Which row, from 0.
-        row: usize,
-        /// Length of the first row.
-        expected: usize,
-        /// Its length.
-        found: usize,
-    },
-}
-
-/// The rules by name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RuleName {
-    /// Arithmetic mean: best when all are honest, withstands nobody.
-    Mean,
-    /// Coordinate-wise median.
-    Median,
-    /// Coordinate-wise mean without the f lowest and the f highest values.
-    TrimmedMean,
-}
-
-impl RuleName {
-    /// How many of the `byzantine` hostile edges of the configuration the rule withstands: a mean withstands none.
-    pub fn withstands(self, byzantine: usize) -> usize {
-        match self {
-            Self::Mean => 0,
-            Self::Median | Self::TrimmedMean => byzantine,
-        }
-    }
-
-    /// Every rule.
-    pub const ALL: [Self; 3] = [Self::Mean, Self::Median, Self::TrimmedMean];
-
-    /// The name as it is written in files and records.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Mean => "mean",
-            Self::Median => "median",
-            Self::TrimmedMean => "trimmed_mean",
-        }
-    }
-}
-
-impl fmt::Display for RuleName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
-    }
-}
-
-impl FromStr for RuleName {
-    type Err = RuleError;
-
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|rule| rule.word() == s)
-            .ok_or_else(|| RuleError::UnknownRule(s.to_owned()))
-    }
-}
 
 /// What a rule makes of a round.
 #[derive(Debug, Clone, PartialEq)]
@@ -116,6 +75,17 @@ pub struct Combined<T> {
     pub values: Vec<T>,
     /// One for each row, in order: why it counted as it did.
     pub evidence: Vec<RowEvidence>,
+    /// The rule's own score of each row that reached it, where it has one: Krum's distance, or the weight.
+    pub scores: Option<Vec<f64>>,
+    /// The seeded permutation that bucketing drew: row `permutation[i]` came i-th.
+    pub permutation: Option<Vec<usize>>,
+}
+
+/// How much is worked out besides the values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Detail {
+    Values,
+    Evidence,
 }
 
 /// What a round's record keeps about one row; enough to explain the rule's view of it.
@@ -125,7 +95,8 @@ pub struct RowEvidence {
     pub norm: f64,
     /// Euclidean distance from the row to the combined values.
     pub distance: f64,
-    /// Share of coordinates, 0 to 1, in which the row lay outside the values that the rule kept.
+    /// Share of coordinates, 0 to 1, in which the row (or, behind a pre-aggregation, the row that speaks for it) lay outside
+    /// the values that the rule kept; 1 for a row without weight.
     pub trimmed_share: f64,
 }
 
@@ -140,29 +111,28 @@ pub trait Rule: Send + Sync + fmt::Debug {
     /// Whether `n` rows are enough.
     ///
     /// # Errors
-    /// [`RuleError::NoRows`], [`RuleError::TooManyByzantine`].
+    /// [`RuleError::NoRows`], [`RuleError::TooManyByzantine`], and the rule's own condition on n and f.
     fn check(&self, n: usize) -> Result<(), RuleError>;
 
-    /// Combines rows of `f32`; sums are `f64`, rounded once at the end.
+    /// Combines rows of `f32`; weighted sums and means of kept values are `f64`, rounded once at the end.
     ///
     /// # Errors
-    /// Those of [`Rule::check`], and [`RuleError::NoColumns`].
+    /// Those of [`Rule::check`], [`RuleError::NoColumns`], [`RuleError::TooManyPairs`], [`RuleError::NonFinite`].
     fn combine(&self, rows: &dyn Rows<f32>) -> Result<Combined<f32>, RuleError>;
 
     /// The same over `f64`, for the command line.
     ///
     /// # Errors
-    /// As [`Rule::combine`].
+    /// As [`Rule::combine`], and [`RuleError::TooLarge`].
     fn combine_f64(&self, rows: &dyn Rows<f64>) -> Result<Combined<f64>, RuleError>;
 }
 
 /// The rule called `name` that assumes `byzantine` hostile rows.
-pub fn rule(name: RuleName, byzantine: usize) -> Box<dyn Rule> {
-    match name {
-        RuleName::Mean => Box::new(mean::Mean::new(byzantine)),
-        RuleName::Median => Box::new(median::Median::new(byzantine)),
-        RuleName::TrimmedMean => Box::new(trimmed_mean::TrimmedMean::new(byzantine)),
-    }
+///
+/// # Errors
+/// [`Options::check`].
+pub fn rule(name: RuleName, byzantine: usize, options: &Options) -> Result<Box<dyn Rule>, RuleError> {
+    Ok(Box::new(Composed::new(name, byzantine, options)?))
 }
 
 /// The common check: some row, and hostile ones in the minority.

@@ -1,38 +1,134 @@
 //! Where a rule reads its rows from.
 
+use std::ops::{Add, Mul, Sub};
+
 use bytes::Bytes;
+use pulp::Simd;
 use theriac_protocol::compress::{decode_range, payload_len};
 use theriac_protocol::message::Encoding;
 
-use super::RuleError;
+use super::mix::{self, TILE};
+use super::network::{self, Op};
+use super::tiles::LANES;
+use super::{RuleError, kernel};
 
 /// A number that rules work on: `f32` on the network, `f64` at the command line as well.
-pub trait Scalar: Copy + Default + PartialOrd + Send + Sync + Into<f64> + 'static {
+pub trait Scalar:
+    Copy
+    + Default
+    + PartialOrd
+    + Send
+    + Sync
+    + Into<f64>
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + std::fmt::Debug
+    + 'static
+{
+    /// Largest magnitude whose squares, summed over any number of columns, are finite in `f64`.
+    const SQUARE_MAX: f64;
     /// Rounds a sum back.
     fn round_from(value: f64) -> Self;
     /// A total order; all values are finite, so only the two zeros are told apart.
     fn order(&self, other: &Self) -> std::cmp::Ordering;
+    /// Scales a block of a row by a power of two where its squares would not fit; what one unit then stands for.
+    fn bring_in_range(row: &mut [Self]) -> f64;
+    /// Runs the comparators of a sorting network on a tile of columns.
+    #[doc(hidden)]
+    fn sort<S: Simd>(simd: S, ops: &[Op], tile: &mut [[Self; LANES]]);
+    /// `start` less the rows `minus` and plus the rows `plus` of a tile, one after another.
+    #[doc(hidden)]
+    fn sum_rows<S: Simd>(
+        simd: S,
+        start: &[Self; TILE],
+        minus: &[u32],
+        plus: &[u32],
+        tile: &[[Self; TILE]],
+    ) -> [Self; TILE];
+    /// Sum of squares, roughly: it only decides which rows the centre of a block is made of.
+    fn square_sum(row: &[Self]) -> f64;
+    /// Calls `take(i, j, sum)` with the inner products of rows `i ≥ j` of `[rows][1024]` values.
+    fn inner_products<S: Simd>(simd: S, values: &[Self], take: &mut impl FnMut(usize, usize, f64));
 }
 
 impl Scalar for f32 {
+    const SQUARE_MAX: f64 = f64::INFINITY;
+
     #[expect(
         clippy::cast_possible_truncation,
         reason = "this is the one rounding of a sum"
     )]
+    #[inline(always)]
     fn round_from(value: f64) -> Self {
         value as Self
     }
     fn order(&self, other: &Self) -> std::cmp::Ordering {
         self.total_cmp(other)
     }
+    #[inline(always)]
+    fn bring_in_range(row: &mut [Self]) -> f64 {
+        kernel::bring_in_range_f32(row)
+    }
+    #[inline(always)]
+    fn sort<S: Simd>(simd: S, ops: &[Op], tile: &mut [[Self; LANES]]) {
+        network::sort_f32(simd, ops, tile);
+    }
+    #[inline(always)]
+    fn sum_rows<S: Simd>(
+        simd: S,
+        start: &[Self; TILE],
+        minus: &[u32],
+        plus: &[u32],
+        tile: &[[Self; TILE]],
+    ) -> [Self; TILE] {
+        mix::sum_rows_f32(simd, start, minus, plus, tile)
+    }
+    #[inline(always)]
+    fn square_sum(row: &[Self]) -> f64 {
+        kernel::square_sum_f32(row)
+    }
+    #[inline(always)]
+    fn inner_products<S: Simd>(simd: S, values: &[Self], take: &mut impl FnMut(usize, usize, f64)) {
+        kernel::inner_products_f32(simd, values, take);
+    }
 }
 
 impl Scalar for f64 {
+    const SQUARE_MAX: f64 = 1e140;
+
+    #[inline(always)]
     fn round_from(value: f64) -> Self {
         value
     }
     fn order(&self, other: &Self) -> std::cmp::Ordering {
         self.total_cmp(other)
+    }
+    #[inline(always)]
+    fn bring_in_range(_row: &mut [Self]) -> f64 {
+        1.0
+    }
+    #[inline(always)]
+    fn sort<S: Simd>(simd: S, ops: &[Op], tile: &mut [[Self; LANES]]) {
+        network::sort_f64(simd, ops, tile);
+    }
+    #[inline(always)]
+    fn sum_rows<S: Simd>(
+        simd: S,
+        start: &[Self; TILE],
+        minus: &[u32],
+        plus: &[u32],
+        tile: &[[Self; TILE]],
+    ) -> [Self; TILE] {
+        mix::sum_rows_f64(simd, start, minus, plus, tile)
+    }
+    #[inline(always)]
+    fn square_sum(row: &[Self]) -> f64 {
+        row.iter().map(|value| value * value).sum()
+    }
+    #[inline(always)]
+    fn inner_products<S: Simd>(_simd: S, values: &[Self], take: &mut impl FnMut(usize, usize, f64)) {
+        kernel::inner_products_f64(values, take);
     }
 }
 
@@ -44,6 +140,11 @@ pub trait Rows<T>: Sync {
     fn dimension(&self) -> usize;
     /// Copies values `start..start + out.len()` of one row.
     fn read(&self, row: usize, start: usize, out: &mut [T]);
+    /// The same without a copy where the values are in memory as they are; else in `buffer`.
+    fn piece<'a>(&'a self, row: usize, start: usize, buffer: &'a mut [T]) -> &'a [T] {
+        self.read(row, start, buffer);
+        buffer
+    }
 }
 
 /// A stored update: its payload as it came.
@@ -163,5 +264,8 @@ impl<T: Scalar> Rows<T> for MatrixRows<T> {
     fn read(&self, row: usize, start: usize, out: &mut [T]) {
         let at = row * self.dimension + start;
         out.copy_from_slice(&self.values[at..at + out.len()]);
+    }
+    fn piece<'a>(&'a self, row: usize, start: usize, buffer: &'a mut [T]) -> &'a [T] {
+        &self.values[row * self.dimension + start..][..buffer.len()]
     }
 }

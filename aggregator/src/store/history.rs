@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension as _};
 use serde::Serialize;
+use theriac_privacy::central::CentralRound;
+use theriac_protocol::message::AnnounceV1;
 use theriac_protocol::units::{Digest, Round};
 
 use super::{StoreError, from_sql, to_sql};
@@ -99,6 +101,9 @@ pub struct RoundDetail {
     pub declines: BTreeMap<String, String>,
     /// Nodes of which an update was refused for good, and why.
     pub refusals: BTreeMap<String, String>,
+    /// Noise of the centre that was charged for it; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub central_noise: Option<CentralRound>,
 }
 
 /// What the record holds of one update.
@@ -118,6 +123,25 @@ pub struct UploadDetail {
     pub trimmed_share: Option<f64>,
     /// Position of its verdict in the audit log.
     pub leaf_index: u64,
+}
+
+/// The terms of a round as they were announced.
+///
+/// # Errors
+/// [`StoreError::NotFound`], [`StoreError::Corrupt`], [`StoreError::Database`].
+pub fn announced(connection: &Connection, round: Round) -> Result<AnnounceV1, StoreError> {
+    let query = "SELECT terms FROM round WHERE round = ?1";
+    let text: Option<String> = connection
+        .query_row(query, [to_sql(round.0)], |row| row.get(0))
+        .optional()?;
+    let text = text.ok_or_else(|| StoreError::NotFound {
+        what: "round",
+        name: round.to_string(),
+    })?;
+    serde_json::from_str(&text).map_err(|error| StoreError::Corrupt {
+        row: format!("terms of round {round}"),
+        reason: error.to_string(),
+    })
 }
 
 /// One round.
@@ -164,5 +188,6 @@ pub fn detail(connection: &Connection, round: Round) -> Result<RoundDetail, Stor
         uploads,
         declines: reasons("SELECT node, declined FROM cohort WHERE round = ?1 AND declined IS NOT NULL")?,
         refusals: reasons("SELECT node, refused FROM cohort WHERE round = ?1 AND refused IS NOT NULL")?,
+        central_noise: None,
     })
 }

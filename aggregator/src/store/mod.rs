@@ -3,13 +3,14 @@
 //! - [`Database`] is one connection, used directly by the commands.
 //! - [`Store`] is what the running server shares: one thread owns the writing connection and commits everything that waits
 //!   in one transaction (**group commit**), so a hundred uploads cost one synchronisation of the disk.
-//! - [`records`] (sites), [`models`], [`rounds`], [`history`] and [`tokens`] are what is read and written; [`schema`] holds the tables,
+//! - [`records`] (sites), [`models`], [`rounds`], [`history`], [`evidence`] and [`tokens`] are what is read and written; [`schema`] holds the tables,
 //!   [`blob`] payloads too large for a row.
 //!
 //! Acknowledged means durable: a write's answer comes after its commit returned with `synchronous = FULL`. The one
 //! exception is [`Urgency::Lazy`], which says so.
 
 pub mod blob;
+pub mod evidence;
 pub mod history;
 pub mod models;
 pub mod records;

@@ -14,7 +14,7 @@ use super::blob::BlobStore;
 pub use super::history::{RoundDetail, RoundRow, UploadDetail, detail, list, outcomes};
 use super::models::{self, ModelRow};
 use super::records::{self, node_id};
-use super::{StoreError, Work, from_sql, to_sql, wall_clock};
+use super::{StoreError, Work, evidence, from_sql, to_sql, wall_clock};
 use crate::robust::{Row, RowEvidence, RuleName};
 
 /// What a round runs under besides its announcement.
@@ -80,7 +80,7 @@ pub fn open(
             announce.base_digest.0,
             terms,
             digest.0,
-            rule.rule.word(),
+            rule.rule.to_string(),
             to_sql(rule.byzantine as u64),
             to_sql(rule.quorum as u64),
             to_sql(now.0),
@@ -97,7 +97,7 @@ pub fn open(
         base_version: announce.base_version,
         base_digest: announce.base_digest,
         terms_digest: digest,
-        rule: rule.rule.word().to_owned(),
+        rule: rule.rule.to_string(),
         quorum: u32::try_from(rule.quorum).unwrap_or(u32::MAX),
     })?;
     Ok(())
@@ -164,7 +164,7 @@ pub fn insert_upload(
         verdict: UpdateDecision::Accepted,
         reason: None,
         payload_digest: header.payload_digest,
-        rule: rule.word().to_owned(),
+        rule: rule.to_string(),
         ledger_head: header.privacy.ledger_head,
     })?;
     let in_row = models::fits_row(payload.len());
@@ -218,7 +218,7 @@ pub fn refuse_upload(
         verdict: UpdateDecision::Refused,
         reason: Some(code),
         payload_digest: header.payload_digest,
-        rule: rule.word().to_owned(),
+        rule: rule.to_string(),
         ledger_head: header.privacy.ledger_head,
     })?;
     work.connection()
@@ -231,6 +231,9 @@ pub fn refuse_upload(
                  ON CONFLICT (round, node) DO UPDATE SET refused = ?3",
             )?
             .execute((to_sql(header.round.0), node.as_str(), code.word()))?;
+    }
+    if code == RefusalCode::RoundClosed {
+        evidence::record_late(work, header.round, header, node)?;
     }
     records::count_refusal(work, node, code)
 }
@@ -372,7 +375,7 @@ pub fn publish(
 /// # Errors
 /// [`StoreError::Database`], [`StoreError::Full`].
 pub fn abort(work: &Work<'_>, round: Round, reason: AbortReason) -> Result<(), StoreError> {
-    work.connection().execute(
+    let ended = work.connection().execute(
         "UPDATE round SET state = 'aborted', closed_unix_ms = ?2, abort_reason = ?3 WHERE round = ?1 AND state = 'open'",
         (to_sql(round.0), to_sql(wall_clock().0), abort_word(reason)),
     )?;
@@ -385,6 +388,10 @@ pub fn abort(work: &Work<'_>, round: Round, reason: AbortReason) -> Result<(), S
         outcome: RoundOutcome::Aborted(reason),
         members,
     })?;
+    // One that had ended before has its records.
+    if ended == 1 {
+        evidence::record_aborted(work, round)?;
+    }
     Ok(())
 }
 
@@ -397,7 +404,8 @@ pub fn abort_word(reason: AbortReason) -> &'static str {
     }
 }
 
-/// Deletes payloads of rounds (and models of rounds) at or before `last`; rows and their digests stay.
+/// Deletes payloads of rounds (and models of rounds) at or before `last`; rows and their digests stay, and so do the models that later rounds
+/// build on: those rounds can be done again.
 ///
 /// # Errors
 /// [`StoreError::Database`].
@@ -410,8 +418,13 @@ pub fn forget_payloads(work: &Work<'_>, last: Round) -> Result<(), StoreError> {
     work.connection().execute(
         "UPDATE model SET place = 'gone', payload = NULL WHERE round BETWEEN 1 AND ?1 AND place <> 'gone'
              AND version < (SELECT max(version) FROM model)
-             AND version NOT IN (SELECT base_version FROM round WHERE state = 'open')",
+             AND version NOT IN (SELECT base_version FROM round WHERE state = 'open' OR round > ?1)",
         [last],
+    )?;
+    work.connection().execute(
+        "UPDATE optimizer_state SET place = 'gone', payload = NULL WHERE place <> 'gone'
+             AND version IN (SELECT version FROM model WHERE place = 'gone')",
+        [],
     )?;
     Ok(())
 }
@@ -422,7 +435,8 @@ pub fn forget_payloads(work: &Work<'_>, last: Round) -> Result<(), StoreError> {
 /// [`StoreError::Database`].
 pub fn named_blobs(connection: &Connection) -> Result<BTreeSet<Digest>, StoreError> {
     let mut statement = connection.prepare_cached(
-        "SELECT payload_digest FROM upload WHERE place = 'blob' UNION SELECT digest FROM model WHERE place = 'blob'",
+        "SELECT payload_digest FROM upload WHERE place = 'blob' UNION SELECT digest FROM model WHERE place = 'blob'
+             UNION SELECT digest FROM optimizer_state WHERE place = 'blob'",
     )?;
     let rows = statement.query_map([], |row| Ok(Digest(row.get(0)?)))?;
     Ok(rows.collect::<Result<_, _>>()?)

@@ -8,7 +8,7 @@ use super::StoreError;
 pub const APPLICATION_ID: i32 = 0x5468_4167;
 
 /// Migrations in order; the file's `user_version` is the number that have run. **A shipped one is never edited.**
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     r"
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
@@ -136,6 +136,36 @@ CREATE TABLE audit_leaf (
      ) STRICT, WITHOUT ROWID;
      INSERT OR IGNORE INTO revoked_key (fingerprint, node)
          SELECT key_fingerprint, node FROM site WHERE state = 'revoked';",
+    // Why every site counted as it did, chained by hash; what each has earned; what a round was combined with; the memory of
+    // a server optimiser after each model.
+    "CREATE TABLE decision (
+         seq      INTEGER PRIMARY KEY CHECK (seq > 0),
+         round    INTEGER NOT NULL,
+         node     TEXT NOT NULL,
+         decision TEXT NOT NULL,
+         record   TEXT NOT NULL,
+         hash     BLOB NOT NULL CHECK (length(hash) = 32),
+         UNIQUE (round, node, decision)
+     ) STRICT;
+     CREATE INDEX decisions_of_site ON decision (node, seq);
+     CREATE TABLE reputation (
+         node       TEXT PRIMARY KEY,
+         reputation TEXT NOT NULL
+     ) STRICT, WITHOUT ROWID;
+     CREATE TABLE round_plan (
+         round      INTEGER PRIMARY KEY REFERENCES round (round),
+         plan       TEXT NOT NULL,
+         first_seq  INTEGER NOT NULL,
+         last_seq   INTEGER NOT NULL,
+         leaf_index INTEGER NOT NULL
+     ) STRICT;
+     CREATE TABLE optimizer_state (
+         version INTEGER PRIMARY KEY REFERENCES model (version),
+         digest  BLOB NOT NULL CHECK (length(digest) = 32),
+         place   TEXT NOT NULL CHECK (place IN ('row', 'blob', 'gone')),
+         payload BLOB,
+         CHECK ((place = 'row') = (payload IS NOT NULL))
+     ) STRICT;",
 ];
 
 /// Newest version of the tables that this build knows.

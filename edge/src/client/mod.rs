@@ -15,12 +15,15 @@ use bytes::Bytes;
 use rand::Rng as _;
 use theriac_audit::seal::verify_seal;
 use theriac_certs::{Identity, files, trust};
-use theriac_model::gate::GateOutcome;
-use theriac_model::global::{GlobalError, GlobalModel, delta_layout, model_layout, moments_layout};
+use theriac_model::gate::Judgement;
+use theriac_model::global::{
+    GlobalError, GlobalModel, delta_layout, gradient_layout, linear_model_layout, model_layout,
+    moments_layout,
+};
 use theriac_privacy::ledger::{LedgerError, Seal};
 use theriac_protocol::message::{
-    AnnounceV1, FEATURE_LEDGER_SEAL, FetchModelV1, HelloV1, LedgerSealV1, ModelV1, PROTOCOL_MAX,
-    PROTOCOL_MIN, ToAggregator, ToEdge,
+    AnnounceV1, FEATURE_GRADIENT, FEATURE_LEDGER_SEAL, FetchModelV1, HelloV1, LedgerSealV1, ModelV1,
+    PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
 };
 use theriac_protocol::participant::{Input, LayoutDigests, Output, Participant, ParticipantConfig};
 use theriac_protocol::refusal::RefusalCode;
@@ -134,6 +137,9 @@ struct Driver {
     unjudged: bool,
     /// Whether this session's aggregator was told what our policy guarantees.
     declared: bool,
+    /// Whether the first seal of this session was read and our ledger holds what it signs. Before that nothing is charged or trained: the ledger may be
+    /// an old copy that has grown.
+    sealed: bool,
     /// Addresses of the aggregator's name that did not answer in a row.
     dials: usize,
     epoch: Instant,
@@ -144,7 +150,7 @@ struct Judging {
     version: ModelVersion,
     /// Whether the participant waits for the verdict; a model that came during the warm-up is judged again without.
     asked: bool,
-    outcome: JoinHandle<GateOutcome>,
+    outcome: JoinHandle<Judgement>,
 }
 
 /// Why a session ended.
@@ -346,8 +352,10 @@ impl Driver {
             clip_norm_max: None,
             layout_digests: LayoutDigests {
                 model: Digest(model_layout(channels).digest()),
+                linear_model: Digest(linear_model_layout(channels).digest()),
                 moments: Digest(moments_layout(channels).digest()),
                 delta: Digest(delta_layout(channels).digest()),
+                gradient: Digest(gradient_layout(channels).digest()),
             },
         };
         let base = held.as_ref().map_or(
@@ -378,6 +386,7 @@ impl Driver {
             judging: None,
             unjudged,
             declared: false,
+            sealed: false,
             dials: 0,
             epoch,
         })
@@ -440,7 +449,7 @@ impl Driver {
         );
         // The address that answered is tried first again.
         self.dials = self.dials.wrapping_sub(1);
-        self.declared = false;
+        (self.declared, self.sealed) = (false, false);
         self.client.metrics.connected.set(1);
         self.client.board.update(|status| {
             status.federation = Federation::Connected;
@@ -461,7 +470,9 @@ impl Driver {
             protocol_min: PROTOCOL_MIN,
             protocol_max: PROTOCOL_MAX,
             software: concat!("theriac-edge ", env!("CARGO_PKG_VERSION")).to_owned(),
-            features: vec![FEATURE_LEDGER_SEAL.to_owned()],
+            features: [FEATURE_LEDGER_SEAL, FEATURE_GRADIENT]
+                .map(str::to_owned)
+                .to_vec(),
             profile: schema.name.clone(),
             profile_digest: Digest(schema.digest()),
             layout_digest: Digest(model_layout(schema.channels()).digest()),
@@ -493,8 +504,11 @@ impl Driver {
             let input = tokio::select! {
                 () = shutdown.wait() => break Ended::ByUs,
                 message = receiver.recv() => match message {
-                    Ok(ToEdge::Seal(seal)) => match self.sealed(seal, &mut sender).await {
-                        Ok(()) => None,
+                    Ok(ToEdge::Seal(seal)) => match self.read_seal(seal, &mut sender).await {
+                        Ok(()) => {
+                            self.may_train();
+                            None
+                        }
                         Err(ended) => break ended,
                     },
                     Ok(message) => match self.received(message) {
@@ -516,6 +530,7 @@ impl Driver {
                 None => self.participant.handle_timeout(now),
             }
         };
+        self.sealed = false;
         self.participant.handle(self.now(), Input::Disconnected);
         if let Err(reason) = self.carry_out(None).await {
             tracing::debug!(reason, "left undone at the end of the session");
@@ -570,7 +585,7 @@ impl Driver {
     }
 
     /// Keeps what the aggregator has signed of our ledger, and answers the first seal of a session with what our policy guarantees.
-    async fn sealed(&mut self, seal: LedgerSealV1, sender: &mut EdgeSender) -> Result<(), Ended> {
+    async fn read_seal(&mut self, seal: LedgerSealV1, sender: &mut EdgeSender) -> Result<(), Ended> {
         let lost = |error: String| Ended::Lost(error);
         if !std::mem::replace(&mut self.declared, true) {
             let guarantee = self.client.with_releaser(|releaser| releaser.guarantee()).await;

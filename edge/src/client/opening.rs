@@ -233,7 +233,10 @@ pub fn trusted_key(config: &EdgeConfig, dir: &StateDir) -> Result<Option<PolicyP
 }
 
 /// This edge's own key, if it ever made one.
-fn own_key(dir: &StateDir) -> Result<Option<PolicyKey>, Barred> {
+///
+/// # Errors
+/// [`Barred::OwnKey`]
+pub fn own_key(dir: &StateDir) -> Result<Option<PolicyKey>, Barred> {
     let path = dir.policy_key();
     if !path.exists() {
         return Ok(None);

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use theriac_model::gate::{self, GateOutcome};
+use theriac_model::gate::{self, Evidence, GateOutcome, Judgement};
 use theriac_model::global::{GlobalError, GlobalModel};
 use theriac_protocol::message::{AnnounceV1, DeclineReason, GateVerdict, ToAggregator, VerdictV1};
 use theriac_protocol::participant::{Input, ParticipantEvent};
@@ -56,7 +56,7 @@ pub(super) enum Answer {
     Judged {
         version: ModelVersion,
         asked: bool,
-        outcome: Result<GateOutcome, JoinError>,
+        outcome: Result<Judgement, JoinError>,
     },
 }
 
@@ -200,9 +200,9 @@ pub(super) fn told(verdict: VerdictV1) -> Option<ToAggregator> {
 
 impl Driver {
     /// Begins a training, or lets it wait for the one at hand, whose thread cannot be ended: the aggregator announces as
-    /// often as it likes, and gets one thread. Only the latest announcement waits.
+    /// often as it likes, and gets one thread. Only the latest announcement waits. It waits as well until the session's first seal was read.
     pub(super) fn train(&mut self, announce: AnnounceV1) {
-        if self.training.is_some() {
+        if self.training.is_some() || !self.sealed {
             self.announced = Some(announce);
             return;
         }
@@ -220,6 +220,16 @@ impl Driver {
             .filter(|row| row.round == round && row.nonce == nonce);
         let work = self.client.clone().make_update(announce, base, stored);
         self.training = Some((round, nonce, tokio::spawn(work)));
+    }
+
+    /// The session's seal was read and our ledger holds it: what was announced before may begin.
+    pub(super) fn may_train(&mut self) {
+        self.sealed = true;
+        if self.training.is_none()
+            && let Some(announce) = self.announced.take()
+        {
+            self.train(announce);
+        }
     }
 
     /// What ended work means for the participant.
@@ -279,7 +289,7 @@ impl Driver {
                 self.judging = Some(Judging {
                     version,
                     asked: true,
-                    outcome: tokio::spawn(async { outcome }),
+                    outcome: tokio::spawn(async { outcome.into() }),
                 });
                 return;
             }
@@ -322,14 +332,15 @@ impl Driver {
         let outcome = tokio::task::spawn_blocking(move || {
             first();
             let Some(detector) = lane.detector() else {
-                return GateOutcome::TooFewRows;
+                return GateOutcome::TooFewRows.into();
             };
             let history = lane.history().quiet(GATE_ROWS);
-            match gate::judge(&detector, &history, &model) {
+            let judgement = gate::judge(&detector, &history, &model);
+            match judgement.outcome {
                 // The model's own values were finite when it was read, so this is about what came of this host's rows:
                 // it is no verdict to tell, nor to turn the model down for.
-                GateOutcome::NonFinite => GateOutcome::WorseOnTail,
-                outcome => outcome,
+                GateOutcome::NonFinite => GateOutcome::WorseOnTail.into(),
+                _ => judgement,
             }
         });
         self.judging = Some(Judging {
@@ -339,7 +350,11 @@ impl Driver {
         });
     }
 
-    fn apply(&mut self, version: ModelVersion, outcome: Result<GateOutcome, JoinError>) -> GateVerdict {
+    fn apply(&mut self, version: ModelVersion, outcome: Result<Judgement, JoinError>) -> GateVerdict {
+        let (outcome, evidence) = match outcome {
+            Ok(judgement) => (Ok(judgement.outcome), judgement.evidence),
+            Err(join) => (Err(join), None),
+        };
         let verdict = match outcome {
             Ok(GateOutcome::Accepted(detector)) => {
                 self.accept(version, *detector);
@@ -363,11 +378,18 @@ impl Driver {
         };
         self.unjudged = verdict == GateVerdict::TooFewRows;
         let word = verdict_word(verdict);
-        tracing::info!(version = version.0, verdict = word, "published model judged");
+        let reason = reason(verdict, evidence.as_ref());
+        tracing::info!(
+            version = version.0,
+            verdict = word,
+            reason,
+            "published model judged"
+        );
         self.client.metrics.gate_verdicts.get_or_create(&kind(word)).inc();
-        self.client
-            .board
-            .update(|status| word.clone_into(&mut status.gate));
+        self.client.board.update(|status| {
+            word.clone_into(&mut status.gate);
+            status.gate_reason = Some(format!("model {}: {reason}", version.0));
+        });
         verdict
     }
 
@@ -486,6 +508,22 @@ fn verdict_word(verdict: GateVerdict) -> &'static str {
         GateVerdict::LayoutMismatch => "layout_mismatch",
         GateVerdict::Stale => "stale",
         GateVerdict::TooFewRows => "too_few_rows",
+    }
+}
+
+/// Why the gate decided so, for this host's operator alone: it says something about the host's rows.
+fn reason(verdict: GateVerdict, evidence: Option<&Evidence>) -> String {
+    match (verdict, evidence) {
+        (_, Some(evidence)) => evidence.to_string(),
+        (GateVerdict::Accepted, None) => "it passed".to_owned(),
+        (GateVerdict::WorseOnTail, None) => "no fit on this host's rows came of it".to_owned(),
+        (GateVerdict::NonFinite, None) => "one of its values is not a finite number".to_owned(),
+        (GateVerdict::LayoutMismatch, None) => "it is for other channels".to_owned(),
+        (GateVerdict::Stale, None) => "a newer one is in use".to_owned(),
+        (GateVerdict::TooFewRows, None) => format!(
+            "fewer than {} quiet rows, or no detector yet; it is judged when there are",
+            gate::GATE_ROWS_MIN
+        ),
     }
 }
 

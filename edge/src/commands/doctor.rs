@@ -16,7 +16,7 @@ use theriac_heal::checkpoint::state_check::StateVerdict;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::model_layout;
 use theriac_privacy::ledger::Ledger;
-use theriac_protocol::message::{HelloV1, PROTOCOL_MAX, PROTOCOL_MIN};
+use theriac_protocol::message::{FEATURE_GRADIENT, HelloV1, PROTOCOL_MAX, PROTOCOL_MIN};
 use theriac_protocol::units::{Digest, ModelVersion, NoiseMultiplier};
 use theriac_transport::{ConnectError, Limits, bind_client, connect};
 
@@ -120,7 +120,8 @@ pub(super) async fn doctor<W: Write>(
     let page = page(&dir).await;
     for service in &config.services {
         if let Some(state) = &service.state {
-            checks.push(checkpoints(&dir, service.name.as_str(), state, page.as_ref()).await);
+            let proof = crate::postgres::is_postgres(service);
+            checks.push(checkpoints(&dir, service.name.as_str(), state, proof, page.as_ref()).await);
         }
     }
     checks.push(match joined {
@@ -363,11 +364,22 @@ fn ledger(config: &EdgeConfig, dir: &StateDir) -> Check {
 }
 
 /// Copies of a service's state: how many there are, and whether another one can be taken.
-async fn checkpoints(dir: &StateDir, service: &str, state: &StateSettings, page: Option<&Status>) -> Check {
+async fn checkpoints(
+    dir: &StateDir,
+    service: &str,
+    state: &StateSettings,
+    needs_proof: bool,
+    page: Option<&Status>,
+) -> Check {
     const NAME: &str = "checkpoints";
     let valid = std::fs::read_dir(dir.checkpoints().join(service))
         .ok()
-        .and_then(|_| open_checkpoints(dir, service, state).ok()?.list().ok())
+        .and_then(|_| {
+            open_checkpoints(dir, service, state, needs_proof)
+                .ok()?
+                .list()
+                .ok()
+        })
         .map_or(0, |list| list.len());
     let detail = |what: &str| format!("{service}: {valid} valid{what}");
     let running = page.and_then(|page| page.services.iter().find(|line| line.name == service));
@@ -519,7 +531,7 @@ fn hello(config: &EdgeConfig, dir: &StateDir) -> Option<HelloV1> {
         protocol_min: PROTOCOL_MIN,
         protocol_max: PROTOCOL_MAX,
         software: concat!("theriac-edge doctor ", env!("CARGO_PKG_VERSION")).to_owned(),
-        features: Vec::new(),
+        features: vec![FEATURE_GRADIENT.to_owned()],
         profile: schema.name.clone(),
         profile_digest: Digest(schema.digest()),
         layout_digest: Digest(model_layout(schema.channels()).digest()),

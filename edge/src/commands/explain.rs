@@ -102,7 +102,7 @@ pub(super) fn words(detector: &Detector, explained: &Explained, clock: &Clock) -
 }
 
 /// The causes that are worth telling.
-fn leading(causes: &[ChannelCause]) -> impl Iterator<Item = &ChannelCause> {
+pub(super) fn leading(causes: &[ChannelCause]) -> impl Iterator<Item = &ChannelCause> {
     let least = causes
         .first()
         .map_or(0.0, |cause| STRENGTH_SHARE_MIN * cause.strength);
@@ -110,6 +110,37 @@ fn leading(causes: &[ChannelCause]) -> impl Iterator<Item = &ChannelCause> {
         .iter()
         .take(CAUSES_MAX)
         .filter(move |cause| cause.strength >= least)
+}
+
+/// A share of many channels' residuals is often below one per cent, which is not none.
+pub(super) fn percent(share: f32) -> String {
+    let digits = usize::from(share < 0.01);
+    format!("{:.digits$} %", 100.0 * share)
+}
+
+/// What the detector was fitted on and how strongly it leans on what others learnt.
+pub(super) fn model_words(detector: &Detector) -> String {
+    let provenance = detector.provenance();
+    let prior = if provenance.model_version > 0 {
+        format!(
+            "model {} of round {} ({}, {} sites)",
+            provenance.model_version, provenance.round, provenance.rule, provenance.training_sites
+        )
+    } else {
+        "the public constant".to_owned()
+    };
+    let strength = |lambda: Option<f64>| {
+        lambda.map_or_else(|| "not at all".to_owned(), |lambda| format!("lambda {lambda:.0}"))
+    };
+    let leans = match detector.leaning() {
+        [None, None] => "it leans on no other weights".to_owned(),
+        [own, full] => format!(
+            "it leans on {prior}: own lags {}, all lags {}",
+            strength(own),
+            strength(full)
+        ),
+    };
+    format!("detector: fitted on {} rows; {leans}", detector.rows())
 }
 
 fn cause_view(detector: &Detector, cause: &ChannelCause, clock: &Clock) -> CauseView {
@@ -130,7 +161,7 @@ fn cause_row(detector: &Detector, cause: &ChannelCause, clock: &Clock) -> Vec<St
     let since = cause.since.and_then(|row| usize::try_from(row).ok());
     vec![
         name(detector, cause),
-        format!("{:.0} %", 100.0 * cause.residual_share),
+        percent(cause.residual_share),
         format!("{:.1} spreads {way}", cause.change.abs()),
         since.map_or("-".to_owned(), |row| clock.words(row)),
     ]

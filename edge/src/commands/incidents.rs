@@ -1,4 +1,4 @@
-//! `incidents list`, `incidents show`, `incidents why`, and the decisions of people: `actions list`, `approve`, `deny`.
+//! `incidents list`, `incidents show`, `incidents why`, `incidents accept`, and the decisions of people: `actions list`, `approve`, `deny`.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -35,6 +35,10 @@ pub(super) enum IncidentsCommand {
     /// Tells in words what was seen, considered, done and found.
     #[command(after_help = "Example:\n  theriac-edge incidents why 3")]
     Why(OneIncident),
+    /// Says that what an open incident is about is normal now, such as the level after a new release: the alarm ends and the
+    /// running edge learns from the rows that follow.
+    #[command(after_help = "Example:\n  theriac-edge incidents accept 3")]
+    Accept(OneIncident),
 }
 
 #[derive(Debug, Subcommand)]
@@ -95,6 +99,7 @@ pub(super) fn incidents<W: Write>(
             output.result(&value, why.trim_end()).map_err(unprinted)?;
             Ok(ExitCode::SUCCESS)
         }
+        IncidentsCommand::Accept(one) => one.accept(output),
     }
 }
 
@@ -125,6 +130,41 @@ impl OneIncident {
             Problem::failed("TH-E0331", format!("there is no incident {}", self.id))
                 .hint("`theriac-edge incidents list` shows their numbers")
         })
+    }
+
+    fn accept<W: Write>(&self, output: &mut Output<W>) -> Result<ExitCode, Problem> {
+        let incident = self.find()?;
+        let refused = |text: String, hint: &str| Err(Problem::failed("TH-E0336", text).hint(hint.to_owned()));
+        if incident.state.is_closed() {
+            return refused(
+                format!(
+                    "incident {} is {}: nothing is left to accept",
+                    self.id, incident.state
+                ),
+                "`theriac-edge incidents list` shows which are open",
+            );
+        }
+        if !incident.class.from_detector() {
+            return refused(
+                format!(
+                    "incident {} is a {}, which cannot be normal",
+                    self.id, incident.class
+                ),
+                "only what the detector found can be accepted; `theriac-edge incidents why` tells what happened",
+            );
+        }
+        if let Some(reader) = reader(&self.config)? {
+            reader.accept_new_normal(incident.id).map_err(failed)?;
+        }
+        let value = serde_json::json!({
+            "incident": self.id, "service": incident.service, "decision": "new_normal",
+        });
+        let words = format!(
+            "incident {} taken for a new normal of {}; the running edge ends the alarm and gathers rows for a new model",
+            self.id, incident.service
+        );
+        output.result(&value, words).map_err(unprinted)?;
+        Ok(ExitCode::SUCCESS)
     }
 
     fn decide<W: Write>(&self, approve: bool, output: &mut Output<W>) -> Result<ExitCode, Problem> {

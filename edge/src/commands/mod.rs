@@ -1,11 +1,13 @@
 //! The command line: one function for each command, results through one writer, problems with code and hint.
 
+mod checkpoints;
 mod doctor;
 mod explain;
 mod incidents;
 mod join;
 mod model;
 mod picture;
+mod policy;
 mod privacy;
 mod run;
 mod status;
@@ -107,6 +109,27 @@ enum Command {
     /// Actions that wait for a person.
     #[command(subcommand, after_help = "Example:\n  theriac-edge actions approve 3")]
     Actions(incidents::ActionsCommand),
+    /// Copies of the services' states.
+    #[command(subcommand, after_help = "Example:\n  theriac-edge checkpoints list")]
+    Checkpoints(checkpoints::CheckpointsCommand),
+    /// The signed policy of healing.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  theriac-edge policy check --config edge.toml"
+    )]
+    Policy(policy::PolicyCommand),
+    /// Begins no action any more, within a second; watching goes on.
+    #[command(after_help = "Example:\n  theriac-edge stop-healing --config edge.toml")]
+    StopHealing {
+        #[command(flatten)]
+        config: ConfigArguments,
+    },
+    /// Ends `stop-healing`.
+    #[command(after_help = "Example:\n  theriac-edge resume-healing --config edge.toml")]
+    ResumeHealing {
+        #[command(flatten)]
+        config: ConfigArguments,
+    },
     /// What was spent of the privacy budget.
     #[command(subcommand, after_help = "Example:\n  theriac-edge privacy status")]
     Privacy(privacy::PrivacyCommand),
@@ -186,7 +209,11 @@ pub async fn execute(arguments: Arguments, out: &mut (dyn Write + Send)) -> Resu
         Command::Status(arguments) => status::status(&arguments, &mut output).await,
         Command::Incidents(command) => incidents::incidents(command, &mut output),
         Command::Actions(command) => incidents::actions(command, &mut output),
+        Command::Checkpoints(command) => Box::pin(checkpoints::checkpoints(command, &mut output)).await,
         Command::Privacy(command) => privacy::privacy(command, &mut output),
+        Command::Policy(command) => policy::policy(command, &mut output),
+        Command::StopHealing { config } => policy::switch(&config, true, &mut output),
+        Command::ResumeHealing { config } => policy::switch(&config, false, &mut output),
         Command::CheckConfig(arguments) => run::check(&arguments, &mut output),
         Command::Doctor(arguments) => Box::pin(doctor::doctor(&arguments, &mut output)).await,
     }
@@ -214,6 +241,11 @@ impl ConfigArguments {
         };
         flag("--config", self.config.as_ref()) + &flag("--state-dir", self.state_dir.as_ref())
     }
+}
+
+/// A refused policy of healing, for people.
+pub(crate) fn policy_refused(error: crate::healing_policy::HealingPolicyError) -> Problem {
+    policy::refused(error)
 }
 
 /// As a shell takes it for one word.

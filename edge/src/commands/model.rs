@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use theriac_command::output::Output;
 use theriac_command::problem::Problem;
-use theriac_command::progress::Progress;
+use theriac_command::progress::{Progress, during};
 use theriac_model::causes::Explained;
 use theriac_model::detector::{Detector, FitOptions};
 use theriac_model::feature::FeatureSchema;
@@ -73,6 +73,8 @@ struct Trained {
     gaps: u64,
     gap_rows: u64,
     threshold: f32,
+    /// How strongly each path leans on the public constant, own lags first; `null` = not at all.
+    prior_lambda: [Option<f64>; 2],
     seed: u64,
 }
 
@@ -95,6 +97,12 @@ struct ScoredFile {
     /// With `--explain`.
     #[serde(skip_serializing_if = "Option::is_none")]
     alarms: Option<Vec<AlarmView>>,
+    /// With `--explain`: version of the global model that the detector leans on, 0 for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model_version: Option<u64>,
+    /// With `--explain`: how strongly each path leans on it or on the public constant, own lags first; `null` = not at all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prior_lambda: Option<[Option<f64>; 2]>,
 }
 
 pub(super) fn train<W: Write>(
@@ -125,10 +133,9 @@ pub(super) fn train<W: Write>(
             series.rows()
         )));
     }
-    let mut fitting = Progress::new(format!("fitting on {} rows", series.rows()), 0);
-    fitting.set(0);
-    let detector = Detector::fit(&schema, &series, &options).map_err(|error| unusable(error.to_string()))?;
-    drop(fitting);
+    let fitting = format!("fitting on {} rows", series.rows());
+    let detector = during(fitting, || Detector::fit(&schema, &series, &options))
+        .map_err(|error| unusable(error.to_string()))?;
     detector.save(&dir, &name).map_err(|error| {
         Problem::failed("TH-E0321", error).hint("check the path and the room on that disk")
     })?;
@@ -140,6 +147,7 @@ pub(super) fn train<W: Write>(
         gaps: recording.report.gaps,
         gap_rows: recording.report.gap_rows,
         threshold: detector.threshold().level(),
+        prior_lambda: detector.leaning(),
         seed: arguments.seed,
     };
     let human = format!(
@@ -191,6 +199,8 @@ pub(super) fn score<W: Write>(
         alarms: arguments
             .explain
             .then(|| explain::alarms(&detector, &judged, &clock)),
+        model_version: arguments.explain.then(|| detector.provenance().model_version),
+        prior_lambda: arguments.explain.then(|| detector.leaning()),
         causes,
         absent,
     };
@@ -205,18 +215,17 @@ pub(super) fn score<W: Write>(
 
 /// Scores, and with `--explain` or `--plot` contributions and alarms.
 fn judge(arguments: &ScoreArguments, detector: &Detector, series: &Series) -> Result<Explained, Problem> {
-    let mut scoring = Progress::new(format!("scoring {} rows", series.rows()), 0);
-    scoring.set(0);
-    let judged = if arguments.explain || arguments.plot.is_some() {
-        detector.explain_alarms(series)
-    } else {
+    let judged = during(format!("scoring {} rows", series.rows()), || {
+        if arguments.explain || arguments.plot.is_some() {
+            return detector.explain_alarms(series);
+        }
         detector.score_series(series).map(|scores| Explained {
             scores,
             contributions: Vec::new(),
             levels: Vec::new(),
             alarms: Vec::new(),
         })
-    };
+    });
     judged.map_err(|error| {
         Problem::failed(
             "TH-E0323",
@@ -273,6 +282,7 @@ impl ScoredFile {
                 .map(|path| format!("wrote {}", path.display())),
         );
         if self.alarms.is_some() {
+            lines.push(format!("\n{}", explain::model_words(detector)));
             lines.push(format!("\n{}", explain::words(detector, judged, clock)));
         }
         lines.join("\n")

@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ConfigArguments, unprinted};
 use crate::client::opening;
+use crate::healing_policy;
 use crate::run::{EdgeError, node_name};
 use crate::state_dir::StateDir;
 
@@ -70,7 +71,8 @@ pub(super) fn check<W: Write>(
         output.result(&example, example.trim_end()).map_err(unprinted)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let config = arguments.config.load()?;
+    let mut config = arguments.config.load()?;
+    healing_policy::apply(&mut config).map_err(super::policy::refused)?;
     let dir = StateDir::existing(&config.state_dir.path);
     let joined = dir.joined().map_err(EdgeError::from)?;
     let node = node_name(config.node.clone(), joined.as_ref())?;

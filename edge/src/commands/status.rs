@@ -104,6 +104,9 @@ fn human(status: &Status, health: &str) -> String {
         format!("storage     {}", word(status.storage)),
         format!("host risk   {}", risk(&status.risk)),
     ];
+    if let Some(reason) = &status.gate_reason {
+        lines.push(format!("gate        {reason}"));
+    }
     if let Some(declined) = &status.last_decline {
         lines.push(format!("declining   {declined}"));
     }
@@ -188,12 +191,19 @@ fn checkpoints(service: &ServiceStatus) -> Option<String> {
         .checkpoint_failure
         .as_ref()
         .map(|failure| format!("; the last attempt FAILED: {failure}"));
-    (service.checkpoints > 0 || failure.is_some()).then(|| {
+    // That one was taken is no news, that one is due and not taken is.
+    let waits = service
+        .checkpoint_reason
+        .as_ref()
+        .filter(|reason| reason.starts_with("not taken"))
+        .map(|reason| format!("; the next is {reason}"));
+    (service.checkpoints > 0 || failure.is_some() || waits.is_some()).then(|| {
         format!(
-            "checkpoints of {}: {} valid{}",
+            "checkpoints of {}: {} valid{}{}",
             service.name,
             service.checkpoints,
-            failure.unwrap_or_default()
+            failure.unwrap_or_default(),
+            waits.unwrap_or_default()
         )
     })
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! STORE/tmp-SEQUENCE/                  being copied: never a checkpoint
-//! STORE/SEQUENCE-UNIXMS/{MANIFEST,tree/}   complete
+//! STORE/SEQUENCE-UNIXMS/{MANIFEST,tree/,PROOF.json}   complete; the proof where a shadow run is needed
 //! STORE/quarantine/SEQUENCE-UNIXMS/    found corrupt, kept for a person
 //! STATE.restore-partial                being restored
 //! STATE.restore-ready                  restored, about to be swapped with STATE
@@ -17,7 +17,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::manifest::{Entry, Kind, Manifest, copy_digest};
 
@@ -32,6 +32,8 @@ pub struct StoreLimits {
     pub free_bytes_min: u64,
     /// Most files and folders in one state.
     pub entries_max: usize,
+    /// Whether only a checkpoint with the proof of a shadow run may be restored.
+    pub needs_proof: bool,
 }
 
 impl Default for StoreLimits {
@@ -41,6 +43,7 @@ impl Default for StoreLimits {
             set_aside_max: 8,
             free_bytes_min: 16 << 20,
             entries_max: 100_000,
+            needs_proof: false,
         }
     }
 }
@@ -72,6 +75,15 @@ impl Staged {
     /// The copied state, to be checked before [`CheckpointStore::commit`].
     pub fn tree(&self) -> &Path {
         &self.tree
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.staging
+    }
+
+    /// What it will be called.
+    pub(super) fn name(&self) -> String {
+        name_of(self.checkpoint.sequence, self.checkpoint.unix_ms)
     }
 }
 
@@ -124,6 +136,25 @@ pub enum CheckpointError {
         /// What the check said.
         detail: String,
     },
+    /// The copy is bad; it was set aside, or it lies where it was found.
+    #[error("the copy in {path} is not valid: {reason}")]
+    Invalid {
+        /// Where it is.
+        path: PathBuf,
+        /// Which check refused it, and why.
+        reason: String,
+    },
+    /// Whether the copy is good could not be found out, so it was not kept.
+    #[error("a copy for {path} could not be proved: {detail}")]
+    Unproven {
+        /// The store or the checkpoint.
+        path: PathBuf,
+        /// Which check could not be made, and why.
+        detail: String,
+    },
+    /// The server or one of its programs did not do as asked.
+    #[error(transparent)]
+    Postgres(Box<crate::postgres::PostgresError>),
     /// The state kept changing while it was copied.
     #[error("{path} kept changing while it was copied ({attempts} attempts)")]
     Changing {
@@ -195,6 +226,28 @@ impl CheckpointStore {
     /// Where it is.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Held while a checkpoint is removed or restored, so that none is removed under the hands that restore it. Other processes wait too.
+    fn guard(&self) -> Result<File, CheckpointError> {
+        let dir = File::open(&self.dir).map_err(at(&self.dir))?;
+        flock(&dir, FlockOperation::LockExclusive).map_err(|error| at(&self.dir)(error.into()))?;
+        Ok(dir)
+    }
+
+    pub(super) fn limits(&self) -> StoreLimits {
+        self.limits
+    }
+
+    /// Where what is refused goes, made when it is not there.
+    pub(super) fn quarantine_dir(&self) -> Result<PathBuf, CheckpointError> {
+        let dir = self.dir.join(QUARANTINE);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(at(&dir))?;
+        Ok(dir)
     }
 
     /// Copies `state` and makes it the newest checkpoint.
@@ -286,6 +339,7 @@ impl CheckpointStore {
         let checkpoint = staged.checkpoint;
         // Read back before it is visible: the check of a service may have touched the copy.
         verify_at(&staged.staging)?;
+        let _guard = self.guard()?;
         fs::rename(&staged.staging, &checkpoint.path).map_err(at(&checkpoint.path))?;
         sync_dir(&self.dir)?;
         for old in self.list()?.into_iter().skip(self.limits.keep) {
@@ -352,10 +406,15 @@ impl CheckpointStore {
     /// # Errors
     /// [`CheckpointError`]; then `state` is as it was.
     pub fn restore(&self, state: &Path) -> Result<Restored, CheckpointError> {
+        let _guard = self.guard()?;
         let candidates = self.list()?;
         let mut quarantined = Vec::new();
         let mut refused = 0;
         for checkpoint in candidates {
+            if self.refuse_unproved(&checkpoint).is_err() {
+                refused += 1;
+                continue;
+            }
             match self.restore_one(&checkpoint, state) {
                 Ok(replaced) => {
                     return Ok(Restored {
@@ -383,7 +442,9 @@ impl CheckpointStore {
     /// # Errors
     /// [`CheckpointError`]; then `state` is as it was.
     pub fn restore_sequence(&self, sequence: u64, state: &Path) -> Result<Restored, CheckpointError> {
+        let _guard = self.guard()?;
         let checkpoint = self.named(sequence)?;
+        self.refuse_unproved(&checkpoint)?;
         let replaced = self.restore_one(&checkpoint, state)?;
         Ok(Restored {
             checkpoint,
@@ -429,7 +490,12 @@ impl CheckpointStore {
         let left = self.limits.free_bytes_min.min(RESTORE_FREE_BYTES);
         needs_room(parent(state), manifest.bytes(), left)?;
         let (partial, ready) = (beside(state, PARTIAL), beside(state, READY));
-        let written = write_tree(&checkpoint.path, &manifest, &partial);
+        let written = write_tree(
+            &checkpoint.path,
+            &manifest,
+            &partial,
+            Durability::of(manifest.entries.len()),
+        );
         if written.is_err()
             && let Err(error) = fs::remove_dir_all(&partial)
         {
@@ -443,12 +509,7 @@ impl CheckpointStore {
 
     /// Where it went; `None` when there are too many already and it stays where it is.
     fn quarantine(&self, checkpoint: &Checkpoint) -> Result<Option<PathBuf>, CheckpointError> {
-        let dir = self.dir.join(QUARANTINE);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .map_err(at(&dir))?;
+        let dir = self.quarantine_dir()?;
         if names(&dir)?.len() >= self.limits.set_aside_max {
             return Ok(None);
         }
@@ -499,7 +560,9 @@ impl CheckpointStore {
         let tree = to.join(TREE);
         let mut entries = Vec::new();
         let mut folders = Vec::new();
-        for (path, metadata) in walk(state, self.limits.entries_max)? {
+        let walked = walk(state, self.limits.entries_max)?;
+        let sync = Durability::of(walked.len());
+        for (path, metadata) in walked {
             let (source, copy) = (joined(state, &path), joined(&tree, &path));
             let kind = if metadata.is_dir() {
                 DirBuilder::new().mode(0o700).create(&copy).map_err(at(&copy))?;
@@ -510,11 +573,12 @@ impl CheckpointStore {
                 std::os::unix::fs::symlink(&target, &copy).map_err(at(&copy))?;
                 Kind::Link { target }
             } else {
-                copy_file(&source, &copy, metadata.mode())?
+                copy_file(&source, &copy, metadata.mode(), sync)?
             };
             entries.push(Entry::new(path, kind, &metadata));
         }
-        seal(&folders)?;
+        seal(&folders, sync)?;
+        sync.end(&tree)?;
         Ok(entries)
     }
 }
@@ -565,12 +629,43 @@ fn walk(dir: &Path, max: usize) -> Result<Vec<(PathBuf, fs::Metadata)>, Checkpoi
     Ok(found)
 }
 
-fn copy_file(from: &Path, to: &Path, mode: u32) -> Result<Kind, CheckpointError> {
+fn copy_file(from: &Path, to: &Path, mode: u32, sync: Durability) -> Result<Kind, CheckpointError> {
     let mut source = File::open(from).map_err(at(from))?;
     let mut copy = create(to, mode)?;
     let (bytes, sha256) = copy_digest(&mut source, &mut copy).map_err(|error| full_or(to, error))?;
-    copy.sync_all().map_err(|error| full_or(to, error))?;
+    if sync == Durability::Each {
+        copy.sync_all().map_err(|error| full_or(to, error))?;
+    }
     Ok(Kind::File { bytes, sha256 })
+}
+
+/// How a copied tree is made durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Durability {
+    /// Not at all: it is thrown away.
+    Not,
+    /// File by file.
+    Each,
+    /// Once, with all that the file system has to write. A journal commit for each of a thousand files costs many times that.
+    Whole,
+}
+
+impl Durability {
+    fn of(entries: usize) -> Self {
+        if entries > SYNC_EACH_MAX {
+            Self::Whole
+        } else {
+            Self::Each
+        }
+    }
+
+    fn end(self, tree: &Path) -> Result<(), CheckpointError> {
+        if self == Self::Whole {
+            let dir = File::open(tree).map_err(at(tree))?;
+            rustix::fs::syncfs(&dir).map_err(|error| full_or(tree, error.into()))?;
+        }
+        Ok(())
+    }
 }
 
 fn create(path: &Path, mode: u32) -> Result<File, CheckpointError> {
@@ -585,17 +680,24 @@ fn create(path: &Path, mode: u32) -> Result<File, CheckpointError> {
     Ok(file)
 }
 
-/// Syncs folders, innermost first, and gives them their permissions.
-fn seal(folders: &[(PathBuf, u32)]) -> Result<(), CheckpointError> {
+/// Syncs folders where that is done one by one, innermost first, and gives them their permissions.
+fn seal(folders: &[(PathBuf, u32)], sync: Durability) -> Result<(), CheckpointError> {
     for (folder, mode) in folders.iter().rev() {
-        sync_dir(folder)?;
+        if sync == Durability::Each {
+            sync_dir(folder)?;
+        }
         fs::set_permissions(folder, fs::Permissions::from_mode(mode & 0o7777)).map_err(at(folder))?;
     }
     Ok(())
 }
 
 /// Writes the checkpoint at `from` to `to`, comparing each digest once more on the way.
-fn write_tree(from: &Path, manifest: &Manifest, to: &Path) -> Result<(), CheckpointError> {
+pub(super) fn write_tree(
+    from: &Path,
+    manifest: &Manifest,
+    to: &Path,
+    sync: Durability,
+) -> Result<(), CheckpointError> {
     let tree = from.join(TREE);
     let mut folders = Vec::new();
     for entry in &manifest.entries {
@@ -612,7 +714,7 @@ fn write_tree(from: &Path, manifest: &Manifest, to: &Path) -> Result<(), Checkpo
                 std::os::unix::fs::symlink(target, &path).map_err(|error| full_or(&path, error))?;
             }
             Kind::File { .. } => {
-                let found = copy_file(&source, &path, entry.mode)?;
+                let found = copy_file(&source, &path, entry.mode, sync)?;
                 differs(from, entry, &found)?;
             }
         }
@@ -621,11 +723,12 @@ fn write_tree(from: &Path, manifest: &Manifest, to: &Path) -> Result<(), Checkpo
             std::os::unix::fs::lchown(&path, Some(entry.uid), Some(entry.gid)).map_err(at(&path))?;
         }
     }
-    seal(&folders)
+    seal(&folders, sync)?;
+    sync.end(to)
 }
 
 /// Reads a checkpoint whole: the manifest, every byte of every file, and that nothing is missing or extra.
-fn verify_at(path: &Path) -> Result<Manifest, CheckpointError> {
+pub(super) fn verify_at(path: &Path) -> Result<Manifest, CheckpointError> {
     let corrupt = |what: String| CheckpointError::Corrupt {
         path: path.to_owned(),
         what,
@@ -667,7 +770,7 @@ fn verify_at(path: &Path) -> Result<Manifest, CheckpointError> {
 }
 
 /// Whether `bytes` can be written to the file system of `path` so that `left` bytes stay free.
-fn needs_room(path: &Path, bytes: u64, left: u64) -> Result<(), CheckpointError> {
+pub(super) fn needs_room(path: &Path, bytes: u64, left: u64) -> Result<(), CheckpointError> {
     let free = free_bytes(path)?;
     let needed = bytes.saturating_add(left);
     if free < needed {
@@ -771,7 +874,7 @@ fn joined(dir: &Path, path: &Path) -> PathBuf {
     }
 }
 
-fn names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+pub(super) fn names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(at(dir))? {
         // A name that is not UTF-8 is none of ours.
@@ -792,7 +895,7 @@ fn parse_name(name: &str) -> Option<(u64, u64)> {
     Some((sequence.parse().ok()?, unix_ms.parse().ok()?))
 }
 
-fn write_synced(path: &Path, bytes: &[u8], needed: u64) -> Result<(), CheckpointError> {
+pub(super) fn write_synced(path: &Path, bytes: &[u8], needed: u64) -> Result<(), CheckpointError> {
     use std::io::Write as _;
     let mut file = create(path, 0o600)?;
     file.write_all(bytes)
@@ -803,11 +906,11 @@ fn write_synced(path: &Path, bytes: &[u8], needed: u64) -> Result<(), Checkpoint
         })
 }
 
-fn sync_dir(path: &Path) -> Result<(), CheckpointError> {
+pub(super) fn sync_dir(path: &Path) -> Result<(), CheckpointError> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(at(path))
 }
 
-fn at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + use<> {
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + use<> {
     let path = path.to_owned();
     move |source| full_or(&path, source)
 }
@@ -830,9 +933,9 @@ fn full_or(path: &Path, source: io::Error) -> CheckpointError {
     }
 }
 
-const MANIFEST: &str = "MANIFEST";
+pub(super) const MANIFEST: &str = "MANIFEST";
 const TREE: &str = "tree";
-const QUARANTINE: &str = "quarantine";
+pub(super) const QUARANTINE: &str = "quarantine";
 const INCOMPLETE: &str = "tmp-";
 const PARTIAL: &str = ".restore-partial";
 const READY: &str = ".restore-ready";
@@ -840,3 +943,5 @@ const REPLACED: &str = ".replaced-";
 const ATTEMPTS_MAX: u32 = 3;
 /// Most bytes that must stay free after a restore: what the service needs to begin with.
 const RESTORE_FREE_BYTES: u64 = 1 << 20;
+/// Entries up to which each is synced by itself.
+const SYNC_EACH_MAX: usize = 64;

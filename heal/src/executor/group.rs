@@ -1,5 +1,8 @@
 //! Processes of one group, found in `/proc` and signalled through file descriptors.
 
+use std::ffi::OsStr;
+use std::path::Path;
+
 use procfs::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -32,18 +35,7 @@ impl Group {
     /// Signals every process of the group. One that ends meanwhile is no error, and one that may not be signalled stays a member.
     pub(super) fn signal(self, signal: Signal) {
         for member in self.members() {
-            let Some(pid) = Pid::from_raw(member.pid.cast_signed()) else {
-                continue;
-            };
-            let Ok(fd) = pidfd_open(pid, PidfdFlags::empty()) else {
-                continue;
-            };
-            // With the descriptor open the number cannot be reused: now see that it still means the same process.
-            let same = Member::read(member.pid)
-                .is_some_and(|again| again.start_ticks == member.start_ticks && self.has(&again));
-            if same && let Err(error) = pidfd_send_signal(&fd, signal) {
-                tracing::debug!(pid = member.pid, %error, "signal not sent");
-            }
+            member.signal(signal, |again| self.has(again));
         }
     }
 
@@ -65,6 +57,47 @@ impl Member {
                     .is_ok_and(|environment| environment.split(|byte| *byte == 0).any(|entry| entry == mark))
             })
             .collect()
+    }
+
+    /// Processes whose working directory is `dir` and, where it is given, whose program has that name. PostgreSQL's are found so:
+    /// each of a server's processes leaves the group for a session of its own and overwrites its environment.
+    pub(super) fn working_in(dir: &Path, program: Option<&OsStr>) -> Vec<Self> {
+        let Ok(dir) = dir.canonicalize() else {
+            return Vec::new();
+        };
+        let is = |member: &Self| {
+            let link = |name: &str| std::fs::read_link(format!("/proc/{}/{name}", member.pid)).ok();
+            let runs = |wanted: &OsStr| {
+                let exe = link("exe").and_then(|exe| exe.file_name().map(OsStr::to_owned));
+                // A replaced program's name ends with ` (deleted)`.
+                exe.is_some_and(|exe| {
+                    exe == wanted
+                        || exe
+                            .as_encoded_bytes()
+                            .starts_with(&[wanted.as_encoded_bytes(), b" "].concat())
+                })
+            };
+            link("cwd").is_some_and(|cwd| cwd == dir) && program.is_none_or(runs)
+        };
+        Self::all()
+            .filter(|member| !member.is_dead() && is(member))
+            .collect()
+    }
+
+    /// Signals this very process, if `still` holds for it once its number cannot be reused any more.
+    pub(super) fn signal(&self, signal: Signal, still: impl Fn(&Self) -> bool) {
+        let Some(pid) = Pid::from_raw(self.pid.cast_signed()) else {
+            return;
+        };
+        let Ok(fd) = pidfd_open(pid, PidfdFlags::empty()) else {
+            return;
+        };
+        // With the descriptor open the number cannot be reused: now see that it still means the same process.
+        let same =
+            Self::read(self.pid).is_some_and(|again| again.start_ticks == self.start_ticks && still(&again));
+        if same && let Err(error) = pidfd_send_signal(&fd, signal) {
+            tracing::debug!(pid = self.pid, %error, "signal not sent");
+        }
     }
 
     pub(super) fn is_leader(&self) -> bool {

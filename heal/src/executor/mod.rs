@@ -3,5 +3,6 @@
 pub mod clock;
 mod group;
 mod output;
+pub mod postgres;
 pub mod process;
 pub mod service;

@@ -6,6 +6,7 @@
 //! `setsid` or `setpgid` is out of reach.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use super::group::{Group, Member};
 use super::output;
 use crate::incident::ProcessState;
+use crate::postgres::owner::Owner;
 
 /// What to run and how to stop it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +45,23 @@ pub struct ServiceSpec {
     pub kill_wait: Duration,
     /// Least time between two starts.
     pub start_spacing: Duration,
+    /// The account to run it as; `None` is ours.
+    pub run_as: Option<Owner>,
+    /// The polite signal.
+    pub polite: Polite,
+    /// A directory that only this service's processes work in. What is left there of the same program once the service is dead is
+    /// killed before the next start: a server whose processes leave the group (PostgreSQL) refuses to start beside them.
+    pub works_in: Option<PathBuf>,
+}
+
+/// How a service is asked to end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Polite {
+    /// SIGTERM.
+    #[default]
+    Terminate,
+    /// SIGINT: PostgreSQL's fast shutdown. At SIGTERM it would wait until its last client has gone.
+    Interrupt,
 }
 
 impl ServiceSpec {
@@ -57,6 +76,9 @@ impl ServiceSpec {
             stop_grace: Duration::from_secs(5),
             kill_wait: Duration::from_secs(10),
             start_spacing: Duration::from_millis(200),
+            run_as: None,
+            polite: Polite::Terminate,
+            works_in: None,
         }
     }
 }
@@ -337,6 +359,9 @@ impl Supervisor {
         if let Some(cwd) = &self.spec.cwd {
             command.current_dir(cwd);
         }
+        if let Some(owner) = self.spec.run_as.filter(|owner| owner.is_other()) {
+            command.gid(owner.gid).uid(owner.uid);
+        }
         self.last_start = Some(Instant::now());
         let child = command.spawn().map_err(|source| ProcessError::Spawn {
             service: self.spec.name.clone(),
@@ -413,7 +438,10 @@ impl Supervisor {
         let mut killed = false;
         if let (Some(running), Some(group)) = (&self.running, self.group) {
             if process_state(running.pid) != Some(ProcessState::Stopped) {
-                group.signal(Signal::TERM);
+                group.signal(match self.spec.polite {
+                    Polite::Terminate => Signal::TERM,
+                    Polite::Interrupt => Signal::INT,
+                });
                 let deadline = begun + self.spec.stop_grace;
                 exit = timeout_at(deadline, self.exited()).await.ok();
                 // The rest of the group was asked as well and has the rest of the grace.
@@ -430,6 +458,7 @@ impl Supervisor {
             if let Some(running) = &self.running {
                 return Err(self.not_gone(vec![running.pid]));
             }
+            self.clear_orphans(deadline).await?;
         }
         Ok(Stopped {
             exit,
@@ -478,7 +507,24 @@ impl Supervisor {
         if self.running.is_none() {
             self.group = None;
         }
-        Ok(found)
+        Ok(found + self.clear_orphans(deadline).await?)
+    }
+
+    /// KILLs what has left the group and still works in the service's directory, once the service itself does not run. Called
+    /// only when it is known to have been ours: a server that somebody else runs there is not touched.
+    async fn clear_orphans(&self, deadline: Instant) -> Result<usize, ProcessError> {
+        let Some(dir) = self.spec.works_in.as_deref().filter(|_| self.running.is_none()) else {
+            return Ok(0);
+        };
+        let program = self
+            .spec
+            .argv
+            .first()
+            .and_then(|program| Path::new(program).file_name());
+        match clear_directory_until(dir, program, deadline).await {
+            Ok(found) => Ok(found),
+            Err(left) => Err(self.not_gone(left)),
+        }
     }
 
     fn not_gone(&self, pids: Vec<u32>) -> ProcessError {
@@ -530,6 +576,56 @@ impl Supervisor {
             path: path.as_ref().to_owned(),
             source,
         }
+    }
+}
+
+/// The processes that work in a directory.
+pub fn working_in(dir: &Path) -> Vec<u32> {
+    Member::working_in(dir, None)
+        .iter()
+        .map(|member| member.pid)
+        .collect()
+}
+
+/// The running process that a supervisor's record file names; `None` when there is none any more.
+pub fn recorded_process(record: &Path) -> Option<u32> {
+    let record: Record = serde_json::from_slice(&std::fs::read(record).ok()?).ok()?;
+    let member = Member::read(record.pid)?;
+    (record.boot == super::clock::clock_id() && record.is_of(&member) && !member.is_dead())
+        .then_some(record.pid)
+}
+
+/// KILLs every process that works in `dir` (and runs `program`), until none is left or `wait` is over. How many there were at first.
+pub(crate) async fn clear_directory(dir: &Path, program: Option<&OsStr>, wait: Duration) -> usize {
+    match clear_directory_until(dir, program, Instant::now() + wait).await {
+        Ok(found) => found,
+        Err(left) => {
+            tracing::warn!(dir = %dir.display(), pids = ?left, "processes are still there after KILL");
+            left.len()
+        }
+    }
+}
+
+/// How many there were at first, or who is still there.
+async fn clear_directory_until(
+    dir: &Path,
+    program: Option<&OsStr>,
+    deadline: Instant,
+) -> Result<usize, Vec<u32>> {
+    let mut found = 0;
+    loop {
+        let left = Member::working_in(dir, program);
+        found = found.max(left.len());
+        if left.is_empty() {
+            return Ok(found);
+        }
+        if Instant::now() >= deadline {
+            return Err(left.iter().map(|member| member.pid).collect());
+        }
+        for member in left {
+            member.signal(Signal::KILL, |_| true);
+        }
+        sleep(POLL_EVERY).await;
     }
 }
 

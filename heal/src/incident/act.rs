@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use super::decide::{Circumstances, Decision, decide, ladder};
+use super::decide::{Circumstances, Decided, Decision, decide, ladder};
 use super::diagnose::{Diagnosis, diagnose};
 use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
+use crate::policy::evaluate::{Facts, Ruling, RulingRecord};
 use crate::types::{
     ActionKind, ActionRecord, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId,
     NoticeKind, Now, Outcome, Verdict,
@@ -326,6 +327,16 @@ impl IncidentMachine {
         }
     }
 
+    pub(super) fn new_normal(&mut self, now: Now, incident: IncidentId) {
+        if let Some(open) = self.open.values_mut().find(|open| open.record.id == incident) {
+            open.record
+                .note(now, "a person said that this is normal now".to_owned());
+            self.outputs.push_back(Output::Updated(open.record.clone()));
+        } else {
+            self.ignored += 1;
+        }
+    }
+
     /// An incident from before the node's restart.
     pub(super) fn reopen(&mut self, now: Now, mut record: Incident) {
         let Some(seen) = self
@@ -470,9 +481,16 @@ impl IncidentMachine {
             approved,
             now: now.monotonic,
         };
-        let (decision, alternatives) = decide(&record, &diagnosis, &with);
+        let Decided {
+            decision,
+            alternatives,
+            ruled,
+        } = decide(&record, &diagnosis, &with);
         let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
         record.alternatives = alternatives;
+        if let Some((facts, ruling)) = ruled {
+            self.note_ruling(now, facts, ruling);
+        }
         self.update_score(&mut record);
         match decision {
             Decision::Act(action) => self.record_intent(now, record, action, diagnosis.reason),
@@ -519,6 +537,28 @@ impl IncidentMachine {
                 });
             }
             Decision::HandOver(reason) => self.hand_over(now, record, reason),
+        }
+    }
+
+    /// One ruling is written down once, however often it is asked for while nothing changes but the time.
+    fn note_ruling(&mut self, now: Now, facts: Facts, ruling: Ruling) {
+        let record = RulingRecord {
+            unix_ms: now.unix_ms,
+            policy: self.policy.clone(),
+            facts,
+            ruling,
+        };
+        let timeless = |record: &RulingRecord| Facts {
+            now_ms: 0,
+            ..record.facts.clone()
+        };
+        let same = self
+            .ruled
+            .get(&record.facts.service)
+            .is_some_and(|last| last.ruling == record.ruling && timeless(last) == timeless(&record));
+        if !same {
+            self.ruled.insert(record.facts.service.clone(), record.clone());
+            self.outputs.push_back(Output::Ruled(Box::new(record)));
         }
     }
 

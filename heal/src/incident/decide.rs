@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::diagnose::Diagnosis;
 use super::observe::Observed;
-use crate::budget::{Ledger, Refusal};
-use crate::policy::{Autonomy, HealPolicy, NodeBudget};
+use crate::budget::Ledger;
+use crate::policy::evaluate::{Facts, Ruling, evaluate};
+use crate::policy::{HealPolicy, NodeBudget};
 use crate::types::{ActionKind, Alternative, FaultClass, Incident, Outcome};
 
 /// What to do now.
@@ -42,12 +43,17 @@ pub(super) struct Circumstances<'a> {
     pub(super) now: Duration,
 }
 
+/// A decision with everything that was considered.
+#[derive(Debug)]
+pub(super) struct Decided {
+    pub(super) decision: Decision,
+    pub(super) alternatives: Vec<Alternative>,
+    /// What the policy was asked and said; `None` when there was no action to ask about.
+    pub(super) ruled: Option<(Facts, Ruling)>,
+}
+
 /// Decides, and says of every action why or why not.
-pub(super) fn decide(
-    incident: &Incident,
-    diagnosis: &Diagnosis,
-    with: &Circumstances<'_>,
-) -> (Decision, Vec<Alternative>) {
+pub(super) fn decide(incident: &Incident, diagnosis: &Diagnosis, with: &Circumstances<'_>) -> Decided {
     let class = diagnosis.class;
     let policy = &with.seen.policy;
     let rungs = ladder(class, policy);
@@ -56,7 +62,8 @@ pub(super) fn decide(
         .filter(|action| !rungs.contains(action))
         .map(|action| not(action, format!("is not on the ladder of {class}")))
         .collect();
-    let decision = pick(incident, diagnosis, with, &rungs, &mut alternatives);
+    let mut ruled = None;
+    let decision = pick(incident, diagnosis, with, &rungs, &mut alternatives, &mut ruled);
     let nothing = match &decision {
         Decision::HandOver(reason) | Decision::Hold(reason) => Alternative {
             action: None,
@@ -80,7 +87,11 @@ pub(super) fn decide(
         },
     };
     alternatives.push(nothing);
-    (decision, alternatives)
+    Decided {
+        decision,
+        alternatives,
+        ruled,
+    }
 }
 
 fn pick(
@@ -89,12 +100,19 @@ fn pick(
     with: &Circumstances<'_>,
     rungs: &[ActionKind],
     alternatives: &mut Vec<Alternative>,
+    ruled: &mut Option<(Facts, Ruling)>,
 ) -> Decision {
     let class = diagnosis.class;
     let policy = &with.seen.policy;
     let hand_over = |reason: String| Decision::HandOver(reason);
     if with.halted {
         return Decision::Hold("the stop switch is on".to_owned());
+    }
+    if class == FaultClass::DependencyDown {
+        // Its own incident is the dependency's; when that one serves again, this one is looked at anew.
+        let reason = format!("nothing is done while that lasts: {}", diagnosis.reason);
+        alternatives.push(not(ActionKind::Restart, format!("{class} inhibits it")));
+        return Decision::Hold(reason);
     }
     if policy.inhibit.contains(&class) {
         alternatives.extend(distinct(rungs).map(|action| not(action, format!("{class} inhibits it"))));
@@ -119,15 +137,8 @@ fn pick(
         };
         return hand_over(format!("{why}: {}", diagnosis.reason));
     };
-    if class.from_detector() && !with.approved && with.healed_before >= policy.anomaly_restarts {
-        let reason = format!(
-            "{class} came back after {} restarts within {} that seemed to heal it",
-            with.healed_before,
-            human(policy.window)
-        );
-        alternatives.push(not(action, reason.clone()));
-        return hand_over(reason);
-    }
+    let facts = with.facts(incident, diagnosis, action);
+    let ruling = evaluate(policy, with.node, &facts);
     let mut chosen = |chosen: bool, reason: String| {
         alternatives.push(Alternative {
             action: Some(action),
@@ -135,46 +146,68 @@ fn pick(
             reason,
         });
     };
-    let allowed = with
-        .ledger
-        .allows(&incident.service, action, policy, with.node, with.now);
-    match &allowed {
-        Err(Refusal::ServiceSpent { max, window }) => {
-            let reason = format!("its budget of {max} actions in {} is spent", human(*window));
+    let decision = match &ruling {
+        Ruling::Halted => Decision::Hold("the stop switch is on".to_owned()),
+        Ruling::Refuse { because } => {
+            let reason = because.to_string();
             chosen(false, reason.clone());
-            return hand_over(format!("{action} is not done: {reason}"));
+            Decision::HandOver(format!("{action} is not done: {reason}"))
         }
-        Err(Refusal::NodeSpent { max, window }) => {
-            let reason = format!(
-                "the node's budget of {max} actions in {} is spent",
-                human(*window)
-            );
-            chosen(false, reason.clone());
-            return hand_over(format!("{action} is not done: {reason}"));
-        }
-        Ok(()) | Err(Refusal::CoolingDown { .. }) => {}
-    }
-    match effective_autonomy(policy, action, with) {
-        Autonomy::Observe => {
+        Ruling::Observe => {
             chosen(false, format!("would be done: {}", diagnosis.reason));
-            return Decision::WouldAct(action);
+            Decision::WouldAct(action)
         }
-        Autonomy::Recommend => {
+        Ruling::NeedApproval => {
             chosen(false, format!("is recommended: {}", diagnosis.reason));
-            return Decision::Recommend(action);
+            Decision::Recommend(action)
         }
-        Autonomy::Act => {}
+        Ruling::Wait { until_ms } => {
+            let until = Duration::from_millis(*until_ms);
+            let left = until.saturating_sub(with.now).as_secs_f64();
+            chosen(
+                true,
+                format!("{}; it cools down for another {left:.1} s", diagnosis.reason),
+            );
+            Decision::Wait { action, until }
+        }
+        Ruling::Act => {
+            chosen(true, diagnosis.reason.clone());
+            Decision::Act(action)
+        }
+    };
+    *ruled = Some((facts, ruling));
+    decision
+}
+
+impl Circumstances<'_> {
+    fn facts(&self, incident: &Incident, diagnosis: &Diagnosis, action: ActionKind) -> Facts {
+        let (of_service, of_node) =
+            self.ledger
+                .spent(&incident.service, &self.seen.policy, self.node, self.now);
+        Facts {
+            incident: incident.id.0,
+            service: incident.service.clone(),
+            action,
+            class: diagnosis.class,
+            certainty: thousandths(diagnosis.certainty),
+            restart_helps: diagnosis.class.restart_helps(),
+            risk: self.seen.risk.map(thousandths),
+            answers: self.seen.answers(),
+            actions_of_service: of_service,
+            actions_of_node: of_node,
+            charges: self.ledger.charges().to_vec(),
+            healed_before: self.healed_before,
+            demoted: self.demoted,
+            halted: self.halted,
+            approved: self.approved,
+            now_ms: u64::try_from(self.now.as_millis()).unwrap_or(u64::MAX),
+        }
     }
-    if let Err(Refusal::CoolingDown { until }) = allowed {
-        let left = until.saturating_sub(with.now).as_secs_f64();
-        chosen(
-            true,
-            format!("{}; it cools down for another {left:.1} s", diagnosis.reason),
-        );
-        return Decision::Wait { action, until };
-    }
-    chosen(true, diagnosis.reason.clone());
-    Decision::Act(action)
+}
+
+/// So that the number that is written down is, when read again, the very one that was judged by.
+fn thousandths(share: f64) -> f64 {
+    (share * 1_000.0).round() / 1_000.0
 }
 
 /// Actions for a class, cheapest first. An action may stand on several rungs.
@@ -183,7 +216,9 @@ pub(super) fn ladder(class: FaultClass, policy: &HealPolicy) -> Vec<ActionKind> 
         FaultClass::Crash => vec![ActionKind::Start; policy.start_attempts as usize],
         FaultClass::Hang | FaultClass::MemoryLeak | FaultClass::CpuContention => vec![ActionKind::Restart],
         FaultClass::Corruption => vec![ActionKind::RestoreAndStart],
-        FaultClass::DiskFull | FaultClass::Unknown => Vec::new(),
+        FaultClass::DiskFull | FaultClass::Overload | FaultClass::DependencyDown | FaultClass::Unknown => {
+            Vec::new()
+        }
     }
 }
 
@@ -201,23 +236,6 @@ fn next_rung(incident: &Incident, rungs: &[ActionKind]) -> Option<ActionKind> {
     })
 }
 
-fn effective_autonomy(policy: &HealPolicy, action: ActionKind, with: &Circumstances<'_>) -> Autonomy {
-    let written = match action {
-        ActionKind::RestoreAndStart => policy.autonomy.min(policy.restore_autonomy),
-        ActionKind::Start | ActionKind::Restart => policy.autonomy,
-    };
-    let lent = if with.demoted {
-        written.min(Autonomy::Recommend)
-    } else {
-        written
-    };
-    if with.approved && written != Autonomy::Observe {
-        Autonomy::Act
-    } else {
-        lent
-    }
-}
-
 fn distinct(rungs: &[ActionKind]) -> impl Iterator<Item = ActionKind> + '_ {
     rungs
         .iter()
@@ -232,8 +250,4 @@ fn not(action: ActionKind, reason: String) -> Alternative {
         chosen: false,
         reason,
     }
-}
-
-fn human(span: Duration) -> String {
-    humantime::format_duration(span).to_string()
 }

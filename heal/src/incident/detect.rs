@@ -35,6 +35,12 @@ impl Observed {
             || self.disk_full.is_some()
     }
 
+    /// Whether it does not serve those that call it, or did not at the last look: one failed probe is no symptom of its own but reason
+    /// enough not to blame a caller.
+    pub(super) fn is_down(&self) -> bool {
+        self.exit.is_some() || self.unresponsive || self.stopped_run > 0 || self.bad_run > 0
+    }
+
     /// Whether every sign is gone: no symptom, nothing on the way to one, and good probes in a row where there are probes.
     pub(super) fn is_clear(&self) -> bool {
         self.known

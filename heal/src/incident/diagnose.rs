@@ -6,50 +6,68 @@ use super::observe::Observed;
 use crate::types::{Cause, FaultClass};
 
 /// What the trouble is taken to be.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Diagnosis {
     pub(super) class: FaultClass,
     /// Why this class, in words.
     pub(super) reason: String,
+    /// How sure it is, 0 to 1: 1 for what the kernel says, judgements below, the share of the score for what the detector suspects.
+    pub(super) certainty: f64,
 }
 
 /// The class of the present symptoms; `None` when nothing is confirmed. The order matters: what forbids a restart comes first,
 /// then hard facts of the process, then what the detector suspects.
 pub(super) fn diagnose(seen: &Observed) -> Option<Diagnosis> {
-    let (class, reason) = if let Some(free) = seen.disk_full {
+    let (class, certainty, reason) = if let Some(free) = seen.disk_full {
         (
             FaultClass::DiskFull,
+            1.0,
             format!("{free} bytes are left on its file system, so a restart cannot help"),
         )
     } else if let Some(detail) = &seen.corrupt {
         (
             FaultClass::Corruption,
+            CHECKED,
             format!("its state did not pass the check: {detail}"),
         )
     } else if let Some(status) = &seen.exit {
-        (FaultClass::Crash, format!("its process ended: {status}"))
+        (FaultClass::Crash, 1.0, format!("its process ended: {status}"))
     } else if seen.stopped {
-        (FaultClass::Hang, "its process is stopped (state T)".to_owned())
+        (
+            FaultClass::Hang,
+            1.0,
+            "its process is stopped (state T)".to_owned(),
+        )
+    } else if let Some(down) = seen.dependency_down.as_ref().filter(|_| seen.unresponsive) {
+        (
+            FaultClass::DependencyDown,
+            DEPENDENCY,
+            format!("{down}, which it calls, is down: a restart of this one cannot help"),
+        )
     } else if seen.unresponsive {
         let failed = seen.probes.iter().filter(|ok| !**ok).count();
         let reason = format!(
             "{failed} of the last {} probes failed while its process lives",
             seen.probes.len()
         );
-        (FaultClass::Hang, reason)
+        (FaultClass::Hang, PROBED, reason)
     } else if seen.anomalous {
         let causes = seen.anomaly.as_ref().map_or(&[][..], |anomaly| &anomaly.causes);
         suspect(causes, &seen.leaders)
     } else {
         return None;
     };
-    Some(Diagnosis { class, reason })
+    Some(Diagnosis {
+        class,
+        reason,
+        certainty,
+    })
 }
 
 /// The class that an anomaly's leading causes point to. A family of the service's resources is to blame when one of its channels,
 /// risen, leads now and led most of the `latest` rows. Host-wide channels are evidence but never blame a service; a channel that
 /// fell below what was expected neither.
-fn suspect(causes: &[Cause], latest: &VecDeque<Option<Family>>) -> (FaultClass, String) {
+fn suspect(causes: &[Cause], latest: &VecDeque<Option<Family>>) -> (FaultClass, f64, String) {
     let own = |family: Family| {
         causes
             .iter()
@@ -72,6 +90,7 @@ fn suspect(causes: &[Cause], latest: &VecDeque<Option<Family>>) -> (FaultClass, 
         let percent = 100.0 * share / total;
         (
             class,
+            f64::from((share / total).clamp(0.0, 1.0)),
             format!(
                 "its {what} explains {percent:.0} % of the anomaly ({})",
                 names.join(", ")
@@ -85,6 +104,7 @@ fn suspect(causes: &[Cause], latest: &VecDeque<Option<Family>>) -> (FaultClass, 
         };
         (
             FaultClass::Unknown,
+            0.0,
             format!("the anomaly is led by {named}, which no action here would mend"),
         )
     }
@@ -112,6 +132,12 @@ pub(super) fn family_of(cause: &Cause) -> Option<Family> {
     }
 }
 
+/// A state check that failed twice says so. A judgement: checks have faults of their own.
+const CHECKED: f64 = 0.95;
+/// Probes that fail while the process lives: a hang, or a way to it that is broken. A judgement.
+const PROBED: f64 = 0.9;
+/// A dependency is down and this service does not answer: nearly always because of it. A judgement.
+const DEPENDENCY: f64 = 0.8;
 /// Share of the leading causes that the leading family must explain. A judgement: a third of the score with at most five causes,
 /// besides holding the first of them.
 const LEADING_SHARE: f32 = 0.34;

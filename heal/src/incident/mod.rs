@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use self::observe::Observed;
 use crate::budget::{Charge, Ledger};
+use crate::policy::evaluate::{self, RulingRecord};
 use crate::policy::{HealPolicy, NodeBudget};
 use crate::types::{
     ActionKind, Cause, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Notice,
@@ -120,6 +121,13 @@ pub enum Input {
         /// The service.
         service: String,
     },
+    /// The service's failure risk at the shortest horizon. Policies may ask for it; nothing else goes by it.
+    Risk {
+        /// The service.
+        service: String,
+        /// 0 to 1; `None` when not known.
+        probability: Option<f64>,
+    },
     /// The intent is on disk.
     IntentDurable {
         /// The intent.
@@ -158,6 +166,12 @@ pub enum Input {
         /// The incident.
         incident: IncidentId,
     },
+    /// A person says that what the incident is about is normal now: it is noted. The end of the alarm is told like any other, by
+    /// [`Input::AnomalyCleared`].
+    NewNormal {
+        /// The incident.
+        incident: IncidentId,
+    },
     /// A person lifts the demotion of a service that an action had harmed.
     Promote {
         /// The service.
@@ -172,6 +186,8 @@ pub enum Input {
 pub enum Output {
     /// An incident was opened: store it.
     Opened(Incident),
+    /// The policy was asked: write it down, so that the ruling can be checked later.
+    Ruled(Box<RulingRecord>),
     /// Store [`IncidentMachine::export`] and the intent durably, then answer [`Input::IntentDurable`] (or [`Input::IntentFailed`]).
     RecordIntent(Intent),
     /// Carry the intent out, then answer [`Input::Executed`].
@@ -193,6 +209,8 @@ pub struct HealConfig {
     pub services: BTreeMap<String, HealPolicy>,
     /// The budget over all services.
     pub node: NodeBudget,
+    /// Which services each one calls. One that does not answer while a service it calls is down is not restarted for it.
+    pub depends_on: BTreeMap<String, Vec<String>>,
     /// Identifies the monotonic clock of [`Now`]: the boot id for time since boot, else something new for each process.
     pub clock_id: String,
 }
@@ -243,6 +261,11 @@ impl HealedRestart {
 pub struct IncidentMachine {
     clock_id: String,
     node: NodeBudget,
+    depends_on: BTreeMap<String, Vec<String>>,
+    /// Digest of all policies.
+    policy: String,
+    /// The last ruling of each service, so that one that is asked for again is written down once.
+    ruled: BTreeMap<String, RulingRecord>,
     services: BTreeMap<String, Observed>,
     open: BTreeMap<String, Open>,
     ledger: Ledger,
@@ -293,8 +316,11 @@ impl IncidentMachine {
     /// A machine that knows of no incident.
     pub fn new(config: HealConfig) -> Self {
         Self {
+            policy: evaluate::digest(config.services.iter(), config.node),
             clock_id: config.clock_id,
             node: config.node,
+            depends_on: config.depends_on,
+            ruled: BTreeMap::new(),
             services: config
                 .services
                 .into_iter()
@@ -367,9 +393,11 @@ impl IncidentMachine {
             | Input::StateCorrupt { service, .. }
             | Input::StateGood { service }
             | Input::DiskFull { service, .. }
+            | Input::Risk { service, .. }
             | Input::DiskRelieved { service } => {
                 let service = service.clone();
                 self.observe(now, &service, &input);
+                self.tell_dependents(now, &service);
             }
             Input::IntentDurable { id } => self.intent_durable(now, *id),
             Input::IntentFailed { id, detail } => self.intent_failed(now, *id, detail),
@@ -381,6 +409,7 @@ impl IncidentMachine {
             } => self.reconciled(now, *id, *running, *took_effect),
             Input::Approve { incident } => self.approve(now, *incident),
             Input::Deny { incident } => self.deny(now, *incident),
+            Input::NewNormal { incident } => self.new_normal(now, *incident),
             Input::Promote { service } => {
                 if self.demoted.remove(service) {
                     self.decide_again(now, &service.clone());
@@ -490,6 +519,31 @@ impl IncidentMachine {
             open.record.note(now, words);
         }
         self.evaluate(now, service);
+    }
+
+    /// What a service's state means for those that call it.
+    fn tell_dependents(&mut self, now: Now, service: &str) {
+        let dependents: Vec<String> = self
+            .depends_on
+            .iter()
+            .filter(|(_, called)| called.iter().any(|name| name == service))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for dependent in dependents {
+            let down = self.depends_on.get(&dependent).and_then(|called| {
+                called
+                    .iter()
+                    .find(|name| self.services.get(*name).is_some_and(Observed::is_down))
+                    .cloned()
+            });
+            let Some(seen) = self.services.get_mut(&dependent) else {
+                continue;
+            };
+            if seen.dependency_down != down {
+                seen.dependency_down = down;
+                self.evaluate(now, &dependent);
+            }
+        }
     }
 
     fn notify(&mut self, record: &Incident, kind: NoticeKind, words: String) {

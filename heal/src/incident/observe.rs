@@ -49,6 +49,10 @@ pub(super) struct Observed {
     pub(super) anomalous: bool,
     pub(super) corrupt: Option<String>,
     pub(super) disk_full: Option<u64>,
+    /// A service that this one calls and that does not serve.
+    pub(super) dependency_down: Option<String>,
+    /// The chance of failing within the shortest horizon.
+    pub(super) risk: Option<f64>,
     /// Anomalies before this moment open nothing.
     pub(super) settle_until: Duration,
     /// Signs that are not yet cleared, oldest first; at most [`SIGNS_MAX`].
@@ -87,6 +91,8 @@ impl Observed {
             anomalous: false,
             corrupt: None,
             disk_full: None,
+            dependency_down: None,
+            risk: None,
             settle_until: Duration::ZERO,
             signs: Vec::new(),
         }
@@ -140,6 +146,10 @@ impl Observed {
                     .corrupt
                     .take()
                     .map(|_| "the state passes its check again".to_owned());
+            }
+            Input::Risk { probability, .. } => {
+                self.risk = probability.filter(|p| (0.0..=1.0).contains(p));
+                return None;
             }
             Input::DiskFull { free_bytes, .. } => {
                 let new = self.disk_full.replace(*free_bytes).is_none();

@@ -197,6 +197,7 @@ fn config(policy: &HealPolicy, node: NodeBudget, clock_id: &str) -> HealConfig {
     HealConfig {
         services,
         node,
+        depends_on: std::collections::BTreeMap::new(),
         clock_id: clock_id.to_owned(),
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::types::{Cause, CauseEvidence, Incident, IncidentState, Outcome, Verdict, When};
+use crate::types::{ActionKind, Cause, CauseEvidence, Incident, IncidentState, Outcome, Verdict, When};
 
 impl Incident {
     /// Tells what happened, what was considered, what was done and what came of it, in lines for a terminal. Times are seconds
@@ -64,11 +64,13 @@ impl Incident {
                 }
             }
         }
-        writeln!(text, "\nConsidered last:")?;
+        writeln!(text, "\nRestart helps: {}.", self.class.restart_helps().as_str())?;
+        writeln!(
+            text,
+            "\nConsidered last (rules choose, so what is chosen had propensity 1):"
+        )?;
         for alternative in &self.alternatives {
-            let name = alternative
-                .action
-                .map_or("nothing", crate::types::ActionKind::as_str);
+            let name = alternative.action.map_or("nothing", ActionKind::as_str);
             let mark = if alternative.chosen { "*" } else { " " };
             writeln!(text, "  {mark} {name:<18} {}", alternative.reason)?;
         }
@@ -92,6 +94,7 @@ impl Incident {
                 Some(Verdict::Unknown) => writeln!(text, "; nothing could be observed")?,
                 None => writeln!(text)?,
             }
+            writeln!(text, "             expected: {}", expected(action.intent.action))?;
         }
         if let Some(reason) = &self.handed_over {
             writeln!(text, "\nA person has to look: {reason}.")?;
@@ -151,6 +154,14 @@ impl Incident {
         } else {
             format!("-{:.2} s", before.as_secs_f64())
         }
+    }
+}
+
+/// What an action is done for: verification asks whether it came true.
+fn expected(action: ActionKind) -> &'static str {
+    match action {
+        ActionKind::Start | ActionKind::Restart => "the service answers and the symptom is gone",
+        ActionKind::RestoreAndStart => "the state passes its check and the service answers",
     }
 }
 

@@ -112,7 +112,7 @@ pub async fn run(options: &Options) -> Result<Outcome, DemoError> {
 }
 
 /// What the hostile edge of the demo does.
-const ATTACK: Attack = Attack::SignFlip;
+const ATTACK: Attack = Attack::SIGN_FLIP;
 /// Requests a second against each service.
 const REQUESTS_PER_S: f64 = 40.0;
 /// Time for a command such as `init` or `join`.
@@ -254,7 +254,7 @@ async fn set_up(stage: &mut Stage, centre: &Centre, plan: Plan) -> Result<(), De
                 "--config",
                 &edge,
                 "--attack",
-                ATTACK.name(),
+                &ATTACK.name(),
             ];
             stage.processes.start(&site.name, run)?;
         } else {

@@ -89,8 +89,10 @@ impl Plan {
             quorum: 3,
             deadline: Duration::from_millis(1_500),
             pause: Duration::from_millis(2_700),
-            clip_norm: theriac_model::moments::BLOCK_CLIP_NORM * f64::from(BLOCK_ROWS)
-                / theriac_model::moments::BLOCK_ROWS as f64,
+            clip_norm: Some(
+                theriac_model::moments::BLOCK_CLIP_NORM * f64::from(BLOCK_ROWS)
+                    / theriac_model::moments::BLOCK_ROWS as f64,
+            ),
             block_rows: BLOCK_ROWS,
             blocks_min: 1,
             blocks_max: 15,

@@ -189,6 +189,21 @@ pub struct Evaluation {
     pub absent: Vec<PathBuf>,
 }
 
+/// Volume under the range-aware precision-recall surface of one machine over buffers of 0 to `window` samples; NaN where one of
+/// the classes is missing. Labels and scores are `[time]`.
+pub fn vus_pr(labelled: &[bool], scores: &[f32], window: usize) -> f64 {
+    let scores = scores.iter().map(|score| f64::from(*score)).collect();
+    curves::Ranking::new(labelled.to_vec(), scores).volumes(window).1
+}
+
+/// The labels of one machine, from a file as `--labels` holds them.
+///
+/// # Errors
+/// [`EvaluateError`], whose text names the file.
+pub fn labels(path: &Path) -> Result<Vec<bool>, EvaluateError> {
+    read_mask(path, None)
+}
+
 /// Measures every machine that has labels and scores, in parallel.
 ///
 /// # Errors

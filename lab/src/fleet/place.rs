@@ -125,6 +125,7 @@ impl Site {
                 verify_probes: Some(2),
                 ..HealingSection::default()
             },
+            healing_policy: edge::HealingPolicySettings::default(),
             healing_budget: NodeBudget {
                 max_actions: terms.actions_max,
                 ..NodeBudget::default()
@@ -191,8 +192,12 @@ impl Site {
                 check: words(&check),
                 check_timeout: Duration::from_secs(10),
                 interval: Duration::from_secs(20),
+                min_gap: Duration::from_secs(5),
+                budget_pct: 5.0,
+                expected_mtbf: Duration::from_hours(24),
                 keep: 2,
             }),
+            checkpoint: None,
             depends_on: Vec::new(),
             limits: edge::LimitSettings {
                 memory_bytes: Some(SERVICE_MEMORY_MAX),
@@ -250,8 +255,7 @@ impl Centre {
             advertise: Some(self.listen.to_string()),
             rounds,
             model,
-            limits: aggregator::LimitSettings::default(),
-            privacy_floor: theriac_aggregator::floor::FloorSettings::default(),
+            ..aggregator::Settings::default()
         };
         write_toml(&self.config(), &settings)
     }

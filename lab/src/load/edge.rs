@@ -29,7 +29,7 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// `dimension` values in [-1, 1] on the int8 grid, the same for the same `seed`.
+    /// `dimension` values in ±√3, which is noise of standard deviation 1 as agreed, on the int8 grid, the same for the same `seed`.
     pub(super) fn new(dimension: u32, seed: u64) -> Self {
         let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let mut unit = move || {
@@ -39,7 +39,9 @@ impl Prepared {
             state ^= state << 17;
             f32::from(u16::try_from(state >> 48).unwrap_or(0)) / 65_536.0
         };
-        let values: Vec<f32> = (0..dimension).map(|_| unit() * 2.0 - 1.0).collect();
+        let values: Vec<f32> = (0..dimension)
+            .map(|_| (unit() * 2.0 - 1.0) * 3.0_f32.sqrt())
+            .collect();
         let (encoding, payload) = encode_int8(&values, unit);
         Self {
             encoding,
@@ -245,8 +247,8 @@ mod tests {
         assert_eq!(one.payload.len(), 1_000);
         let norm = scan(one.encoding, &one.payload).unwrap().norm;
         assert!(
-            (10.0..26.0).contains(&norm),
-            "uniform values in [-1, 1] have a norm near 18, found {norm}"
+            (29.0..34.0).contains(&norm),
+            "uniform values in ±√3 have a norm near 31.6, found {norm}"
         );
     }
 }

@@ -139,12 +139,12 @@ fn terms(options: &Options) -> RoundSettings {
         deadline: Duration::from_mins(1),
         pause: Duration::ZERO,
         rounds_max: (!idle).then_some(options.rounds),
-        clip_norm: 1.0,
-        noise_multiplier: 1.0,
+        clip_norm: Some(1.0),
+        noise_multiplier: Some(1.0),
         rule: if options.edges >= 3 {
-            RuleName::TrimmedMean
+            RuleName::TRIMMED_MEAN
         } else {
-            RuleName::Mean
+            RuleName::MEAN
         },
         byzantine: usize::from(options.edges >= 3),
         ..RoundSettings::default()

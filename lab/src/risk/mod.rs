@@ -11,13 +11,12 @@ mod floor;
 mod metric;
 mod ramps;
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde::Serialize;
 use theriac_command::output::{self, Format};
+use theriac_command::progress::Steps;
 use theriac_model::risk::RiskError;
 use theriac_model::risk::predictor::Predictor;
 
@@ -103,7 +102,7 @@ pub struct SetFigures {
     pub partitions: Vec<Assessment>,
 }
 
-/// Judges everything and writes `risk.json` and `ramps-model.json`. Progress goes to standard error.
+/// Judges everything and writes `risk.json` and `ramps-model.json`. On a terminal a bar on standard error shows how far it is.
 ///
 /// # Errors
 /// [`RiskRunError`].
@@ -140,7 +139,10 @@ pub fn run(args: &Args) -> Result<Figures, RiskRunError> {
 }
 
 fn judge(data: &Dataset, args: &Args) -> Result<SetFigures, RiskRunError> {
-    let progress = Progress::new(data.name, args.partitions as usize * assess::FOLDS);
+    let progress = Steps::new(
+        format!("judging {}", data.name),
+        args.partitions as usize * assess::FOLDS,
+    );
     let mut partitions = Vec::new();
     for number in 0..u64::from(args.partitions) {
         let fold_of = assess::partition(&data.set, number, args.seed);
@@ -305,29 +307,6 @@ fn spread(values: impl Iterator<Item = f64>) -> String {
         return format!("{mean:.digits$}");
     }
     format!("{mean:.digits$} ({least:.digits$}-{most:.digits$})")
-}
-
-struct Progress {
-    name: &'static str,
-    total: usize,
-    done: AtomicUsize,
-}
-
-impl Progress {
-    fn new(name: &'static str, total: usize) -> Self {
-        Self {
-            name,
-            total,
-            done: AtomicUsize::new(0),
-        }
-    }
-
-    fn step(&self) {
-        let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
-        let line = format!("[{done}/{}] {}: fold judged\n", self.total, self.name);
-        // Progress is a courtesy: nobody may be listening.
-        std::io::stderr().write_all(line.as_bytes()).ok();
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use serde::Serialize;
 use theriac_aggregator::robust::RuleName;
 use theriac_command::output::Format;
 use theriac_model::detector::ROWS_MIN;
+use theriac_model::gradient::{GRADIENT_CLIP_NORM, JOB_ROUNDS};
 use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS, RECORD_CLIP_NORM};
 use theriac_privacy::accountant::noise_multiplier_for;
 use theriac_privacy::policy::PrivacyUnit;
@@ -40,8 +41,10 @@ pub enum Mode {
 pub enum Recipe {
     /// Moments of every channel's own lags and its level: each block is released once, the centre solves.
     Moments,
-    /// Weight changes of the residual network after a few local gradient steps, in every round, of all rows of a site.
+    /// Gradients of the full linear model, clipped block by block, of the same blocks in every round; the centre steps.
     Gradient,
+    /// Weight changes of the residual network after a few local gradient steps, in every round, of all rows of a site.
+    Delta,
 }
 
 impl Recipe {
@@ -49,7 +52,8 @@ impl Recipe {
     pub fn kind(self) -> UpdateKind {
         match self {
             Self::Moments => UpdateKind::Moments,
-            Self::Gradient => UpdateKind::Delta,
+            Self::Gradient => UpdateKind::Gradient,
+            Self::Delta => UpdateKind::Delta,
         }
     }
 }
@@ -78,9 +82,10 @@ pub struct Args {
     /// Which sites, separated by commas [default: all].
     #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
     pub sites: Vec<String>,
-    /// Rounds; each releases its own part of the history, so every block is charged once.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub rounds: u32,
+    /// Rounds. Of moments each releases its own part of the history, so every block is charged once; of gradients and deltas each reads all
+    /// again and is charged again [default: 20 of gradients, else 1].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: Option<u32>,
     /// Seed of nonces, rounding and initial weights. Privacy noise is never seeded.
     #[arg(long, value_name = "S", default_value_t = 1)]
     pub seed: u64,
@@ -93,18 +98,23 @@ pub struct Args {
     /// What crosses sites.
     #[arg(long, value_enum, default_value_t = Recipe::Moments)]
     pub recipe: Recipe,
-    /// Gradient steps of 256 rows that a site takes in one round.
-    #[arg(long, value_name = "N", default_value_t = 20)]
-    pub local_steps: usize,
-    /// How far the model moves towards the sites' mean in one round of gradients. Below 1 this is Reptile.
+    /// Steps that a site takes in one round: of 256 rows each for deltas [default: 20]; of all rows for gradients [default: 1], where more need
+    /// `--privacy off`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub local_steps: Option<u32>,
+    /// Pull of a site's local steps back to the model that the round began with (FedProx); only with gradients and `--local-steps`.
+    #[arg(long, value_name = "MU", default_value_t = 0.0)]
+    pub proximal: f32,
+    /// How far the model moves towards the sites' mean in one round of gradients or deltas. Below 1 this is Reptile.
     #[arg(long, value_name = "R", default_value_t = 1.0)]
     pub server_rate: f32,
-    /// Share of the last move that is added to the next.
-    #[arg(long, value_name = "M", default_value_t = 0.0)]
-    pub server_momentum: f32,
-    /// Each site in turn is new: its last K train rows only, and the model of the others.
-    #[arg(long, value_name = "K")]
-    pub cold_start: Option<usize>,
+    /// Share of the last move that is added to the next [default: 0.8 for gradients, else 0].
+    #[arg(long, value_name = "M")]
+    pub server_momentum: Option<f32>,
+    /// Each site in turn is new: its last K train rows only, and the model of the others. Several K, separated by commas, meet the same model; the
+    /// results of each lie in a folder `cold-K`.
+    #[arg(long, value_name = "K", value_delimiter = ',')]
+    pub cold_start: Vec<usize>,
     /// What the noise of a site's updates hides.
     #[arg(long, value_enum, default_value_t = Privacy::Block)]
     pub privacy: Privacy,
@@ -114,8 +124,8 @@ pub struct Args {
     /// Each site's δ.
     #[arg(long, value_name = "D", default_value_t = 1e-6)]
     pub delta: f64,
-    /// How the aggregator combines updates: `mean`, `median` or `trimmed_mean`.
-    #[arg(long, value_name = "NAME", default_value_t = RuleName::TrimmedMean)]
+    /// How the aggregator combines updates, as `rounds.rule` of its configuration: `caf`, `nnm+trimmed_mean`, `mean` and so on.
+    #[arg(long, value_name = "NAME", default_value_t = RuleName::CAF)]
     pub rule: RuleName,
     /// Hostile sites that the rule withstands [default: as many as there are].
     #[arg(long, value_name = "F")]
@@ -132,6 +142,38 @@ pub struct Args {
     /// `human`, or `json` for the summary on standard output.
     #[arg(long, default_value = "human")]
     pub format: Format,
+}
+
+impl Args {
+    /// Rounds, or as many as the recipe usually has.
+    pub fn rounds(&self) -> u32 {
+        self.rounds.unwrap_or(match self.recipe {
+            Recipe::Gradient => JOB_ROUNDS,
+            Recipe::Moments | Recipe::Delta => 1,
+        })
+    }
+
+    /// Share of the last move that is added to the next.
+    pub fn server_momentum(&self) -> f32 {
+        self.server_momentum.unwrap_or(match self.recipe {
+            Recipe::Gradient => 0.8,
+            Recipe::Moments | Recipe::Delta => 0.0,
+        })
+    }
+
+    /// Steps of one round of deltas.
+    pub fn delta_steps(&self) -> usize {
+        self.local_steps.map_or(20, |steps| steps as usize)
+    }
+
+    /// The same with one number of rows for a cold start, or none.
+    #[must_use]
+    pub fn with_cold_start(&self, rows: Option<usize>) -> Self {
+        Self {
+            cold_start: rows.into_iter().collect(),
+            ..self.clone()
+        }
+    }
 }
 
 /// Why the command line cannot be carried out.
@@ -151,6 +193,11 @@ pub enum ArgsError {
         /// What was given.
         got: f32,
     },
+    /// Local steps that no guarantee covers.
+    #[error(
+        "--{0} of gradients need --recipe gradient and --privacy off: no clipping bounds what one block does to them"
+    )]
+    LocalSteps(&'static str),
     /// Too few rows to fit on.
     #[error("--cold-start must be at least {ROWS_MIN}, got {0}")]
     ColdStart(usize),
@@ -237,13 +284,13 @@ impl Settings {
     /// [`ArgsError`]
     pub fn check(args: Args) -> Result<Self, ArgsError> {
         let (epsilon, delta) = (Epsilon::new(args.epsilon)?, Delta::new(args.delta)?);
-        if let Some(rows) = args.cold_start.filter(|rows| *rows < ROWS_MIN) {
-            return Err(ArgsError::ColdStart(rows));
+        if let Some(rows) = args.cold_start.iter().find(|rows| **rows < ROWS_MIN) {
+            return Err(ArgsError::ColdStart(*rows));
         }
         check_server(&args)?;
         let terms = match args.privacy {
             Privacy::Off => None,
-            Privacy::Block | Privacy::Record if args.recipe == Recipe::Gradient => {
+            Privacy::Block | Privacy::Record if args.recipe != Recipe::Moments => {
                 let unit = match args.privacy {
                     Privacy::Record => PrivacyUnit::Record,
                     Privacy::Off | Privacy::Block => PrivacyUnit::Block,
@@ -252,9 +299,12 @@ impl Settings {
                 Some(terms(
                     unit,
                     BLOCK_ROWS,
-                    DELTA_CLIP_NORM,
+                    match args.recipe {
+                        Recipe::Gradient => GRADIENT_CLIP_NORM,
+                        Recipe::Moments | Recipe::Delta => DELTA_CLIP_NORM,
+                    },
                     (epsilon, delta),
-                    args.rounds,
+                    args.rounds(),
                     args.recipe,
                 )?)
             }
@@ -295,7 +345,7 @@ impl Settings {
     /// # Errors
     /// [`ArgsError`]
     pub fn check_sites(&self, found: usize) -> Result<(), ArgsError> {
-        let cold = self.args.cold_start.is_some();
+        let cold = !self.args.cold_start.is_empty();
         let (mode, needed) = match (self.args.mode, cold) {
             (Mode::Local | Mode::Constant, _) => return Ok(()),
             (Mode::Federated, false) => ("federated", 1),
@@ -330,13 +380,23 @@ impl Settings {
 }
 
 fn check_server(args: &Args) -> Result<(), ArgsError> {
-    let (rate, momentum) = (args.server_rate, args.server_momentum);
+    let (rate, momentum) = (args.server_rate, args.server_momentum());
     let refuse = |name, range, got| Err(ArgsError::Server { name, range, got });
     if !(rate > 0.0 && rate <= 10.0) {
         return refuse("server-rate", "above 0 and at most 10", rate);
     }
     if !(0.0..1.0).contains(&momentum) {
         return refuse("server-momentum", "at least 0 and below 1", momentum);
+    }
+    if !(0.0..=1e6).contains(&args.proximal) {
+        return refuse("proximal", "at least 0 and at most 1e6", args.proximal);
+    }
+    let free = args.recipe == Recipe::Gradient && args.privacy == Privacy::Off;
+    if args.proximal > 0.0 && !free {
+        return Err(ArgsError::LocalSteps("proximal"));
+    }
+    if args.recipe == Recipe::Gradient && args.local_steps.is_some() && !free {
+        return Err(ArgsError::LocalSteps("local-steps"));
     }
     Ok(())
 }
@@ -402,11 +462,14 @@ mod tests {
         );
         assert_eq!(settings("--privacy off").terms, None);
         let sigma = |line| settings(line).terms.unwrap().noise_multiplier.value();
-        let (once, often) = (sigma("--recipe gradient"), sigma("--recipe gradient --rounds 9"));
+        let (once, often) = (sigma("--recipe delta"), sigma("--recipe delta --rounds 9"));
         assert!(
             (once / terms.noise_multiplier.value() - 2.0).abs() < 0.01 && (often / once - 3.0).abs() < 0.01,
-            "gradients read everything every time: {once} {often}"
+            "deltas read everything every time: {once} {often}"
         );
+        let twenty = sigma("--recipe gradient");
+        assert!((5.5..5.75).contains(&twenty), "{twenty}");
+        assert!((sigma("--recipe gradient --rounds 5") / twenty - 0.5).abs() < 0.01);
     }
 
     #[test]
@@ -419,6 +482,10 @@ mod tests {
             "--server-rate 0",
             "--server-rate nan",
             "--server-momentum 1",
+            "--proximal=-1",
+            "--proximal 1",
+            "--recipe gradient --local-steps 3",
+            "--cold-start 60,19",
         ] {
             assert!(Settings::check(parse(line)).is_err(), "{line}");
         }

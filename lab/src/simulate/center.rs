@@ -7,9 +7,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
-use theriac_aggregator::robust::{PayloadRows, RowEvidence, RuleError, RuleName, rule};
-use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, validate};
-use theriac_model::global::{GlobalError, GlobalModel, delta_layout, moments_layout};
+use theriac_aggregator::copies::Screened;
+use theriac_aggregator::robust::{
+    Combined, Options, PayloadRows, RowEvidence, Rows as _, Rule as _, RuleError, RuleName,
+};
+use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, norm_bound, validate};
+use theriac_model::global::{GlobalError, GlobalModel, delta_layout, gradient_layout, moments_layout};
+use theriac_model::gradient::{self, GRADIENT_CLIP_NORM};
 use theriac_model::moments;
 use theriac_protocol::compress::encode_f32;
 use theriac_protocol::message::{
@@ -85,6 +89,8 @@ pub struct Center {
     terms: RoundTerms,
     rule: RuleName,
     byzantine: usize,
+    /// Whether updates carry noise.
+    private: bool,
     model: GlobalModel,
     header: ModelV1,
     payload: Bytes,
@@ -101,6 +107,8 @@ pub struct Center {
     sum: Vec<f64>,
     releases: usize,
     records: Vec<RoundRecord>,
+    /// What the rule made of the last round.
+    combined: Option<Vec<f32>>,
 }
 
 impl Center {
@@ -117,12 +125,17 @@ impl Center {
         let recipe = settings.args.recipe;
         let (layout, clip_default) = match recipe {
             Recipe::Moments => (moments_layout(channels), moments::BLOCK_CLIP_NORM),
-            Recipe::Gradient => (delta_layout(channels), DELTA_CLIP_NORM),
+            Recipe::Gradient => (gradient_layout(channels), GRADIENT_CLIP_NORM),
+            Recipe::Delta => (delta_layout(channels), DELTA_CLIP_NORM),
         };
         let (clip_norm, noise_multiplier, block_rows) = match &settings.terms {
             Some(terms) => (terms.clip_norm, terms.noise_multiplier, terms.block_rows),
             None => (
-                L2Norm::new(clip_default)?,
+                // Local steps are bounded by nothing.
+                L2Norm::new(match (recipe, settings.args.local_steps) {
+                    (Recipe::Gradient, Some(_)) => 1e9,
+                    _ => clip_default,
+                })?,
                 NoiseMultiplier::new(f64::MIN_POSITIVE)?,
                 moments::BLOCK_ROWS,
             ),
@@ -142,7 +155,7 @@ impl Center {
             byzantine: 0,
             deadline: DEADLINE,
             pause: Duration::ZERO,
-            rounds_max: Some(settings.args.rounds.into()),
+            rounds_max: Some(settings.args.rounds().into()),
             terms: terms.clone(),
         };
         let model = GlobalModel::initial(channels, settings.args.seed);
@@ -153,7 +166,7 @@ impl Center {
             layout_digest: Digest(model.layout().digest()),
             values: u32::try_from(model.values().len()).unwrap_or(u32::MAX),
             payload_digest: Digest::of(&payload),
-            rule: settings.args.rule.word().to_owned(),
+            rule: settings.args.rule.to_string(),
             contributors: 0,
         };
         let base = BaseModel {
@@ -166,6 +179,7 @@ impl Center {
             terms,
             rule: settings.args.rule,
             byzantine: settings.byzantine,
+            private: settings.terms.is_some(),
             model,
             header,
             payload,
@@ -176,10 +190,11 @@ impl Center {
             stored: BTreeMap::new(),
             recipe,
             velocity: vec![0.0; layout.len()],
-            server: (settings.args.server_rate, settings.args.server_momentum),
+            server: (settings.args.server_rate, settings.args.server_momentum()),
             sum: vec![0.0; layout.len()],
             releases: 0,
             records: Vec::new(),
+            combined: None,
         })
     }
 
@@ -260,6 +275,7 @@ impl Center {
     fn update(&mut self, now: Moment, node: &NodeId, header: UpdateV1, payload: Bytes) -> Option<ToEdge> {
         let (round, nonce, base_digest) = (header.round, header.nonce, header.base_digest);
         let Some(terms) = &self.open else {
+            self.refused(node, RefusalCode::RoundClosed);
             return Some(refusal(RefusalCode::RoundClosed, Some(round)));
         };
         match validate(
@@ -408,31 +424,33 @@ impl Center {
     }
 
     /// The rule over the sites' updates. Moments: times their number; what earlier rounds gave is added, since every round reads
-    /// other blocks; then the solve. Gradients: a step of the network.
+    /// other blocks; then the solve. Gradients: a step of the full linear model. Deltas: one of the
+    /// network.
     fn aggregate(&mut self, members: &[(NodeId, Digest)]) -> Result<(ModelVersion, Digest), CombineError> {
-        let rows = members
+        let updates: Vec<&ValidatedUpdate> = members
             .iter()
             .filter_map(|(node, _)| self.stored.get(node))
-            .map(ValidatedUpdate::row);
-        let rows = PayloadRows::new(rows.collect(), self.terms.values)?;
-        // Whoever was refused is no longer among the rows, so fewer hostile ones are left.
+            .collect();
+        // Whoever was refused is no longer among the rows, so fewer hostile ones are left. A site that is both, for a second
+        // update, still counts.
         let refused: BTreeSet<&NodeId> = self
             .records
             .last()
             .into_iter()
-            .flat_map(|r| &r.refused)
-            .map(|r| &r.site)
+            .flat_map(|record| &record.refused)
+            .map(|refused| &refused.site)
+            .filter(|site| members.iter().all(|(node, _)| node != *site))
             .collect();
-        let rule = rule(self.rule, self.byzantine.saturating_sub(refused.len()));
-        rule.check(members.len())?;
-        let combined = rule.combine(&rows)?;
+        let combined = self.combine(&updates, refused.len())?;
         let next = match self.recipe {
             Recipe::Moments => self.solved(&combined.values, members.len())?,
-            Recipe::Gradient => self.moved(&combined.values)?,
+            Recipe::Gradient => self.stepped(&combined.values)?,
+            Recipe::Delta => self.moved(&combined.values)?,
         };
         let payload = Bytes::from(encode_f32(next.values()));
         let digest = Digest::of(&payload);
         self.candidate = Some((next, payload));
+        self.combined = Some(combined.values);
         let mut distances: Vec<f64> = combined.evidence.iter().map(|row| row.distance).collect();
         let middle = distances.len() / 2;
         let median = *distances.select_nth_unstable_by(middle, f64::total_cmp).1;
@@ -448,6 +466,50 @@ impl Center {
         let contributors = members.iter().map(|(node, _)| node.clone()).collect();
         self.record(|record| (record.evidence, record.contributors) = (evidence, contributors));
         Ok((self.header.version.next(), digest))
+    }
+
+    /// Screen for copies and rule over updates in the order of their nodes, `refused` of all having been stopped before.
+    fn combine(&self, updates: &[&ValidatedUpdate], refused: usize) -> Result<Combined<f32>, RuleError> {
+        let digests = updates.iter().map(|update| &update.header().payload_digest);
+        let options = Options::for_round(self.rule, digests, self.private);
+        let rows = updates.iter().map(|update| update.row()).collect();
+        // As many as these rows can withstand, as at the aggregator.
+        let most = updates.len().saturating_sub(1) / 2;
+        let byzantine = self.byzantine.saturating_sub(refused).min(most);
+        let noise = self.terms.noise_multiplier.value() * self.terms.clip_norm.value();
+        let rule = Screened::new(self.rule, byzantine, &options, noise)?;
+        let rows = PayloadRows::new(rows, self.terms.values)?;
+        rule.check(rows.count())?;
+        rule.combine(&rows)
+    }
+
+    /// What the rule would make of the open round if these were its updates; `None` without a round or a result. Colluders ask this.
+    pub fn trial(&self, updates: Vec<RawUpdate>) -> Option<Vec<f32>> {
+        let terms = self.open.as_ref()?;
+        let all = updates.len();
+        let mut valid: Vec<ValidatedUpdate> = updates
+            .into_iter()
+            .filter_map(|update| validate(update, terms).ok())
+            .collect();
+        valid.sort_by(|a, b| a.node().cmp(b.node()));
+        let valid: Vec<&ValidatedUpdate> = valid.iter().collect();
+        let combined = self.combine(&valid, all - valid.len());
+        combined.ok().map(|combined| combined.values)
+    }
+
+    /// What the rule made of the last round.
+    pub fn previous(&self) -> Option<&[f32]> {
+        self.combined.as_deref()
+    }
+
+    /// The norm bound of the open round's updates.
+    pub fn bound(&self) -> f64 {
+        self.open.as_ref().map_or(f64::INFINITY, norm_bound)
+    }
+
+    /// Whether this round takes no more updates.
+    pub fn is_over(&self, round: Round) -> bool {
+        self.open.as_ref().is_none_or(|open| open.round > round)
     }
 
     /// The model that all moments so far give.
@@ -472,6 +534,19 @@ impl Center {
         self.model.with_delta(&self.velocity)
     }
 
+    /// The model after a step of the full linear one; without `--server-rate` and `--server-momentum` the very step of an aggregator.
+    fn stepped(&mut self, mean: &[f32]) -> Result<GlobalModel, GlobalError> {
+        let (rate, momentum) = (f64::from(self.server.0), f64::from(self.server.1));
+        let sigma = self.terms.noise_multiplier.value();
+        let length = rate * gradient::step_length(sigma);
+        let (blocks, rows) = (self.terms.blocks_max, self.terms.block_rows);
+        let next = self
+            .model
+            .descent()
+            .step_with(mean, blocks, rows, length, momentum)?;
+        self.model.with_descent(&next)
+    }
+
     fn publish(
         &mut self,
         now: Moment,
@@ -485,6 +560,8 @@ impl Center {
             self.header.round = round;
             self.header.payload_digest = digest;
             self.header.contributors = u32::try_from(contributors).unwrap_or(u32::MAX);
+            self.header.layout_digest = Digest(model.layout().digest());
+            self.header.values = u32::try_from(model.values().len()).unwrap_or(u32::MAX);
             (self.model, self.payload) = (model, payload);
         }
         self.end(now, PUBLISHED);

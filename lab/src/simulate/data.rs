@@ -8,10 +8,14 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::moments_layout;
+use theriac_model::gradient::{BlockRows, LocalDescent};
 use theriac_model::io::{ReadError, read_series};
+use theriac_model::linear::FullWeights;
 use theriac_model::moments::{self, BLOCK_ROWS};
 use theriac_model::series::Series;
 use theriac_protocol::units::NodeId;
+
+use crate::attack::{Kind, poison};
 
 const TRAIN: &str = ".train.npy.gz";
 const TEST: &str = ".test.npy.gz";
@@ -84,6 +88,10 @@ pub struct Site {
     pub test: Series,
     /// Moments of every whole block, unclipped; made when first needed.
     blocks: OnceLock<Vec<Vec<f32>>>,
+    /// Rows of the same blocks, for gradients; made when first needed.
+    block_rows: OnceLock<Vec<BlockRows>>,
+    /// All of them summed up, for local steps.
+    descent: OnceLock<LocalDescent>,
 }
 
 impl Site {
@@ -94,7 +102,16 @@ impl Site {
             train,
             test,
             blocks: OnceLock::new(),
+            block_rows: OnceLock::new(),
+            descent: OnceLock::new(),
         }
+    }
+
+    /// The same machine with rows spoilt as `kind` says.
+    #[must_use]
+    pub fn poisoned(&self, kind: Kind, seed: u64) -> Self {
+        let train = poison::rows(kind, &self.train, seed);
+        Self::new(self.name.clone(), train, Series::empty(self.train.channels()))
     }
 
     /// Moments of the blocks of 60 rows, in the order of time; an incomplete last one is left out.
@@ -104,6 +121,33 @@ impl Site {
             let values = values.chunks_exact(BLOCK_ROWS * schema.channels().max(1));
             values.map(|block| moments::block(block, BLOCK_ROWS)).collect()
         })
+    }
+
+    /// The same blocks as rows that gradients are taken of.
+    pub fn block_rows(&self, schema: &FeatureSchema) -> &[BlockRows] {
+        self.block_rows.get_or_init(|| {
+            let values = moments::public_values(schema, &self.train);
+            let values = values.chunks_exact(BLOCK_ROWS * schema.channels().max(1));
+            values.map(|block| BlockRows::new(block, BLOCK_ROWS)).collect()
+        })
+    }
+
+    /// What local steps of all those rows come to; see [`LocalDescent::descend`].
+    pub fn local(
+        &self,
+        schema: &FeatureSchema,
+        weights: &FullWeights,
+        steps: u32,
+        proximal: f32,
+    ) -> Vec<f32> {
+        let descent = self.descent.get_or_init(|| {
+            let mut descent = LocalDescent::new(schema.channels());
+            self.block_rows(schema)
+                .iter()
+                .for_each(|block| descent.add(block));
+            descent
+        });
+        descent.descend(weights, steps, proximal)
     }
 
     /// Moments of the single regression rows within `rows`, each clipped for the unit of one record; the first ten of

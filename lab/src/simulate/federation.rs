@@ -12,12 +12,15 @@ use theriac_model::feature::FeatureSchema;
 use theriac_model::global::GlobalModel;
 use theriac_protocol::codec::{self, CodecError, Encoded};
 use theriac_protocol::frame::{FrameError, FrameHeader, HEADER_BYTES};
-use theriac_protocol::message::{FetchModelV1, GateVerdict, ModelV1, ToAggregator, ToEdge, WelcomeV1};
+use theriac_protocol::message::{
+    AnnounceV1, FetchModelV1, GateVerdict, ModelV1, ToAggregator, ToEdge, WelcomeV1,
+};
 use theriac_protocol::participant::{Input, Output};
 use theriac_protocol::units::{Moment, NodeId};
 
 use super::args::Settings;
 use super::center::{Center, RoundRecord};
+use super::hostile::Hostile;
 use super::member::{Member, MemberError};
 
 /// Why a simulated federation cannot go on. Nothing that a hostile site sends is among it.
@@ -62,6 +65,8 @@ pub struct Outcome {
     pub traffic: BTreeMap<(u64, NodeId), Traffic>,
     /// How each site stands.
     pub sites: BTreeMap<NodeId, Settled>,
+    /// How each newcomer stands, in the order they came.
+    pub newcomers: Vec<Settled>,
 }
 
 /// How a site stands after the last round.
@@ -75,14 +80,15 @@ pub struct Settled {
     pub epsilon: Option<f64>,
 }
 
-/// Runs all rounds among `members`; a `newcomer` then fetches the model and judges it.
+/// Runs all rounds among `members`; then the `newcomers`, one after another, fetch the model and judge it. They may be the same site with
+/// different rows.
 ///
 /// # Errors
 /// [`FederationError`]
 pub fn run(
     center: Center,
     members: Vec<Member<'_>>,
-    newcomer: Option<Member<'_>>,
+    newcomers: Vec<Member<'_>>,
     settings: &Settings,
     schema: &FeatureSchema,
 ) -> Result<Outcome, FederationError> {
@@ -91,6 +97,7 @@ pub fn run(
         members: BTreeMap::new(),
         queue: VecDeque::new(),
         judging: Vec::new(),
+        hostile: Hostile::new(settings.args.seed),
         traffic: BTreeMap::new(),
         now: Moment::default(),
         settings,
@@ -102,34 +109,35 @@ pub fn run(
         federation.join(node, member, welcome)?;
     }
     federation.run()?;
-    if let Some(member) = newcomer {
+    let mut arrived = Vec::new();
+    for member in newcomers {
         let node = member.site.name.clone();
+        federation.traffic.retain(|(_, other), _| *other != node);
         let welcome = federation.center.welcome(federation.now, &node);
-        federation.join(node, member, welcome)?;
+        federation.join(node.clone(), member, welcome)?;
         federation.run()?;
+        arrived.extend(federation.members.remove(&node).map(settled));
     }
     let header = federation.center.model().0.clone();
     let (model, records) = federation.center.into_records();
-    let settled = |(node, member): (NodeId, Member<'_>)| {
-        let epsilon = member.epsilon();
-        let detector = member.detector.map(|(detector, _)| detector);
-        (
-            node,
-            Settled {
-                detector,
-                verdict: member.verdict,
-                epsilon,
-            },
-        )
-    };
-    let sites = federation.members.into_iter().map(settled).collect();
+    let sites = federation.members.into_iter();
+    let sites = sites.map(|(node, member)| (node, settled(member))).collect();
     Ok(Outcome {
         header,
         model,
         records,
         traffic: federation.traffic,
         sites,
+        newcomers: arrived,
     })
+}
+
+fn settled(member: Member<'_>) -> Settled {
+    Settled {
+        epsilon: member.epsilon(),
+        detector: member.detector.map(|(detector, _)| detector),
+        verdict: member.verdict,
+    }
 }
 
 /// A message on its way.
@@ -145,6 +153,8 @@ struct Federation<'a, 'b> {
     queue: VecDeque<(NodeId, Message)>,
     /// Sites with a model to judge.
     judging: Vec<NodeId>,
+    /// Honest updates of the running round, and hostile sites that wait for them.
+    hostile: Hostile,
     traffic: BTreeMap<(u64, NodeId), Traffic>,
     now: Moment,
     settings: &'b Settings,
@@ -173,6 +183,10 @@ impl<'a> Federation<'a, '_> {
             self.poll_members()?;
             if let Some((node, message)) = self.queue.pop_front() {
                 self.deliver(node, message)?;
+            } else if self.hostile.is_due() {
+                self.craft()?;
+            } else if let Some((node, update)) = self.hostile.overdue(&self.center) {
+                self.up(node, &update)?;
             } else if !self.judging.is_empty() {
                 self.judge();
             } else if !self.pass_time() {
@@ -187,27 +201,21 @@ impl<'a> Federation<'a, '_> {
         for (node, member) in &mut self.members {
             while let Some(output) = member.participant.poll_output() {
                 match output {
+                    Output::Train { announce } if member.attack.is_some() => {
+                        self.hostile.wait(node.clone(), announce);
+                    }
                     Output::Train { announce } => {
-                        let (round, nonce) = (announce.round, announce.nonce);
-                        let made = member
-                            .train(&announce, self.settings, self.schema)
-                            .map_err(|source| FederationError::Member {
-                                site: node.clone(),
-                                source,
-                            })?;
-                        let input = match made {
-                            Ok(payload_digest) => Input::Trained {
-                                round,
-                                nonce,
-                                payload_digest,
-                            },
-                            Err(reason) => Input::CannotTrain { round, nonce, reason },
-                        };
+                        let input = train(member, &announce, self.settings, self.schema)?;
                         member.participant.handle(self.now, input);
+                        self.hostile.overhear(node, announce.round, member);
                     }
                     Output::SendUpdate { .. } => {
-                        let update = member.outbox.clone();
-                        up.extend(update.map(|(h, p)| (node.clone(), ToAggregator::Update(h, p))));
+                        let updates = self.hostile.sent(node, member);
+                        up.extend(
+                            updates
+                                .into_iter()
+                                .map(|(h, p)| (node.clone(), ToAggregator::Update(h, p))),
+                        );
                     }
                     Output::SendDecline(decline) => up.push((node.clone(), ToAggregator::Decline(decline))),
                     Output::FetchModel { version } => {
@@ -221,10 +229,32 @@ impl<'a> Federation<'a, '_> {
             }
         }
         for (node, message) in up {
-            let message = codec::encode_to_aggregator(&message)?;
-            self.count(&node).up += message.len() as u64;
-            self.queue.push_back((node, Message::Up(message)));
+            self.up(node, &message)?;
         }
+        Ok(())
+    }
+
+    /// Every hostile site makes its update, now that those of the honest are known.
+    fn craft(&mut self) -> Result<(), FederationError> {
+        for (node, announce) in self.hostile.take_waiting() {
+            let Some(member) = self.members.get_mut(&node) else {
+                continue;
+            };
+            let input = train(member, &announce, self.settings, self.schema)?;
+            self.hostile.made(node, input);
+        }
+        for (node, input) in self.hostile.craft(&self.center, &mut self.members) {
+            if let Some(member) = self.members.get_mut(&node) {
+                member.participant.handle(self.now, input);
+            }
+        }
+        Ok(())
+    }
+
+    fn up(&mut self, node: NodeId, message: &ToAggregator) -> Result<(), FederationError> {
+        let message = codec::encode_to_aggregator(message)?;
+        self.count(&node).up += message.len() as u64;
+        self.queue.push_back((node, Message::Up(message)));
         Ok(())
     }
 
@@ -301,6 +331,30 @@ impl<'a> Federation<'a, '_> {
         }
         true
     }
+}
+
+/// Makes a member's update; what its machine is told.
+fn train(
+    member: &mut Member<'_>,
+    announce: &AnnounceV1,
+    settings: &Settings,
+    schema: &FeatureSchema,
+) -> Result<Input, FederationError> {
+    let (round, nonce) = (announce.round, announce.nonce);
+    let made = member
+        .train(announce, settings, schema)
+        .map_err(|source| FederationError::Member {
+            site: member.site.name.clone(),
+            source,
+        })?;
+    Ok(match made {
+        Ok(payload_digest) => Input::Trained {
+            round,
+            nonce,
+            payload_digest,
+        },
+        Err(reason) => Input::CannotTrain { round, nonce, reason },
+    })
 }
 
 /// What a site's machine is told of a message.

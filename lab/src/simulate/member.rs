@@ -10,7 +10,10 @@ use sha2::{Digest as _, Sha256};
 use theriac_model::detector::Detector;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::gate::{self, GateOutcome};
-use theriac_model::global::{GlobalModel, delta_layout, model_layout, moments_layout};
+use theriac_model::global::{
+    GlobalModel, delta_layout, gradient_layout, linear_model_layout, model_layout, moments_layout,
+};
+use theriac_model::gradient::GradientPoint;
 use theriac_model::series::Series;
 use theriac_model::train;
 use theriac_privacy::ledger::{Ledger, LedgerError, ReleasePlan, ReservationId, Reserved};
@@ -27,7 +30,7 @@ use theriac_protocol::units::{Delta, Digest, Epsilon, Moment, NoiseMultiplier, T
 
 use super::args::{Recipe, Settings, Terms};
 use super::data::Site;
-use crate::attack::Attack;
+use crate::attack::{Attack, poison, statistics::narrow};
 
 /// Most rows that one round of gradients looks at, as on an edge.
 const DELTA_ROWS_MAX: usize = 7_200;
@@ -101,8 +104,10 @@ impl<'a> Member<'a> {
             clip_norm_max: None,
             layout_digests: LayoutDigests {
                 model: Digest(model_layout(channels).digest()),
+                linear_model: Digest(linear_model_layout(channels).digest()),
                 moments: Digest(moments_layout(channels).digest()),
                 delta: Digest(delta_layout(channels).digest()),
+                gradient: Digest(gradient_layout(channels).digest()),
             },
         };
         let seed = Sha256::new()
@@ -138,10 +143,12 @@ impl<'a> Member<'a> {
         settings: &Settings,
         schema: &FeatureSchema,
     ) -> Result<Result<Digest, DeclineReason>, MemberError> {
-        if announce.kind == UpdateKind::Delta {
-            return self.train_network(announce, settings, schema);
+        match announce.kind {
+            UpdateKind::Delta => return self.train_network(announce, settings, schema),
+            UpdateKind::Gradient => return self.train_linear(announce, settings, schema),
+            UpdateKind::Moments => {}
         }
-        let rounds = u64::from(settings.args.rounds);
+        let rounds = u64::from(settings.args.rounds());
         let block_rows = usize::try_from(announce.block_rows).unwrap_or(usize::MAX);
         let ids = self
             .site
@@ -149,11 +156,25 @@ impl<'a> Member<'a> {
         if ids.end - ids.start < u64::from(announce.blocks_min) {
             return Ok(Err(DeclineReason::TooFewBlocks));
         }
+        let poison = self
+            .attack
+            .map(|attack| attack.kind)
+            .filter(|kind| kind.is_poison());
+        let spoilt = poison.map(|kind| self.site.poisoned(kind, settings.args.seed));
+        let site = spoilt.as_ref().unwrap_or(self.site);
+        let read_units = |unit: PrivacyUnit, blocks: &[u64]| {
+            let mut units = read_units(site, schema, unit, blocks, announce);
+            if let Some(kind) = poison {
+                for unit in &mut units {
+                    poison::moments(kind, unit);
+                }
+            }
+            units
+        };
         let (header, payload) = match &mut self.ledger {
             None => {
                 let blocks: Vec<u64> = ids.collect();
-                let units = read_units(self.site, schema, PrivacyUnit::Block, &blocks, announce);
-                self.unprotected(announce, &units)?
+                unprotected(announce, &read_units(PrivacyUnit::Block, &blocks))?
             }
             Some(ledger) => {
                 let plan = plan(announce, ledger, ids.collect());
@@ -165,9 +186,9 @@ impl<'a> Member<'a> {
                     Err(error) => return Ok(Err(error.decline_reason())),
                 };
                 let id = reservation.id();
-                let read = |blocks: &[u64]| read_units(self.site, schema, unit, blocks, announce);
+                let read = |blocks: &[u64]| read_units(unit, blocks);
                 let local = LocalUpdate::moments(reservation, announce.layout_digest, read)?;
-                release(local, (ledger, id), announce, self.attack, &mut self.rng)?
+                release(local, (ledger, id), announce, &mut self.rng)?
             }
         };
         let digest = header.payload_digest;
@@ -175,7 +196,60 @@ impl<'a> Member<'a> {
         Ok(Ok(digest))
     }
 
-    /// The same for a round of gradients: all rows that the edge would look at, the model that the round builds on.
+    /// The same for a round of gradients: all blocks again, at the model that the round builds on.
+    fn train_linear(
+        &mut self,
+        announce: &AnnounceV1,
+        settings: &Settings,
+        schema: &FeatureSchema,
+    ) -> Result<Result<Digest, DeclineReason>, MemberError> {
+        let received = self.model.as_ref().and_then(|(_, model)| model.as_ref());
+        let initial = GlobalModel::initial(self.channels, settings.args.seed);
+        let weights = received.unwrap_or(&initial).descent().iterate;
+        let point = GradientPoint::new(&weights);
+        let poison = self
+            .attack
+            .map(|attack| attack.kind)
+            .filter(|kind| kind.is_poison());
+        let spoilt = poison.map(|kind| self.site.poisoned(kind, settings.args.seed));
+        let site = spoilt.as_ref().unwrap_or(self.site);
+        let blocks = site.block_rows(schema);
+        let read = |ids: &[u64]| {
+            ids.iter()
+                .filter_map(|id| blocks.get(usize::try_from(*id).ok()?))
+                .map(|block| point.gradient(block))
+                .collect::<Vec<_>>()
+        };
+        let ids: Vec<u64> = (0..blocks.len() as u64).collect();
+        if ids.is_empty() {
+            return Ok(Err(DeclineReason::TooFewBlocks));
+        }
+        let (header, payload) = match &mut self.ledger {
+            None => match settings.args.local_steps {
+                Some(steps) => {
+                    let local = site.local(schema, &weights, steps, settings.args.proximal);
+                    unclipped(announce, &local)?
+                }
+                None => unprotected(announce, &read(&ids))?,
+            },
+            Some(ledger) => {
+                let plan = plan(announce, ledger, ids);
+                let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
+                    Ok(Reserved::Fresh(reservation)) => reservation,
+                    Ok(Reserved::AlreadyCharged { .. }) => return Ok(Err(DeclineReason::BudgetSpent)),
+                    Err(error) => return Ok(Err(error.decline_reason())),
+                };
+                let id = reservation.id();
+                let local = LocalUpdate::gradient(reservation, announce.layout_digest, read)?;
+                release(local, (ledger, id), announce, &mut self.rng)?
+            }
+        };
+        let digest = header.payload_digest;
+        self.outbox = Some((header, payload));
+        Ok(Ok(digest))
+    }
+
+    /// The same for a round of deltas: all rows that the edge would look at, the model that the round builds on.
     fn train_network(
         &mut self,
         announce: &AnnounceV1,
@@ -184,15 +258,18 @@ impl<'a> Member<'a> {
     ) -> Result<Result<Digest, DeclineReason>, MemberError> {
         let received = self.model.as_ref().and_then(|(_, model)| model.as_ref());
         let initial = GlobalModel::initial(self.channels, settings.args.seed);
-        let (base, rows) = (received.unwrap_or(&initial), self.site.train.tail(DELTA_ROWS_MAX));
-        let (steps, seed) = (settings.args.local_steps, announce.round.0);
+        let (base, mut rows) = (received.unwrap_or(&initial), self.site.train.tail(DELTA_ROWS_MAX));
+        if let Some(attack) = self.attack.filter(|attack| attack.kind.is_poison()) {
+            rows = poison::targets(attack.kind, &rows, settings.args.seed);
+        }
+        let (steps, seed) = (settings.args.delta_steps(), announce.round.0);
         let change = || match train::delta(base, schema, &rows, steps, seed) {
             Ok(change) => change,
             // As on an edge: the charge is made, so something is said; zero says nothing of the rows.
             Err(_) => vec![0.0; usize::try_from(announce.values).unwrap_or(0)],
         };
         let (header, payload) = match &mut self.ledger {
-            None => self.unprotected(announce, &[change()])?,
+            None => unprotected(announce, &[change()])?,
             Some(ledger) => {
                 let plan = plan(announce, ledger, Vec::new());
                 let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
@@ -202,7 +279,7 @@ impl<'a> Member<'a> {
                 };
                 let id = reservation.id();
                 let local = LocalUpdate::delta(reservation, announce.layout_digest, change)?;
-                release(local, (ledger, id), announce, self.attack, &mut self.rng)?
+                release(local, (ledger, id), announce, &mut self.rng)?
             }
         };
         let digest = header.payload_digest;
@@ -210,52 +287,27 @@ impl<'a> Member<'a> {
         Ok(Ok(digest))
     }
 
-    /// An update without noise, for measurement: the sum of the clipped blocks as it is. No edge has such a path.
-    fn unprotected(
-        &self,
-        announce: &AnnounceV1,
-        units: &[Vec<f32>],
-    ) -> Result<(UpdateV1, Bytes), MemberError> {
-        let mut sum = vec![0.0_f64; usize::try_from(announce.values).unwrap_or(0)];
-        for unit in units {
-            let norm = unit.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-            let scale = (announce.clip_norm.value() / norm).min(1.0);
-            sum.iter_mut()
-                .zip(unit)
-                .for_each(|(sum, value)| *sum += scale * f64::from(*value));
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
-        let values: Vec<f32> = sum.into_iter().map(|value| value as f32).collect();
-        let values = match self.attack {
-            Some(attack) => attack.apply(announce.round, values),
-            None => values,
+    /// The values of the update in the outbox; empty when there is none.
+    pub fn values(&self) -> Vec<f32> {
+        let Some((header, payload)) = &self.outbox else {
+            return Vec::new();
         };
-        let header = UpdateV1 {
-            round: announce.round,
-            nonce: announce.nonce,
-            kind: announce.kind,
-            base_digest: announce.base_digest,
-            layout_digest: announce.layout_digest,
-            values: announce.values,
-            encoding: Encoding::F32,
-            payload_digest: Digest::default(),
-            blocks_bound: announce.blocks_max,
-            privacy: PrivacyClaimV1 {
-                clip_norm: announce.clip_norm,
-                noise_multiplier: announce.noise_multiplier,
-                // Nothing is promised.
-                epsilon_spent: Epsilon::new(f64::MAX)?,
-                delta: Delta::new(1.0 - f64::EPSILON)?,
-                ledger_head: Digest::default(),
-                ledger_records: 0,
-            },
-        };
-        Ok(exact(header, &values))
+        let mut values = vec![0.0; usize::try_from(header.values).unwrap_or(0)];
+        decode_range(header.encoding, payload, 0, &mut values);
+        values
+    }
+
+    /// The update in the outbox with other values, as a hostile site sends it. The charge for it stays.
+    pub fn with_values(&self, values: &[f32]) -> Option<(UpdateV1, Bytes)> {
+        self.outbox
+            .as_ref()
+            .map(|(header, _)| exact(header.clone(), values))
     }
 
     /// Takes a published model. Values that do not fit are kept as "not a model" for the gate to refuse.
     pub fn receive(&mut self, header: ModelV1, payload: &Bytes) {
-        let fits = payload.len() == model_layout(self.channels).len() * 4
+        let lengths = [model_layout(self.channels), linear_model_layout(self.channels)];
+        let fits = lengths.iter().any(|layout| payload.len() == layout.len() * 4)
             && Digest::of(payload) == header.payload_digest;
         let model = fits.then(|| {
             let mut values = vec![0.0; payload.len() / 4];
@@ -271,20 +323,61 @@ impl<'a> Member<'a> {
         let verdict = match (&self.model, &mut self.detector) {
             (None | Some((_, None)), _) => GateVerdict::NonFinite,
             (Some((_, Some(_))), None) => GateVerdict::Accepted,
-            (Some((_, Some(model))), Some((detector, rows))) => match gate::judge(detector, rows, model) {
-                GateOutcome::Accepted(accepted) => {
-                    *detector = *accepted;
-                    GateVerdict::Accepted
+            (Some((_, Some(model))), Some((detector, rows))) => {
+                match gate::judge(detector, rows, model).outcome {
+                    GateOutcome::Accepted(accepted) => {
+                        *detector = *accepted;
+                        GateVerdict::Accepted
+                    }
+                    GateOutcome::WorseOnTail => GateVerdict::WorseOnTail,
+                    GateOutcome::LayoutMismatch => GateVerdict::LayoutMismatch,
+                    GateOutcome::TooFewRows => GateVerdict::TooFewRows,
+                    _ => GateVerdict::NonFinite,
                 }
-                GateOutcome::WorseOnTail => GateVerdict::WorseOnTail,
-                GateOutcome::LayoutMismatch => GateVerdict::LayoutMismatch,
-                GateOutcome::TooFewRows => GateVerdict::TooFewRows,
-                _ => GateVerdict::NonFinite,
-            },
+            }
         };
         self.verdict = Some(verdict);
         verdict
     }
+}
+
+/// An update without noise, for measurement: the sum of the clipped blocks as it is. No edge has such a path.
+fn unprotected(announce: &AnnounceV1, units: &[Vec<f32>]) -> Result<(UpdateV1, Bytes), MemberError> {
+    let mut sum = vec![0.0_f64; usize::try_from(announce.values).unwrap_or(0)];
+    for unit in units {
+        let norm = unit.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let scale = (announce.clip_norm.value() / norm).min(1.0);
+        sum.iter_mut()
+            .zip(unit)
+            .for_each(|(sum, value)| *sum += scale * f64::from(*value));
+    }
+    let values: Vec<f32> = sum.into_iter().map(narrow).collect();
+    unclipped(announce, &values)
+}
+
+/// The same of values that nothing bounds.
+fn unclipped(announce: &AnnounceV1, values: &[f32]) -> Result<(UpdateV1, Bytes), MemberError> {
+    let header = UpdateV1 {
+        round: announce.round,
+        nonce: announce.nonce,
+        kind: announce.kind,
+        base_digest: announce.base_digest,
+        layout_digest: announce.layout_digest,
+        values: announce.values,
+        encoding: Encoding::F32,
+        payload_digest: Digest::default(),
+        blocks_bound: announce.blocks_max,
+        privacy: PrivacyClaimV1 {
+            clip_norm: announce.clip_norm,
+            noise_multiplier: announce.noise_multiplier,
+            // Nothing is promised.
+            epsilon_spent: Epsilon::new(f64::MAX)?,
+            delta: Delta::new(1.0 - f64::EPSILON)?,
+            ledger_head: Digest::default(),
+            ledger_records: 0,
+        },
+    };
+    Ok(exact(header, values))
 }
 
 /// What is charged for a round.
@@ -303,23 +396,17 @@ fn plan(announce: &AnnounceV1, ledger: &Ledger, blocks: Vec<u64>) -> ReleasePlan
     }
 }
 
-/// Clip, noise, tamper, compress, mark.
+/// Clip, noise, compress, mark.
 fn release(
     local: LocalUpdate,
     (ledger, id): (&mut Ledger, ReservationId),
     announce: &AnnounceV1,
-    attack: Option<Attack>,
     rng: &mut ChaCha20Rng,
 ) -> Result<(UpdateV1, Bytes), MemberError> {
     let noisy = local.clip().noise(&ExactGaussian)?;
-    let tampered = attack.map(|attack| attack.apply(announce.round, noisy.values().to_vec()));
     let compressed = noisy.compress(|| rng.random());
     ledger.mark_released(id, compressed.payload_digest(), Timestamp(announce.round.0))?;
-    let message = compressed.into_message(announce.base_digest, announce.blocks_max);
-    Ok(match tampered {
-        Some(values) => exact(message.0, &values),
-        None => message,
-    })
+    Ok(compressed.into_message(announce.base_digest, announce.blocks_max))
 }
 
 /// The vectors of the charged units, unclipped by the block's norm.
@@ -346,7 +433,7 @@ fn read_units(
                 2.0 * announce.clip_norm.value(),
             )
         }
-        (PrivacyUnit::Record, _) => Vec::new(),
+        (PrivacyUnit::Record | PrivacyUnit::Node, _) => Vec::new(),
     }
 }
 
@@ -364,14 +451,20 @@ fn exact(header: UpdateV1, values: &[f32]) -> (UpdateV1, Bytes) {
 fn open_ledger(site: &Site, terms: &Terms, settings: &Settings, dir: &Path) -> Result<Ledger, MemberError> {
     let span = settings.step.as_secs() * terms.block_rows as u64;
     let policy = Policy::parse(&format!(
-        "site = \"{}\"\nunit = \"{}\"\nblock = \"{span}s\"\nepsilon = {:?}\ndelta = {:?}\nnoise_multiplier_min = 1e-3\nmechanisms = [\"{}\"]\n",
+        "site = \"{}\"\nunit = \"{}\"\nblock = \"{span}s\"\nepsilon = {:?}\ndelta = {:?}\nnoise_multiplier_min = 1e-3\nmechanisms = [\"{}\"]\nblock_releases_max = {}\n",
         site.name,
         terms.unit,
         terms.epsilon.value(),
         terms.delta.value(),
         match settings.args.recipe {
             Recipe::Moments => "moments",
-            Recipe::Gradient => "delta",
+            Recipe::Gradient => "gradient",
+            Recipe::Delta => "delta",
+        },
+        if settings.args.recipe == Recipe::Gradient {
+            settings.args.rounds()
+        } else {
+            1
         },
     ))?;
     let directory = |source| MemberError::Directory {

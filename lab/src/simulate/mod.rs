@@ -16,10 +16,12 @@ pub mod center;
 pub mod data;
 pub mod disk;
 pub mod federation;
+mod hostile;
 pub mod link;
 pub mod member;
 pub mod run;
 pub mod summary;
+mod words;
 pub mod world;
 
 #[cfg(test)]

@@ -5,11 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use rayon::prelude::*;
-use theriac_command::output;
+use theriac_command::progress::{self, Steps};
 use theriac_model::detector::{
     Detector, DetectorError, FitOptions, ModelFileError, Provenance, WARM_UP_ROWS,
 };
@@ -21,10 +20,10 @@ use theriac_model::threshold::{AlarmState, Verdict};
 use theriac_protocol::message::GateVerdict;
 use theriac_protocol::units::{Delta, NodeId, UnitError};
 
-use super::args::{Args, ArgsError, Mode, Settings};
+use super::args::{Args, ArgsError, Mode, Recipe, Settings};
 use super::center::{Center, verdict_word};
 use super::data::{DataError, Fleet, Site, load, pooled};
-use super::federation::{self, FederationError, Outcome};
+use super::federation::{self, FederationError, Outcome, Settled};
 use super::member::{Member, MemberError};
 use super::summary::{FederationReport, SiteReport, summary};
 
@@ -89,35 +88,13 @@ pub struct Simulated {
 }
 
 impl Simulated {
-    /// A table for people.
+    /// What people are told: the sites, rounds, privacy, gates, and who was caught at what.
     pub fn table(&self) -> String {
-        let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
-        let row = |(site, report): (&NodeId, &SiteReport)| {
-            vec![
-                site.to_string(),
-                report.train_rows.to_string(),
-                report.test_rows.to_string(),
-                number(Some(report.alarms_per_day)),
-                report.gate.unwrap_or("-").to_owned(),
-                number(report.epsilon),
-            ]
-        };
-        let rows: Vec<_> = self.sites.iter().map(row).collect();
-        output::table(
-            &[
-                "Site",
-                "Train rows",
-                "Test rows",
-                "Alarms a day",
-                "Global model",
-                "Epsilon",
-            ],
-            &rows,
-        )
+        super::words::words(&self.summary, &self.sites)
     }
 }
 
-/// Runs the simulation. Progress goes to standard error, a line per site.
+/// Runs the simulation. On a terminal a bar on standard error shows how far it is.
 ///
 /// # Errors
 /// [`SimulateError`]; files written until then stay.
@@ -134,46 +111,145 @@ fn simulate(settings: &Settings) -> Result<Simulated, SimulateError> {
     let started = Instant::now();
     let fleet = load(&settings.args.data, &settings.args.sites)?;
     settings.check_sites(fleet.sites.len())?;
-    let out = Directories::create(&settings.args.out)?;
-    let run = Run {
-        settings,
-        fleet: &fleet,
-        out: &out,
-        progress: Progress::new(fleet.sites.len()),
+    // One run for each number of rows of a cold start; one without any.
+    let starts: Vec<Option<usize>> = match &settings.args.cold_start[..] {
+        [] => vec![None],
+        rows => rows.iter().copied().map(Some).collect(),
     };
-    let (sites, federations) = match (settings.args.mode, settings.args.cold_start) {
-        (Mode::Local | Mode::Constant, _) => (run.alone()?, Vec::new()),
-        (Mode::Central, _) => (run.central()?, Vec::new()),
-        (Mode::Federated, None) => run.together()?,
-        (Mode::Federated, Some(_)) => run.newcomers()?,
+    let parts: Vec<(Settings, Directories)> = starts
+        .iter()
+        .map(|start| {
+            let root = match start {
+                Some(rows) if starts.len() > 1 => settings.args.out.join(format!("cold-{rows}")),
+                _ => settings.args.out.clone(),
+            };
+            let part = Settings {
+                args: settings.args.with_cold_start(*start),
+                ..settings.clone()
+            };
+            Ok((part, Directories::create(&root)?))
+        })
+        .collect::<Result<_, SimulateError>>()?;
+    let progress = Steps::new("sites scored", fleet.sites.len() * parts.len());
+    let runs: Vec<Run<'_>> = parts
+        .iter()
+        .map(|(settings, out)| Run {
+            settings,
+            fleet: &fleet,
+            out,
+            progress: &progress,
+        })
+        .collect();
+    let results = match (settings.args.mode, settings.args.cold_start.is_empty()) {
+        (Mode::Local | Mode::Constant, _) => runs
+            .iter()
+            .map(|run| Ok((run.alone()?, Vec::new())))
+            .collect::<Result<Vec<_>, SimulateError>>()?,
+        (Mode::Central, _) => runs
+            .iter()
+            .map(|run| Ok((run.central()?, Vec::new())))
+            .collect::<Result<_, SimulateError>>()?,
+        (Mode::Federated, true) => runs.iter().map(Run::together).collect::<Result<_, _>>()?,
+        (Mode::Federated, false) => newcomers(&runs)?,
     };
-    let parameters = GlobalModel::initial(fleet.schema.channels(), settings.args.seed)
-        .values()
-        .len();
-    let summary = summary(
-        settings,
-        &sites,
-        &federations,
-        parameters,
-        started.elapsed().as_secs_f64(),
-    );
-    write_rounds(&out.root.join("rounds.jsonl"), &federations)?;
-    let path = out.root.join("summary.json");
-    let text = format!("{summary:#}\n");
-    fs::write(&path, text).map_err(|source| SimulateError::Write { path, source })?;
-    Ok(Simulated { summary, sites })
+    let mut written = Vec::new();
+    for (run, (sites, federations)) in runs.iter().zip(results) {
+        written.push(run.write(sites, &federations, started)?);
+    }
+    // Several: a table of the last, all files of each.
+    written.pop().ok_or(SimulateError::Data(DataError::NoSites {
+        path: settings.args.data.clone(),
+    }))
 }
 
 type Sites = BTreeMap<NodeId, SiteReport>;
+
+/// Each site in turn is new and meets the model of the others: once for each number of rows that it may have.
+fn newcomers<'a>(runs: &[Run<'a>]) -> Result<Vec<(Sites, Vec<FederationReport>)>, SimulateError> {
+    let Some(first) = runs.first() else {
+        return Ok(Vec::new());
+    };
+    let fleet = first.fleet;
+    first.warm_up();
+    let one = |site: &'a Site| {
+        let hostile = first.hostile(Some(&site.name));
+        let (center, members) = first.members(Some(&site.name), &hostile)?;
+        let mut newcomers = Vec::new();
+        for run in runs {
+            let mut newcomer = run.member(site, &center, &site.name)?;
+            newcomer.detector = Some(run.local(site)?);
+            newcomers.push(newcomer);
+        }
+        let outcome = federation::run(center, members, newcomers, first.settings, &fleet.schema)?;
+        let mut scored = Vec::new();
+        for (run, settled) in runs.iter().zip(&outcome.newcomers) {
+            let report = report(&outcome, Some(&site.name), hostile.clone());
+            scored.push((run.score_member(site, Some(settled), &outcome)?, report));
+        }
+        Ok((site.name.clone(), scored))
+    };
+    let all: Vec<_> = fleet
+        .sites
+        .par_iter()
+        .map(one)
+        .collect::<Result<_, SimulateError>>()?;
+    let mut results: Vec<(Sites, Vec<FederationReport>)> =
+        runs.iter().map(|_| (BTreeMap::new(), Vec::new())).collect();
+    for (name, scored) in all {
+        for ((sites, reports), (site, report)) in results.iter_mut().zip(scored) {
+            sites.insert(name.clone(), site);
+            reports.push(report);
+        }
+    }
+    Ok(results)
+}
 
 struct Run<'a> {
     settings: &'a Settings,
     fleet: &'a Fleet,
     out: &'a Directories,
-    progress: Progress,
+    progress: &'a Steps,
 }
 
 impl<'a> Run<'a> {
+    /// Writes the summary and the rounds.
+    fn write(
+        &self,
+        sites: Sites,
+        federations: &[FederationReport],
+        started: Instant,
+    ) -> Result<Simulated, SimulateError> {
+        let (settings, fleet, out) = (self.settings, self.fleet, self.out);
+        let parameters = GlobalModel::initial(fleet.schema.channels(), settings.args.seed)
+            .values()
+            .len();
+        let summary = summary(
+            settings,
+            &sites,
+            federations,
+            parameters,
+            started.elapsed().as_secs_f64(),
+        );
+        write_rounds(&out.root.join("rounds.jsonl"), federations)?;
+        let path = out.root.join("summary.json");
+        let text = format!("{summary:#}\n");
+        fs::write(&path, text).map_err(|source| SimulateError::Write { path, source })?;
+        Ok(Simulated { summary, sites })
+    }
+
+    /// What is made once and read by every federation.
+    fn warm_up(&self) {
+        let schema = &self.fleet.schema;
+        let sites = self.fleet.sites.par_iter();
+        match self.settings.args.recipe {
+            Recipe::Moments if self.settings.terms.is_none_or(|terms| terms.block_rows > 1) => {
+                sites.for_each(|site| _ = site.blocks(schema));
+            }
+            Recipe::Gradient => sites.for_each(|site| _ = site.block_rows(schema)),
+            Recipe::Moments | Recipe::Delta => {}
+        }
+    }
+
     /// Every site from its own rows.
     fn alone(&self) -> Result<Sites, SimulateError> {
         let one = |site: &Site| self.score(site, &self.local(site)?.0, None, None);
@@ -193,7 +269,7 @@ impl<'a> Run<'a> {
             .sites
             .par_iter()
             .for_each(|site| _ = site.blocks(schema));
-        let cold = self.settings.args.cold_start.is_some();
+        let cold = !self.settings.args.cold_start.is_empty();
         if !cold {
             self.save_global(&model(None)?, &Provenance::default())?;
         }
@@ -221,56 +297,22 @@ impl<'a> Run<'a> {
         for (member, local) in members.iter_mut().zip(locals) {
             member.detector = Some(local);
         }
-        let outcome = federation::run(center, members, None, self.settings, &self.fleet.schema)?;
+        let outcome = progress::during(format!("rounds among {} sites", members.len()), || {
+            federation::run(center, members, Vec::new(), self.settings, &self.fleet.schema)
+        })?;
         self.save_global(&outcome.model, &provenance(&outcome, None, self.settings))?;
         let report = report(&outcome, None, hostile);
-        let sites = self.each_site(|site| self.score_member(site, &outcome))?;
+        let sites =
+            self.each_site(|site| self.score_member(site, outcome.sites.get(&site.name), &outcome))?;
         Ok((sites, vec![report]))
-    }
-
-    /// Each site in turn is new and meets the model of the others.
-    fn newcomers(&self) -> Result<(Sites, Vec<FederationReport>), SimulateError> {
-        // Made once, read by every federation.
-        if self.settings.terms.is_none_or(|terms| terms.block_rows > 1) {
-            self.fleet
-                .sites
-                .par_iter()
-                .for_each(|site| _ = site.blocks(&self.fleet.schema));
-        }
-        let one = |site: &'a Site| {
-            let hostile = self.hostile(Some(&site.name));
-            let (center, members) = self.members(Some(&site.name), &hostile)?;
-            let mut newcomer = self.member(site, &center, &site.name)?;
-            newcomer.detector = Some(self.local(site)?);
-            let outcome =
-                federation::run(center, members, Some(newcomer), self.settings, &self.fleet.schema)?;
-            let scored = self.score_member(site, &outcome)?;
-            Ok((
-                site.name.clone(),
-                scored,
-                report(&outcome, Some(&site.name), hostile),
-            ))
-        };
-        let all: Vec<_> = self
-            .fleet
-            .sites
-            .par_iter()
-            .map(one)
-            .collect::<Result<_, SimulateError>>()?;
-        let (mut sites, mut reports) = (BTreeMap::new(), Vec::new());
-        for (name, site, report) in all {
-            sites.insert(name, site);
-            reports.push(report);
-        }
-        Ok((sites, reports))
     }
 
     /// The detector that a site has without any model of others, and the rows that it has. With a whole history it stands on its
     /// own; at a cold start it leans on the public constant, the strongest that a lone site can do.
     fn local(&self, site: &Site) -> Result<(Detector, Arc<Series>), SimulateError> {
         let constant = OwnLagWeights::public_constant(self.fleet.schema.channels());
-        let (rows, prior) = match self.settings.args.cold_start {
-            Some(rows) => (site.train.tail(rows), Some(constant)),
+        let (rows, prior) = match self.settings.args.cold_start.first() {
+            Some(rows) => (site.train.tail(*rows), Some(constant)),
             None if self.settings.args.mode == Mode::Constant => (site.train.clone(), Some(constant)),
             None => (site.train.clone(), None),
         };
@@ -363,8 +405,12 @@ impl<'a> Run<'a> {
             .collect()
     }
 
-    fn score_member(&self, site: &Site, outcome: &Outcome) -> Result<SiteReport, SimulateError> {
-        let settled = outcome.sites.get(&site.name);
+    fn score_member(
+        &self,
+        site: &Site,
+        settled: Option<&Settled>,
+        outcome: &Outcome,
+    ) -> Result<SiteReport, SimulateError> {
         let Some((settled, detector)) =
             settled.and_then(|settled| settled.detector.as_ref().map(|d| (settled, d)))
         else {
@@ -422,7 +468,7 @@ impl<'a> Run<'a> {
             (!bytes.is_empty()).then(|| bytes.iter().sum::<f64>() / bytes.len() as f64)
         };
         let gate = verdict.map(verdict_word);
-        self.progress.line(name, rows, raised, gate);
+        self.progress.step();
         Ok(SiteReport {
             train_rows: usize::try_from(detector.rows()).unwrap_or(usize::MAX),
             test_rows: rows,
@@ -548,32 +594,5 @@ impl Directories {
             write(path, fs::create_dir_all(path))?;
         }
         Ok(directories)
-    }
-}
-
-/// One line for each site on standard error.
-#[derive(Debug)]
-struct Progress {
-    total: usize,
-    done: AtomicUsize,
-}
-
-impl Progress {
-    fn new(total: usize) -> Self {
-        Self {
-            total,
-            done: AtomicUsize::new(0),
-        }
-    }
-
-    fn line(&self, site: &str, rows: usize, alarms: u64, gate: Option<&str>) {
-        let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
-        let gate = gate.map_or_else(String::new, |gate| format!(", model {gate}"));
-        let line = format!(
-            "[{done}/{}] {site}: {rows} rows scored, {alarms} alarms{gate}\n",
-            self.total
-        );
-        // Progress is a courtesy: nobody may be listening.
-        io::stderr().write_all(line.as_bytes()).ok();
     }
 }

@@ -201,8 +201,8 @@ pub fn summary(
         "arguments": {
             "mode": args.mode,
             "recipe": args.recipe,
-            "cold_start": args.cold_start,
-            "rounds": args.rounds,
+            "cold_start": args.cold_start.first(),
+            "rounds": args.rounds(),
             "seed": args.seed,
             "privacy": args.privacy,
             "epsilon": args.epsilon,

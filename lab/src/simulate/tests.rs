@@ -6,6 +6,7 @@ use clap::Parser;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use theriac_model::detector::Detector;
+use theriac_model::gradient::LocalDescent;
 use theriac_model::io::{NpyArray, read_npy, write_npy_f32};
 
 use super::*;
@@ -195,6 +196,81 @@ fn sign_flips_are_caught_and_the_model_is_still_taken() {
     }
 }
 
+/// Every family through the real messages: what is false is refused by its own word, what looks true meets the rule, and the round
+/// ends with a model of the honest.
+#[test]
+fn every_family_of_attacks_ends_with_its_refusal_and_a_model() {
+    let recorded = Recorded::sites(5);
+    for (attack, word) in [
+        ("infinite", Some("non_finite")),
+        ("huge", Some("norm_exceeded")),
+        ("scaled-noise", Some("norm_exceeded")),
+        ("wrong-length", Some("wrong_length")),
+        ("replay", Some("wrong_nonce")),
+        ("duplicate", Some("duplicate")),
+        ("late", Some("round_closed")),
+        ("poison-negate", Some("implausible")),
+        ("ipm-1", Some("implausible")),
+        ("alie-up-1", None),
+        ("opt-ipm", None),
+        ("mimic", None),
+        ("mimic-jittered", None),
+        ("subnormal", None),
+    ] {
+        let line = format!("--attack {attack} --malicious 2 --privacy off");
+        let summary = recorded.simulate(attack, &line);
+        let refusals = summary["refusals"].as_object().unwrap();
+        if let Some(word) = word {
+            // The last site's first update closes the round, so its second one comes too late.
+            let wanted = if attack == "duplicate" { 1 } else { 2 };
+            assert_eq!(
+                refusals.get(word),
+                Some(&serde_json::json!(wanted)),
+                "{attack}: {refusals:?}"
+            );
+        }
+        let round = &recorded.rounds(attack)[0];
+        assert_eq!(round["outcome"], "published", "{attack}");
+        let contributors = round["contributors"].as_array().unwrap();
+        let honest = ["c", "d", "e"];
+        assert!(
+            honest
+                .iter()
+                .all(|site| contributors.contains(&serde_json::json!(site))),
+            "{attack}"
+        );
+        // Of duplicates the first stays.
+        if word.is_none() || attack == "duplicate" {
+            let refused: u64 = refusals.values().filter_map(serde_json::Value::as_u64).sum();
+            let in_model = contributors.len() as u64 - 3;
+            assert!(in_model == 2 || in_model + refused == 2, "{attack}: {round}");
+        } else {
+            assert_eq!(contributors.len(), 3, "{attack}");
+        }
+    }
+}
+
+#[test]
+fn with_noise_copies_and_riders_are_told_from_sites() {
+    let recorded = Recorded::sites(5);
+    let summary = recorded.simulate("zero", "--attack free-rider-zero --malicious 2");
+    assert_eq!(summary["refusals"], serde_json::json!({ "implausible": 2 }));
+    recorded.simulate("mimic", "--attack mimic --malicious 2 --rule mean");
+    let round = &recorded.rounds("mimic")[0];
+    let trimmed: Vec<f64> = round["evidence"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|evidence| evidence["trimmed_share"].as_f64().unwrap())
+        .collect();
+    // Both mimics and their victim are one group, of which the first by name stays.
+    assert_eq!(
+        trimmed.iter().filter(|share| **share > 0.99).count(),
+        2,
+        "{round}"
+    );
+}
+
 /// Without privacy noise everything is decided by arguments and data.
 #[test]
 fn same_arguments_give_the_same_bits_whatever_the_threads() {
@@ -264,9 +340,9 @@ fn a_run_replaces_what_an_earlier_one_left() {
 }
 
 #[test]
-fn gradients_move_the_network_in_every_round_and_are_charged_for_each() {
+fn deltas_move_the_network_in_every_round_and_are_charged_for_each() {
     let recorded = Recorded::sites(3);
-    let line = "--recipe gradient --rounds 2 --local-steps 3 --server-rate 0.5 --server-momentum 0.5";
+    let line = "--recipe delta --rounds 2 --local-steps 3 --server-rate 0.5 --server-momentum 0.5";
     for privacy in ["off", "block"] {
         let summary = recorded.simulate(privacy, &format!("{line} --privacy {privacy}"));
         assert_eq!(
@@ -291,6 +367,96 @@ fn gradients_move_the_network_in_every_round_and_are_charged_for_each() {
         (3.9..=4.0).contains(&epsilon),
         "two releases of all rows within the budget: {epsilon}"
     );
+}
+
+#[test]
+fn gradients_step_in_every_round_and_twenty_are_within_the_budget() {
+    let recorded = Recorded::sites(3);
+    for privacy in ["off", "block"] {
+        let summary = recorded.simulate(privacy, &format!("--recipe gradient --privacy {privacy}"));
+        assert_eq!(
+            (&summary["rounds"], &summary["refusals"]),
+            (&20.into(), &serde_json::json!({})),
+            "{privacy}"
+        );
+        let digests: std::collections::BTreeSet<String> = recorded
+            .rounds(privacy)
+            .iter()
+            .map(|r| r["model_digest"].to_string())
+            .collect();
+        assert_eq!(digests.len(), 20, "{privacy}: a round changed nothing");
+        let epsilon = &summary["privacy"]["epsilon"];
+        match epsilon.as_f64() {
+            Some(epsilon) => assert!((3.9..=4.0).contains(&epsilon), "{epsilon}"),
+            None => assert_eq!(privacy, "off"),
+        }
+    }
+}
+
+/// The same rounds as an edge and an aggregator go through, without noise and with a clip that is hardly felt: they lead to
+/// the least squares of all rows in one place.
+#[test]
+fn a_federation_of_gradients_comes_close_to_the_central_ridge() {
+    let recorded = Recorded::sites(3);
+    recorded.simulate("few", "--recipe gradient --privacy off --rounds 10");
+    recorded.simulate("many", "--recipe gradient --privacy off --rounds 300");
+    let fleet = super::data::load(recorded.dir.path(), &[]).unwrap();
+    let mut equations = LocalDescent::new(CHANNELS);
+    for site in &fleet.sites {
+        site.block_rows(&fleet.schema)
+            .iter()
+            .for_each(|block| equations.add(block));
+    }
+    // Where the gradient of the pooled loss is; at the least squares it vanishes.
+    let slope = |out: &str| {
+        let detector = Detector::load(&recorded.out(out).join("model"), "a").unwrap();
+        let weights = detector.options().full_prior.clone().unwrap();
+        let gradient = equations.descend(&weights, 1, 0.0);
+        gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt()
+    };
+    let (few, many) = (slope("few"), slope("many"));
+    assert!(many < 0.05 * few, "{many} against {few}");
+}
+
+#[test]
+fn several_cold_starts_meet_the_same_model() {
+    let recorded = Recorded::sites(3);
+    recorded.simulate(
+        "both",
+        "--recipe gradient --rounds 3 --privacy off --cold-start 60,120",
+    );
+    recorded.simulate(
+        "one",
+        "--recipe gradient --rounds 3 --privacy off --cold-start 120",
+    );
+    let rows = |out: &str| recorded.array(&format!("{out}/scores/b.npy")).values;
+    assert_eq!(rows("both/cold-120"), rows("one"));
+    assert_ne!(rows("both/cold-60"), rows("one"));
+    let summary = fs::read_to_string(recorded.out("both/cold-60/summary.json")).unwrap();
+    let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+    assert_eq!(summary["arguments"]["cold_start"], 60);
+    assert_eq!(summary["by_site"]["c"]["train_rows"], 60);
+}
+
+#[test]
+fn one_local_step_is_a_round_of_gradients_and_a_strong_proximal_term_holds_sites_back() {
+    let recorded = Recorded::sites(2);
+    let run = |out: &str, line: &str| {
+        recorded.simulate(out, &format!("--recipe gradient --privacy off --rounds 2 {line}"));
+        let detector = Detector::load(&recorded.out(out).join("model"), "a").unwrap();
+        detector.options().full_prior.clone().unwrap().values().to_vec()
+    };
+    let far = |a: &[f32], b: &[f32]| {
+        let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+        squares.sum::<f64>().sqrt()
+    };
+    let (plain, once) = (run("plain", ""), run("once", "--local-steps 1"));
+    assert!(far(&plain, &once) < 1e-3, "{}", far(&plain, &once));
+    let (many, held) = (
+        run("many", "--local-steps 20"),
+        run("held", "--local-steps 20 --proximal 30"),
+    );
+    assert!(far(&many, &once) > 2.0 * far(&held, &once));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use theriac_protocol::units::Delta;
 use super::analytic;
 use super::fft::{Complex, Transform};
 use super::gaussian::SubsampledGaussian;
+use super::golden_minimum;
 use super::loss::{Direction, Loss, LossGrid};
 use super::rdp::RdpCurve;
 
@@ -226,7 +227,7 @@ impl<'a> Tilted<'a> {
     fn best_theta(jobs: &[Job], grids: &[LossGrid], delta: f64) -> f64 {
         let sums = |theta: f64| Moments::of_sum(jobs, grids, theta);
         let bound = |ln_theta: f64| (sums(ln_theta.exp()).log_moment - delta.ln()) / ln_theta.exp();
-        golden(bound, THETA_LN.0, THETA_LN.1).exp()
+        golden_minimum(bound, THETA_LN.0, THETA_LN.1, 24).at.exp()
     }
 
     fn at(&self, theta: f64) -> Self {
@@ -341,25 +342,6 @@ impl Moments {
             variance: (second / total - mean * mean).max(0.0),
         }
     }
-}
-
-/// The place of the least value that golden-section search finds in `[low, high]`.
-fn golden(f: impl Fn(f64) -> f64, mut low: f64, mut high: f64) -> f64 {
-    const RATIO: f64 = 0.618_033_988_749_894_9;
-    let (mut left, mut right) = (high - RATIO * (high - low), low + RATIO * (high - low));
-    let (mut at_left, mut at_right) = (f(left), f(right));
-    for _ in 0..24 {
-        if at_left <= at_right {
-            (high, right, at_right) = (right, left, at_left);
-            left = high - RATIO * (high - low);
-            at_left = f(left);
-        } else {
-            (low, left, at_left) = (left, right, at_right);
-            right = low + RATIO * (high - low);
-            at_right = f(right);
-        }
-    }
-    f64::midpoint(low, high)
 }
 
 /// Part of δ that may lie beyond the grids of all steps.

@@ -3,57 +3,60 @@
 //! **Mechanism.** Before each step every unit of the pool throws a secret coin of probability q ([`crate::poisson`]). The gradients of those that came are clipped
 //! to C on the grid, added, noised with σC and divided by the **expected** number qn of units, never by the number that came, which
 //! depends on who is in the data. A step to which nobody came is made all the same: noise over qn. **Guarantee.** T steps of the Poisson-subsampled
-//! Gaussian; their curve ([`Job::rdp`]) is what every unit of the pool is charged, drawn or not.
+//! Gaussian; their curve is what the ledger has charged to every block of the reservation, drawn or not.
 
-use theriac_protocol::units::{L2Norm, NoiseMultiplier};
+use theriac_protocol::message::UpdateKind;
 
 use super::{DescentError, clipped};
-use crate::accountant::{Job, Rho};
+use crate::accountant::{Rho, SamplingRate};
+use crate::ledger::Reservation;
 use crate::noise::{NoiseError, NoiseMechanism, release};
 use crate::poisson::PoissonSampler;
+use crate::policy::PrivacyUnit;
 
-/// The steps of one job. Make it only for a job whose curve was charged to every unit of the pool: it reads no ledger itself, and what
-/// it gives is no update that could be sent.
+/// The sampled steps that one reservation pays for: those of its plan, with its rate, σ, C, and its blocks as the pool.
 #[derive(Debug)]
 pub struct SampledDescent {
-    job: Job,
-    noise_multiplier: NoiseMultiplier,
-    clip_norm: L2Norm,
-    values: usize,
-    units: usize,
+    reservation: Reservation,
+    /// qn: what every sum is divided by.
+    expected: f64,
     sampler: PoissonSampler,
-    made: u64,
+    made: u32,
 }
 
 impl SampledDescent {
-    /// A job over a pool of `units` units, gradients of `values` values, sensitivity C.
+    /// Spends a reservation of a weight change that names its blocks.
     ///
     /// # Errors
-    /// [`DescentError::NoBlocks`] for an empty pool, [`DescentError::NoMultiplier`], and [`DescentError::Noise`] when there is no randomness.
-    pub fn new(job: Job, clip_norm: L2Norm, values: usize, units: usize) -> Result<Self, DescentError> {
-        if units == 0 {
+    /// [`DescentError::NoBlocks`] for a reservation that names none, or one of moments, [`DescentError::Unit`]; [`DescentError::Noise`] when there is no randomness.
+    /// The charge stays.
+    pub fn new(reservation: Reservation) -> Result<Self, DescentError> {
+        let plan = reservation.plan();
+        if plan.kind != UpdateKind::Delta || plan.blocks.is_empty() {
             return Err(DescentError::NoBlocks);
         }
-        let steps = u32::try_from(job.steps).unwrap_or(u32::MAX);
-        let noise_multiplier =
-            NoiseMultiplier::new(job.mechanism.ratio()).map_err(|_| DescentError::NoMultiplier { steps })?;
+        // One record can turn its block's whole gradient around, which is not what it was charged for.
+        if reservation.unit() != PrivacyUnit::Block {
+            return Err(DescentError::Unit {
+                unit: reservation.unit(),
+            });
+        }
+        // The ledger charged it, so it is one.
+        let rate = SamplingRate::new(plan.sampling_rate).map_err(|_| DescentError::NoBlocks)?;
         Ok(Self {
-            job,
-            noise_multiplier,
-            clip_norm,
-            values,
-            units,
-            sampler: PoissonSampler::new(job.mechanism.rate()).map_err(NoiseError::from)?,
+            expected: rate.value() * plan.blocks.len() as f64,
+            sampler: PoissonSampler::new(rate).map_err(NoiseError::from)?,
+            reservation,
             made: 0,
         })
     }
 
     /// Steps that are left.
-    pub fn left(&self) -> u64 {
-        self.job.steps - self.made
+    pub fn left(&self) -> u32 {
+        self.reservation.plan().steps - self.made
     }
 
-    /// The next noisy mean gradient. `read` gets the indices of the units that were drawn, perhaps none, and gives one gradient for each.
+    /// The next noisy mean gradient. `read` gets the ids of the blocks that were drawn, perhaps none, and gives at most one gradient for each.
     ///
     /// # Errors
     /// [`DescentError::Exhausted`] before anybody is drawn, [`DescentError::WrongShape`], [`DescentError::Noise`]. A step that failed
@@ -61,31 +64,32 @@ impl SampledDescent {
     pub fn step(
         &mut self,
         mechanism: &dyn NoiseMechanism,
-        read: impl FnOnce(&[usize]) -> Vec<Vec<f32>>,
+        read: impl FnOnce(&[u64]) -> Vec<Vec<f32>>,
     ) -> Result<Vec<f32>, DescentError> {
+        let plan = self.reservation.plan();
         if self.left() == 0 {
-            return Err(DescentError::Exhausted {
-                steps: u32::try_from(self.job.steps).unwrap_or(u32::MAX),
-            });
+            return Err(DescentError::Exhausted { steps: plan.steps });
         }
         self.made += 1;
-        let drawn = self.sampler.draw(self.units);
+        let values = plan.values as usize;
+        let drawn = self.sampler.draw(plan.blocks.len());
+        let drawn: Vec<u64> = drawn.into_iter().map(|index| plan.blocks[index]).collect();
         let gradients = read(&drawn);
-        if gradients.len() > drawn.len() || gradients.iter().any(|gradient| gradient.len() != self.values) {
+        if gradients.len() > drawn.len() || gradients.iter().any(|gradient| gradient.len() != values) {
             return Err(DescentError::WrongShape {
                 found: drawn.len(),
-                values: self.values,
+                values,
             });
         }
-        let noise = self.noise_multiplier;
-        let sum = clipped(&gradients, self.values, self.clip_norm, noise);
-        let noisy = release(mechanism, &sum, 1.0, Rho::gaussian(1.0, noise))?;
-        let expected = self.job.mechanism.rate().value() * self.units as f64;
+        let noise = plan.noise_multiplier;
+        let sum = clipped(&gradients, values, plan.clip_norm, noise);
+        let sensitivity = self.reservation.sensitivity();
+        let noisy = release(mechanism, &sum, sensitivity, Rho::gaussian(sensitivity, noise))?;
         #[expect(
             clippy::cast_possible_truncation,
             reason = "rounding noised values costs nothing"
         )]
-        let mean = noisy.into_iter().map(|x| (x / expected) as f32).collect();
+        let mean = noisy.into_iter().map(|x| (x / self.expected) as f32).collect();
         Ok(mean)
     }
 }
@@ -93,17 +97,73 @@ impl SampledDescent {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::time::Duration;
+
+    use theriac_protocol::units::{L2Norm, NoiseMultiplier, Round, Timestamp};
 
     use super::*;
-    use crate::accountant::{SamplingRate, SubsampledGaussian};
+    use crate::ledger::{Ledger, ReleasePlan, Reserved};
     use crate::noise::{ExactGaussian, FixedNoise};
+    use crate::policy::Policy;
 
-    fn descent(sigma: f64, rate: f64, steps: u64, units: usize) -> SampledDescent {
-        let mechanism = SubsampledGaussian::new(
-            NoiseMultiplier::new(sigma).unwrap(),
-            SamplingRate::new(rate).unwrap(),
+    const POLICY: &str = "site = \"site-a\"\nepsilon = 100\nsteps_max = 10000\nnoise_multiplier_min = 0.5\n\
+                          mechanisms = [\"moments\", \"delta\"]";
+
+    fn reserved(
+        unit: &str,
+        kind: UpdateKind,
+        sigma: f64,
+        rate: f64,
+        steps: u32,
+        units: u64,
+    ) -> (tempfile::TempDir, Reservation) {
+        let folder = tempfile::tempdir().unwrap();
+        let text = format!("unit = \"{unit}\"\n{POLICY}");
+        let policy = Policy::parse(&text).unwrap();
+        let node = policy.site().clone();
+        let path = folder.path().join("ledger.log");
+        let mut ledger = Ledger::open(&path, &node, policy, Timestamp(0)).unwrap();
+        let plan = ReleasePlan {
+            round: Round(1),
+            nonce: 1,
+            kind,
+            values: 2,
+            block_span: Duration::from_hours(1),
+            blocks: (100..100 + units).collect(),
+            sampling_rate: rate,
+            steps,
+            clip_norm: L2Norm::new(1.0).unwrap(),
+            noise_multiplier: NoiseMultiplier::new(sigma).unwrap(),
+        };
+        match ledger.reserve(plan, Timestamp(0)).unwrap() {
+            Reserved::Fresh(reservation) => (folder, reservation),
+            Reserved::AlreadyCharged { .. } => panic!("charged before"),
+        }
+    }
+
+    fn descent(sigma: f64, rate: f64, steps: u32, units: u64) -> SampledDescent {
+        let (_folder, reservation) = reserved("block", UpdateKind::Delta, sigma, rate, steps, units);
+        SampledDescent::new(reservation).unwrap()
+    }
+
+    #[test]
+    fn what_names_no_blocks_or_is_no_weight_change_pays_for_no_steps() {
+        for (kind, units) in [(UpdateKind::Delta, 0), (UpdateKind::Moments, 3)] {
+            let (_folder, reservation) = reserved("block", kind, 2.0, 1.0, 1, units);
+            let refused = SampledDescent::new(reservation);
+            assert!(matches!(refused, Err(DescentError::NoBlocks)), "{refused:?}");
+        }
+        let (_folder, reservation) = reserved("record", UpdateKind::Delta, 2.0, 0.5, 1, 3);
+        let refused = SampledDescent::new(reservation);
+        assert!(
+            matches!(
+                refused,
+                Err(DescentError::Unit {
+                    unit: PrivacyUnit::Record
+                })
+            ),
+            "{refused:?}"
         );
-        SampledDescent::new(Job { mechanism, steps }, L2Norm::new(1.0).unwrap(), 2, units).unwrap()
     }
 
     #[test]
@@ -112,7 +172,8 @@ mod tests {
         let mut numbers = std::collections::BTreeSet::new();
         while descent.left() > 0 {
             let came = Cell::new(0);
-            let read = |drawn: &[usize]| {
+            let read = |drawn: &[u64]| {
+                assert!(drawn.iter().all(|block| (100..140).contains(block)), "{drawn:?}");
                 came.set(drawn.len());
                 drawn.iter().map(|_| vec![0.5, 0.0]).collect()
             };
@@ -135,7 +196,7 @@ mod tests {
         let (mut empty, mut squares) = (0_u32, 0.0);
         while descent.left() > 0 {
             let nobody = Cell::new(false);
-            let read = |drawn: &[usize]| {
+            let read = |drawn: &[u64]| {
                 nobody.set(drawn.is_empty());
                 vec![]
             };
@@ -152,10 +213,10 @@ mod tests {
     }
 
     #[test]
-    fn no_step_beyond_the_job() {
+    fn no_step_is_made_or_read_beyond_the_charge() {
         let mut descent = descent(1.0, 0.5, 1, 4);
         assert!(descent.step(&ExactGaussian, |_| vec![]).is_ok());
-        let more = descent.step(&ExactGaussian, |_| panic!("units were read beyond the job"));
+        let more = descent.step(&ExactGaussian, |_| panic!("units were read beyond the charge"));
         assert!(
             matches!(more, Err(DescentError::Exhausted { steps: 1 })),
             "{more:?}"

@@ -33,17 +33,39 @@ pub(crate) trait Storage: fmt::Debug + Send {
 
 impl Storage for File {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        #[cfg(feature = "failpoints")]
+        if crate::failpoint::is_installed() {
+            let (first, second) = bytes.split_at(bytes.len() / 2);
+            reached("before the append");
+            self.write_all(first)?;
+            reached("half an append");
+            self.write_all(second)?;
+            reached("appended");
+            return Ok(());
+        }
         self.write_all(bytes)
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.sync_data()
+        self.sync_data()?;
+        reached("synced");
+        Ok(())
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
-        self.set_len(length)
+        self.set_len(length)?;
+        reached("cut");
+        Ok(())
     }
 }
+
+/// A durable step was made; see [`crate::failpoint`].
+#[cfg(feature = "failpoints")]
+pub(super) use crate::failpoint::reached;
+
+/// Nothing: no test can stop a shipped program here.
+#[cfg(not(feature = "failpoints"))]
+pub(super) fn reached(_step: &'static str) {}
 
 /// Damage that is not repaired.
 #[derive(Debug, Clone, PartialEq, Eq)]

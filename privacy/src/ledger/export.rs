@@ -6,13 +6,34 @@ use theriac_protocol::units::{Digest, Timestamp};
 
 use super::chain;
 use super::open::{check_known, check_owner, check_policy, read_file, replay};
-use super::record::{Record, Seal};
+use super::record::{Charge, Record, Seal};
 use super::state::PolicySeen;
 use super::{KnownHead, Ledger, LedgerError, State};
 use crate::policy::Policy;
 use crate::report::{Document, ExportedRecord, Status};
 
 impl Ledger {
+    /// The sum of a ledger's records, read without locking it, for the policy that is in force.
+    pub(crate) fn read(path: &Path, policy: &Policy) -> Result<State, LedgerError> {
+        let (state, _) = replay(path, &read_file(path)?)?;
+        check_owner(path, policy.site(), policy, &state)?;
+        check_policy(policy, &state)?;
+        Ok(state)
+    }
+
+    /// Every charge of a ledger, read without locking it.
+    pub(crate) fn read_charges(path: &Path) -> Result<Vec<Charge>, LedgerError> {
+        let bytes = read_file(path)?;
+        replay(path, &bytes)?;
+        let chain =
+            chain::read(&bytes).map_err(|damage| LedgerError::damaged(path, damage.offset, damage.what))?;
+        let charge = |(_, body, _): &(u64, &[u8], Digest)| match serde_json::from_slice(body) {
+            Ok(Record::Charge(charge)) => Some(*charge),
+            _ => None,
+        };
+        Ok(chain.records.iter().filter_map(charge).collect())
+    }
+
     /// The report on a ledger, made without locking it, so also while an edge uses it. `policy` is the one in force.
     ///
     /// # Errors

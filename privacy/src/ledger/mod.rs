@@ -35,6 +35,7 @@ use self::chain::Chain;
 pub(crate) use self::charges::Charge as BlockCharge;
 pub use self::error::{LedgerError, ReserveError};
 pub(crate) use self::export::{ReadRecord, replay_exported};
+pub(crate) use self::record::Charge;
 use self::record::Record;
 pub use self::record::Seal;
 pub use self::reservation::{BLOCKS_MAX, ReleasePlan, Reservation, ReservationId, Reserved, VALUES_MAX};
@@ -113,6 +114,11 @@ impl Ledger {
         &self.policy
     }
 
+    /// What all records add up to.
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
     /// What was spent so far.
     pub fn spent(&self) -> Spent {
         self.state.spent(&self.policy, self.chain.heads())
@@ -177,6 +183,7 @@ impl Ledger {
         };
         Ok(Reserved::Fresh(Reservation {
             plan,
+            unit: self.policy.unit(),
             sensitivity,
             rho,
             claim,
@@ -225,6 +232,15 @@ impl Ledger {
     /// As [`Ledger::is_chargeable`], and whether the block is within the policy's retention at `now`.
     pub fn is_chargeable_at(&self, block: u64, now: Timestamp) -> bool {
         self.is_chargeable(block) && !plan::is_too_old(&self.policy, block, now)
+    }
+
+    /// Those of the plan's blocks that could be charged for it at `now`: within the policy's retention, read less often than it allows, and
+    /// within its ε afterwards. Rounds that read the same blocks again ask this before they plan: a spent block must not keep
+    /// the others from being read. It depends on charges and the clock alone.
+    pub fn affordable(&self, plan: &ReleasePlan, now: Timestamp) -> Vec<u64> {
+        let mut blocks = self.state.affordable(&self.policy, plan, now);
+        blocks.retain(|block| !plan::is_too_old(&self.policy, *block, now));
+        blocks
     }
 
     /// The blocks that were charged, as ascending runs.

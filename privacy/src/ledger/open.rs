@@ -276,9 +276,14 @@ fn create(path: &Path, first: &Record) -> io::Result<()> {
         .mode(0o600)
         .open(&beside)?;
     file.write_all(&chain::file_of(&[first.to_bytes()]))?;
+    chain::reached("begun beside");
     file.sync_all()?;
+    chain::reached("begun and synced");
     fs::rename(&beside, path)?;
-    File::open(parent)?.sync_all()
+    chain::reached("moved to its place");
+    File::open(parent)?.sync_all()?;
+    chain::reached("directory synced");
+    Ok(())
 }
 
 /// Takes the lock beside the ledger. The kernel lets it go when the process ends, however it ends.

@@ -9,7 +9,7 @@ use theriac_protocol::units::Timestamp;
 use super::charges::to_ranges;
 use super::state::reads_everything;
 use super::{BLOCKS_MAX, ReleasePlan, ReserveError, VALUES_MAX};
-use crate::policy::Policy;
+use crate::policy::{Policy, PrivacyUnit};
 
 /// Checks what does not depend on earlier charges; gives the plan's blocks as runs.
 pub(crate) fn check(
@@ -18,11 +18,11 @@ pub(crate) fn check(
     now: Timestamp,
 ) -> Result<Vec<(u64, u64)>, ReserveError> {
     allowed(policy, plan)?;
-    well_formed(plan)?;
+    well_formed(policy.unit(), plan)?;
     if let Some(&block) = plan.blocks.iter().find(|block| is_too_old(policy, **block, now)) {
         return Err(ReserveError::BlockTooOld { block });
     }
-    if reads_everything(plan.kind, plan.blocks.len()) {
+    if reads_everything(policy.unit(), plan.kind, plan.blocks.len()) {
         return Ok(Vec::new());
     }
     to_ranges(&plan.blocks).ok_or(ReserveError::BadPlan("block ids must strictly ascend"))
@@ -59,7 +59,7 @@ fn allowed(policy: &Policy, plan: &ReleasePlan) -> Result<(), ReserveError> {
 }
 
 /// What every plan must be.
-fn well_formed(plan: &ReleasePlan) -> Result<(), ReserveError> {
+fn well_formed(unit: PrivacyUnit, plan: &ReleasePlan) -> Result<(), ReserveError> {
     if plan.values == 0 || plan.values > VALUES_MAX {
         return Err(ReserveError::BadPlan("a release holds 1 to 16777216 values"));
     }
@@ -76,16 +76,28 @@ fn well_formed(plan: &ReleasePlan) -> Result<(), ReserveError> {
     if plan.blocks.len() > BLOCKS_MAX {
         return Err(ReserveError::BadPlan("one release reads at most 262144 blocks"));
     }
+    if unit == PrivacyUnit::Node {
+        return if plan.blocks.is_empty() {
+            Ok(())
+        } else {
+            Err(ReserveError::BadPlan(
+                "a centre charges every node and names no blocks",
+            ))
+        };
+    }
     let one_step = plan.steps == 1 && plan.sampling_rate >= 1.0;
     match plan.kind {
-        UpdateKind::Moments if plan.blocks.is_empty() => Err(ReserveError::NoBlocks),
+        UpdateKind::Moments | UpdateKind::Gradient if plan.blocks.is_empty() => Err(ReserveError::NoBlocks),
         UpdateKind::Moments if !one_step => {
             Err(ReserveError::BadPlan("moments are one release of whole blocks"))
         }
+        UpdateKind::Gradient if !one_step => Err(ReserveError::BadPlan(
+            "a round of gradients is one release of whole blocks; every round is charged on its own",
+        )),
         UpdateKind::Delta if plan.blocks.is_empty() && plan.sampling_rate < 1.0 => Err(
             ReserveError::BadPlan("a change made of all data names no blocks, so none can be sampled"),
         ),
-        UpdateKind::Moments | UpdateKind::Delta => Ok(()),
+        UpdateKind::Moments | UpdateKind::Gradient | UpdateKind::Delta => Ok(()),
     }
 }
 

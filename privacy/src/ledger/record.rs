@@ -161,7 +161,7 @@ impl Terms {
 /// Sensitivity of one step in multiples of C. Where a weight change names its blocks, every unit's gradient was clipped on its own; where
 /// it does not, one vector was made of all data.
 fn sensitivity(unit: PrivacyUnit, kind: UpdateKind, blocks: usize) -> f64 {
-    if kind == UpdateKind::Delta && !reads_everything(kind, blocks) {
+    if kind == UpdateKind::Delta && !reads_everything(unit, kind, blocks) {
         1.0
     } else {
         unit.sensitivity(kind)
@@ -214,7 +214,11 @@ impl Charge {
         let named = usize::from(!self.blocks.is_empty());
         let sensitive = self.sensitivity.to_bits() == sensitivity(self.unit, self.kind, named).to_bits();
         let sampled = self.sampling_rate > 0.0 && self.sampling_rate <= 1.0 && self.steps > 0;
-        let placed = named > 0 || reads_everything(self.kind, named);
+        let placed = if self.unit == PrivacyUnit::Node {
+            named == 0
+        } else {
+            named > 0 || reads_everything(self.unit, self.kind, named)
+        };
         if !(expected.agrees_with(&self.rdp) && sensitive && sampled && placed && ascends(&self.blocks)) {
             return Err(INCONSISTENT);
         }

@@ -6,6 +6,7 @@ use theriac_protocol::message::{PrivacyClaimV1, UpdateKind};
 use theriac_protocol::units::{Digest, L2Norm, NoiseMultiplier, Round};
 
 use crate::accountant::Rho;
+use crate::policy::PrivacyUnit;
 
 /// One release that is wanted. Everything in here is public: it comes from the announcement and from the clock.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,6 +50,7 @@ pub struct ReservationId {
 #[derive(Debug)]
 pub struct Reservation {
     pub(super) plan: ReleasePlan,
+    pub(super) unit: PrivacyUnit,
     pub(super) sensitivity: f64,
     pub(super) rho: Rho,
     pub(super) claim: PrivacyClaimV1,
@@ -68,6 +70,11 @@ impl Reservation {
     /// The blocks that may be read.
     pub fn blocks(&self) -> &[u64] {
         &self.plan.blocks
+    }
+
+    /// The unit that it was charged for.
+    pub fn unit(&self) -> PrivacyUnit {
+        self.unit
     }
 
     /// Sensitivity in multiples of the clipping norm.

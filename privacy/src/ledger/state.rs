@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use theriac_protocol::message::UpdateKind;
-use theriac_protocol::units::{Digest, NodeId, Timestamp};
+use theriac_protocol::units::{Delta, Digest, NodeId, Timestamp};
 
 use super::charges::BlockCharges;
 use super::loss::Loss;
@@ -84,7 +84,7 @@ pub(crate) struct Account {
 impl Account {
     fn add(&mut self, blocks: &[(u64, u64)], loss: &Loss) {
         if blocks.is_empty() {
-            self.node = self.node.plus(loss);
+            self.node.add(loss);
         }
         for (first, last) in blocks {
             self.blocks.add(*first..=*last, loss);
@@ -96,6 +96,24 @@ impl Account {
         let of_block = |loss: &Loss| self.node.plus(loss).epsilon(policy.delta());
         let untouched = self.node.epsilon(policy.delta());
         self.blocks.losses().map(of_block).fold(untouched, larger)
+    }
+
+    /// The tighter second figure of the most charged block. Of the blocks in falling order of the first figure, which bounds the second, only those are
+    /// looked at that could still be the largest.
+    pub(crate) fn epsilon_pld(&self, delta: Delta) -> f64 {
+        let mut losses: Vec<(f64, Loss)> = std::iter::once(self.node.clone())
+            .chain(self.blocks.losses().map(|loss| self.node.plus(loss)))
+            .map(|loss| (loss.epsilon(delta).epsilon, loss))
+            .collect();
+        losses.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        let mut most = 0.0;
+        for (bound, loss) in losses {
+            if bound <= most {
+                break;
+            }
+            most = loss.epsilon_pld(delta).max(most);
+        }
+        most
     }
 }
 
@@ -210,7 +228,7 @@ impl State {
             (self.period_index, self.carried_over) = (period, false);
             self.period.add(&blocks, &loss);
         }
-        self.summed = self.summed.plus(&loss);
+        self.summed.add(&loss);
         self.releases += 1;
         Ok(())
     }
@@ -263,6 +281,29 @@ impl State {
         })
     }
 
+    /// Those of the plan's blocks that could bear it now: charged less often than the policy allows, and within its ε afterwards.
+    pub(crate) fn affordable(&self, policy: &Policy, plan: &ReleasePlan, at: Timestamp) -> Vec<u64> {
+        let loss = Terms::of(plan, policy.unit()).loss();
+        let nothing = Account::default();
+        let account = if self.begins_anew(self.period_at(policy, at)) {
+            &nothing
+        } else {
+            self.current(policy)
+        };
+        let node = account.node.plus(&loss);
+        let mut memo: Option<(Loss, bool)> = None;
+        let mut bears = |block: &u64| {
+            let charged = account.blocks.of(*block).loss;
+            let within = match &memo {
+                Some((known, within)) if *known == charged => *within,
+                _ => node.plus(&charged).epsilon(policy.delta()).epsilon <= policy.epsilon().value(),
+            };
+            memo = Some((charged, within));
+            within && self.lifetime.blocks.of(*block).releases < policy.block_releases_max()
+        };
+        plan.blocks.iter().copied().filter(|block| bears(block)).collect()
+    }
+
     /// Whether not even an untouched block could be released, whatever the noise.
     pub(crate) fn is_exhausted(&self, policy: &Policy) -> bool {
         let account = self.current(policy);
@@ -272,7 +313,7 @@ impl State {
     }
 
     /// The account that the policy's limit holds for.
-    fn current(&self, policy: &Policy) -> &Account {
+    pub(crate) fn current(&self, policy: &Policy) -> &Account {
         match policy.period() {
             Period::Rolling => &self.lifetime,
             _ => &self.period,
@@ -352,9 +393,9 @@ impl State {
     }
 }
 
-/// Whether this kind of plan is charged to all blocks alike.
-pub(crate) fn reads_everything(kind: UpdateKind, blocks: usize) -> bool {
-    kind == UpdateKind::Delta && blocks == 0
+/// Whether this kind of plan is charged to all blocks alike; at a trusted centre, to all nodes.
+pub(crate) fn reads_everything(unit: PrivacyUnit, kind: UpdateKind, blocks: usize) -> bool {
+    blocks == 0 && (kind == UpdateKind::Delta || unit == PrivacyUnit::Node)
 }
 
 fn larger(a: RdpEpsilon, b: RdpEpsilon) -> RdpEpsilon {

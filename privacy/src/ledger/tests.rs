@@ -174,6 +174,64 @@ fn disjoint_blocks_compose_in_parallel_and_the_lifetime_adds_up() {
     assert_eq!(blocks, 30);
 }
 
+/// Recipe B: twenty rounds over the same blocks are within ε = 4, and the twenty-first is not.
+#[test]
+fn twenty_rounds_of_gradients_compose_on_their_blocks_and_the_next_is_refused() {
+    let policy = policy("mechanisms = [\"gradient\"]\nblock_releases_max = 100");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let gradient = |round, blocks: std::ops::Range<u64>| ReleasePlan {
+        kind: UpdateKind::Gradient,
+        ..plan(round, blocks, 5.69)
+    };
+    for round in 1..=20 {
+        let reservation = fresh(ledger.reserve(gradient(round, 0..9), Timestamp(round)));
+        assert!((reservation.sensitivity() - 1.0).abs() < 1e-12);
+        drop(reservation);
+        // Composition adds at each order.
+        let steps = u32::try_from(round).unwrap();
+        assert!(close(
+            ledger.spent().epsilon,
+            epsilon(&Loss::gaussian(1.0, 5.69, 1.0, steps))
+        ));
+    }
+    let spent = ledger.spent();
+    assert!((3.9..=4.0).contains(&spent.epsilon), "{}", spent.epsilon);
+    let refused = ledger.reserve(gradient(21, 0..9), Timestamp(21)).unwrap_err();
+    assert!(matches!(refused, ReserveError::BudgetSpent { .. }), "{refused}");
+    assert_eq!(refused.decline_reason(), DeclineReason::BudgetSpent);
+    assert_eq!(
+        (ledger.spent(), disk.open(&policy).unwrap().spent()),
+        (spent, spent)
+    );
+    // One spent block spoils a release; the others can still be read.
+    assert!(ledger.reserve(gradient(22, 8..12), Timestamp(22)).is_err());
+    assert_eq!(
+        ledger.affordable(&gradient(22, 7..12), Timestamp(22)),
+        [9, 10, 11]
+    );
+    let _ = fresh(ledger.reserve(gradient(22, 9..12), Timestamp(22)));
+    // Two releases at the most, whatever they cost.
+    let twice = self::policy("mechanisms = [\"gradient\"]\nblock_releases_max = 2");
+    let mut ledger = new_disk(&twice).open(&twice).unwrap();
+    for round in 1..=2 {
+        let _ = fresh(ledger.reserve(gradient(round, 3..5), Timestamp(round)));
+    }
+    assert_eq!(ledger.affordable(&gradient(3, 3..6), Timestamp(3)), [5]);
+    // A job in one charge is not how rounds are charged, and the default policy allows none.
+    let job = ReleasePlan {
+        steps: 20,
+        ..gradient(9, 50..51)
+    };
+    assert!(ledger.reserve(job, Timestamp(9)).is_err());
+    let default = self::policy("");
+    let mut ledger = new_disk(&default).open(&default).unwrap();
+    assert!(matches!(
+        ledger.reserve(gradient(1, 0..1), Timestamp(1)),
+        Err(ReserveError::KindNotAllowed { .. })
+    ));
+}
+
 #[test]
 fn a_block_is_charged_once_unless_the_policy_allows_more() {
     let once = policy("");

@@ -31,19 +31,22 @@ pub enum PrivacyUnit {
     /// Clipping bounds a whole block, so one sample can move its block's vector from one point of the
     /// clipping ball to any other: sensitivity 2C, four times the ρ of [`PrivacyUnit::Block`].
     Record,
+    /// Everything that one site ever contributes. Only a trusted centre promises it (see [`crate::central`]); an edge has no policy with it.
+    Node,
 }
 
 impl PrivacyUnit {
     /// Sensitivity of a release in multiples of the clipping norm C, under add or remove one unit.
     ///
-    /// - [`UpdateKind::Moments`], block unit: a block adds one vector of norm at most C to the sum: 1.
-    /// - [`UpdateKind::Moments`], record unit: a sample replaces one such vector by another: 2.
+    /// - [`UpdateKind::Moments`] and [`UpdateKind::Gradient`], block unit: a block adds one vector of norm at most C to the sum: 1.
+    /// - The same, record unit: a sample replaces one such vector by another: 2.
     /// - [`UpdateKind::Delta`]: one vector of norm at most C is made of *all* the node's data, so any change
     ///   replaces it by another: 2, whatever the unit, and every block is charged.
+    /// - node unit: a site adds one vector of norm at most C to the centre's sum: 1.
     pub fn sensitivity(self, kind: UpdateKind) -> f64 {
         match (self, kind) {
-            (Self::Block, UpdateKind::Moments) => 1.0,
-            (Self::Record, UpdateKind::Moments) | (_, UpdateKind::Delta) => 2.0,
+            (Self::Block, UpdateKind::Moments | UpdateKind::Gradient) | (Self::Node, _) => 1.0,
+            (Self::Record, UpdateKind::Moments | UpdateKind::Gradient) | (_, UpdateKind::Delta) => 2.0,
         }
     }
 }
@@ -53,6 +56,7 @@ impl fmt::Display for PrivacyUnit {
         f.write_str(match self {
             Self::Block => "block",
             Self::Record => "record",
+            Self::Node => "node",
         })
     }
 }
@@ -164,8 +168,8 @@ struct RawPolicy {
     /// Releases in the node's whole life; absent: no limit besides ε. At least 1. Too low: the node falls silent.
     #[serde(skip_serializing_if = "Option::is_none")]
     releases_max: Option<u64>,
-    /// What may be released: `"moments"`, `"delta"`. Default `["moments"]`. `"delta"` is charged to every block, past
-    /// and future, so it runs out.
+    /// What may be released: `"moments"`, `"gradient"`, `"delta"`. Default `["moments"]`. `"gradient"` reads the same blocks in every round, so
+    /// it needs `block_releases_max` of 20 or more. `"delta"` is charged to every block, past and future, so it runs out.
     #[serde(default = "mechanisms")]
     mechanisms: BTreeSet<Mechanism>,
 }
@@ -176,6 +180,7 @@ struct RawPolicy {
 enum Mechanism {
     Moments,
     Delta,
+    Gradient,
 }
 
 /// The neighbouring relation.
@@ -216,8 +221,22 @@ impl Policy {
     /// Checks a policy's text.
     ///
     /// # Errors
-    /// [`PolicyError::Parse`] and [`PolicyError::Range`].
+    /// [`PolicyError::Parse`] and [`PolicyError::Range`]; the unit `node` is no site's to promise.
     pub fn parse(text: &str) -> Result<Self, PolicyError> {
+        let policy = Self::parse_any(text)?;
+        if policy.unit() == PrivacyUnit::Node {
+            return Err(PolicyError::Range {
+                key: "unit",
+                range: "\"block\" or \"record\"",
+                got: "node".to_owned(),
+                consequence: "only a trusted centre can promise to hide a whole node, in its own ledger",
+            });
+        }
+        Ok(policy)
+    }
+
+    /// As [`Policy::parse`], and what a centre promises as well.
+    pub(crate) fn parse_any(text: &str) -> Result<Self, PolicyError> {
         let raw: RawPolicy = toml::from_str(text)?;
         raw.check()?;
         // Of the meaning, not of the text: field order and defaults are the struct's.
@@ -322,6 +341,7 @@ impl Policy {
         self.raw.mechanisms.contains(&match kind {
             UpdateKind::Moments => Mechanism::Moments,
             UpdateKind::Delta => Mechanism::Delta,
+            UpdateKind::Gradient => Mechanism::Gradient,
         })
     }
 

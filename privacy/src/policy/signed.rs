@@ -20,6 +20,8 @@ use data_encoding::HEXLOWER;
 use ed25519_dalek::{Signature, Signer as _, SigningKey, VerifyingKey};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use theriac_protocol::units::Digest;
+
 use super::{Policy, PolicyError};
 
 /// The private key of whoever answers for privacy. It never needs to be on an edge.
@@ -30,11 +32,24 @@ pub struct PolicyKey(SigningKey);
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct PolicyPublicKey([u8; 32]);
 
+/// What a policy is about. A signature over a policy of one kind is none over another, whatever its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// `privacy.toml`: what leaves a node.
+    Privacy,
+    /// `healing.toml`: what may be done to services.
+    Healing,
+    /// The digest of a privacy report.
+    Report,
+}
+
 /// A signature over a policy's text, with the key that made it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PolicySignature {
     /// Who signed.
     pub key: PolicyPublicKey,
+    /// What kind of policy.
+    pub subject: Subject,
     signature: Signature,
 }
 
@@ -97,19 +112,72 @@ impl PolicyKey {
     /// [`PolicyError`] when the text is no policy: what cannot be used is not signed.
     pub fn sign(&self, text: &str) -> Result<PolicySignature, PolicyError> {
         Policy::parse(text)?;
-        Ok(PolicySignature {
+        Ok(self.sign_text(Subject::Privacy, text))
+    }
+
+    /// Signs a text of any kind of policy; the caller has read it and found that it holds.
+    pub fn sign_text(&self, subject: Subject, text: &str) -> PolicySignature {
+        PolicySignature {
             key: self.public(),
-            signature: self.0.sign(&signed_bytes(text)),
-        })
+            subject,
+            signature: self.0.sign(&subject.signed_bytes(text)),
+        }
+    }
+}
+
+impl PolicyKey {
+    /// Signs a report by its digest: who made it, beyond what its records prove.
+    pub(crate) fn sign_report(&self, digest: &Digest) -> PolicySignature {
+        self.sign_text(Subject::Report, &HEXLOWER.encode(&digest.0))
     }
 }
 
 impl PolicySignature {
+    /// Key and signature on one line.
+    pub(crate) fn to_line(self) -> String {
+        format!("{} {}", self.key, HEXLOWER.encode(&self.signature.to_bytes()))
+    }
+
+    /// Reads what [`PolicySignature::to_line`] wrote.
+    pub(crate) fn from_line(text: &str) -> Result<Self, SignatureError> {
+        let (key, signature) = text.split_once(' ').ok_or(SignatureError::Format)?;
+        let signature = Signature::from_bytes(&bytes::<64>(signature).ok_or(SignatureError::Format)?);
+        Ok(Self {
+            key: key.parse()?,
+            subject: Subject::Report,
+            signature,
+        })
+    }
+
+    /// Whether the key that it names signed a report of this digest.
+    pub(crate) fn verify_report(&self, digest: &Digest) -> Result<(), SignatureError> {
+        let key = VerifyingKey::from_bytes(&self.key.0).map_err(|_| SignatureError::PublicKey)?;
+        let signed = Subject::Report.signed_bytes(&HEXLOWER.encode(&digest.0));
+        key.verify_strict(&signed, &self.signature)
+            .map_err(|_| SignatureError::Altered(self.key))
+    }
+
     /// Whether the pinned key signed exactly this text.
     ///
     /// # Errors
     /// [`SignatureError::OtherKey`] and [`SignatureError::Altered`].
     pub fn verify(&self, text: &str, pinned: PolicyPublicKey) -> Result<(), SignatureError> {
+        self.verify_text(Subject::Privacy, text, pinned)
+    }
+
+    /// Whether the pinned key signed exactly this text as a policy of this kind.
+    ///
+    /// # Errors
+    /// [`SignatureError::Format`] for another kind, [`SignatureError::OtherKey`] and [`SignatureError::Altered`].
+    pub fn verify_text(
+        &self,
+        subject: Subject,
+        text: &str,
+        pinned: PolicyPublicKey,
+    ) -> Result<(), SignatureError> {
+        if self.subject != subject {
+            return Err(SignatureError::Format);
+        }
         if self.key != pinned {
             return Err(SignatureError::OtherKey {
                 expected: pinned,
@@ -117,7 +185,7 @@ impl PolicySignature {
             });
         }
         let key = VerifyingKey::from_bytes(&self.key.0).map_err(|_| SignatureError::PublicKey)?;
-        key.verify_strict(&signed_bytes(text), &self.signature)
+        key.verify_strict(&subject.signed_bytes(text), &self.signature)
             .map_err(|_| SignatureError::Altered(self.key))
     }
 }
@@ -167,7 +235,8 @@ pub fn signature_path(path: &Path) -> PathBuf {
 impl fmt::Display for PolicySignature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let signature = HEXLOWER.encode(&self.signature.to_bytes());
-        write!(f, "{TITLE}\nkey {}\nsignature {signature}\n", self.key)
+        let title = self.subject.title();
+        write!(f, "{title}\nkey {}\nsignature {signature}\n", self.key)
     }
 }
 
@@ -176,13 +245,21 @@ impl FromStr for PolicySignature {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let lines: Vec<&str> = text.lines().collect();
-        let [TITLE, key, signature] = lines[..] else {
+        let [title, key, signature] = lines[..] else {
             return Err(SignatureError::Format);
         };
+        let subject = [Subject::Privacy, Subject::Healing]
+            .into_iter()
+            .find(|subject| subject.title() == title)
+            .ok_or(SignatureError::Format)?;
         let key = key.strip_prefix("key ").ok_or(SignatureError::Format)?.parse()?;
         let signature = signature.strip_prefix("signature ").and_then(bytes::<64>);
         let signature = Signature::from_bytes(&signature.ok_or(SignatureError::Format)?);
-        Ok(Self { key, signature })
+        Ok(Self {
+            key,
+            subject,
+            signature,
+        })
     }
 }
 
@@ -231,8 +308,23 @@ impl fmt::Debug for PolicyKey {
     }
 }
 
-fn signed_bytes(text: &str) -> Vec<u8> {
-    [b"theriac privacy policy v1\n\0".as_slice(), text.as_bytes()].concat()
+impl Subject {
+    fn title(self) -> &'static str {
+        match self {
+            Self::Privacy => "theriac privacy policy signature v1",
+            Self::Healing => "theriac healing policy signature v1",
+            Self::Report => "theriac privacy report signature v1",
+        }
+    }
+
+    fn signed_bytes(self, text: &str) -> Vec<u8> {
+        let prefix: &[u8] = match self {
+            Self::Privacy => b"theriac privacy policy v1\n\0",
+            Self::Healing => b"theriac healing policy v1\n\0",
+            Self::Report => b"theriac privacy report v1\n\0",
+        };
+        [prefix, text.as_bytes()].concat()
+    }
 }
 
 fn bytes<const N: usize>(hex: &str) -> Option<[u8; N]> {
@@ -241,13 +333,24 @@ fn bytes<const N: usize>(hex: &str) -> Option<[u8; N]> {
 
 const PUBLIC: &str = "thpk1_";
 const PRIVATE: &str = "thps1_";
-const TITLE: &str = "theriac privacy policy signature v1";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const TEXT: &str = "# reviewed\nsite = \"site-a\"\nepsilon = 4.0\n";
+
+    #[test]
+    fn a_signature_over_one_kind_of_policy_is_none_over_another() {
+        let signed = key(1).sign_text(Subject::Healing, TEXT);
+        let public = key(1).public();
+        assert_eq!(signed.verify_text(Subject::Healing, TEXT, public), Ok(()));
+        assert_eq!(signed.verify(TEXT, public), Err(SignatureError::Format));
+        // Nor with its title exchanged.
+        let forged = signed.to_string().replace("healing", "privacy");
+        let forged: PolicySignature = forged.parse().unwrap();
+        assert_eq!(forged.verify(TEXT, public), Err(SignatureError::Altered(public)));
+    }
 
     fn key(byte: u8) -> PolicyKey {
         PolicyKey::from_seed(&[byte; 32])

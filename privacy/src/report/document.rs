@@ -1,11 +1,12 @@
 //! `privacy report`: the statement, every figure, and the records that they follow from, in one file.
 
 use serde::{Deserialize, Serialize};
-use theriac_protocol::units::Timestamp;
+use theriac_protocol::units::{Digest, Timestamp};
 
 use crate::ledger::State;
-use crate::ledger::loss::ORDERS;
+use crate::ledger::loss::{Loss, ORDERS};
 use crate::policy::Policy;
+use crate::policy::signed::PolicyKey;
 
 /// The report. It holds no measurement: only what was charged, under which policy, and what follows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +30,13 @@ pub struct Document {
     pub ledger_version: u32,
     /// The ledger, record after record.
     pub records: Vec<ExportedRecord>,
+    /// SHA-256 of the format's line and of this report as compact JSON, names in order, with an empty `digest` and no `signature`: no field can be changed
+    /// alone.
+    pub digest: String,
+    /// The edge's own signature of that digest, `thpk1_… <128 hexadecimal digits>`; absent: it has no key of its own. Then `software` and `made` are
+    /// nobody's word; all else follows from the records.
+    #[serde(default)]
+    pub signature: Option<String>,
 }
 
 /// Neighbouring blocks with the same loss.
@@ -45,6 +53,8 @@ pub struct BlockRun {
     pub epsilon: f64,
     /// The order that gives it.
     pub order: u32,
+    /// The same ε from privacy loss distributions: tighter, for continuous noise.
+    pub epsilon_pld: f64,
 }
 
 /// One record as it lies on the disk.
@@ -65,7 +75,7 @@ impl Document {
         records: Vec<ExportedRecord>,
         made: Timestamp,
     ) -> Self {
-        Self {
+        let mut document = Self {
             format: FORMAT.to_owned(),
             software: concat!("theriac-privacy ", env!("CARGO_PKG_VERSION")).to_owned(),
             made,
@@ -75,28 +85,76 @@ impl Document {
             orders: ORDERS.to_vec(),
             ledger_version,
             records,
+            digest: String::new(),
+            signature: None,
+        };
+        // Of the numbers as a reader will have them: a float may change its last bit on the way through a file.
+        document.digest = digest_of(&super::json(&document.bare())).to_string();
+        document
+    }
+
+    /// The digest that the fields give, of a report that was read.
+    pub(crate) fn digest_as_read(&self) -> Digest {
+        digest_of(&serde_json::to_value(self.bare()).unwrap_or_default())
+    }
+
+    fn bare(&self) -> Self {
+        Self {
+            digest: String::new(),
+            signature: None,
+            ..self.clone()
         }
     }
+
+    /// Signs it with the edge's own key.
+    #[must_use]
+    pub fn signed(mut self, key: &PolicyKey) -> Self {
+        self.signature = self
+            .digest
+            .parse()
+            .ok()
+            .map(|digest| key.sign_report(&digest).to_line());
+        self
+    }
+}
+
+fn digest_of(report: &serde_json::Value) -> Digest {
+    Digest::of(format!("{FORMAT}\n{report}").as_bytes())
 }
 
 /// The table of blocks that the records give.
 pub(crate) fn block_runs(state: &State, policy: &Policy) -> Vec<BlockRun> {
     let lifetime = &state.lifetime;
+    // Blocks mostly have one of a few losses, and a sampled one takes a while.
+    let mut known: Vec<(Loss, f64)> = Vec::new();
+    let mut pld = |loss: &Loss| {
+        if let Some((_, epsilon)) = known.iter().find(|(seen, _)| seen == loss) {
+            return *epsilon;
+        }
+        let epsilon = loss.epsilon_pld(policy.delta());
+        known.truncate(KNOWN_MAX);
+        known.push((loss.clone(), epsilon));
+        epsilon
+    };
     let run = |(blocks, charge): (std::ops::RangeInclusive<u64>, &crate::ledger::BlockCharge)| {
-        let at = lifetime.node.plus(&charge.loss).epsilon(policy.delta());
+        let loss = lifetime.node.plus(&charge.loss);
+        let at = loss.epsilon(policy.delta());
         BlockRun {
             first: *blocks.start(),
             last: *blocks.end(),
             releases: charge.releases,
             epsilon: at.epsilon,
             order: at.order,
+            epsilon_pld: pld(&loss),
         }
     };
     lifetime.blocks.runs().map(run).collect()
 }
 
+/// Losses whose second figure is remembered while blocks are listed.
+const KNOWN_MAX: usize = 63;
 /// Name and version of the report's format.
-pub(crate) const FORMAT: &str = "theriac privacy report v1";
+pub(crate) const FORMAT: &str = "theriac privacy report v2";
 
 /// What the figures rest on, for the reader.
 pub(crate) const ASSUMPTIONS: [&str; 6] = [

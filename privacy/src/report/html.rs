@@ -61,6 +61,7 @@ fn unit(status: &Status) -> String {
     match status.unit {
         crate::policy::PrivacyUnit::Block => format!("each block of {span} (UTC)"),
         crate::policy::PrivacyUnit::Record => "each single sample".to_owned(),
+        crate::policy::PrivacyUnit::Node => "each whole site".to_owned(),
     }
 }
 
@@ -74,19 +75,22 @@ fn figures(html: &mut String, status: &Status) -> fmt::Result {
     write!(
         html,
         "<section><h2>Spent</h2>\n<div class=\"bar\" role=\"img\" aria-label=\"{} of {}\"><i style=\"width:{share:.1}%\"></i></div>\n\
-         <table><tr><th></th><th>spent</th><th>limit</th><th>left</th></tr>\n\
-         <tr><td>most charged unit, {}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>\n\
-         <tr><td>most charged unit, all time</td><td class=\"n\">{}</td><td></td><td></td></tr>\n\
-         <tr><td>all releases summed</td><td class=\"n\">{}</td><td></td><td></td></tr>\n\
-         <tr><td>releases</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td></td></tr></table>{}</section>\n",
+         <table><tr><th></th><th>ε spent</th><th>limit</th><th>left</th><th>ε by PLD</th></tr>\n\
+         <tr><td>most charged unit, {}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>\n\
+         <tr><td>most charged unit, all time</td><td class=\"n\">{}</td><td></td><td></td><td class=\"n\">{}</td></tr>\n\
+         <tr><td>all releases summed</td><td class=\"n\">{}</td><td></td><td></td><td class=\"n\">{}</td></tr>\n\
+         <tr><td>releases</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td></td><td></td></tr></table>{}</section>\n",
         digits(status.epsilon_spent),
         digits(status.epsilon_limit),
         escape(&period),
         digits(status.epsilon_spent),
         digits(status.epsilon_limit),
         digits(left),
+        digits(status.epsilon_spent_pld),
         digits(status.epsilon_unit_lifetime),
+        digits(status.epsilon_unit_lifetime_pld),
         digits(status.epsilon_lifetime),
+        digits(status.epsilon_lifetime_pld),
         status.releases,
         status
             .releases_max
@@ -144,6 +148,7 @@ fn evidence(html: &mut String, report: &Document, status: &Status) -> fmt::Resul
         ("counter-signed", sealed),
         ("blocks charged", status.blocks_charged.to_string()),
         ("head", status.ledger_head.clone()),
+        ("digest of the report", report.digest.clone()),
         ("check it", "theriac-edge privacy verify report.json".to_owned()),
     ];
     table(html, "Evidence", &rows)
@@ -168,7 +173,7 @@ fn blocks(html: &mut String, report: &Document, status: &Status) -> fmt::Result 
     let older = report.blocks.len() - shown;
     writeln!(
         html,
-        "<section><h2>Loss by block</h2><table><tr><th>from</th><th>to</th><th>blocks</th><th>releases</th><th>ε</th></tr>"
+        "<section><h2>Loss by block</h2><table><tr><th>from</th><th>to</th><th>blocks</th><th>releases</th><th>ε</th><th>by PLD</th></tr>"
     )?;
     for run in report.blocks.iter().rev().take(shown) {
         let BlockRun {
@@ -180,11 +185,12 @@ fn blocks(html: &mut String, report: &Document, status: &Status) -> fmt::Result 
         let at = |block: u64| day_and_time(Timestamp(block.saturating_mul(status.block_ms)));
         writeln!(
             html,
-            "<tr><td>{}</td><td>{}</td><td class=\"n\">{}</td><td class=\"n\">{releases}</td><td class=\"n\">{}</td></tr>",
+            "<tr><td>{}</td><td>{}</td><td class=\"n\">{}</td><td class=\"n\">{releases}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>",
             at(*first),
             at(last.saturating_add(1)),
             (last - first).saturating_add(1),
             digits(run.epsilon),
+            digits(run.epsilon_pld),
         )?;
     }
     html.push_str("</table>");

@@ -29,6 +29,8 @@ pub struct Status {
     pub adjacency: String,
     /// ε that the most charged unit has lost in the current period, at `delta`.
     pub epsilon_spent: f64,
+    /// The same from privacy loss distributions: tighter, for continuous noise. The limit is held to `epsilon_spent`.
+    pub epsilon_spent_pld: f64,
     /// Largest ε that the policy allows any unit in one period.
     pub epsilon_limit: f64,
     /// δ of the guarantee.
@@ -39,8 +41,12 @@ pub struct Status {
     pub period: String,
     /// ε that the most charged unit has lost in all.
     pub epsilon_unit_lifetime: f64,
+    /// The same from privacy loss distributions.
+    pub epsilon_unit_lifetime_pld: f64,
     /// ε of all releases added up, for somebody whose data are in every block.
     pub epsilon_lifetime: f64,
+    /// The same from privacy loss distributions.
+    pub epsilon_lifetime_pld: f64,
     /// Whether every release would be refused: they are used up, or what all blocks bear alike has reached the limit.
     pub exhausted: bool,
     /// Releases that were charged.
@@ -79,12 +85,15 @@ impl Status {
             block_ms: u64::try_from(policy.block_span().as_millis()).unwrap_or(u64::MAX),
             adjacency: "add or remove one unit".to_owned(),
             epsilon_spent: spent.epsilon,
+            epsilon_spent_pld: state.current(policy).epsilon_pld(policy.delta()),
             epsilon_limit: spent.epsilon_limit.value(),
             delta: spent.delta.value(),
             order: spent.order,
             period: spent.period.label(spent.period_index),
             epsilon_unit_lifetime: spent.epsilon_unit_lifetime,
+            epsilon_unit_lifetime_pld: state.lifetime.epsilon_pld(policy.delta()),
             epsilon_lifetime: spent.epsilon_lifetime,
+            epsilon_lifetime_pld: state.summed.epsilon_pld(policy.delta()),
             exhausted: state.is_exhausted(policy),
             releases: spent.releases,
             releases_max: policy.releases_max(),
@@ -109,23 +118,24 @@ impl fmt::Display for Status {
         let unit = match self.unit {
             PrivacyUnit::Block => format!("one block of {span} of this node"),
             PrivacyUnit::Record => "one sample of this node".to_owned(),
+            PrivacyUnit::Node => "everything that one site contributes".to_owned(),
         };
         writeln!(f, "node             {}", self.node)?;
         writeln!(f, "protected unit   {unit} ({})", self.adjacency)?;
         writeln!(
             f,
-            "epsilon          {:.4} of {} at delta {:e} (most charged unit, period {})",
-            self.epsilon_spent, self.epsilon_limit, self.delta, self.period
+            "epsilon          {:.4} of {} at delta {:e} (most charged unit, period {}); {:.4} by PLD",
+            self.epsilon_spent, self.epsilon_limit, self.delta, self.period, self.epsilon_spent_pld
         )?;
         writeln!(
             f,
-            "epsilon, ever    {:.4} for the most charged unit",
-            self.epsilon_unit_lifetime
+            "epsilon, ever    {:.4} for the most charged unit; {:.4} by PLD",
+            self.epsilon_unit_lifetime, self.epsilon_unit_lifetime_pld
         )?;
         writeln!(
             f,
-            "epsilon, summed  {:.4} if one unit had been in every release",
-            self.epsilon_lifetime
+            "epsilon, summed  {:.4} if one unit had been in every release; {:.4} by PLD",
+            self.epsilon_lifetime, self.epsilon_lifetime_pld
         )?;
         write!(f, "releases         {}", self.releases)?;
         match self.releases_max {
@@ -145,4 +155,10 @@ impl fmt::Display for Status {
         let signer = self.policy_signer.as_deref().unwrap_or("nobody");
         write!(f, "signed by        {signer}")
     }
+}
+
+/// As it is after it was written and read, so that both sides went the same way.
+pub(crate) fn json(value: &impl Serialize) -> serde_json::Value {
+    let text = serde_json::to_string(value).unwrap_or_default();
+    serde_json::from_str(&text).unwrap_or_default()
 }

@@ -4,22 +4,26 @@
 //! fits what the aggregator has counter-signed. Records after the last counter-signature can only be held to a head that the verifier
 //! knows from elsewhere ([`Trust::known`]).
 
+use std::collections::BTreeSet;
 use std::fmt;
 
-use serde::Serialize;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use theriac_protocol::units::{Digest, NodeId};
 
-use super::Status;
 use super::document::{ASSUMPTIONS, Document, FORMAT, block_runs};
+use super::{Status, json};
 use crate::ledger::loss::ORDERS;
 use crate::ledger::{KnownHead, ReadRecord, Seal, State, replay_exported};
 use crate::policy::Policy;
-use crate::policy::signed::{PolicyPublicKey, PolicySignature};
+use crate::policy::signed::{PolicyPublicKey, PolicySignature, SignatureError};
 
 /// What the verifier believes beforehand.
 pub struct Trust<'a> {
     /// Who may sign policies; without it a signature is only held to the key that it names.
     pub policy_key: Option<PolicyPublicKey>,
+    /// The edge's own key, which must have signed the report; without it a signature is only held to the key that it names.
+    pub edge_key: Option<PolicyPublicKey>,
     /// A position that the ledger is known to have reached, such as from `theriac-aggregator sites list`.
     pub known: Option<KnownHead>,
     /// Judges a counter-signature of this node.
@@ -30,6 +34,7 @@ impl fmt::Debug for Trust<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Trust")
             .field("policy_key", &self.policy_key)
+            .field("edge_key", &self.edge_key)
             .field("known", &self.known)
             .finish_non_exhaustive()
     }
@@ -63,8 +68,14 @@ pub struct Verified {
     pub policy_signer: Option<String>,
     /// Whether that is the key that the verifier trusts.
     pub policy_trusted: bool,
+    /// Whose signature the report carries; absent: nobody's, and who made it when is nobody's word.
+    pub report_signer: Option<String>,
+    /// Whether that is the key that the verifier trusts.
+    pub report_trusted: bool,
     /// ε of the most charged unit in the current period.
     pub epsilon: f64,
+    /// The same from privacy loss distributions.
+    pub epsilon_pld: f64,
     /// ε of the most charged unit over all time.
     pub epsilon_unit_lifetime: f64,
     /// The policy's limit on one period.
@@ -96,6 +107,9 @@ pub enum VerifyError {
         /// What is wrong.
         what: String,
     },
+    /// The report was changed after it was written.
+    #[error("the report was changed after it was written: {0}")]
+    Altered(String),
     /// A figure does not follow from the records.
     #[error("`{figure}` is reported as {reported}, the records give {recomputed}")]
     Figure {
@@ -141,6 +155,9 @@ pub fn verify(text: &str, trust: &Trust<'_>) -> Result<Verified, VerifyError> {
             report.format
         )));
     }
+    // A name that is there twice would be read as the last one here, and perhaps as the first one elsewhere.
+    let _: NamesOnce = serde_json::from_str(text).map_err(|error| VerifyError::Format(error.to_string()))?;
+    let report_signer = check_whole(&report, trust)?;
     let replayed = replay_exported(report.ledger_version, &report.records)
         .map_err(|(index, what)| VerifyError::Record { index, what })?;
     let state = &replayed.state;
@@ -150,7 +167,8 @@ pub fn verify(text: &str, trust: &Trust<'_>) -> Result<Verified, VerifyError> {
     let (sealed_records, seals_trusted) = check_seals(&replayed.records, &replayed.heads, &node, trust)?;
     check_known(&replayed.heads, trust)?;
     let spent = state.spent(&policy, &replayed.heads);
-    check_figures(&report, state, &policy, &Status::new(state, &policy, spent))?;
+    let status = Status::new(state, &policy, spent);
+    check_figures(&report, state, &policy, &status)?;
     Ok(Verified {
         node,
         records: spent.records,
@@ -159,11 +177,78 @@ pub fn verify(text: &str, trust: &Trust<'_>) -> Result<Verified, VerifyError> {
         seals_trusted,
         policy_signer: policy.signature().map(|by| by.key.to_string()),
         policy_trusted: trust.policy_key.is_some(),
+        report_signer,
+        report_trusted: trust.edge_key.is_some(),
         epsilon: spent.epsilon,
+        epsilon_pld: status.epsilon_spent_pld,
         epsilon_unit_lifetime: spent.epsilon_unit_lifetime,
         epsilon_limit: spent.epsilon_limit.value(),
         delta: spent.delta.value(),
     })
+}
+
+/// Reads a report for nothing but whether a name of its statement is there twice.
+#[derive(Deserialize)]
+struct NamesOnce {
+    #[expect(dead_code, reason = "only read, to be held to its names")]
+    statement: Names,
+}
+
+struct Names;
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Once;
+        impl<'de> Visitor<'de> for Once {
+            type Value = Names;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object with every name once")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Names, A::Error> {
+                let mut names = BTreeSet::new();
+                while let Some((name, IgnoredAny)) = map.next_entry::<String, IgnoredAny>()? {
+                    if let Some(twice) = names.replace(name) {
+                        return Err(serde::de::Error::custom(format!("`{twice}` is there twice")));
+                    }
+                }
+                Ok(Names)
+            }
+        }
+        deserializer.deserialize_map(Once)
+    }
+}
+
+/// Whether the report is whole, and who signed it.
+fn check_whole(report: &Document, trust: &Trust<'_>) -> Result<Option<String>, VerifyError> {
+    let digest = report.digest_as_read();
+    if digest.to_string() != report.digest {
+        return Err(VerifyError::Altered(format!(
+            "its digest is {digest}, it says {}",
+            report.digest
+        )));
+    }
+    let altered = |error: SignatureError| VerifyError::Altered(error.to_string());
+    let signature = report
+        .signature
+        .as_deref()
+        .map(PolicySignature::from_line)
+        .transpose();
+    let Some(signature) = signature.map_err(altered)? else {
+        return match trust.edge_key {
+            Some(key) => Err(VerifyError::Altered(format!(
+                "it is not signed, {key} was to have signed it"
+            ))),
+            None => Ok(None),
+        };
+    };
+    if let Some(expected) = trust.edge_key.filter(|expected| *expected != signature.key) {
+        let found = signature.key;
+        return Err(altered(SignatureError::OtherKey { expected, found }));
+    }
+    signature.verify_report(&digest).map_err(altered)?;
+    Ok(Some(signature.key.to_string()))
 }
 
 /// Every policy that was ever in force: its text has the hash that charges name, and its signature holds. Gives the last.
@@ -179,7 +264,7 @@ fn check_policies(records: &[ReadRecord], trust: &Trust<'_>) -> Result<Policy, V
             } => {
                 // Old builds did not write the text down; a newer record follows as soon as the edge has been started once.
                 let Some(text) = text else { continue };
-                let policy = Policy::parse(text).map_err(|error| wrong(error.to_string()))?;
+                let policy = Policy::parse_any(text).map_err(|error| wrong(error.to_string()))?;
                 if policy.hash() != *hash {
                     return Err(wrong("its text has another hash".to_owned()));
                 }
@@ -290,10 +375,4 @@ fn check_figures(
     figure("blocks", &json(&report.blocks), &json(&block_runs(state, policy)))?;
     figure("orders", &json(&report.orders), &json(&ORDERS.to_vec()))?;
     figure("assumptions", &json(&report.assumptions), &json(&ASSUMPTIONS))
-}
-
-/// As it is after it was written and read, so that both sides went the same way.
-fn json(value: &impl Serialize) -> serde_json::Value {
-    let text = serde_json::to_string(value).unwrap_or_default();
-    serde_json::from_str(&text).unwrap_or_default()
 }

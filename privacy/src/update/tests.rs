@@ -16,7 +16,12 @@ struct Site {
 
 fn site(extra: &str) -> Site {
     let folder = tempfile::tempdir().unwrap();
-    let policy = Policy::parse(&format!("site = \"site-a\"\nepsilon = 4\n{extra}")).unwrap();
+    let epsilon = if extra.contains("epsilon") {
+        ""
+    } else {
+        "epsilon = 4\n"
+    };
+    let policy = Policy::parse(&format!("site = \"site-a\"\n{epsilon}{extra}")).unwrap();
     let node = policy.site().clone();
     let ledger = Ledger::open(&folder.path().join("ledger.log"), &node, policy, Timestamp(0)).unwrap();
     Site {
@@ -174,6 +179,40 @@ fn more_units_than_were_charged_or_other_lengths_are_refused() {
     );
     let reservation = site.reserve(plan(3, UpdateKind::Moments, [3], 2)).unwrap();
     let other = LocalUpdate::delta(reservation, LAYOUT, || panic!("data were read for another kind"));
+    assert!(matches!(other, Err(UpdateError::OtherKind { .. })), "{other:?}");
+}
+
+#[test]
+fn gradients_are_clipped_block_by_block_and_one_block_moves_the_sum_by_at_most_the_norm() {
+    let gradients = |blocks: &[u64]| -> Vec<Vec<f32>> {
+        let one = |block: &u64| {
+            (0..40)
+                .map(|i| ((block * 31 + i * 7) % 19) as f32 - 9.0)
+                .collect()
+        };
+        blocks.iter().map(one).collect()
+    };
+    let sum = |blocks: std::ops::Range<u64>| {
+        let mut site = site("mechanisms = [\"gradient\"]\nepsilon = 100");
+        let reservation = site.reserve(plan(1, UpdateKind::Gradient, blocks, 40)).unwrap();
+        let local = LocalUpdate::gradient(reservation, LAYOUT, gradients).unwrap();
+        local.clip().noise(&FixedNoise(0.0)).unwrap().values().to_vec()
+    };
+    let (with, without) = (sum(0..8), sum(0..7));
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+    let moved = norm(&mut with.iter().zip(&without).map(|(a, b)| a - b));
+    assert!((9.9..=10.0 + 1e-4).contains(&moved), "{moved}");
+    // One after another, each scaled to the norm.
+    for (index, value) in with.iter().enumerate() {
+        let expected: f32 = gradients(&[0, 1, 2, 3, 4, 5, 6, 7])
+            .iter()
+            .map(|g| g[index] * (10.0 / norm(&mut g.iter().copied())).min(1.0))
+            .sum();
+        assert!((value - expected).abs() < 1e-3, "{value} {expected}");
+    }
+    let mut site = site("mechanisms = [\"gradient\", \"moments\"]");
+    let reservation = site.reserve(plan(1, UpdateKind::Moments, [1], 2)).unwrap();
+    let other = LocalUpdate::gradient(reservation, LAYOUT, |_| panic!("data were read for another kind"));
     assert!(matches!(other, Err(UpdateError::OtherKind { .. })), "{other:?}");
 }
 

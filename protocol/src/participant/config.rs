@@ -19,10 +19,14 @@ pub struct ParticipantConfig {
 pub struct LayoutDigests {
     /// Of the model.
     pub model: Digest,
+    /// Of the model with a full linear part, as rounds of gradients make it.
+    pub linear_model: Digest,
     /// Of an update of kind [`Moments`](crate::message::UpdateKind::Moments).
     pub moments: Digest,
     /// Of an update of kind [`Delta`](crate::message::UpdateKind::Delta).
     pub delta: Digest,
+    /// Of an update of kind [`Gradient`](crate::message::UpdateKind::Gradient).
+    pub gradient: Digest,
 }
 
 impl ParticipantConfig {
@@ -34,6 +38,7 @@ impl ParticipantConfig {
         let layout = match announce.kind {
             UpdateKind::Moments => self.layout_digests.moments,
             UpdateKind::Delta => self.layout_digests.delta,
+            UpdateKind::Gradient => self.layout_digests.gradient,
         };
         let empty = announce.values == 0 || announce.block_rows == 0 || announce.blocks_max == 0;
         if announce.layout_digest != layout || empty {

@@ -17,8 +17,10 @@ fn config() -> ParticipantConfig {
         clip_norm_max: Some(L2Norm::new(2.0).unwrap()),
         layout_digests: LayoutDigests {
             model: digest(101),
+            linear_model: digest(105),
             moments: digest(102),
             delta: digest(103),
+            gradient: digest(104),
         },
     }
 }

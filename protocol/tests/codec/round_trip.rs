@@ -283,7 +283,7 @@ fn encoding() -> impl Strategy<Value = Encoding> {
 }
 
 fn update_kind() -> impl Strategy<Value = UpdateKind> {
-    prop::sample::select(vec![UpdateKind::Moments, UpdateKind::Delta])
+    prop::sample::select(vec![UpdateKind::Moments, UpdateKind::Delta, UpdateKind::Gradient])
 }
 
 fn decline_reason() -> impl Strategy<Value = DeclineReason> {

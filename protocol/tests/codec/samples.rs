@@ -83,10 +83,14 @@ pub(crate) fn announce(kind: UpdateKind) -> AnnounceV1 {
 }
 
 fn update(encoding: Encoding, payload: &[u8]) -> Message {
+    update_of(UpdateKind::Moments, encoding, payload)
+}
+
+fn update_of(kind: UpdateKind, encoding: Encoding, payload: &[u8]) -> Message {
     let header = UpdateV1 {
         round: Round(41),
         nonce: 0x0123_4567_89ab_cdef,
-        kind: UpdateKind::Moments,
+        kind,
         base_digest: digest(3),
         layout_digest: digest(2),
         values: 4,
@@ -278,6 +282,17 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<Message>)> {
             to_edge([UpdateKind::Moments, UpdateKind::Delta], |kind| {
                 ToEdge::Announce(announce(kind))
             }),
+        ),
+        (
+            "gradient_v1",
+            vec![
+                Message::ToEdge(ToEdge::Announce(announce(UpdateKind::Gradient))),
+                update_of(
+                    UpdateKind::Gradient,
+                    Encoding::Int8 { scale: 0.5 },
+                    &[1, 2, 255, 0],
+                ),
+            ],
         ),
         ("receipt_v1", to_edge([receipt], ToEdge::Receipt)),
         (

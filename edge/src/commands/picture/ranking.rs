@@ -3,6 +3,7 @@
 use plotters::prelude::*;
 use theriac_model::causes::ChannelCause;
 
+use super::super::explain::{leading, percent};
 use super::{ALARM, ALARMS_MAX, Area, Drawn, GRID, INK, METRIC, PALE_INK, View};
 
 const LEFT: i32 = 18;
@@ -26,7 +27,7 @@ pub(super) fn draw(view: &View, area: &Area) -> Drawn {
     let mut y = 30;
     let mut shown = 0;
     for (number, alarm) in alarms.iter().take(ALARMS_MAX) {
-        let causes = &alarm.causes[..CAUSES_MAX.min(alarm.causes.len())];
+        let causes: Vec<&ChannelCause> = leading(&alarm.causes).take(CAUSES_MAX).collect();
         let height = ALARM_HEIGHT + CAUSE_HEIGHT * i32::try_from(causes.len()).unwrap_or(0);
         if y + height > bottom && shown > 0 {
             break;
@@ -87,9 +88,9 @@ fn bar(view: &View, area: &Area, y: i32, cause: &ChannelCause, share: f32) -> Dr
 fn evidence(cause: &ChannelCause) -> String {
     let arrow = if cause.change >= 0.0 { '▲' } else { '▼' };
     format!(
-        "{arrow} {:.1} spreads · {:.0} % of residual",
+        "{arrow} {:.1} spreads · {} of residual",
         cause.change.abs(),
-        100.0 * cause.residual_share
+        percent(cause.residual_share)
     )
 }
 

@@ -5,6 +5,8 @@ mod plan;
 mod policy;
 mod report;
 
+pub(super) use self::policy::read_key;
+
 use std::io::Write;
 use std::process::ExitCode;
 

@@ -206,6 +206,7 @@ impl fmt::Display for Answer {
         let hidden = match self.unit {
             PrivacyUnit::Block => "one block",
             PrivacyUnit::Record => "one sample",
+            PrivacyUnit::Node => "one site",
         };
         writeln!(
             f,

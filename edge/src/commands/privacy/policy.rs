@@ -135,7 +135,7 @@ pub(super) fn check<W: Write>(
     tell(&path, &policy, "signed and unchanged", output)
 }
 
-fn read_key(path: &Path) -> Result<PolicyKey, Problem> {
+pub(in crate::commands) fn read_key(path: &Path) -> Result<PolicyKey, Problem> {
     let unusable = |error: &dyn std::fmt::Display| {
         Problem::failed(
             "TH-E0340",

@@ -40,6 +40,9 @@ pub(in crate::commands) struct VerifyArguments {
     /// The officer's public key (`thpk1_…`): every policy must be signed with it.
     #[arg(long)]
     policy_key: Option<PolicyPublicKey>,
+    /// The edge's own public key, as an earlier report named it: the report must be signed with it.
+    #[arg(long)]
+    edge_key: Option<PolicyPublicKey>,
     /// Public key of the aggregator's audit log, as `theriac-aggregator audit export` printed it: counter-signatures must be made with it.
     #[arg(long)]
     log_key: Option<LogPublicKey>,
@@ -67,8 +70,11 @@ pub(super) fn report<W: Write>(
             path: opening::policy_path(&config, &dir),
         })
     })?;
-    let document = Ledger::report(&dir.ledger(), &policy, known.as_ref(), now())
+    let mut document = Ledger::report(&dir.ledger(), &policy, known.as_ref(), now())
         .map_err(|error| Problem::from(Barred::Ledger(error)))?;
+    if let Some(key) = opening::own_key(&dir).map_err(Problem::from)? {
+        document = document.signed(&key);
+    }
     if let Some(path) = &arguments.html {
         let html = page(&document)
             .ok_or_else(|| Problem::failed("TH-E0341", "the page cannot be made of this report"))?;
@@ -79,8 +85,12 @@ pub(super) fn report<W: Write>(
         write(path, &text)?;
         let value =
             serde_json::json!({ "report": path, "html": arguments.html, "statement": document.statement });
+        let sheet = match &arguments.html {
+            Some(html) => format!("wrote the page {}", html.display()),
+            None => "for a page that an officer can file, add --html report.html".to_owned(),
+        };
         let human = format!(
-            "wrote {}; check it with: theriac-edge privacy verify {0}",
+            "wrote {}; check it with: theriac-edge privacy verify {0}\n{sheet}",
             path.display()
         );
         output.result(&value, human).map_err(unprinted)?;
@@ -104,6 +114,7 @@ pub(super) fn verify_report<W: Write>(
     let seals = |seal: &Seal, node: &NodeId| check_seal(seal, node, arguments.log_key.as_ref());
     let trust = Trust {
         policy_key: arguments.policy_key,
+        edge_key: arguments.edge_key,
         known: arguments.known,
         seals: &seals,
     };
@@ -151,6 +162,7 @@ fn human(verified: &Verified) -> String {
         releases,
         sealed_records,
         epsilon,
+        epsilon_pld,
         epsilon_limit,
         epsilon_unit_lifetime,
         delta,
@@ -159,8 +171,8 @@ fn human(verified: &Verified) -> String {
     let signer = verified.policy_signer.as_deref().unwrap_or("nobody");
     format!(
         "every figure follows from the records\n  node         {node}\n  epsilon      {epsilon:.4} of {epsilon_limit} at delta {delta:e} in the \
-         period, {epsilon_unit_lifetime:.4} ever, for the most charged unit\n  records      {records}, {releases} charges\n  policy       signed \
-         by {signer}, {}\n  counter-signed {sealed_records} records, {}",
+         period ({epsilon_pld:.4} by PLD), {epsilon_unit_lifetime:.4} ever, for the most charged unit\n  records      {records}, {releases} charges\n  policy       signed \
+         by {signer}, {}\n  counter-signed {sealed_records} records, {}\n  made by      {}",
         trusted(
             verified.policy_trusted,
             "not held to a key of yours (--policy-key)"
@@ -169,6 +181,11 @@ fn human(verified: &Verified) -> String {
             verified.seals_trusted,
             "not held to a key of yours (--log-key); what comes after is the node's word"
         ),
+        match (&verified.report_signer, verified.report_trusted) {
+            (Some(key), true) => format!("{key}, the key you gave"),
+            (Some(key), false) => format!("{key}, not held to a key of yours (--edge-key)"),
+            (None, _) => "nobody signed it: its time and program version are no evidence".to_owned(),
+        },
     )
 }
 

@@ -482,6 +482,8 @@ fn config() -> ParticipantConfig {
             model: named("model"),
             moments: named("moments"),
             delta: named("delta"),
+            linear_model: named("linear model"),
+            gradient: named("gradient"),
         },
     }
 }

@@ -1,11 +1,17 @@
 //! What is allowed: autonomy, cool-downs, budgets, inhibitions. Total, without loops; ranges checked when loaded.
 
-use std::collections::BTreeSet;
+pub mod evaluate;
+pub mod expression;
+pub mod file;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::FaultClass;
+use self::expression::Expression;
+use crate::types::{ActionKind, FaultClass};
 
 /// How much the node may do by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -68,9 +74,60 @@ pub struct HealingSection {
     pub remind_every: Option<Duration>,
 }
 
+/// What an action can do at worst. R5, deleting data or changing a security boundary, is no value of this type: no executor can have
+/// it, and no file can ask for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum RiskClass {
+    /// Reads only.
+    R0,
+    /// Reversible, within seconds, one process.
+    R1,
+    /// A brief interruption: start, restart, reload.
+    R2,
+    /// Moves state, recoverable: restore. A person approves each.
+    R3,
+    /// Topology or data. A person approves each.
+    R4,
+}
+
+impl RiskClass {
+    /// What an action deserves at least.
+    pub fn of(action: ActionKind) -> Self {
+        match action {
+            ActionKind::Start | ActionKind::Restart => Self::R2,
+            ActionKind::RestoreAndStart => Self::R3,
+        }
+    }
+}
+
+impl fmt::Display for RiskClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// What a policy file says to one action on one service, checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ActionRule {
+    /// At least what the action deserves.
+    pub class: RiskClass,
+    /// How much the node may do by itself.
+    pub autonomy: Autonomy,
+    /// Least time between two of them, instead of the service's.
+    pub cooldown: Option<Duration>,
+    /// Most of them in a sliding window.
+    pub max: Option<(u32, Duration)>,
+    /// Classes for which it is not done.
+    pub inhibit: BTreeSet<FaultClass>,
+    /// Has to hold.
+    pub when: Option<Expression>,
+}
+
 /// The checked policy of one service.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HealPolicy {
+    /// What a policy file lists for the service; `None` without such a file: then every action may be done within the rest.
+    pub rules: Option<BTreeMap<ActionKind, ActionRule>>,
     /// How much the node may do by itself. Default `recommend`: nothing is touched before somebody said so.
     pub autonomy: Autonomy,
     /// The same for restoring a checkpoint over corrupt state (the replaced state is kept). The lower of the two holds.
@@ -83,7 +140,8 @@ pub struct HealPolicy {
     pub max_actions: u32,
     /// The budget's sliding window. Default 1 h, 1 s to 7 days.
     pub window: Duration,
-    /// Classes for which nothing is done because it would not help. Default `disk_full`, which cannot be taken off.
+    /// Classes for which nothing is done because it would not help. `disk_full`, `overload` and `dependency_down` cannot be
+    /// taken off.
     pub inhibit: BTreeSet<FaultClass>,
     /// So many failed probes among the last `probe_window` mean trouble. Default 2, 1 to `probe_window`.
     /// 1 restarts a service for one lost packet; many detect a hang late.
@@ -177,7 +235,11 @@ impl HealingSection {
     /// [`PolicyError::Range`] names the first field outside its range.
     pub fn check(&self) -> Result<HealPolicy, PolicyError> {
         let mut inhibit = self.inhibit.clone().unwrap_or_default();
-        inhibit.insert(FaultClass::DiskFull);
+        inhibit.extend([
+            FaultClass::DiskFull,
+            FaultClass::Overload,
+            FaultClass::DependencyDown,
+        ]);
         let probe_window = count(
             "healing.probe_window",
             self.probe_window.unwrap_or(3),
@@ -186,6 +248,7 @@ impl HealingSection {
             "1 to 60",
         )?;
         Ok(HealPolicy {
+            rules: None,
             autonomy: self.autonomy.unwrap_or(Autonomy::Recommend),
             restore_autonomy: self.restore_autonomy.unwrap_or(Autonomy::Act),
             cooldown: span(
@@ -347,6 +410,16 @@ impl Default for NodeBudget {
     }
 }
 
+/// `; did you mean …?`, or nothing when no known word is near.
+fn did_you_mean(word: &str, known: &[&str]) -> String {
+    known
+        .iter()
+        .map(|known| (strsim::damerau_levenshtein(word, known), known))
+        .min()
+        .filter(|(distance, known)| *distance <= known.len().max(word.len()) / 2)
+        .map_or_else(String::new, |(_, known)| format!("; did you mean `{known}`?"))
+}
+
 fn count(
     field: &'static str,
     value: u32,
@@ -481,7 +554,13 @@ mod tests {
         assert_eq!(policy.probe_window, 5);
         assert_eq!(
             policy.inhibit,
-            BTreeSet::from([FaultClass::Hang, FaultClass::Unknown, FaultClass::DiskFull])
+            BTreeSet::from([
+                FaultClass::Hang,
+                FaultClass::Unknown,
+                FaultClass::DiskFull,
+                FaultClass::Overload,
+                FaultClass::DependencyDown,
+            ])
         );
     }
 

@@ -1,0 +1,185 @@
+//! A record in plain words, with its figures and with what an operator can do.
+
+use super::law::Finding;
+use super::reputation::{QuarantineLimits, Reputation};
+use super::{Decision, Features, Record};
+
+/// What became of the site's part, in one sentence.
+pub fn decision(record: &Record) -> String {
+    let reason = record.reason.as_deref().unwrap_or("no reason on record");
+    match record.decision {
+        Decision::Combined => format!("its update counted with weight 1 of {}", record.rule),
+        Decision::Quarantined => {
+            "its update was measured and counted nothing: the site is in quarantine".into()
+        }
+        Decision::Screened => format!("its update was left out by a screen: {reason}"),
+        Decision::NotCombined => "its update is stored, and the round gave no model".into(),
+        Decision::Refused => format!("its update was refused: {}", refusal(reason)),
+        Decision::Declined => format!("it took no part: {reason}"),
+        Decision::Silent => "it was asked and sent nothing before the round ended".into(),
+        Decision::Late => "its update came after the round had ended and was not used".into(),
+    }
+}
+
+/// A refusal's word with what it means.
+pub fn refusal(code: &str) -> String {
+    let meaning = match code {
+        "non_finite" => "a value was NaN or infinite, and no honest program sends one",
+        "norm_exceeded" => "the update was longer than clipping and noise can make an honest one",
+        "implausible" => "moments that no time series has: its squares sum to less than zero",
+        "wrong_length" => "another number of values than the round collects",
+        "digest_mismatch" => "the bytes are not those that its header announces",
+        "privacy_too_weak" => "it claims less protection than the round or the fleet asks for",
+        "layout_mismatch" => "another layout than the round collects",
+        "wrong_base" => "it was built on another model",
+        "duplicate" => "another update of this site was stored already; the first one stays",
+        "ledger_rollback" => "the site's privacy ledger went backwards: a restored or copied disk",
+        _ => return code.to_owned(),
+    };
+    format!("{code} ({meaning})")
+}
+
+/// A finding in one sentence with its figures.
+pub fn finding(finding: &Finding) -> String {
+    match finding {
+        Finding::Opposed { others, of, limit } => format!(
+            "its update points against those of {others} of the {of} others further than noise can explain; \
+             hostile sites alone could make that {limit}, an honest site breaks this with no honest one"
+        ),
+        Finding::TooLittleNoise { norm, limit } => format!(
+            "its update has norm {norm:.4}, and the noise that it must carry alone gives at least {limit:.4}: noise was left out"
+        ),
+        Finding::NoiseLaw { distance, limit } => format!(
+            "its values are {distance:.4} away from the shape of the noise that they must carry; chance and the signal give at most {limit:.4}"
+        ),
+        Finding::NearCopy { others } => format!(
+            "it shares its noise with {}: one copied another. Who copied whom cannot be seen, so this counts for and against nobody",
+            others.join(", ")
+        ),
+        Finding::Refused { code } => format!("its update was refused as {}", refusal(code)),
+    }
+}
+
+/// The figures of a row against the round's, one line each: `distance 5.10 (the middle of the round is 1.20, the largest 5.10)`.
+pub fn figures(record: &Record) -> Vec<String> {
+    let Some(features) = &record.features else {
+        return Vec::new();
+    };
+    let Features {
+        norm,
+        norm_bound,
+        distance,
+        cosine,
+        nearest,
+        nearest_site,
+        neighbours_median,
+        trimmed_share,
+        noise_distance,
+        layers,
+    } = features;
+    let against = |name: &str| {
+        let quantiles = record.quantiles.get(name);
+        quantiles.map_or_else(String::new, |[min, _, middle, _, max]| {
+            format!(" (round: {min:.4} to {max:.4}, middle {middle:.4})")
+        })
+    };
+    let mut lines = vec![
+        format!(
+            "norm {norm:.4}, at most {norm_bound:.4} is taken{}",
+            against("norm")
+        ),
+        format!(
+            "distance from the combined values {distance:.4}{}",
+            against("distance")
+        ),
+        format!("cosine to the combined values {cosine:.4}{}", against("cosine")),
+    ];
+    if let (Some(nearest), Some(site)) = (nearest, nearest_site) {
+        lines.push(format!(
+            "nearest row is {site}'s at {nearest:.4}{}",
+            against("nearest")
+        ));
+    }
+    if let Some(median) = neighbours_median {
+        lines.push(format!(
+            "middle distance to the others {median:.4}{}",
+            against("neighbours_median")
+        ));
+    }
+    if let Some(share) = trimmed_share {
+        lines.push(format!(
+            "{:.1} % of its values lay outside what the rule kept{}",
+            100.0 * share,
+            against("trimmed_share")
+        ));
+    }
+    if let Some(distance) = noise_distance {
+        lines.push(format!(
+            "distance from the noise's law {distance:.4}{}",
+            against("noise_distance")
+        ));
+    }
+    if !layers.is_empty() {
+        let parts: Vec<String> = layers
+            .iter()
+            .map(|layer| format!("{} ×{:.2}", layer.layer, layer.ratio))
+            .collect();
+        lines.push(format!(
+            "deviates most in {} (times the ordinary distance there)",
+            parts.join(", ")
+        ));
+    }
+    lines
+}
+
+/// Where a site stands, in one sentence.
+pub fn standing(reputation: &Reputation, limits: &QuarantineLimits, held: bool) -> String {
+    let trust = reputation.trust();
+    match reputation.quarantined_since {
+        Some(round) => format!(
+            "in quarantine since round {round}: trust {trust:.3}, it leaves at {:.2}, after {} rounds as honest ones are",
+            limits.leave_at,
+            reputation.rounds_to_leave(limits)
+        ),
+        None if held => format!(
+            "trust {trust:.3} is below {:.2}, but as many sites as are assumed hostile are in quarantine already: it still counts",
+            limits.enter_below
+        ),
+        None => format!(
+            "trust {trust:.3}; below {:.2} it would enter quarantine",
+            limits.enter_below
+        ),
+    }
+}
+
+/// What the operator of the fleet can do about it.
+pub fn advice(site: &str, last: Option<&Record>, reputation: &Reputation) -> String {
+    let said = last.map(|record| record.findings.as_slice()).unwrap_or_default();
+    if said
+        .iter()
+        .any(|finding| matches!(finding, Finding::NearCopy { .. }))
+    {
+        return format!(
+            "compare the hosts that are named: one sends the other's update. `theriac-aggregator sites suspend {site}` keeps this one out"
+        );
+    }
+    match (reputation.is_quarantined(), last.map(|record| record.decision)) {
+        (true, _) => format!(
+            "nothing has to be done: it counts nothing and comes back by itself. If its host may be taken over: \
+             `theriac-aggregator sites suspend {site}`, and `sites revoke {site}` when its key may be stolen. If the host is well, \
+             compare its program's version with the others'"
+        ),
+        (false, Some(Decision::Refused)) => format!(
+            "look at the edge's log and version; `theriac-edge doctor` on its host. `theriac-aggregator sites suspend {site}` keeps it out meanwhile"
+        ),
+        (false, Some(Decision::Silent | Decision::Late)) => {
+            "look whether the host is up and how long its updates take; `rounds.deadline` may be too short"
+                .into()
+        }
+        (false, Some(Decision::Declined)) => {
+            "nothing: the site's own policy decided; `theriac-edge privacy status` on its host says more"
+                .into()
+        }
+        (false, _) => "nothing".into(),
+    }
+}

@@ -1,0 +1,494 @@
+//! The second server: kept from the primary, small, and gone afterwards.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::UnshareFlags;
+use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
+use tokio::time::sleep;
+
+use super::PostgresSource;
+use super::verdict::{Check, Finding, ShadowRun};
+use crate::executor::process::clear_directory;
+use crate::postgres::owner::Owner;
+use crate::postgres::session::{Session, Target};
+use crate::postgres::tool::{Tool, command, stand_back};
+use crate::postgres::{PostgresError, at};
+
+/// A running shadow. Dropped, it is killed.
+#[derive(Debug)]
+pub(super) struct Shadow {
+    pub(super) target: Target,
+    pub(super) owner: Owner,
+    child: Child,
+    data: PathBuf,
+    log: PathBuf,
+    checksums: bool,
+    // Removed with it.
+    _socket_dir: SocketDir,
+    _group: Option<super::limits::Limits>,
+}
+
+impl Shadow {
+    /// Prepares the work directory, starts the server and waits until recovery is over. `None` when the run is over already; why is
+    /// among its checks.
+    pub(super) async fn start(
+        source: &PostgresSource,
+        owner: Owner,
+        superuser: &str,
+        run: &mut ShadowRun,
+    ) -> Option<Self> {
+        let begun = Instant::now();
+        let data = source.data();
+        let control = match version_and_control(source, &data).await {
+            Ok(control) => {
+                run.push(Check::new("version", Finding::Pass), begun);
+                control
+            }
+            Err(finding) => {
+                run.push(Check::new("version", finding), begun);
+                return None;
+            }
+        };
+        let begun = Instant::now();
+        match Self::launch(source, owner, superuser, &data, &control, run).await {
+            Ok(mut shadow) => {
+                let finding = shadow.recovered(begun, source.shadow.timeout).await;
+                let passed = finding == Finding::Pass;
+                run.push(Check::new("recovery", finding), begun);
+                if passed {
+                    return Some(shadow);
+                }
+                shadow.end(Signal::QUIT).await;
+            }
+            Err(error) => run.push(Check::new("recovery", Finding::Unknown(error.to_string())), begun),
+        }
+        None
+    }
+
+    async fn launch(
+        source: &PostgresSource,
+        owner: Owner,
+        superuser: &str,
+        data: &Path,
+        control: &Control,
+        run: &mut ShadowRun,
+    ) -> Result<Self, PostgresError> {
+        cut_off(data)?;
+        let socket_dir = SocketDir::make(&source.work_dir, owner)?;
+        let conf = configure(source, owner, control, socket_dir.path())?;
+        let log = source.work_dir.join("log");
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&log)
+            .map_err(at(&log))?;
+        owner.take(&log)?;
+        let clone = file.try_clone().map_err(at(&log))?;
+        let program = source.binaries.tool("postgres");
+        let mut start = command(&program, Some(owner));
+        start
+            .arg("-D")
+            .arg(data)
+            .arg("-c")
+            .arg(format!("config_file={}", conf.display()))
+            .stdin(Stdio::null())
+            .stdout(file)
+            .stderr(clone);
+        let (spawned, isolation) = spawn_apart(start, source.target.socket()).await;
+        let child = spawned.map_err(|error| PostgresError::Spawn {
+            program,
+            source: error,
+        })?;
+        stand_back(child.id(), source.nice);
+        let group = super::limits::Limits::put(child.id(), &source.shadow);
+        run.isolation = isolation;
+        run.limits = group.as_ref().map_or_else(
+            || "the server's settings and its priority".to_owned(),
+            super::limits::Limits::words,
+        );
+        let target = Target {
+            socket_dir: socket_dir.path().to_owned(),
+            port: PORT,
+            user: superuser.to_owned(),
+            database: source.target.database.clone(),
+        };
+        Ok(Self {
+            target,
+            owner,
+            child,
+            data: data.to_owned(),
+            log,
+            checksums: control.checksums,
+            _socket_dir: socket_dir,
+            _group: group,
+        })
+    }
+
+    /// Waits until the server lets sessions in.
+    async fn recovered(&mut self, begun: Instant, limit: Duration) -> Finding {
+        loop {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return self.did_not_start(&status.to_string());
+            }
+            let asked = Session::open(&self.target, Some(self.owner), ASK_MAX).await;
+            let detail = match asked {
+                Ok(_session) => return Finding::Pass,
+                // Starting up, or shutting down: the exit above tells which. Without code: the socket is not there yet.
+                Err(PostgresError::Connect { code, detail, .. })
+                    if code.as_deref().is_none_or(|code| code == "57P03") =>
+                {
+                    detail
+                }
+                Err(PostgresError::Connect {
+                    code: Some(code),
+                    detail,
+                    ..
+                }) if !code.starts_with("XX") && !code.starts_with("57") => {
+                    return Finding::Unknown(format!("no session with the shadow: {detail}"));
+                }
+                // Recovery is over and the first session meets something broken.
+                Err(PostgresError::Connect { detail, .. }) => return Finding::Invalid(detail),
+                Err(error) => error.to_string(),
+            };
+            if begun.elapsed() >= limit {
+                return Finding::Unknown(format!("not up after {limit:?}: {detail}"));
+            }
+            sleep(ASK_EVERY).await;
+        }
+    }
+
+    fn did_not_start(&self, status: &str) -> Finding {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let said: Vec<&str> = log
+            .lines()
+            .filter(|line| {
+                ["FATAL", "PANIC", "ERROR"]
+                    .iter()
+                    .any(|level| line.contains(level))
+            })
+            .collect();
+        let start = said.len().saturating_sub(4);
+        let words = format!("the server ended with {status}: {}", said[start..].join(" | "));
+        // What this host lacks says nothing of the copy.
+        if HOST_LACKS.iter().any(|lack| log.contains(lack)) {
+            Finding::Unknown(words)
+        } else {
+            Finding::Invalid(words)
+        }
+    }
+
+    /// Whether the server still runs.
+    pub(super) fn log_tail(&self) -> String {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("PANIC") || line.contains("terminated by signal"))
+            .collect();
+        lines.last().map_or_else(String::new, |line| (*line).to_owned())
+    }
+
+    /// Ends it politely and, where the cluster has page checksums, reads every page of every file once more.
+    pub(super) async fn stop(mut self, source: &PostgresSource, run: &mut ShadowRun) {
+        let begun = Instant::now();
+        let polite = self.checksums && run.finding() == Finding::Pass;
+        let signal = if polite { Signal::INT } else { Signal::QUIT };
+        let clean = self.end(signal).await;
+        if !polite {
+            return;
+        }
+        let tool = Tool {
+            program: source.binaries.tool("pg_checksums"),
+            arguments: vec!["--check".into(), "--pgdata".into(), (&self.data).into()],
+            owner: Some(self.owner),
+            nice: source.nice,
+            timeout: source.shadow.timeout,
+        };
+        let finding = match (clean, tool.run().await) {
+            (true, Ok(ended)) if ended.code == Some(0) => Finding::Pass,
+            (true, Ok(ended)) => Finding::Invalid(ended.said),
+            (false, _) => Finding::Unknown("the shadow did not stop in time".to_owned()),
+            (true, Err(error)) => Finding::Unknown(error.to_string()),
+        };
+        run.push(Check::new("page checksums", finding), begun);
+    }
+
+    /// Signals the server and waits; kills what is left. Whether it ended by itself.
+    async fn end(&mut self, signal: Signal) -> bool {
+        if let Some(pid) = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()))
+            // Not reaped yet, so the number still means it.
+            && let Err(error) = kill_process(pid, signal)
+        {
+            tracing::debug!(%error, "shadow not signalled");
+        }
+        let ended = tokio::time::timeout(STOP_MAX, self.child.wait()).await.is_ok();
+        if !ended && let Err(error) = self.child.kill().await {
+            tracing::warn!(%error, "shadow not killed");
+        }
+        clear_directory(&self.data, None, STOP_MAX).await;
+        ended
+    }
+}
+
+/// What the control file says.
+#[derive(Debug)]
+struct Control {
+    checksums: bool,
+    max_prepared: u32,
+    max_locks: u32,
+}
+
+async fn version_and_control(source: &PostgresSource, data: &Path) -> Result<Control, Finding> {
+    let path = data.join("PG_VERSION");
+    let found = fs::read_to_string(&path)
+        .map_err(|error| Finding::Invalid(format!("PG_VERSION cannot be read: {error}")))?;
+    let (found, ours) = (found.trim(), source.binaries.major());
+    if found.parse() != Ok(ours) {
+        return Err(Finding::Invalid(format!(
+            "the copy says version `{}`, the server's programs are {ours}",
+            found.chars().take(16).collect::<String>()
+        )));
+    }
+    let tool = Tool {
+        program: source.binaries.tool("pg_controldata"),
+        arguments: vec![data.into()],
+        owner: None,
+        nice: 0,
+        timeout: Duration::from_secs(30),
+    };
+    let said = match tool.run().await {
+        Ok(ended) if ended.code == Some(0) && !ended.said.contains("WARNING") => ended.said,
+        Ok(ended) => {
+            let line = ended.said.lines().next().unwrap_or_default();
+            return Err(Finding::Invalid(format!("the control file is not good: {line}")));
+        }
+        Err(error) => return Err(Finding::Unknown(error.to_string())),
+    };
+    let value = |key: &str| {
+        said.lines()
+            .find_map(|line| line.strip_prefix(key)?.trim().parse::<u32>().ok())
+    };
+    Ok(Control {
+        checksums: value("Data page checksum version:").unwrap_or(0) > 0,
+        max_prepared: value("max_prepared_xacts setting:").unwrap_or(0),
+        max_locks: value("max_locks_per_xact setting:").unwrap_or(64),
+    })
+}
+
+/// Takes out of the copy what could lead it to the primary: settings made by `ALTER SYSTEM` (connection strings, credentials, archive
+/// and restore commands), the signs that make it a standby, and slots.
+fn cut_off(data: &Path) -> Result<(), PostgresError> {
+    for name in [
+        "standby.signal",
+        "recovery.signal",
+        "postmaster.pid",
+        "postmaster.opts",
+    ] {
+        let path = data.join(name);
+        if path.symlink_metadata().is_ok() {
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+    }
+    let auto = data.join("postgresql.auto.conf");
+    if auto.symlink_metadata().is_ok() {
+        fs::write(&auto, b"").map_err(at(&auto))?;
+    }
+    let slots = data.join("pg_replslot");
+    if slots.is_dir() {
+        for entry in fs::read_dir(&slots).map_err(at(&slots))? {
+            let path = entry.map_err(at(&slots))?.path();
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Settings of the shadow's own: none of the primary's files is read.
+fn configure(
+    source: &PostgresSource,
+    owner: Owner,
+    control: &Control,
+    socket_dir: &Path,
+) -> Result<PathBuf, PostgresError> {
+    let dir = source.work_dir.join("conf");
+    if dir.exists() {
+        fs::remove_dir_all(&dir).map_err(at(&dir))?;
+    }
+    fs::DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
+    owner.take(&dir)?;
+    let quoted = |text: &str| format!("'{}'", text.replace('\'', "''"));
+    let path = |path: &Path| quoted(&path.display().to_string());
+    let (hba, ident) = (dir.join("pg_hba.conf"), dir.join("pg_ident.conf"));
+    let own = [
+        ("hba_file", path(&hba)),
+        ("ident_file", path(&ident)),
+        ("unix_socket_directories", path(socket_dir)),
+        ("port", PORT.to_string()),
+        ("shared_preload_libraries", quoted(&source.shadow.preload)),
+        ("max_prepared_transactions", control.max_prepared.to_string()),
+        ("max_locks_per_transaction", control.max_locks.to_string()),
+    ]
+    .map(|(key, value)| format!("{key} = {value}\n"));
+    let conf = String::from(SETTINGS) + &own.concat();
+    let main = dir.join("postgresql.conf");
+    // The socket's folder lets in its owner and root alone.
+    for (file, text) in [
+        (&main, conf.as_str()),
+        (&hba, "local all all trust\n"),
+        (&ident, ""),
+    ] {
+        fs::write(file, text).map_err(at(file))?;
+        owner.take(file)?;
+    }
+    Ok(main)
+}
+
+/// The folder of the shadow's socket, in the work directory where its name is short enough.
+#[derive(Debug)]
+struct SocketDir(PathBuf);
+
+impl SocketDir {
+    fn make(work: &Path, owner: Owner) -> Result<Self, PostgresError> {
+        let inside = work.join("s");
+        let dir = if inside.as_os_str().len() <= SOCKET_DIR_MAX {
+            inside
+        } else {
+            let unique = format!(
+                "theriac-{}-{}",
+                std::process::id(),
+                crate::executor::clock::now().unix_ms
+            );
+            std::env::temp_dir().join(unique)
+        };
+        if dir.exists() {
+            fs::remove_dir_all(&dir).map_err(at(&dir))?;
+        }
+        fs::DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
+        owner.take(&dir)?;
+        Ok(Self(dir))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for SocketDir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            tracing::debug!(%error, "socket folder not removed");
+        }
+    }
+}
+
+/// Starts the command where it has no network and where the primary's socket is hidden, if we are root; else as it is. How, in words.
+async fn spawn_apart(command: Command, primary: PathBuf) -> (std::io::Result<Child>, String) {
+    if !rustix::process::geteuid().is_root() {
+        let mut command = command;
+        return (
+            command.spawn(),
+            "own socket only, no address listened on (namespaces need root)".to_owned(),
+        );
+    }
+    let runtime = tokio::runtime::Handle::current();
+    let (send, receive) = oneshot::channel();
+    // A thread of its own: a namespace belongs to the thread that entered it, and to what that starts.
+    let thread = std::thread::Builder::new()
+        .name("shadow-start".to_owned())
+        .spawn(move || {
+            let _entered = runtime.enter();
+            let mut command = command;
+            let words = match apart(&primary) {
+                Ok(hidden) => format!("own network and mount namespace, {hidden}"),
+                Err(error) => {
+                    format!("own socket only, no address listened on (namespaces refused: {error})")
+                }
+            };
+            if send.send((command.spawn(), words)).is_err() {
+                tracing::debug!("nobody waits for the shadow any more");
+            }
+        });
+    match thread {
+        Ok(_detached) => receive.await.unwrap_or_else(|_gone| {
+            (
+                Err(std::io::Error::other("the starting thread ended")),
+                String::new(),
+            )
+        }),
+        Err(error) => (Err(error), String::new()),
+    }
+}
+
+/// Moves this thread into namespaces of its own. What became of the primary's socket, in words.
+fn apart(primary: &Path) -> std::io::Result<&'static str> {
+    #[expect(
+        deprecated,
+        reason = "unsafe only with UnshareFlags::FILES, which is not asked for; the workspace forbids unsafe code"
+    )]
+    rustix::thread::unshare(UnshareFlags::NEWNET | UnshareFlags::NEWNS)?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    // A socket file is reached through the file system whatever the network namespace, so it is covered.
+    if primary.exists() {
+        mount_bind("/dev/null", primary)?;
+        return Ok("the primary's socket covered");
+    }
+    Ok("no primary's socket to cover")
+}
+
+const SETTINGS: &str = "\
+listen_addresses = ''
+unix_socket_permissions = 0700
+max_connections = 16
+shared_buffers = 64MB
+work_mem = 8MB
+maintenance_work_mem = 64MB
+max_parallel_workers_per_gather = 0
+max_parallel_maintenance_workers = 0
+max_wal_senders = 0
+max_replication_slots = 0
+max_logical_replication_workers = 0
+archive_mode = off
+archive_command = ''
+restore_command = ''
+primary_conninfo = ''
+primary_slot_name = ''
+synchronous_standby_names = ''
+ssl = off
+autovacuum = off
+fsync = off
+full_page_writes = off
+synchronous_commit = off
+jit = off
+logging_collector = off
+log_destination = stderr
+log_statement = none
+log_min_error_statement = panic
+session_preload_libraries = ''
+local_preload_libraries = ''
+zero_damaged_pages = off
+ignore_checksum_failure = off
+ignore_invalid_pages = off
+restart_after_crash = off
+";
+const PORT: u16 = 5432;
+/// A socket's name has at most 107 bytes; ours adds `/.s.PGSQL.5432.lock`.
+const SOCKET_DIR_MAX: usize = 85;
+const ASK_EVERY: Duration = Duration::from_millis(20);
+const ASK_MAX: Duration = Duration::from_mins(1);
+const STOP_MAX: Duration = Duration::from_secs(10);
+/// Words of the server's log that speak of this host and not of the copy.
+const HOST_LACKS: [&str; 6] = [
+    "could not map anonymous shared memory",
+    "could not create shared memory segment",
+    "No space left on device",
+    "could not create lock file",
+    "could not bind Unix",
+    "could not access file \"",
+];

@@ -1,0 +1,215 @@
+//! The hands on a live server: a pile-up and a full house end without a restart; whoever must not be touched is not.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use std::time::Duration;
+
+use support::Cluster;
+use theriac_heal::executor::postgres::{PostgresHands, SessionPolicy};
+use theriac_heal::postgres::PostgresError;
+use theriac_heal::postgres::session::{Session, Target};
+
+fn hands(cluster: &Cluster) -> PostgresHands {
+    PostgresHands {
+        target: cluster.target.clone(),
+        owner: Some(cluster.owner),
+        policy: SessionPolicy {
+            waiting_min: 3,
+            waited_seconds_min: 0,
+            idle_seconds_min: 0,
+            free_min: 4,
+            ..SessionPolicy::default()
+        },
+    }
+}
+
+async fn as_role(cluster: &Cluster, user: &str) -> Result<Session, PostgresError> {
+    let target = Target {
+        user: user.to_owned(),
+        ..cluster.target.clone()
+    };
+    Session::open(&target, Some(cluster.owner), Duration::from_mins(1)).await
+}
+
+async fn app(cluster: &Cluster) -> Session {
+    as_role(cluster, "app").await.unwrap()
+}
+
+fn served(max_connections: u32) -> Cluster {
+    let cluster = Cluster::start(
+        false,
+        &[
+            &format!("max_connections = {max_connections}"),
+            "superuser_reserved_connections = 3",
+            "max_wal_senders = 2",
+        ],
+    );
+    cluster.psql("create role app login; create role batch login");
+    cluster.psql(
+        "create table t (id int primary key, n int); insert into t select i, 0 from generate_series(1, 10) i",
+    );
+    cluster.psql("grant all on t to public");
+    cluster
+}
+
+/// Waits until so many sessions wait for a lock.
+async fn until_waiting(cluster: &Cluster, count: usize) {
+    let look = cluster.session().await;
+    let query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'";
+    loop {
+        let rows = look.rows("waiting", query, &[]).await.unwrap();
+        if rows[0].get::<_, i64>(0) >= i64::try_from(count).unwrap() {
+            return;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_pile_up_ends_at_its_root_without_a_restart() {
+    let cluster = served(30);
+    let started = cluster.psql("select pg_postmaster_start_time()");
+    let root = app(&cluster).await;
+    root.execute("the root", "begin; update t set n = n + 1 where id = 1")
+        .await
+        .unwrap();
+    let mut waiters = Vec::new();
+    for _ in 0..4 {
+        let session = app(&cluster).await;
+        waiters.push(tokio::spawn(async move {
+            session
+                .execute("a waiter", "update t set n = n + 1 where id = 1")
+                .await
+        }));
+    }
+    until_waiting(&cluster, 4).await;
+    let hands = hands(&cluster);
+    let seen = hands.blockers().await.unwrap();
+    assert_eq!(
+        (seen.len(), seen[0].1, seen[0].0.state.as_str()),
+        (1, 4, "idle in transaction")
+    );
+    // Whoever is spared is left, and it is said.
+    let mut sparing = hands.clone();
+    sparing.policy.spare.insert("app".to_owned());
+    let left = sparing.relieve_locks().await.unwrap();
+    assert!(
+        !left.relieved && left.ended.is_empty() && left.detail.contains("may not be touched"),
+        "{left:?}"
+    );
+    let relief = hands.relieve_locks().await.unwrap();
+    assert!(relief.relieved, "{relief:?}");
+    assert_eq!(
+        (relief.cancelled.len(), relief.ended.len(), relief.ended[0].pid),
+        (0, 1, seen[0].0.pid)
+    );
+    for waiter in waiters {
+        waiter.await.unwrap().unwrap();
+    }
+    assert_eq!(
+        cluster.psql("select n from t where id = 1"),
+        "4",
+        "the root's change is gone, theirs are there"
+    );
+    assert_eq!(cluster.psql("select pg_postmaster_start_time()"), started);
+    // Again: nothing to do.
+    let again = hands.relieve_locks().await.unwrap();
+    assert!(again.relieved && again.ended.is_empty());
+}
+
+#[tokio::test]
+async fn a_running_root_is_cancelled_and_keeps_its_session() {
+    let cluster = served(30);
+    let root = app(&cluster).await;
+    root.execute("the root", "begin; lock table t in access exclusive mode")
+        .await
+        .unwrap();
+    let root = tokio::spawn(async move {
+        let ended = root.execute("a long statement", "select pg_sleep(600)").await;
+        (root, ended)
+    });
+    let mut waiters = Vec::new();
+    for _ in 0..3 {
+        let session = app(&cluster).await;
+        waiters.push(tokio::spawn(async move {
+            session.execute("a waiter", "select * from t").await
+        }));
+    }
+    until_waiting(&cluster, 3).await;
+    let relief = hands(&cluster).relieve_locks().await.unwrap();
+    assert!(
+        relief.relieved && relief.cancelled.len() == 1 && relief.ended.is_empty(),
+        "{relief:?}"
+    );
+    let (root, ended) = root.await.unwrap();
+    assert!(matches!(ended, Err(PostgresError::Query { code: Some(code), .. }) if code == "57014"));
+    root.execute("its session goes on", "rollback; select 1")
+        .await
+        .unwrap();
+    for waiter in waiters {
+        waiter.await.unwrap().unwrap();
+    }
+    // A number that has come to mean another session is not hit.
+    let mut other = relief.cancelled[0].clone();
+    other.started = "2000-01-01 00:00:00+00".to_owned();
+    assert!(!hands(&cluster).cancel(&other).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_full_house_is_entered_by_the_reserved_slot_and_idle_sessions_make_room() {
+    let cluster = served(12);
+    let started = cluster.psql("select pg_postmaster_start_time()");
+    let batch = as_role(&cluster, "batch").await.unwrap();
+    let busy = app(&cluster).await;
+    busy.execute("busy", "begin; select 1").await.unwrap();
+    let mut idle = Vec::new();
+    while let Ok(session) = as_role(&cluster, "app").await {
+        idle.push(session);
+    }
+    let Err(PostgresError::Connect { code, .. }) = as_role(&cluster, "app").await else {
+        panic!("there was still room")
+    };
+    assert_eq!(code.as_deref(), Some("53300"));
+    let mut hands = hands(&cluster);
+    hands.policy.spare.insert("batch".to_owned());
+    let relief = hands.relieve_connections().await.unwrap();
+    assert!(relief.relieved && relief.ended.len() == 4, "{relief:?}");
+    assert!(
+        relief
+            .ended
+            .iter()
+            .all(|ended| ended.state == "idle" && ended.role == "app")
+    );
+    app(&cluster)
+        .await
+        .execute("an ordinary client", "select 1")
+        .await
+        .unwrap();
+    batch.execute("spared", "select 1").await.unwrap();
+    busy.execute("in a transaction", "commit").await.unwrap();
+    assert_eq!(cluster.psql("select pg_postmaster_start_time()"), started);
+    // Nobody to end: it says that there is no room, and ends nobody.
+    hands.policy.idle_seconds_min = 3600;
+    hands.policy.free_min = 100;
+    let none = hands.relieve_connections().await.unwrap();
+    assert!(!none.relieved && none.ended.is_empty());
+}
+
+#[tokio::test]
+async fn settings_are_reloaded_and_a_wrong_file_is_refused() {
+    let cluster = served(12);
+    let conf = cluster.data().join("postgresql.conf");
+    let before = std::fs::read_to_string(&conf).unwrap();
+    std::fs::write(&conf, format!("{before}\nwork_mem = 7MB\n")).unwrap();
+    hands(&cluster).reload().await.unwrap();
+    while cluster.psql("show work_mem") != "7MB" {}
+    std::fs::write(&conf, format!("{before}\nwork_mem = lots\n")).unwrap();
+    let refused = hands(&cluster).reload().await.unwrap_err().to_string();
+    assert!(
+        refused.contains("work_mem") || refused.contains("line"),
+        "{refused}"
+    );
+    assert_eq!(cluster.psql("show work_mem"), "7MB");
+}
