@@ -40,7 +40,6 @@ mod page;
 pub mod publish;
 pub mod replay;
 pub mod robust;
-pub mod screen;
 pub mod serve;
 pub mod server_optimizer;
 pub mod status;
