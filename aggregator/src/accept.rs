@@ -43,6 +43,8 @@ pub(crate) struct Sessions {
     pub(crate) frame_bytes_max: u32,
     pub(crate) registry: watch::Receiver<Arc<Registry>>,
     pub(crate) terms: watch::Receiver<Option<Arc<AnnounceV1>>>,
+    /// Terms of the round whose late updates are taken.
+    pub(crate) late_terms: watch::Receiver<Option<Arc<AnnounceV1>>>,
     pub(crate) driver: mpsc::Sender<DriverInput>,
     pub(crate) store: Store,
     pub(crate) models: Arc<Models>,
@@ -407,12 +409,11 @@ impl Session {
 
     async fn update(&mut self, header: UpdateV1, payload: Bytes) -> Flow {
         let node = self.peer.node().clone();
-        let terms = self
-            .shared
-            .terms
-            .borrow()
-            .clone()
-            .filter(|terms| terms.round == header.round);
+        let of_this = |terms: &watch::Receiver<Option<Arc<AnnounceV1>>>| {
+            let terms = terms.borrow().clone();
+            terms.filter(|terms| terms.round == header.round)
+        };
+        let terms = of_this(&self.shared.terms).or_else(|| of_this(&self.shared.late_terms));
         let Some(terms) = terms else {
             // For another round than the open one: its bytes are of no interest, the machine knows what to answer.
             return self
@@ -460,9 +461,9 @@ impl Session {
                         reason: code.word(),
                     })
                     .inc();
-                let name = node.clone();
+                let (name, detail) = (node.clone(), error.to_string());
                 let write = move |work: &crate::store::Work<'_>| {
-                    rounds::refuse_upload(work, &name, &header, code, rule)
+                    rounds::refuse_upload(work, &name, &header, code, rule, Some(&detail))
                 };
                 if let Err(error) = self.shared.store.write(Urgency::Lazy, write).await {
                     tracing::error!(%error, "a refusal could not be recorded");
@@ -472,7 +473,7 @@ impl Session {
                     return told;
                 }
                 // Nobody waits for this one any more.
-                self.tell(DriverInput::Refused { node, round }).await
+                self.tell(DriverInput::Refused { node, round, code }).await
             }
         }
     }

@@ -14,16 +14,18 @@ use serde::{Deserialize, Serialize};
 use theriac_command::settings::{self, SettingsError};
 use theriac_model::LAG_MAX;
 use theriac_model::gradient::CLIP_NORM_PER_ROW;
+use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS};
 use theriac_privacy::central::CentralTerms;
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{L2Norm, NodeId, NoiseMultiplier};
 
+use crate::average::SiteAverage;
 use crate::central::CentralNoiseSettings;
 use crate::evidence::reputation::QuarantineLimits;
 use crate::floor::FloorSettings;
 use crate::layout::{LayoutError, ModelSpec};
 use crate::models::frame_bytes_max;
-use crate::robust::{Options, RuleName, rule};
+use crate::robust::{Base, Options, RuleError, RuleName, rule};
 use crate::server_optimizer::ServerOptimizer;
 
 pub use evidence::{OptimizerSettings, QuarantineSettings};
@@ -150,9 +152,8 @@ pub struct RoundSettings {
     pub pause: Duration,
     /// No round opens after this number; default none. For experiments.
     pub rounds_max: Option<u64>,
-    /// Clipping norm C of one privacy unit, above 0. Default with `"moments"` and `"delta"` 17 200 (for moments of 3 600 rows; it grows with the
-    /// rows of a block: 4.8 for each row after the first ten), with `"gradient"` 4 for each row of a block after the first ten. Too
-    /// low: signal is cut off. Too high: noise σC drowns it.
+    /// Clipping norm C of what one block adds, above 0. Default with `"moments"` 4.8 for each row of a block after the first ten, in three digits (17 200
+    /// for 3 600 rows), with `"gradient"` 4 for each of them, with `"delta"` 17 200. Too low: signal is cut off. Too high: noise σC drowns it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_norm: Option<f64>,
     /// Noise multiplier σ that every update must carry, 0.1 to 1000. Default 1.27 (ε = 4 at δ = 1e-6 for one release), with `"gradient"` 5.69
@@ -167,13 +168,21 @@ pub struct RoundSettings {
     /// hostile edge send more.
     pub blocks_max: u32,
     /// Rule that combines the updates, with what runs before it joined by `+`: `"mean"`, `"median"`, `"trimmed_mean"`,
-    /// `"meamed"`, `"multi_krum"`, `"geometric_median"`, `"geometric_median_converged"`, `"caf"` (default), `"mda"`,
-    /// `"monna"` or `"bulyan"`, after `"nnm+"`, `"arc+"`, `"bucketing+"` or `"dedup+"`. Those that need another number
-    /// (`"centered_clipping"`, `"clipping+"`) and `"krum"`, which would publish one edge's noise, are refused.
+    /// `"meamed"`, `"multi_krum"`, `"geometric_median"`, `"geometric_median_converged"`, `"caf"` (default), `"mda"`
+    /// or `"bulyan"`, after `"nnm+"`, `"arc+"`, `"bucketing+"` or `"dedup+"`. Those that need another number
+    /// (`"centered_clipping"`, `"clipping+"`, `"monna"`) and `"krum"`, which would publish one edge's noise, are refused.
     pub rule: RuleName,
     /// Number f of hostile edges to withstand; below half the quorum, default 1. Too small: arbitrary failure. Too large:
     /// honest sites that differ are cut away. Ignored by `"mean"`, which withstands none.
     pub byzantine: usize,
+    /// Whether an update that comes after its round's end, before the next one stops collecting, is kept for that next round, where it counts once if the site
+    /// has no newer one; default `true`, without effect and not allowed with noise of the centre. `false`: it is refused, and what the site was charged is lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub late_updates: Option<bool>,
+    /// How much a site's update of the round before counts beside the one at hand, b of a mean with weights bᵏ over its last rounds, which the rule sees
+    /// in the update's place: 0 (off) to 0.99. Default 0. Too low: noise hides colluders. Too high: the model follows late.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub site_average: Option<f64>,
 }
 
 impl RoundSettings {
@@ -181,8 +190,16 @@ impl RoundSettings {
     pub fn clip_norm(&self) -> f64 {
         let rows = (f64::from(self.block_rows) - LAG_MAX as f64).max(1.0);
         self.clip_norm.unwrap_or(match self.kind {
-            RoundKind::Moments | RoundKind::Delta => 17_200.0,
+            RoundKind::Moments => three_digits(BLOCK_CLIP_NORM / (BLOCK_ROWS - LAG_MAX) as f64 * rows),
+            RoundKind::Delta => 17_200.0,
             RoundKind::Gradient => CLIP_NORM_PER_ROW * rows,
+        })
+    }
+
+    /// b of each site's mean, or its default for what is collected.
+    pub fn site_average(&self) -> f64 {
+        self.site_average.unwrap_or(match self.kind {
+            RoundKind::Moments | RoundKind::Gradient | RoundKind::Delta => 0.0,
         })
     }
 
@@ -192,6 +209,16 @@ impl RoundSettings {
             RoundKind::Moments | RoundKind::Delta => 1.27,
             RoundKind::Gradient => 5.69,
         })
+    }
+}
+
+fn three_digits(value: f64) -> f64 {
+    let digits = value.log10().floor() - 2.0;
+    let unit = 10_f64.powf(digits.abs());
+    if digits > 0.0 {
+        (value / unit).round() * unit
+    } else {
+        (value * unit).round() / unit
     }
 }
 
@@ -210,6 +237,8 @@ impl Default for RoundSettings {
             blocks_max: 60,
             rule: RuleName::CAF,
             byzantine: 1,
+            late_updates: None,
+            site_average: None,
         }
     }
 }
@@ -355,6 +384,10 @@ pub struct CheckedRounds {
     pub rule: RuleName,
     /// Assumed number f of hostile edges.
     pub byzantine: usize,
+    /// Whether late updates are kept for the next round.
+    pub late_updates: bool,
+    /// How much of a site's earlier updates the rule sees.
+    pub site_average: SiteAverage,
 }
 
 /// Loads and checks: the file, then the environment. Opens no port and touches no data directory.
@@ -408,8 +441,35 @@ impl Settings {
             _ => wrong("model.profile", error.to_string()),
         })?;
         let limits = check_limits(self.limits)?;
-        let rounds = check_rounds(&self.rounds)?;
+        let mut rounds = check_rounds(&self.rounds)?;
         let central_noise = self.central_noise.check(rounds.rule)?;
+        if central_noise.is_some() && rounds.kind == UpdateKind::Gradient {
+            return Err(wrong(
+                "central_noise.enabled",
+                "the centre's own noise is charged for one sum of moments or deltas a round, not for the many rounds of rounds.kind = \"gradient\": \
+                 every site would spend its budget and no model would come of it"
+                    .into(),
+            ));
+        }
+        if central_noise.is_some() {
+            // Its sensitivity is that of one update of a site in one round.
+            if self.rounds.late_updates == Some(true) {
+                return Err(wrong("rounds.late_updates", CENTRAL_NEEDS_ONE.into()));
+            }
+            if self.rounds.site_average.is_some_and(|keep| keep > 0.0) {
+                return Err(wrong("rounds.site_average", CENTRAL_NEEDS_ONE.into()));
+            }
+            (rounds.late_updates, rounds.site_average) = (false, SiteAverage::OFF);
+        }
+        if rounds.site_average.rounds() > limits.rounds_kept {
+            let (need, got) = (rounds.site_average.rounds(), limits.rounds_kept);
+            return Err(wrong(
+                "limits.rounds_kept",
+                format!(
+                    "{got} is fewer than the {need} rounds that rounds.site_average looks back: set it to {need} or more"
+                ),
+            ));
+        }
         if self.model.dimension.is_some() && rounds.kind != UpdateKind::Delta {
             return Err(wrong(
                 "model.dimension",
@@ -463,6 +523,23 @@ fn check_floor(floor: FloorSettings) -> Result<FloorSettings, ConfigError> {
     };
     most("privacy_floor.epsilon_max", floor.epsilon_max, 100.0)?;
     most("privacy_floor.delta_max", floor.delta_max, 1e-3)?;
+    most(
+        "privacy_floor.noise_multiplier_min",
+        floor.noise_multiplier_min,
+        10_000.0,
+    )?;
+    let key = |signer: &&String| {
+        let digits = signer.strip_prefix("thpk1_");
+        digits.is_some_and(|digits| digits.len() == 64 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    };
+    if let Some(bad) = floor.signers.iter().find(|signer| !key(signer)) {
+        return Err(wrong(
+            "privacy_floor.signers",
+            format!(
+                "`{bad}` is no public key: write thpk1_ and 64 hexadecimal digits, as `theriac-edge privacy keygen` prints"
+            ),
+        ));
+    }
     Ok(floor)
 }
 
@@ -500,6 +577,11 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
         1,
         rounds.blocks_max.into(),
     )?;
+    let keep = rounds.site_average();
+    let site_average = SiteAverage::new(keep).ok_or_else(|| {
+        let reason = format!("{keep} is outside 0 to {}", SiteAverage::KEEP_MAX);
+        wrong("rounds.site_average", reason)
+    })?;
     // A round's options but for the seed, which only bucketing takes: the check is that of the rounds to come.
     let options = Options::for_round(rounds.rule, std::iter::empty(), true);
     let combined = rule(rounds.rule, rounds.byzantine, &options);
@@ -521,9 +603,22 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
             format!("{name} is longer than {RULE_BYTES_MAX} bytes, the most that a model's header carries"),
         ));
     }
+    if rounds.rule.base() == Some(Base::Monna) {
+        let reason = "monna trusts one site without asking, and a configuration names none: use nnm+trimmed_mean or caf";
+        return Err(wrong("rounds.rule", reason.into()));
+    }
     combined
         .and_then(|rule| rule.check(rounds.quorum))
-        .map_err(|error| wrong("rounds.rule", error.to_string()))?;
+        .map_err(|error| {
+            let reason = match error {
+                // A flag of the command line is no help in a file.
+                RuleError::MissingOption { rule, option } => {
+                    format!("{rule} needs a {option}, which a configuration cannot give: the norm bound is there already; use another rule")
+                }
+                other => other.to_string(),
+            };
+            wrong("rounds.rule", reason)
+        })?;
     Ok(CheckedRounds {
         kind: rounds.kind.into(),
         quorum: rounds.quorum,
@@ -537,6 +632,8 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
         blocks_max: rounds.blocks_max,
         rule: rounds.rule,
         byzantine: rounds.byzantine,
+        late_updates: rounds.late_updates.unwrap_or(true),
+        site_average,
     })
 }
 
@@ -603,6 +700,9 @@ fn days(count: u64) -> Duration {
     Duration::from_hours(count * 24)
 }
 
+/// Why noise at the centre needs each site's update of one round alone.
+const CENTRAL_NEEDS_ONE: &str = "central_noise bounds what one update of a site does to one round's sum, so neither late nor earlier ones may be in it: leave this out";
+
 /// Longest name of a rule with what runs before it.
 const RULE_BYTES_MAX: usize = 32;
 
@@ -637,7 +737,7 @@ mod tests {
 
     #[test]
     fn refuses_values_out_of_range_and_names_key_and_value() {
-        let cases: [(&str, &str, &str); 15] = [
+        let cases: [(&str, &str, &str); 18] = [
             (
                 "federation = \"demo\"\n[quarantine]\nenter_below = 0.7",
                 "quarantine.enter_below",
@@ -686,6 +786,21 @@ mod tests {
                 "0",
             ),
             (
+                "federation = \"demo\"\n[rounds]\nkind = \"gradient\"\nrule = \"mean\"\n[central_noise]\nenabled = true\nclip_norm = 1.0\nsites = 9",
+                "central_noise.enabled",
+                "gradient",
+            ),
+            (
+                "federation = \"demo\"\n[privacy_floor]\nsigners = [\"thpk1_12\"]",
+                "privacy_floor.signers",
+                "thpk1_12",
+            ),
+            (
+                "federation = \"demo\"\n[privacy_floor]\nnoise_multiplier_min = 0.0",
+                "privacy_floor.noise_multiplier_min",
+                "0",
+            ),
+            (
                 "federation = \"demo\"\n[rounds]\nblocks_min = 99",
                 "rounds.blocks_min",
                 "99",
@@ -724,6 +839,8 @@ mod tests {
             (rounds.clip_norm.value(), rounds.noise_multiplier.value())
         };
         assert_eq!(terms(""), (17_200.0, 1.27));
+        assert_eq!(terms("block_rows = 60"), (240.0, 1.27));
+        assert_eq!(terms("block_rows = 30"), (96.0, 1.27));
         assert_eq!(terms("kind = \"gradient\""), (4.0 * 3590.0, 5.69));
         assert_eq!(terms("kind = \"gradient\"\nblock_rows = 60"), (200.0, 5.69));
         assert_eq!(
@@ -743,8 +860,17 @@ mod tests {
             ("bulyan", 6, "n ≥ 4f + 3"),
             ("bucketing+median", 4, "2 buckets"),
             ("nnm", 5, "add a rule"),
-            ("centered_clipping", 5, "--tau"),
-            ("clipping+median", 5, "--clip"),
+            (
+                "centered_clipping",
+                5,
+                "needs a tau, which a configuration cannot give",
+            ),
+            (
+                "clipping+median",
+                5,
+                "needs a clip, which a configuration cannot give",
+            ),
+            ("monna", 5, "names none"),
             ("dedup+nnm+geometric_median_converged", 5, "32 bytes"),
         ] {
             let error = load(rule, quorum).unwrap_err().to_string();

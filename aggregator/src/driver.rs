@@ -98,7 +98,11 @@ pub(crate) enum DriverInput {
         guarantee: Box<GuaranteeV1>,
     },
     /// An update was refused for good, and that is on record.
-    Refused { node: NodeId, round: Round },
+    Refused {
+        node: NodeId,
+        round: Round,
+        code: RefusalCode,
+    },
     /// A node takes no part.
     Declined {
         node: NodeId,
@@ -136,6 +140,8 @@ pub(crate) struct Views {
     pub(crate) status: Arc<Mutex<DriverStatus>>,
     pub(crate) registry: watch::Receiver<Arc<Registry>>,
     pub(crate) terms: watch::Receiver<Option<Arc<AnnounceV1>>>,
+    /// Terms of the round whose late updates are taken.
+    pub(crate) late_terms: watch::Receiver<Option<Arc<AnnounceV1>>>,
 }
 
 /// Owns the machine.
@@ -177,6 +183,7 @@ pub(crate) struct Driver {
     status: Arc<Mutex<DriverStatus>>,
     registry: watch::Sender<Arc<Registry>>,
     terms: watch::Sender<Option<Arc<AnnounceV1>>>,
+    late_terms: watch::Sender<Option<Arc<AnnounceV1>>>,
 }
 
 impl Driver {
@@ -208,6 +215,7 @@ impl Driver {
             byzantine: rounds.rule.withstands(rounds.byzantine),
             deadline: rounds.deadline,
             pause: rounds.pause,
+            late_updates: rounds.late_updates,
             rounds_max: rounds.rounds_max,
             terms,
         };
@@ -253,6 +261,7 @@ impl Driver {
             .collect();
         let (registry, registry_view) = watch::channel(Arc::new(found.registry));
         let (terms, terms_view) = watch::channel(machine.announcement(now).map(Arc::new));
+        let (late_terms, late_terms_view) = watch::channel(None);
         metrics.model_version.set(found.model.version.0);
         let mut driver = Self {
             opened_at: (machine.status().phase == PhaseName::Collecting).then_some(start),
@@ -287,6 +296,8 @@ impl Driver {
                 optimizer: config.server_optimizer,
                 rule_version: crate::evidence::RULE_VERSION,
                 central_noise: config.central_noise.is_some(),
+                late_updates: rounds.late_updates,
+                site_average: rounds.site_average,
             },
             candidate: None,
             rolling: false,
@@ -294,6 +305,7 @@ impl Driver {
             status: Arc::clone(&status),
             registry,
             terms,
+            late_terms,
         };
         driver.heed_budget();
         Ok((
@@ -302,6 +314,7 @@ impl Driver {
                 status,
                 registry: registry_view,
                 terms: terms_view,
+                late_terms: late_terms_view,
             },
         ))
     }
@@ -353,8 +366,9 @@ impl Driver {
             DriverInput::Arrived { arrival, reply } => self.arrived(*arrival, reply),
             DriverInput::Left { node, session } => self.left(&node, session),
             DriverInput::Declined { node, round, reason } => self.declined(now, node, round, reason),
-            DriverInput::Refused { node, round } => {
-                self.machine.handle(now, Input::Refused { node, round });
+            DriverInput::Refused { node, round, code } => {
+                let faulty = crate::evidence::tells(code.word());
+                self.machine.handle(now, Input::Refused { node, round, faulty });
                 self.pump(None);
             }
             DriverInput::Declared { node, guarantee } => self.declared(node, *guarantee),
@@ -392,8 +406,13 @@ impl Driver {
             .borrow()
             .as_ref()
             .is_some_and(|terms| terms.round == header.round);
-        if open && validated.is_none() && !is_repeat {
-            // The round opened while the update was judged; nobody has looked at its bytes.
+        let late = self
+            .late_terms
+            .borrow()
+            .as_ref()
+            .is_some_and(|terms| terms.round == header.round);
+        if (open || late) && validated.is_none() && !is_repeat {
+            // The round opened, or ended, while the update was judged; nobody has looked at its bytes.
             return self.send_refusal(&node, Some(header.round), RefusalCode::Busy);
         }
         let input = Input::Update {

@@ -22,8 +22,50 @@ pub struct FloorSettings {
     pub epsilon_max: Option<f64>,
     /// Largest δ, above 0 to 0.001. Default none.
     pub delta_max: Option<f64>,
-    /// Whether somebody must have signed the site's policy. Default `false`.
+    /// Shortest time over which a site's ε holds: `"month"`, `"quarter"`, `"year"` or `"rolling"`, which is for ever. Default none: ε = 4 a month
+    /// passes for ε = 4, though a block that is read again loses that every month.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub period_min: Option<FloorPeriod>,
+    /// Least noise multiplier that a site's policy may accept, above 0 to 10 000. Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub noise_multiplier_min: Option<f64>,
+    /// Whether somebody must have signed the site's policy. Default `false`. An edge signs its first policy with a key of its own: to ask for an
+    /// officer's, name the keys in `signers`.
     pub signed: bool,
+    /// Public keys, `thpk1_…`, one of which must have signed the site's policy. Default none: any key will do.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub signers: Vec<String>,
+}
+
+/// See [`FloorSettings::period_min`]; a longer one is stricter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FloorPeriod {
+    /// A calendar month.
+    Month,
+    /// Three of them.
+    Quarter,
+    /// A calendar year.
+    Year,
+    /// For ever.
+    Rolling,
+}
+
+impl FloorPeriod {
+    /// Its word in a policy.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Month => "month",
+            Self::Quarter => "quarter",
+            Self::Year => "year",
+            Self::Rolling => "rolling",
+        }
+    }
+
+    fn declared(word: &str) -> Option<Self> {
+        let all = [Self::Month, Self::Quarter, Self::Year, Self::Rolling];
+        all.into_iter().find(|period| period.word() == word)
+    }
 }
 
 /// See [`FloorSettings::unit`].
@@ -64,6 +106,28 @@ pub enum FloorError {
         /// The site's.
         found: f64,
     },
+    /// Its ε holds for too short a time.
+    #[error("the site's epsilon holds for a period of `{found}`, the fleet's floor is `{}`", expected.word())]
+    Period {
+        /// The floor.
+        expected: FloorPeriod,
+        /// The site's.
+        found: String,
+    },
+    /// Its policy accepts too little noise.
+    #[error("the site accepts a noise multiplier of {found}, the fleet's floor is {expected}")]
+    Noise {
+        /// The floor.
+        expected: f64,
+        /// The site's.
+        found: f64,
+    },
+    /// None of the fleet's officers signed its policy.
+    #[error("the site's policy is signed by {found}, which is none of the keys that the fleet's floor names")]
+    OtherSigner {
+        /// Who signed.
+        found: String,
+    },
     /// Nobody signed its policy.
     #[error("the site's policy is signed by nobody, the fleet's floor wants a signature")]
     Unsigned,
@@ -98,8 +162,25 @@ impl FloorSettings {
         }
         at_most("epsilon", self.epsilon_max, declared.epsilon.value())?;
         at_most("delta", self.delta_max, declared.delta.value())?;
-        if self.signed && declared.policy_signer.is_empty() {
+        if let Some(expected) = self.period_min
+            && FloorPeriod::declared(&declared.period).is_none_or(|period| period < expected)
+        {
+            let found = declared.period.clone();
+            return Err(FloorError::Period { expected, found });
+        }
+        let found = declared.noise_multiplier_min.value();
+        if let Some(expected) = self.noise_multiplier_min.filter(|expected| found < *expected) {
+            return Err(FloorError::Noise { expected, found });
+        }
+        let signer = &declared.policy_signer;
+        if signer.is_empty() && (self.signed || !self.signers.is_empty()) {
             return Err(FloorError::Unsigned);
+        }
+        // Digits of a key mean the same in either case.
+        let known = |key: &String| key.eq_ignore_ascii_case(signer);
+        if !self.signers.is_empty() && !self.signers.iter().any(known) {
+            let found = signer.clone();
+            return Err(FloorError::OtherSigner { found });
         }
         Ok(())
     }
@@ -142,19 +223,26 @@ mod tests {
             block_min: Some(Duration::from_hours(1)),
             epsilon_max: Some(4.0),
             delta_max: Some(1e-6),
+            period_min: Some(FloorPeriod::Year),
+            noise_multiplier_min: Some(0.7),
             signed: true,
+            signers: vec!["thpk1_11".to_owned(), "thpk1_00".to_owned()],
         }
     }
 
     #[test]
     fn what_meets_the_floor_is_taken_and_every_weaker_part_is_refused() {
         assert_eq!(floor().check(Some(&declared())), Ok(()));
-        let weaker: [fn(&mut GuaranteeV1); 5] = [
+        let weaker: [fn(&mut GuaranteeV1); 9] = [
             |g| g.unit = GuaranteeUnit::Record,
             |g| g.block_ms = 3_599_999,
             |g| g.epsilon = Epsilon::new(4.1).unwrap(),
             |g| g.delta = Delta::new(2e-6).unwrap(),
             |g| g.policy_signer.clear(),
+            |g| g.policy_signer = "thpk1_22".to_owned(),
+            |g| g.period = "quarter".to_owned(),
+            |g| g.period = "aeon".to_owned(),
+            |g| g.noise_multiplier_min = NoiseMultiplier::new(0.69).unwrap(),
         ];
         for (part, weaken) in weaker.into_iter().enumerate() {
             let mut guarantee = declared();
@@ -162,6 +250,20 @@ mod tests {
             assert!(floor().check(Some(&guarantee)).is_err(), "part {part}");
             assert_eq!(FloorSettings::default().check(Some(&guarantee)), Ok(()));
         }
+    }
+
+    #[test]
+    fn a_signer_is_known_by_either_case_of_its_digits() {
+        let floor = FloorSettings {
+            signers: vec!["thpk1_AB".to_owned()],
+            ..FloorSettings::default()
+        };
+        let by = |signer: &str| GuaranteeV1 {
+            policy_signer: signer.to_owned(),
+            ..declared()
+        };
+        assert_eq!(floor.check(Some(&by("thpk1_ab"))), Ok(()));
+        assert!(floor.check(Some(&by("thpk1_ac"))).is_err());
     }
 
     #[test]

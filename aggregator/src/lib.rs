@@ -20,6 +20,7 @@ pub mod accept;
 pub mod admit;
 pub mod audit;
 pub mod authenticate;
+pub mod average;
 pub mod central;
 pub mod combine;
 pub mod commands;

@@ -239,7 +239,8 @@ fn value<'a>(header: &'a str, key: &str) -> Option<&'a str> {
 
 fn shape(header: &str) -> Option<Vec<usize>> {
     let rest = &header[header.find("'shape':")?..];
-    let inner = &rest[rest.find('(')? + 1..rest.find(')')?];
+    let inner = &rest[rest.find('(')? + 1..];
+    let inner = &inner[..inner.find(')')?];
     inner
         .split(',')
         .map(str::trim)

@@ -101,6 +101,22 @@ pub fn next_model_with(
     optimizer: &ServerOptimizer,
     memory: Option<&OptimizerState>,
 ) -> Result<Candidate, PublishError> {
+    next_model_of(spec, terms, base, rows, rule, (optimizer, memory), 1.0)
+}
+
+/// As [`next_model_with`], of rows whose noise is `noise_ratio` (above 0, at most 1) times that of one update, such as means of a site's updates.
+///
+/// # Errors
+/// [`PublishError`].
+pub fn next_model_of(
+    spec: &ModelSpec,
+    terms: &RoundTerms,
+    base: &[u8],
+    rows: Vec<Row>,
+    rule: &dyn Rule,
+    server: (&ServerOptimizer, Option<&OptimizerState>),
+    noise_ratio: f64,
+) -> Result<Candidate, PublishError> {
     let rows = PayloadRows::new(rows, terms.values)?;
     rule.check(rows.count())?;
     let combined = rule.combine(&rows)?;
@@ -109,8 +125,8 @@ pub fn next_model_with(
     }
     let sites = rows.count();
     drop(rows);
-    let sigma = terms.noise_multiplier.value();
-    apply(spec, terms, base, combined, (sites, sigma), (optimizer, memory))
+    let sigma = noise_ratio * terms.noise_multiplier.value();
+    apply(spec, terms, base, combined, (sites, sigma), server)
 }
 
 /// As [`next_model`] for the rule `mean` with noise of the centre: what comes of the rows is (ε, δ)-differentially private for each whole site, as the charge says.
@@ -207,9 +223,12 @@ fn apply(
         }
         (UpdateKind::Gradient, Some(channels)) => {
             let base = GlobalModel::from_values(channels, base)?;
-            let next = base
-                .descent()
-                .step(&values, terms.blocks_max, terms.block_rows, sigma)?;
+            let next = base.descent().step(
+                &values,
+                terms.blocks_max,
+                terms.block_rows,
+                terms.noise_multiplier.value(),
+            )?;
             base.with_descent(&next)?.values().to_vec()
         }
         (UpdateKind::Delta, Some(channels)) => GlobalModel::from_values(channels, base)?

@@ -6,11 +6,12 @@ use rusqlite::Connection;
 use serde::Serialize;
 use theriac_protocol::units::{Digest, NodeId, Round};
 
-use crate::combine::RoundInputs;
-use crate::evidence::{Decision, RULE_VERSION, Record};
+use crate::combine::{RoundInputs, Seen, Which};
+use crate::evidence::reputation::Reputation;
+use crate::evidence::{Closing, Decision, RULE_VERSION, Record, RoundAccount, StoredRow, conclude};
 use crate::layout::ModelSpec;
 use crate::store::blob::BlobStore;
-use crate::store::evidence::{self, ChainError};
+use crate::store::evidence::{self, ChainError, RoundPlan};
 use crate::store::{StoreError, history, models};
 
 /// Why a round was not found to be what its records say.
@@ -152,7 +153,26 @@ pub fn replay(
         let node = NodeId::new(site.clone()).map_err(|_| differs(site, "name"))?;
         earned.insert(node, record.before);
     }
-    let inputs = RoundInputs::load(connection, blobs, round, plan, &earned, &mut BTreeMap::new())?;
+    let none = &mut BTreeMap::new();
+    let inputs = RoundInputs::load(
+        connection,
+        blobs,
+        round,
+        plan.clone(),
+        &earned,
+        none,
+        Which::Carried,
+    )?;
+    let is_short = |(site, seen): (&StoredRow, &Seen)| {
+        let record = records.get(site.node.as_str());
+        record.and_then(|record| record.averaged).unwrap_or(1) > seen.updates
+    };
+    if inputs.stored.iter().zip(&inputs.seen).any(is_short) {
+        let why = format!(
+            "round {round} used the means of updates of earlier rounds, of which some were deleted after limits.rounds_kept rounds"
+        );
+        return Err(ReplayError::Pruned(why));
+    }
     let base = models::model(connection, inputs.announce.base_version)?;
     if base.digest != inputs.announce.base_digest {
         return Err(ReplayError::Model {
@@ -172,51 +192,7 @@ pub fn replay(
             found: result.candidate.digest,
         });
     }
-    let (mut combined, mut left_out) = (0, 0);
     let measured = result.account.rows.len();
-    for row in result.account.rows {
-        let site = row.node.to_string();
-        let record = records.get(&site).ok_or_else(|| differs(&site, "existence"))?;
-        if row.decision == Decision::Combined {
-            combined += 1;
-        } else {
-            left_out += 1;
-        }
-        let step = record.before.observe(record.verdict);
-        let earned = (
-            record.after.consistent,
-            record.after.inconsistent,
-            record.after.rounds,
-        );
-        let checks = [
-            (record.decision == row.decision, "decision"),
-            (
-                record.weight == u8::from(row.decision == Decision::Combined),
-                "weight",
-            ),
-            (
-                record.payload_digest == Some(row.payload_digest.to_string()),
-                "payload",
-            ),
-            (record.features.as_ref() == Some(&row.features), "figure"),
-            (
-                record.quantiles == result.account.quantiles,
-                "figure of the round",
-            ),
-            (record.findings == row.findings, "finding"),
-            (
-                record.verdict == crate::evidence::law::Verdict::of(&row.findings),
-                "verdict",
-            ),
-            (
-                earned == (step.consistent, step.inconsistent, step.rounds),
-                "reputation",
-            ),
-        ];
-        if let Some((_, what)) = checks.into_iter().find(|(same, _)| !same) {
-            return Err(differs(&site, what));
-        }
-    }
     let on_record = records
         .values()
         .filter(|record| record.features.is_some())
@@ -225,6 +201,28 @@ pub fn replay(
         return Err(ReplayError::NoModel(format!(
             "{on_record} rows are on record, {measured} are stored"
         )));
+    }
+    let combined = result
+        .account
+        .rows
+        .iter()
+        .filter(|row| row.decision == Decision::Combined)
+        .count();
+    let left_out = measured - combined;
+    let again = concluded_again(connection, round, &plan, result.account, &records)?;
+    for record in &again {
+        let written = records
+            .get(&record.site)
+            .ok_or_else(|| differs(&record.site, "existence"))?;
+        if let Some(what) = difference(written, record) {
+            return Err(differs(&record.site, what));
+        }
+    }
+    if let Some(site) = records
+        .keys()
+        .find(|site| again.iter().all(|record| record.site != **site))
+    {
+        return Err(differs(site, "existence"));
     }
     Ok(Replayed {
         round: round.0,
@@ -235,6 +233,76 @@ pub fn replay(
         records: records.len(),
         chain,
     })
+}
+
+/// The records of the round, concluded again from its account, from who else was asked, and from what each site had earned by the record before.
+fn concluded_again(
+    connection: &Connection,
+    round: Round,
+    plan: &RoundPlan,
+    account: RoundAccount,
+    records: &BTreeMap<String, Record>,
+) -> Result<Vec<Record>, ReplayError> {
+    let before = evidence::earned_before(connection, round)?;
+    let mut earned = BTreeMap::new();
+    for (site, record) in records {
+        let node = NodeId::new(site.clone()).map_err(|_| differs(site, "name"))?;
+        // A site whose earlier records were deleted, or that has none, is taken at its word.
+        // Quarantine may change without a record of the site, when another one leaves its place to it.
+        let earned_by = |site: &Reputation| (site.consistent, site.inconsistent, site.rounds);
+        if before
+            .get(&node)
+            .is_some_and(|before| earned_by(before) != earned_by(&record.before))
+        {
+            return Err(differs(site, "standing before the round"));
+        }
+        earned.insert(node, record.before);
+    }
+    // Whether a site that took no part held a place in the quarantine depends on what the registry said of it then, which is not on record.
+    let outsider = before
+        .iter()
+        .filter(|(node, _)| !earned.contains_key(*node))
+        .any(|(_, standing)| standing.is_quarantined() || standing.trust() < plan.quarantine.enter_below);
+    let closing = Closing {
+        round,
+        rule: plan.rule.to_string(),
+        byzantine: plan.byzantine,
+        limits: plan.quarantine,
+    };
+    let absent = evidence::absent(connection, round)?;
+    let (mut again, _) = conclude(&closing, account, absent, &mut earned);
+    for record in &mut again {
+        if let Some(written) = records.get(&record.site) {
+            record.previous.clone_from(&written.previous);
+            if outsider {
+                record.after.quarantined_since = written.after.quarantined_since;
+                record.held = written.held;
+            }
+        }
+    }
+    Ok(again)
+}
+
+/// In what two records differ.
+fn difference(written: &Record, again: &Record) -> Option<&'static str> {
+    let checks = [
+        (written.decision == again.decision, "decision"),
+        (written.weight == again.weight, "weight"),
+        (written.payload_digest == again.payload_digest, "payload"),
+        (written.features == again.features, "figure"),
+        (written.quantiles == again.quantiles, "figure of the round"),
+        (written.findings == again.findings, "finding"),
+        (written.verdict == again.verdict, "verdict"),
+        (written.stale == again.stale, "staleness"),
+        (
+            written.averaged == again.averaged,
+            "number of updates in its mean",
+        ),
+        (written.before == again.before, "standing before the round"),
+        (written.after == again.after, "reputation"),
+        (written == again, "entry"),
+    ];
+    checks.into_iter().find(|(same, _)| !same).map(|(_, what)| what)
 }
 
 fn differs(site: &str, what: &'static str) -> ReplayError {

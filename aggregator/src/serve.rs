@@ -254,6 +254,7 @@ pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Re
         frame_bytes_max: frame_bytes_max(layout.values),
         registry: views.registry.clone(),
         terms: views.terms.clone(),
+        late_terms: views.late_terms.clone(),
         driver: inputs,
         store: store.clone(),
         models,

@@ -187,6 +187,7 @@ pub fn validate_with(
     if norm > bound || norm.is_nan() {
         return Err(UpdateError::Norm { bound, found: norm });
     }
+    check_step(header.encoding, &payload)?;
     vet::look(header.encoding, &payload, norm, terms, screens).map_err(|finding| {
         UpdateError::Implausible {
             what: finding.what,
@@ -201,6 +202,31 @@ pub fn validate_with(
         norm,
     })
 }
+
+/// An honest encoder spans its grid: the largest value is its last point (Int8, [`encode_int8`](theriac_protocol::compress::encode_int8)), or one below it by
+/// rounding. A coarser step would hide from every test of the noise's shape.
+fn check_step(encoding: Encoding, payload: &[u8]) -> Result<(), UpdateError> {
+    let Encoding::Int8 { scale } = encoding else {
+        return Ok(());
+    };
+    let most = payload
+        .iter()
+        .map(|byte| i8::from_le_bytes([*byte]).unsigned_abs())
+        .max()
+        .unwrap_or(0);
+    // A step at the smallest normal number is as fine as one can be.
+    if scale <= f32::MIN_POSITIVE || most >= GRID_SPANNED {
+        return Ok(());
+    }
+    Err(UpdateError::Implausible {
+        what: "the largest of its whole numbers",
+        bound: f64::from(GRID_SPANNED),
+        found: f64::from(most),
+    })
+}
+
+/// The least that the largest whole number of an honest int8 payload is; the grid ends at 127.
+const GRID_SPANNED: u8 = 120;
 
 fn check_header(header: &UpdateV1, payload_bytes: usize, terms: &AnnounceV1) -> Result<(), UpdateError> {
     if header.kind != terms.kind || header.layout_digest != terms.layout_digest {

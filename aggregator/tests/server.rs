@@ -461,6 +461,71 @@ async fn as_many_refused_edges_as_the_rule_withstands_do_not_stop_the_round() {
     centre.stop().await;
 }
 
+/// Its site was away when the round ended, and takes no part in the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn late_update_is_receipted_and_counts_in_the_next_round_by_its_staleness_weight() {
+    let mut centre = Centre::start(|settings| settings.rounds.rounds_max = Some(2)).await;
+    let identities = enrol(&centre, &["a", "b", "c"]);
+    let mut c = dial_soon(&centre, &identities[2], hello(0)).await;
+    let mut a = dial_soon(&centre, &identities[0], hello(0)).await;
+    let first = a.announced().await;
+    assert_eq!(c.announced().await.nonce, first.nonce);
+    let mut b = dial_soon(&centre, &identities[1], hello(0)).await;
+    assert_eq!(b.announced().await.nonce, first.nonce);
+    drop(c);
+    let (late, late_payload) = update(&first, &[2.0, 0.0, 0.0, 4.0]);
+    for edge in [&mut a, &mut b] {
+        let (header, payload) = update(&first, &[1.0; 4]);
+        edge.send(header, payload).await;
+        edge.receipt().await;
+    }
+    assert_eq!(a.published().await, (Round(1), ModelVersion(1)));
+    assert_eq!(b.published().await, (Round(1), ModelVersion(1)));
+    let second = a.announced().await;
+    assert_eq!((second.round, b.announced().await.round), (Round(2), Round(2)));
+    let mut c = dial_soon(&centre, &identities[2], hello(0)).await;
+    c.announced().await;
+    let digest = late.payload_digest;
+    c.send(late.clone(), late_payload.clone()).await;
+    let receipt = c.receipt().await;
+    assert_eq!((receipt.round, receipt.payload_digest), (Round(1), digest));
+    c.send(late.clone(), late_payload).await;
+    assert_eq!(c.receipt().await, receipt, "the same bytes get the same receipt");
+    let (other, payload) = update(&first, &[3.0; 4]);
+    c.send(other, payload).await;
+    assert_eq!(c.refused().await, RefusalCode::Duplicate);
+    let (wrong, payload) = update(&first, &[f32::NAN; 4]);
+    c.send(wrong, payload).await;
+    assert_eq!(
+        c.refused().await,
+        RefusalCode::NonFinite,
+        "late ones are looked at as all are"
+    );
+    check_audit(&centre, &[(c.welcome.node.clone(), receipt)]);
+    drop(c);
+    for edge in [&mut a, &mut b] {
+        let (header, payload) = update(&second, &[1.0; 4]);
+        edge.send(header, payload).await;
+        edge.receipt().await;
+    }
+    assert_eq!(a.published().await, (Round(2), ModelVersion(2)));
+    let weight = 0.5_f32.sqrt();
+    let expected = [2.0, 0.0, 0.0, 4.0].map(|value| 1.0 + (2.0 + weight * value) / 3.0);
+    let found = a.model(ModelVersion(2)).await;
+    let close = found
+        .iter()
+        .zip(expected)
+        .all(|(found, expected)| (found - expected).abs() < 1e-6);
+    assert!(close, "{found:?} {expected:?}");
+    let detail = history::detail(centre.database().read(), Round(1)).unwrap();
+    assert_eq!(
+        detail.uploads.len(),
+        2,
+        "the round that it was made for is what it was"
+    );
+    centre.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restart_goes_on_with_the_same_round_and_its_updates() {
     let mut centre = Centre::start(|settings| settings.rounds.rounds_max = Some(1)).await;

@@ -203,7 +203,14 @@ fn failed_transaction_leaves_no_audit_leaf() {
     let before = leaves(&database);
     let failed = database.write(|work| {
         let header = update(&terms, &[1], 1);
-        rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::MEAN)?;
+        rounds::refuse_upload(
+            work,
+            &node("a"),
+            &header,
+            RefusalCode::NonFinite,
+            RuleName::MEAN,
+            None,
+        )?;
         Err::<(), _>(StoreError::Conflict("on purpose".into()))
     });
     assert!(failed.is_err());
@@ -465,7 +472,14 @@ fn a_round_keeps_why_an_update_was_refused() {
     let header = update(&terms, &[1, 2, 3], 1);
     database
         .write(|work| {
-            rounds::refuse_upload(work, &node("a"), &header, RefusalCode::NonFinite, RuleName::MEAN)
+            rounds::refuse_upload(
+                work,
+                &node("a"),
+                &header,
+                RefusalCode::NonFinite,
+                RuleName::MEAN,
+                None,
+            )
         })
         .unwrap();
     let detail = history::detail(database.read(), Round(1)).unwrap();
@@ -530,7 +544,14 @@ fn silence_lateness_and_rounds_without_a_model_are_on_record_and_count_for_nothi
     let late = update(&terms, &[4, 5, 6], 1);
     for name in ["b", "b", "a"] {
         let refuse = |work: &theriac_aggregator::store::Work<'_>| {
-            rounds::refuse_upload(work, &node(name), &late, RefusalCode::RoundClosed, RuleName::MEAN)
+            rounds::refuse_upload(
+                work,
+                &node(name),
+                &late,
+                RefusalCode::RoundClosed,
+                RuleName::MEAN,
+                None,
+            )
         };
         database.write(refuse).unwrap();
     }

@@ -4,21 +4,27 @@
 //! other is [`EdgeConfig::check`], so running code never meets a value out of range. `check-config` and `run` share
 //! [`EdgeConfig::load`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theriac_command::settings::{self, SettingsError};
+use theriac_heal::executor::webhook::{self, WebhookUrl};
 use theriac_heal::policy::{HealPolicy, HealingSection, NodeBudget};
+use theriac_heal::types::FaultClass;
+use theriac_model::arm::Arm;
 use theriac_model::risk::Horizon;
-use theriac_model::risk::exhaustion::Limit;
+use theriac_model::risk::exhaustion::{HORIZON_RATIO_MAX, Limit};
 use theriac_privacy::policy::signed::PolicyPublicKey;
 use theriac_protocol::units::NodeId;
 
-use crate::postgres::CheckpointSettings;
+use crate::postgres::{CheckpointSettings, SessionSettings};
 use crate::probe::Probe;
+
+/// A horizon holds at least so many samples: a line needs six points, and the last of them is still being gathered.
+const HORIZON_SAMPLES_MIN: u32 = 8;
 
 /// Prefix of environment variables that override the file: `THERIAC__SECTION__KEY`.
 pub const ENVIRONMENT_PREFIX: &str = "THERIAC";
@@ -123,6 +129,29 @@ pub struct DetectionSettings {
     /// The alarm threshold as a multiple of the calibrated one, 0.5 to 20, default 1. Raise it where the warm-up is too
     /// short to show a normal day; lower finds more and alarms more.
     pub threshold_factor: f32,
+    /// Which detector: `own-full` (default) forecasts each channel from its own lags and from all lags; `own` from its own alone, a thirtieth of the
+    /// weights and as good on recorded servers: for a host with little memory.
+    pub arm: DetectorArm,
+}
+
+/// The detectors that an edge offers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DetectorArm {
+    /// Own lags and all lags.
+    #[default]
+    OwnFull,
+    /// Own lags alone.
+    Own,
+}
+
+impl From<DetectorArm> for Arm {
+    fn from(arm: DetectorArm) -> Self {
+        match arm {
+            DetectorArm::OwnFull => Self::OwnFull,
+            DetectorArm::Own => Self::Own,
+        }
+    }
 }
 
 impl Default for DetectionSettings {
@@ -134,6 +163,7 @@ impl Default for DetectionSettings {
             fit_rows: 7_200,
             false_alarms_per_day: 1.0,
             threshold_factor: 1.0,
+            arm: DetectorArm::default(),
         }
     }
 }
@@ -303,6 +333,15 @@ pub struct ServiceSettings {
     pub state: Option<StateSettings>,
     /// How that state becomes a checkpoint. Default: the directory is copied.
     pub checkpoint: Option<CheckpointSettings>,
+    /// A program that is run for some classes of trouble, before anything else is done. Optional.
+    pub hook: Option<HookSettings>,
+    /// Who else is told of some classes of trouble, before that. Optional.
+    pub webhook: Option<WebhookSettings>,
+    /// What may be moved away when its disk is full. Optional.
+    pub space: Option<SpaceSettings>,
+    /// When the sessions of a PostgreSQL server are in trouble, and which may be touched. Without
+    /// it they are looked at, and a person is told: none is touched.
+    pub sessions: Option<SessionSettings>,
     /// Names of the supervised services that this one calls. Default none. While one of them is down this one is not restarted for
     /// not answering, and `incidents why` says which to look at first. A missing name hides a cause, a wrong one blames a bystander.
     #[serde(default)]
@@ -366,6 +405,153 @@ pub struct StateSettings {
     /// Valid checkpoints kept, 1 to 100, default 2.
     #[serde(default = "default_keep")]
     pub keep: usize,
+}
+
+/// `[service.hook]`: a program of the operator's own as an action.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct HookSettings {
+    /// Classes for which it is run, before anything else is done. `dependency_down` cannot be one.
+    #[serde(rename = "for")]
+    pub classes: BTreeSet<FaultClass>,
+    /// Program (an absolute path) and arguments; no shell.
+    pub argv: Vec<String>,
+    /// Its environment, beside `PATH` and `THERIAC_SERVICE`, `_INCIDENT`, `_INTENT`, `_REASON`. Default nothing.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Longest time; then it is killed with its process group. Default `30s`, 100 ms to 30 min; below `healing.action_timeout`.
+    #[serde(default = "default_hook_timeout", with = "settings::duration")]
+    pub timeout: Duration,
+}
+
+/// `[service.webhook]`: another system is told by a signed request.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct WebhookSettings {
+    /// Classes of which it is told, before anything else is done. `dependency_down` cannot be one.
+    #[serde(rename = "for")]
+    pub classes: BTreeSet<FaultClass>,
+    /// `http://HOST:PORT/PATH`.
+    pub url: String,
+    /// File with the secret that the receiver shares, at least 16 bytes, readable by this user only. Read at the start.
+    pub secret_file: PathBuf,
+    /// Longest time for one attempt. Default `5s`, 10 ms to 1 min.
+    #[serde(default = "default_webhook_timeout", with = "settings::duration")]
+    pub timeout: Duration,
+    /// Most attempts, 1 to 10, default 3. With the pauses (0.5 s, doubling) they must end before `healing.action_timeout`.
+    #[serde(default = "default_attempts")]
+    pub attempts: u32,
+}
+
+fn default_hook_timeout() -> Duration {
+    Duration::from_secs(30)
+}
+
+fn default_webhook_timeout() -> Duration {
+    Duration::from_secs(5)
+}
+
+fn default_attempts() -> u32 {
+    3
+}
+
+/// The first wrong value of the two: its key and what is wrong.
+fn wrong_calls(
+    hook: Option<&HookSettings>,
+    webhook: Option<&WebhookSettings>,
+) -> Option<(&'static str, String)> {
+    let classes = |classes: &BTreeSet<FaultClass>| {
+        if classes.is_empty() {
+            Some("is empty: name the classes".to_owned())
+        } else {
+            let never = classes.contains(&FaultClass::DependencyDown);
+            never.then(|| "dependency_down is the dependency's own trouble".to_owned())
+        }
+    };
+    if let Some(hook) = hook {
+        if let Some(words) = classes(&hook.classes) {
+            return Some(("hook.for", words));
+        }
+        if !hook
+            .argv
+            .first()
+            .is_some_and(|program| Path::new(program).is_absolute())
+        {
+            return Some((
+                "hook.argv",
+                "does not begin with the absolute path of a program".to_owned(),
+            ));
+        }
+        if !(Duration::from_millis(100)..=Duration::from_mins(30)).contains(&hook.timeout) {
+            return Some(("hook.timeout", "is outside 100ms to 30m".to_owned()));
+        }
+    }
+    let webhook = webhook?;
+    if let Some(words) = classes(&webhook.classes) {
+        return Some(("webhook.for", words));
+    }
+    if let Err(error) = webhook.url.parse::<WebhookUrl>() {
+        return Some(("webhook.url", error.to_string()));
+    }
+    if !(Duration::from_millis(10)..=Duration::from_mins(1)).contains(&webhook.timeout) {
+        return Some(("webhook.timeout", "is outside 10ms to 1m".to_owned()));
+    }
+    (!(1..=10).contains(&webhook.attempts)).then(|| ("webhook.attempts", "is outside 1 to 10".to_owned()))
+}
+
+/// `[service.space]`: what makes room on the file system of `state.dir` when it is full.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpaceSettings {
+    /// Directories whose files can be made again: caches, rotated logs. Never in or above a service's state or the edge's `state_dir`,
+    /// by whatever name, but for `log` and `pg_log` in this service's own.
+    pub relieve: Vec<PathBuf>,
+    /// Where they are moved to, on another file system; a directory for each service and action.
+    pub quarantine: PathBuf,
+    /// Files that were written less than this ago stay. Default `10m`, 0 s to 1 year.
+    #[serde(default = "default_space_age", with = "settings::duration")]
+    pub min_age: Duration,
+}
+
+impl SpaceSettings {
+    fn wrong(&self, state: Option<&StateSettings>) -> Option<(&'static str, String)> {
+        let Some(state) = state else {
+            return Some((
+                "space",
+                "there is no [service.state]: its disk is the one that is watched".to_owned(),
+            ));
+        };
+        if self.relieve.is_empty() {
+            return Some(("space.relieve", "is empty: list a directory".to_owned()));
+        }
+        if self.min_age > Duration::from_hours(8_760) {
+            return Some(("space.min_age", "is above 1 year".to_owned()));
+        }
+        // Of a server's data directory its log alone can be made again.
+        let log = |path: &Path| path == state.dir.join("log") || path == state.dir.join("pg_log");
+        let bad = self.relieve.iter().find(|path| {
+            let inside = path.starts_with(&state.dir) && !log(path);
+            let round = state.dir.starts_with(path) || self.quarantine.starts_with(path);
+            !path.is_absolute() || inside || round || path.components().any(|part| part.as_os_str() == "..")
+        });
+        if let Some(bad) = bad {
+            let words = format!(
+                "{} is no absolute path apart from the state and the quarantine",
+                bad.display()
+            );
+            return Some(("space.relieve", words));
+        }
+        (!self.quarantine.is_absolute() || self.quarantine.starts_with(&state.dir)).then(|| {
+            (
+                "space.quarantine",
+                "is no absolute path apart from the state".to_owned(),
+            )
+        })
+    }
+}
+
+fn default_space_age() -> Duration {
+    Duration::from_mins(10)
 }
 
 fn default_stop_grace() -> Duration {
@@ -467,6 +653,16 @@ pub struct ServiceConfig {
     pub state: Option<StateSettings>,
     /// How that becomes a checkpoint.
     pub checkpoint: Option<CheckpointSettings>,
+    /// A program that is run for some classes of trouble.
+    pub hook: Option<HookSettings>,
+    /// Who else is told of some.
+    pub webhook: Option<WebhookSettings>,
+    /// What may be moved away when its disk is full.
+    pub space: Option<SpaceSettings>,
+    /// The other services' state directories, of which nothing is moved away for this one.
+    pub other_states: Vec<PathBuf>,
+    /// What its sessions may be touched for.
+    pub sessions: Option<SessionSettings>,
     /// Names of services that it calls, each one supervised here.
     pub depends_on: Vec<String>,
     /// Resident memory at which it fails, where that is known.
@@ -528,7 +724,7 @@ impl EdgeConfig {
         };
         check_sampling(&settings.sampling)?;
         check_detection(&settings.detection, &settings.sampling)?;
-        let risk = check_risk(settings.risk)?;
+        let risk = check_risk(settings.risk, settings.sampling.interval)?;
         check_federation(&settings.federation)?;
         if !settings.http.listen.ip().is_loopback() {
             let got = settings.http.listen;
@@ -546,6 +742,8 @@ impl EdgeConfig {
             .healing_budget
             .check()
             .map_err(|error| wrong("healing_budget", error))?;
+        let services = check_services(settings.service, &settings.healing)?;
+        check_space(&services, &state_dir.path)?;
         Ok(Self {
             node,
             state_dir,
@@ -556,7 +754,7 @@ impl EdgeConfig {
             http: settings.http,
             healing_budget,
             healing_policy: check_policy(settings.healing_policy)?,
-            services: check_services(settings.service, &settings.healing)?,
+            services,
         })
     }
 }
@@ -673,10 +871,37 @@ fn check_detection(detection: &DetectionSettings, sampling: &SamplingSettings) -
     Ok(())
 }
 
-fn check_risk(risk: RiskSettings) -> Result<RiskConfig, ConfigError> {
+fn check_risk(mut risk: RiskSettings, interval: Duration) -> Result<RiskConfig, ConfigError> {
     count("risk.horizons", risk.horizons.len(), 1, 8)?;
     if !risk.horizons.windows(2).all(|pair| pair[0] < pair[1]) {
         return Err(wrong("risk.horizons", "each must be longer than the one before"));
+    }
+    for horizon in &risk.horizons {
+        Horizon::new(*horizon).map_err(|error| wrong("risk.horizons", error))?;
+    }
+    let shortest = interval.saturating_mul(HORIZON_SAMPLES_MIN);
+    if risk.horizons == RiskSettings::default().horizons {
+        // Nobody chose them: those that this interval leaves too few samples for are left out.
+        risk.horizons.retain(|horizon| *horizon >= shortest);
+    }
+    if let Some(short) = risk.horizons.iter().find(|horizon| **horizon < shortest) {
+        let text = humantime::format_duration;
+        return Err(wrong(
+            "risk.horizons",
+            format!(
+                "{} is less than {HORIZON_SAMPLES_MIN} times sampling.interval ({}): no line can be drawn through so few samples",
+                text(*short),
+                text(interval)
+            ),
+        ));
+    }
+    if let [first, .., last] = risk.horizons[..]
+        && last > first.saturating_mul(HORIZON_RATIO_MAX)
+    {
+        return Err(wrong(
+            "risk.horizons",
+            format!("the longest may be at most {HORIZON_RATIO_MAX} times the shortest"),
+        ));
     }
     let horizons = risk
         .horizons
@@ -754,7 +979,81 @@ fn check_services(
         services.push(service);
     }
     check_dependencies(&services)?;
+    let states: Vec<Option<PathBuf>> = services
+        .iter()
+        .map(|service| service.state.as_ref().map(|state| state.dir.clone()))
+        .collect();
+    for (own, service) in services.iter_mut().enumerate() {
+        let others = states.iter().enumerate().filter(|(other, _)| *other != own);
+        service.other_states = others.filter_map(|(_, dir)| dir.clone()).collect();
+    }
     Ok(services)
+}
+
+/// What may be moved away lies apart from every state and from what the edge keeps. By name alone: what links and mounts make of the
+/// names is seen at the action ([`theriac_heal::executor::space`]).
+fn check_space(services: &[ServiceConfig], state_dir: &Path) -> Result<(), ConfigError> {
+    let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for service in services {
+        let Some(space) = &service.space else { continue };
+        let key = |field: &str| format!("service `{}`, space.{field}", service.name);
+        let states = services
+            .iter()
+            .filter(|other| other.name != service.name)
+            .filter_map(|other| {
+                Some((
+                    format!("state.dir of `{}`", other.name),
+                    full(&other.state.as_ref()?.dir),
+                ))
+            });
+        let states: Vec<(String, PathBuf)> = states.collect();
+        let edge = ("the edge's state_dir".to_owned(), full(state_dir));
+        for listed in &space.relieve {
+            for (name, dir) in states.iter().chain([&edge]) {
+                if listed.starts_with(dir) || dir.starts_with(listed) {
+                    let words = format!(
+                        "{} overlaps with {name}, {}: list directories whose files can be made again",
+                        listed.display(),
+                        dir.display()
+                    );
+                    return Err(wrong(key("relieve"), words));
+                }
+            }
+        }
+        if let Some((name, _)) = states.iter().find(|(_, dir)| space.quarantine.starts_with(dir)) {
+            return Err(wrong(key("quarantine"), format!("lies in {name}")));
+        }
+    }
+    Ok(())
+}
+
+/// An action that takes longer than `healing.action_timeout` would be handed to a person while it is still done.
+fn check_call_times(
+    hook: Option<&HookSettings>,
+    webhook: Option<&WebhookSettings>,
+    longest: Duration,
+) -> Option<(&'static str, String)> {
+    let text = humantime::format_duration;
+    if let Some(hook) = hook
+        && hook.timeout >= longest
+    {
+        let words = format!(
+            "{} is not below healing.action_timeout ({})",
+            text(hook.timeout),
+            text(longest)
+        );
+        return Some(("hook.timeout", words));
+    }
+    let webhook = webhook?;
+    let all = webhook::longest(webhook.timeout, webhook.attempts, crate::service::WEBHOOK_PAUSE);
+    (all >= longest).then(|| {
+        let words = format!(
+            "all attempts and the pauses between them take up to {}, which is not below healing.action_timeout ({})",
+            text(all),
+            text(longest)
+        );
+        ("webhook.attempts", words)
+    })
 }
 
 /// Circles are allowed: services may call each other.
@@ -870,16 +1169,47 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
     {
         return Err(wrong(key(field), reason));
     }
+    if let Some((field, reason)) = wrong_calls(service.hook.as_ref(), service.webhook.as_ref()) {
+        return Err(wrong(key(field), reason));
+    }
+    if let Some(space) = &service.space
+        && let Some((field, reason)) = space.wrong(service.state.as_ref())
+    {
+        return Err(wrong(key(field), reason));
+    }
+    if let Some(sessions) = &service.sessions
+        && let Some((field, reason)) = sessions.wrong(service.checkpoint.as_ref())
+    {
+        return Err(wrong(key(field), reason));
+    }
     let memory_limit = service
         .limits
         .memory_bytes
         .map(|bytes| Limit::new(bytes as f64).map_err(|error| wrong(key("limits.memory_bytes"), error)))
         .transpose()?;
-    let healing = service
+    let mut healing = service
         .healing
         .over(above)
         .check()
         .map_err(|error| wrong(key("healing"), error))?;
+    if let Some((field, reason)) = check_call_times(
+        service.hook.as_ref(),
+        service.webhook.as_ref(),
+        healing.action_timeout,
+    ) {
+        return Err(wrong(key(field), reason));
+    }
+    healing.hook_for = service
+        .hook
+        .iter()
+        .flat_map(|hook| hook.classes.clone())
+        .collect();
+    healing.webhook_for = service
+        .webhook
+        .iter()
+        .flat_map(|webhook| webhook.classes.clone())
+        .collect();
+    healing.session_actions = service.sessions.is_some();
     Ok(ServiceConfig {
         name,
         healing,
@@ -892,6 +1222,11 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
         probe,
         state: service.state,
         checkpoint: service.checkpoint,
+        hook: service.hook,
+        webhook: service.webhook,
+        space: service.space,
+        other_states: Vec::new(),
+        sessions: service.sessions,
         depends_on: service.depends_on,
         memory_limit,
     })
@@ -948,6 +1283,8 @@ pub fn example() -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use theriac_heal::types::ActionKind;
+
     use super::*;
 
     fn check_text(text: &str) -> Result<EdgeConfig, ConfigError> {
@@ -1005,6 +1342,30 @@ mod tests {
                 assert_eq!(shown.get(key), Some(value), "{section}.{key}");
             }
         }
+    }
+
+    #[test]
+    fn horizons_hold_samples_enough_for_a_line() {
+        let horizons = |text: &str| {
+            check_text(text).map(|config| {
+                let seconds = config.risk.horizons.iter().map(|horizon| horizon.seconds());
+                seconds.collect::<Vec<_>>()
+            })
+        };
+        assert_eq!(horizons("").unwrap(), [60.0, 300.0, 900.0]);
+        // Of those that nobody chose, the ones that are too short are left out; chosen ones are refused.
+        assert_eq!(
+            horizons("[sampling]\ninterval = '15s'\n").unwrap(),
+            [300.0, 900.0]
+        );
+        assert_eq!(horizons("[sampling]\ninterval = '1m'\n").unwrap(), [900.0]);
+        let error = horizons("[sampling]\ninterval = '15s'\n[risk]\nhorizons = ['1m', '15m']\n").unwrap_err();
+        assert!(
+            error.to_string().contains("8 times sampling.interval (15s)"),
+            "{error}"
+        );
+        let error = horizons("[risk]\nhorizons = ['10s', '2h']\n").unwrap_err();
+        assert!(error.to_string().contains("360 times the shortest"), "{error}");
     }
 
     #[test]
@@ -1082,6 +1443,139 @@ mod tests {
         let set = [("THERIAC__SAMPLING__INTERVAL".to_owned(), "250ms".to_owned())];
         let config = EdgeConfig::load(None, set).unwrap();
         assert_eq!(config.sampling.interval, Duration::from_millis(250));
+    }
+
+    #[test]
+    fn what_may_be_moved_away_lies_apart_from_the_state_and_the_quarantine() {
+        let load = |space: &str| {
+            let text = format!(
+                "[[service]]\nname = 'kv'\nargv = ['true']\nstate = {{ dir = '/data/kv' }}\nspace = {{ {space} }}\n"
+            );
+            let settings: EdgeSettings = toml::from_str(&text).map_err(|error| error.to_string())?;
+            EdgeConfig::check(settings, &|_| None).map_err(|error| error.to_string())
+        };
+        assert!(load("relieve = ['/data/cache', '/data/kv/log'], quarantine = '/spare/q'").is_ok());
+        for (space, word) in [
+            ("relieve = [], quarantine = '/q'", "space.relieve"),
+            ("relieve = ['cache'], quarantine = '/q'", "space.relieve"),
+            ("relieve = ['/data/kv/wal'], quarantine = '/q'", "space.relieve"),
+            ("relieve = ['/data'], quarantine = '/q'", "space.relieve"),
+            ("relieve = ['/a/../data/kv'], quarantine = '/q'", "space.relieve"),
+            ("relieve = ['/q'], quarantine = '/q/below'", "space.relieve"),
+            (
+                "relieve = ['/data/cache'], quarantine = '/data/kv/q'",
+                "space.quarantine",
+            ),
+            (
+                "relieve = ['/data/cache'], quarantine = '/q', min_age = '9000h'",
+                "space.min_age",
+            ),
+        ] {
+            let error = load(space).unwrap_err();
+            assert!(error.contains(word), "{space}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_moved_away_lies_apart_from_other_states_and_from_what_the_edge_keeps() {
+        let load = |space: &str| {
+            let text = format!(
+                "state_dir = '/var/lib/edge'\n\
+                 [[service]]\nname = 'kv'\nargv = ['true']\nstate = {{ dir = '/data/kv' }}\nspace = {{ {space} }}\n\
+                 [[service]]\nname = 'db'\nargv = ['true']\nstate = {{ dir = '/data/db' }}\n"
+            );
+            let settings: EdgeSettings = toml::from_str(&text).map_err(|error| error.to_string())?;
+            EdgeConfig::check(settings, &|_| None).map_err(|error| error.to_string())
+        };
+        assert!(load("relieve = ['/var/cache', '/data/kv/log'], quarantine = '/spare'").is_ok());
+        for (space, word) in [
+            ("relieve = ['/var/lib/edge'], quarantine = '/q'", "state_dir"),
+            (
+                "relieve = ['/var/lib/edge/checkpoints'], quarantine = '/q'",
+                "state_dir",
+            ),
+            ("relieve = ['/var'], quarantine = '/q'", "state_dir"),
+            (
+                "relieve = ['/var/cache', '/data/db/base'], quarantine = '/q'",
+                "`db`",
+            ),
+            ("relieve = ['/data/db/log'], quarantine = '/q'", "`db`"),
+            ("relieve = ['/var/cache'], quarantine = '/data/db/q'", "`db`"),
+        ] {
+            let error = load(space).unwrap_err();
+            assert!(
+                error.contains(word) && error.contains("space."),
+                "{space}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn hooks_and_webhooks_end_before_the_action_is_given_up() {
+        let load = |extra: &str| {
+            let text = format!("[[service]]\nname = 'kv'\nargv = ['true']\n{extra}\n");
+            let settings: EdgeSettings = toml::from_str(&text).map_err(|error| error.to_string())?;
+            EdgeConfig::check(settings, &|_| None).map_err(|error| error.to_string())
+        };
+        let hook =
+            |timeout: &str| format!("hook = {{ for = ['hang'], argv = ['/x'], timeout = '{timeout}' }}");
+        let webhook = |timeout: &str, attempts: u32| {
+            format!(
+                "webhook = {{ for = ['hang'], url = 'http://a:1/', secret_file = '/s', timeout = '{timeout}', attempts = {attempts} }}"
+            )
+        };
+        let short = "healing.action_timeout = '30s'\n";
+        for good in [hook("100s"), webhook("20s", 3), format!("{short}{}", hook("29s"))] {
+            load(&good).unwrap();
+        }
+        for (bad, word) in [
+            (hook("2m"), "hook.timeout"),
+            (format!("{short}{}", hook("30s")), "hook.timeout"),
+            (webhook("1m", 2), "webhook.attempts"),
+            // A second each, and 255 s of pauses.
+            (webhook("1s", 10), "webhook.attempts"),
+        ] {
+            let error = load(&bad).unwrap_err();
+            assert!(
+                error.contains(word) && error.contains("action_timeout"),
+                "{bad}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn hooks_name_their_classes_and_a_program_and_come_into_the_policy() {
+        let load = |extra: &str| {
+            let text = format!("[[service]]\nname = 'kv'\nargv = ['true']\n{extra}\n");
+            let settings: EdgeSettings = toml::from_str(&text).map_err(|error| error.to_string())?;
+            EdgeConfig::check(settings, &|_| None).map_err(|error| error.to_string())
+        };
+        let good = "hook = { for = ['hang', 'overload'], argv = ['/opt/x'] }\nwebhook = { for = ['unknown'], url = 'http://a:1/', secret_file = '/s' }";
+        let policy = load(good).unwrap().services[0].healing.clone();
+        assert!(policy.inhibits(FaultClass::Overload, ActionKind::Restart));
+        assert!(!policy.inhibits(FaultClass::Overload, ActionKind::Hook));
+        assert!(policy.webhook_for.contains(&FaultClass::Unknown));
+        for (extra, word) in [
+            ("hook = { for = [], argv = ['/x'] }", "hook.for"),
+            ("hook = { for = ['dependency_down'], argv = ['/x'] }", "hook.for"),
+            ("hook = { for = ['hang'], argv = ['x'] }", "hook.argv"),
+            (
+                "hook = { for = ['hang'], argv = ['/x'], timeout = '1h' }",
+                "hook.timeout",
+            ),
+            ("hook = { for = ['hung'], argv = ['/x'] }", "hung"),
+            (
+                "webhook = { for = ['hang'], url = 'https://a/', secret_file = '/s' }",
+                "webhook.url",
+            ),
+            (
+                "webhook = { for = ['hang'], url = 'http://a:1/', secret_file = '/s', attempts = 0 }",
+                "webhook.attempts",
+            ),
+        ] {
+            let error = load(extra).unwrap_err();
+            assert!(error.contains(word), "{extra}: {error}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use theriac_model::global::{GlobalModel, OwnLagWeights};
 use theriac_model::sample::Sample;
 use theriac_model::series::Series;
 use theriac_model::threshold::{AlarmState, Verdict};
+use theriac_protocol::units::Timestamp;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -24,6 +25,7 @@ use crate::history::History;
 use crate::level::Levels;
 use crate::state_dir::StateDir;
 use crate::storage::StorageWatch;
+use crate::update::system_time;
 
 /// Rows that a new scorer is led through, so that it scores from its first row on.
 const LEAD_IN_ROWS: usize = 60;
@@ -56,6 +58,8 @@ pub struct LaneShared {
     pub name: String,
     /// What the columns mean.
     pub schema: FeatureSchema,
+    /// How its detectors are fitted, by the configuration as it is now; a kept detector may have been fitted otherwise.
+    pub fit: FitOptions,
     // Both locks are held for a copy at most, never across an await.
     history: Mutex<History>,
     model: Mutex<Model>,
@@ -68,15 +72,36 @@ struct Model {
 }
 
 impl LaneShared {
-    /// A lane that has seen nothing.
-    pub fn new(name: &str, schema: FeatureSchema, rows_max: usize) -> Self {
-        let history = Mutex::new(History::new(schema.channels(), rows_max));
+    /// A lane that has seen nothing, with rows `step` apart. It is made when the program starts: its blocks are counted from this moment, by the system's clock.
+    pub fn new(
+        name: &str,
+        schema: FeatureSchema,
+        rows_max: usize,
+        settings: &DetectionSettings,
+        step: Duration,
+    ) -> Self {
+        let fit = FitOptions {
+            half_lives: settings.half_lives,
+            prior: Some(OwnLagWeights::public_constant(schema.channels())),
+            false_alarms_per_day: settings.false_alarms_per_day,
+            arm: settings.arm.into(),
+            ..FitOptions::new(step)
+        };
+        let history = Mutex::new(History::new(schema.channels(), rows_max, system_time().0));
         Self {
             name: name.to_owned(),
             schema,
+            fit,
             history,
             model: Mutex::default(),
         }
+    }
+
+    /// The same, empty, as if it had been made at another time.
+    #[must_use]
+    pub fn started_at(mut self, started: Timestamp, rows_max: usize) -> Self {
+        self.history = Mutex::new(History::new(self.schema.channels(), rows_max, started.0));
+        self
     }
 
     /// The rows.
@@ -262,7 +287,7 @@ impl Lane {
             let lane = &self.shared.name;
             tracing::warn!(
                 lane,
-                hint = "if this is how it should be, restart the edge without its model directory or train on newer rows",
+                hint = "if this is how it should be, say so: theriac-edge incidents accept ID",
                 "an alarm has lasted for 24 hours: a new normal?"
             );
         }
@@ -304,7 +329,9 @@ impl Lane {
         if let Some(running) = &mut self.running {
             running.scorer = Scorer::new(Arc::clone(&running.detector));
             running.causes = CauseTracker::new(running.deviations.len());
-            running.alarm = AlarmState::new(running.detector.threshold()).with_step(self.step);
+            running.alarm = AlarmState::new(running.detector.threshold())
+                .with_step(self.step)
+                .succeed(&running.alarm);
             self.calm = 0;
         }
         if let Some(levels) = &mut self.levels {
@@ -328,11 +355,10 @@ impl Lane {
         }
         if self.fit_due() {
             self.fitted = Some(Instant::now());
-            let (shared, options) = (Arc::clone(&self.shared), self.fit_options());
+            let shared = Arc::clone(&self.shared);
             let (global, rows) = (self.shared.global(), self.fit_rows());
             let lean_on = global.clone();
-            let result =
-                tokio::task::spawn_blocking(move || fit(&shared, &options, lean_on.as_deref(), rows));
+            let result = tokio::task::spawn_blocking(move || fit(&shared, lean_on.as_deref(), rows));
             self.fit = Some(Fit { global, result });
         }
         None
@@ -383,15 +409,6 @@ impl Lane {
         waited && self.shared.history().quiet_len() >= self.settings.warm_up_rows
     }
 
-    fn fit_options(&self) -> FitOptions {
-        FitOptions {
-            half_lives: self.settings.half_lives,
-            prior: Some(OwnLagWeights::public_constant(self.shared.schema.channels())),
-            false_alarms_per_day: self.settings.false_alarms_per_day,
-            ..FitOptions::new(self.step)
-        }
-    }
-
     fn take_up_detector(&mut self) {
         let Some(detector) = self.shared.detector() else {
             return;
@@ -412,7 +429,11 @@ impl Lane {
             });
         }
         let channels = detector.schema().channels();
-        let alarm = AlarmState::new(detector.threshold()).with_step(self.step);
+        let mut alarm = AlarmState::new(detector.threshold()).with_step(self.step);
+        if let Some(former) = &self.running {
+            alarm = alarm.succeed(&former.alarm);
+        }
+        let as_configured = same_settings(detector.options(), &self.shared.fit);
         self.running = Some(Running {
             detector,
             scorer,
@@ -421,27 +442,34 @@ impl Lane {
             deviations: vec![0.0; channels],
             asked_new_normal: false,
         });
-        self.fitted.get_or_insert_with(Instant::now);
+        // One that was fitted by other settings is used as it is and replaced as soon as there are rows.
+        if as_configured {
+            self.fitted.get_or_insert_with(Instant::now);
+        }
     }
+}
+
+/// Whether a detector was fitted as the configuration says now, priors aside.
+fn same_settings(fitted: &FitOptions, configured: &FitOptions) -> bool {
+    fitted.half_lives == configured.half_lives
+        && fitted.arm == configured.arm
+        && fitted.false_alarms_per_day.to_bits() == configured.false_alarms_per_day.to_bits()
 }
 
 fn fit(
     shared: &LaneShared,
-    options: &FitOptions,
     global: Option<&GlobalModel>,
     rows: usize,
 ) -> Result<Arc<Detector>, DetectorError> {
     let series: Series = shared.history().quiet(rows);
     let former = shared.detector();
     let fitted = match (&former, global) {
-        (Some(former), Some(global)) => former.refit_with_global(&series, global)?,
-        (former, _) => {
-            let mut fitted = Detector::fit(&shared.schema, &series, options)?;
-            if let Some(former) = former {
-                fitted.set_provenance(former.provenance().clone());
-            }
-            fitted
+        (Some(former), Some(global)) => former.refit_with_global(&series, global, &shared.fit)?,
+        // It leans on a model that this run does not hold, since a later one was published and did not pass: it goes on doing so.
+        (Some(former), None) if former.provenance().model_version > 0 => {
+            former.refit(&series, &shared.fit)?
         }
+        _ => Detector::fit(&shared.schema, &series, &shared.fit)?,
     };
     Ok(Arc::new(fitted))
 }
@@ -494,6 +522,17 @@ pub fn load_detector(dir: &Path, shared: &LaneShared) -> Option<Arc<Detector>> {
 
 fn load_one(dir: &Path, name: &str, shared: &LaneShared) -> Option<Arc<Detector>> {
     match Detector::load(dir, name) {
+        // Rows of another pace are all gaps to it, and its lags mean other times.
+        Ok(detector) if detector.options().step != shared.fit.step => {
+            let (found, now) = (detector.options().step, shared.fit.step);
+            tracing::warn!(
+                name,
+                ?found,
+                ?now,
+                "the kept model is for rows of another interval and is not used: a new one is fitted after the warm-up"
+            );
+            None
+        }
         Ok(detector) if detector.schema().digest() == shared.schema.digest() => Some(Arc::new(detector)),
         Ok(detector) => {
             let found = &detector.schema().name;
@@ -680,7 +719,13 @@ mod tests {
     }
 
     fn lane() -> Lane {
-        let shared = Arc::new(LaneShared::new("kv", FeatureSchema::host_service_v1(), 2000));
+        let shared = Arc::new(LaneShared::new(
+            "kv",
+            FeatureSchema::host_service_v1(),
+            2000,
+            &settings(),
+            STEP,
+        ));
         Lane::new(shared, settings(), STEP)
     }
 
@@ -889,7 +934,13 @@ mod tests {
         let lane = warm(200).await;
         let detector = lane.shared().detector().unwrap();
         detector.save(dir.path(), &detector_name("kv")).unwrap();
-        let shared = Arc::new(LaneShared::new("kv", FeatureSchema::host_service_v1(), 2000));
+        let shared = Arc::new(LaneShared::new(
+            "kv",
+            FeatureSchema::host_service_v1(),
+            2000,
+            &settings(),
+            STEP,
+        ));
         shared.replace(load_detector(dir.path(), &shared).unwrap());
         let mut lane = Lane::new(Arc::clone(&shared), settings(), STEP);
         for row in 0..30_u32 {

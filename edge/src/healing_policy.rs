@@ -1,14 +1,15 @@
 //! The signed policy of healing: read, its signatures counted, laid over what `edge.toml` says. And the log of rulings under it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use theriac_command::settings::{self, SettingsError};
-use theriac_heal::policy::evaluate::RulingRecord;
+use theriac_heal::policy::evaluate::{self, RulingRecord};
 use theriac_heal::policy::file::{FileError, PolicyFile};
 use theriac_heal::policy::{HealPolicy, NodeBudget};
+use theriac_heal::types::ActionKind;
 use theriac_privacy::policy::signed::{
     PolicyPublicKey, PolicySignature, SignatureError, Subject, signature_path,
 };
@@ -54,6 +55,22 @@ pub enum HealingPolicyError {
     /// It is not TOML of this form.
     #[error("{0}")]
     Form(SettingsError),
+    /// An action asks for more people than there are keys.
+    #[error(
+        "{path}: service `{service}`, action `{action}` asks for {need} approvals, and healing_policy.keys names {keys}"
+    )]
+    Approvals {
+        /// The policy.
+        path: PathBuf,
+        /// The service.
+        service: String,
+        /// The action.
+        action: ActionKind,
+        /// People it asks for.
+        need: u32,
+        /// Keys that there are.
+        keys: usize,
+    },
     /// It cannot hold here.
     #[error("{path}: {source}")]
     File {
@@ -103,6 +120,21 @@ pub fn apply(config: &mut EdgeConfig) -> Result<Option<Loaded>, HealingPolicyErr
         .map(|service| (service.name.to_string(), service.healing.clone()))
         .collect();
     config.healing_budget = lay(&path, &file, &mut policies, config.healing_budget)?;
+    let keys = config.healing_policy.keys.len();
+    for (service, policy) in &policies {
+        for action in policy.rules.iter().flat_map(BTreeMap::keys) {
+            let asked = policy.approvals(*action);
+            if asked.signed && asked.need as usize > keys {
+                return Err(HealingPolicyError::Approvals {
+                    path,
+                    service: service.clone(),
+                    action: *action,
+                    need: asked.need,
+                    keys,
+                });
+            }
+        }
+    }
     for service in &mut config.services {
         if let Some(policy) = policies.remove(service.name.as_str()) {
             service.healing = policy;
@@ -236,25 +268,100 @@ impl Rulings {
         }
     }
 
-    /// Appends one ruling.
+    /// Appends one ruling, with the digest of the line before it, so that a line which is taken out or changed later is noticed. A line that
+    /// a crash cut short is no ruling and is cut off first.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// When the file cannot be read or written.
     pub fn append(&self, record: &RulingRecord) -> std::io::Result<()> {
-        let mut line = serde_json::to_vec(record)?;
+        let mut file = self.open()?;
+        let size = cut_torn(&mut file)?;
+        let last = match last_line(&mut file, size)? {
+            Some(line) => Some(line),
+            // It begins anew, and the chain goes on.
+            None => match std::fs::File::open(self.older()) {
+                Ok(mut older) => {
+                    let size = older.metadata()?.len();
+                    last_line(&mut older, size)?
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(error) => return Err(error),
+            },
+        };
+        let record = RulingRecord {
+            previous: last.as_deref().map(evaluate::line_digest).unwrap_or_default(),
+            ..record.clone()
+        };
+        let mut line = serde_json::to_vec(&record)?;
         line.push(b'\n');
-        let size = std::fs::metadata(&self.path).map_or(0, |found| found.len());
         if size > 0 && size + line.len() as u64 > self.bytes_max {
-            std::fs::rename(&self.path, self.path.with_extension("1.jsonl"))?;
+            std::fs::rename(&self.path, self.older())?;
+            file = self.open()?;
         }
+        file.write_all(&line)
+    }
+
+    fn open(&self) -> std::io::Result<std::fs::File> {
         std::fs::OpenOptions::new()
             .create(true)
+            .read(true)
             .append(true)
             .mode(0o600)
-            .open(&self.path)?
-            .write_all(&line)
+            .open(&self.path)
+    }
+
+    fn older(&self) -> PathBuf {
+        older(&self.path)
     }
 }
+
+/// The file that a full log of rulings is renamed to; the one before that is given up.
+pub fn older(log: &Path) -> PathBuf {
+    log.with_extension("1.jsonl")
+}
+
+/// Cuts what follows the last whole line. The size that is left.
+fn cut_torn(file: &mut std::fs::File) -> std::io::Result<u64> {
+    let size = file.metadata()?.len();
+    let mut end = size;
+    let mut byte = [0];
+    while end > 0 {
+        file.seek(SeekFrom::Start(end - 1))?;
+        file.read_exact(&mut byte)?;
+        if byte == *b"\n" {
+            break;
+        }
+        end -= 1;
+    }
+    if end < size {
+        tracing::warn!(
+            bytes = size - end,
+            "the log of rulings ended in an incomplete line: cut it off"
+        );
+        file.set_len(end)?;
+    }
+    Ok(end)
+}
+
+/// The last whole line of a file that ends with one, without its end.
+fn last_line(file: &mut std::fs::File, size: u64) -> std::io::Result<Option<Vec<u8>>> {
+    let mut length = LINE_GUESS.min(size);
+    while length > 0 {
+        file.seek(SeekFrom::Start(size - length))?;
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+        file.read_exact(&mut bytes)?;
+        bytes.pop();
+        let begin = bytes.iter().rposition(|byte| *byte == b'\n').map(|at| at + 1);
+        if begin.is_some() || length == size {
+            return Ok(Some(bytes.split_off(begin.unwrap_or(0))));
+        }
+        length = (length * 4).min(size);
+    }
+    Ok(None)
+}
+
+/// Where the last line is looked for first, in bytes from the end.
+const LINE_GUESS: u64 = 8 << 10;
 
 #[cfg(test)]
 mod tests {
@@ -352,6 +459,57 @@ mod tests {
             };
             assert!(said.contains(words), "{from} -> {to}: {said}");
         }
+    }
+
+    fn ruling(incident: u64) -> RulingRecord {
+        let facts = format!(
+            r#"{{"incident":{incident},"service":"kv","action":"restart","class":"hang","certainty":0.9,"restart_helps":"yes","risk":null,"answers":false,"actions_of_service":0,"actions_of_node":0,"charges":[],"healed_before":0,"demoted":false,"halted":false,"approved":false,"now_ms":1}}"#
+        );
+        RulingRecord {
+            unix_ms: incident,
+            policy: "d".to_owned(),
+            facts: serde_json::from_str(&facts).unwrap(),
+            ruling: evaluate::Ruling::NeedApproval,
+            previous: String::new(),
+        }
+    }
+
+    #[test]
+    fn each_ruling_names_the_line_before_it_across_files_and_torn_lines() {
+        let root = tempfile::tempdir().unwrap();
+        let log = Rulings {
+            path: root.path().join("rulings.jsonl"),
+            bytes_max: 2_000,
+        };
+        for incident in 1..=20 {
+            log.append(&ruling(incident)).unwrap();
+            if incident == 7 {
+                let mut file = log.open().unwrap();
+                file.write_all(b"{\"unix_ms\": 9, half a li").unwrap();
+            }
+        }
+        let older = std::fs::read_to_string(log.older()).unwrap();
+        let newer = std::fs::read_to_string(&log.path).unwrap();
+        let lines: Vec<&str> = older.lines().chain(newer.lines()).collect();
+        assert!(newer.len() <= 2_000 && lines.len() >= 4);
+        for pair in lines.windows(2) {
+            let record: RulingRecord = serde_json::from_str(pair[1]).unwrap();
+            assert_eq!(record.previous, evaluate::line_digest(pair[0].as_bytes()));
+        }
+    }
+
+    #[test]
+    fn more_approvals_than_keys_are_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let text = POLICY.replace("max = '3/1h'", "approvals = { need = 2 }");
+        let mut few = config(root.path(), &text, &[1], 1, &[1]);
+        let error = apply(&mut few).unwrap_err().to_string();
+        assert!(
+            error.contains("asks for 2 approvals") && error.contains("names 1"),
+            "{error}"
+        );
+        let mut enough = config(root.path(), &text, &[1, 2], 1, &[1]);
+        assert!(apply(&mut enough).is_ok());
     }
 
     #[test]

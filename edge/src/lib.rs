@@ -20,6 +20,7 @@ pub mod healing_policy;
 pub mod history;
 pub mod http;
 mod level;
+mod logs;
 pub mod metrics;
 pub mod postgres;
 pub mod pressure;

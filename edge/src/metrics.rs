@@ -72,6 +72,8 @@ pub struct Metrics {
     pub gate_verdicts: Family<Kind, Counter>,
     pub model_version: Gauge,
     pub epsilon_spent: Real,
+    /// ε of the most charged unit over all time.
+    pub epsilon_ever: Real,
     pub epsilon_limit: Real,
     pub ledger_refusals: Family<Kind, Counter>,
     pub certificate_expiry_seconds: Real,
@@ -141,6 +143,7 @@ impl Metrics {
                 "epsilon_spent",
                 "Largest privacy loss of any unit in the current period of the policy",
             ),
+            epsilon_ever: r.add("epsilon_ever", "Largest privacy loss of any unit over all time"),
             epsilon_limit: r.add("epsilon_limit", "Limit of the privacy policy"),
             ledger_refusals: r.add(
                 "ledger_refusals",

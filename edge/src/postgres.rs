@@ -1,5 +1,6 @@
 //! `[service.checkpoint]`: how a service's state becomes a checkpoint, and the supervised PostgreSQL server.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use theriac_command::settings;
 use theriac_heal::checkpoint::kind::Source;
 use theriac_heal::checkpoint::postgres::workload::{Criteria, Template};
 use theriac_heal::checkpoint::postgres::{PostgresSource, ShadowSpec};
+use theriac_heal::executor::postgres::{PostgresHands, SessionPolicy};
 use theriac_heal::executor::process::{Polite, ServiceSpec};
 use theriac_heal::postgres::PostgresError;
 use theriac_heal::postgres::binaries::PgBinaries;
@@ -66,6 +68,129 @@ pub struct CheckpointSettings {
     pub max_error: f64,
     /// `shared_preload_libraries` that recovery needs. Default none.
     pub preload: String,
+}
+
+/// `[service.sessions]`: when sessions of a PostgreSQL server are in trouble, and which may be touched for it.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SessionSettings {
+    /// Time between two looks at the server's sessions. Default `2s`, 200 ms to 10 min. Each opens one session of the superuser.
+    #[serde(with = "settings::duration")]
+    pub look_every: Duration,
+    /// So many sessions behind one are a pile-up. Default 3, 1 to 10 000.
+    pub waiting_min: u32,
+    /// When one of them has waited for so long. Default `5s`, 0 s to 1 h. Too short: honest waiting costs somebody a transaction.
+    #[serde(with = "settings::duration")]
+    pub waited_min: Duration,
+    /// A session that has been idle for so long may be ended for its slot. Default `1m`, 0 s to 24 h.
+    #[serde(with = "settings::duration")]
+    pub idle_min: Duration,
+    /// Fewer free slots for clients are too few. Default 5, 1 to 1 000; at most a quarter of all of them.
+    pub free_min: u32,
+    /// Slots that are to be free afterwards. Default 10, `free_min` to 10 000.
+    pub free_after: u32,
+    /// Most sessions ended at once. Default 20, 1 to 1 000.
+    pub ended_max: u32,
+    /// Roles and applications that are never touched. Superusers and replication never are.
+    pub spare: BTreeSet<String>,
+}
+
+impl Default for SessionSettings {
+    fn default() -> Self {
+        let policy = SessionPolicy::default();
+        Self {
+            look_every: Duration::from_secs(2),
+            waiting_min: 3,
+            waited_min: Duration::from_secs(policy.waited_seconds_min),
+            idle_min: Duration::from_secs(policy.idle_seconds_min),
+            free_min: policy.free_min,
+            free_after: policy.free_after,
+            ended_max: policy.ended_max,
+            spare: BTreeSet::new(),
+        }
+    }
+}
+
+impl SessionSettings {
+    /// The first value out of range: its key and what is wrong.
+    pub(crate) fn wrong(&self, checkpoint: Option<&CheckpointSettings>) -> Option<(&'static str, String)> {
+        let server = checkpoint.is_some_and(|checkpoint| checkpoint.kind == CheckpointKind::Postgresql);
+        let hour = Duration::from_hours(1);
+        let checks: [(bool, &'static str, &str); 8] = [
+            (
+                server,
+                "sessions",
+                "is for checkpoint.kind = \"postgresql\": name the server there",
+            ),
+            (
+                (Duration::from_millis(200)..=hour / 6).contains(&self.look_every),
+                "sessions.look_every",
+                "is outside 200ms to 10m",
+            ),
+            (
+                (1..=10_000).contains(&self.waiting_min),
+                "sessions.waiting_min",
+                "is outside 1 to 10000",
+            ),
+            (self.waited_min <= hour, "sessions.waited_min", "is above 1h"),
+            (self.idle_min <= 24 * hour, "sessions.idle_min", "is above 24h"),
+            (
+                (1..=1_000).contains(&self.free_min),
+                "sessions.free_min",
+                "is outside 1 to 1000",
+            ),
+            (
+                (self.free_min..=10_000).contains(&self.free_after),
+                "sessions.free_after",
+                "is outside free_min to 10000",
+            ),
+            (
+                (1..=1_000).contains(&self.ended_max),
+                "sessions.ended_max",
+                "is outside 1 to 1000",
+            ),
+        ];
+        checks
+            .into_iter()
+            .find(|(good, _, _)| !good)
+            .map(|(_, key, words)| (key, words.to_owned()))
+    }
+}
+
+/// The hands on a server's sessions, and how often they look; `None` for a service that is no PostgreSQL server.
+pub(crate) fn session_hands(config: &ServiceConfig) -> Option<(PostgresHands, Duration)> {
+    let checkpoint = config.checkpoint.as_ref().filter(|_| is_postgres(config))?;
+    let state = config.state.as_ref()?;
+    let settings = config.sessions.clone().unwrap_or_default();
+    let hands = PostgresHands {
+        target: target(checkpoint, &state.dir),
+        owner: Owner::of(&state.dir).ok(),
+        policy: SessionPolicy {
+            waiting_min: settings.waiting_min as usize,
+            waited_seconds_min: settings.waited_min.as_secs(),
+            idle_seconds_min: settings.idle_min.as_secs(),
+            free_min: settings.free_min,
+            free_after: settings.free_after,
+            ended_max: settings.ended_max,
+            spare: settings.spare,
+        },
+    };
+    Some((hands, settings.look_every))
+}
+
+/// The server, as its superuser.
+fn target(settings: &CheckpointSettings, data_dir: &Path) -> Target {
+    let user = settings
+        .user
+        .clone()
+        .or_else(|| Owner::of(data_dir).ok()?.name())
+        .unwrap_or_else(|| "postgres".to_owned());
+    Target {
+        socket_dir: settings.socket_dir.clone(),
+        port: settings.port,
+        user,
+        database: settings.database.clone(),
+    }
 }
 
 /// How a state is copied.
@@ -208,21 +333,11 @@ fn postgres(
         name.push("-verify");
         work_dir = work_dir.with_file_name(name);
     }
-    let user = settings
-        .user
-        .clone()
-        .or_else(|| Owner::of(&state.dir).ok()?.name())
-        .unwrap_or_else(|| "postgres".to_owned());
     Ok(PostgresSource {
         binaries: PgBinaries::find_here()?,
         data_dir: state.dir.clone(),
         work_dir,
-        target: Target {
-            socket_dir: settings.socket_dir.clone(),
-            port: settings.port,
-            user,
-            database: settings.database.clone(),
-        },
+        target: target(settings, &state.dir),
         max_rate_kib: settings.max_rate_kib,
         backup_timeout: settings.timeout,
         nice: i32::from(settings.nice),
@@ -273,6 +388,39 @@ mod tests {
         );
         let settings: EdgeSettings = toml::from_str(&text).map_err(|error| error.to_string())?;
         EdgeConfig::check(settings, &|_| None).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn sessions_are_of_a_server_and_their_values_in_range() {
+        let state = "[service.state]\ndir = \"/d\"";
+        let with = |sessions: &str| {
+            load(
+                &format!("kind = \"postgresql\"\n[service.sessions]\n{sessions}"),
+                state,
+            )
+        };
+        let good = with("look_every = \"1s\"\nspare = [\"batch\"]").unwrap();
+        assert!(good.services[0].healing.session_actions);
+        let silent = load("kind = \"postgresql\"", state).unwrap();
+        assert!(
+            session_hands(&silent.services[0]).is_some() && !silent.services[0].healing.session_actions,
+            "looked at, and not touched"
+        );
+        let (hands, every) = session_hands(&good.services[0]).unwrap();
+        assert_eq!(every, Duration::from_secs(1));
+        assert!(hands.policy.spare.contains("batch") && hands.policy.waited_seconds_min == 5);
+        assert!(session_hands(&load("", state).unwrap().services[0]).is_none());
+        for (sessions, word) in [
+            ("look_every = \"10ms\"", "sessions.look_every"),
+            ("waiting_min = 0", "sessions.waiting_min"),
+            ("free_min = 20\nfree_after = 10", "sessions.free_after"),
+            ("spared = []", "spared"),
+        ] {
+            let error = with(sessions).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+        let error = load("[service.sessions]", state).unwrap_err();
+        assert!(error.contains("checkpoint.kind"), "{error}");
     }
 
     #[test]

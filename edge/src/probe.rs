@@ -26,6 +26,16 @@ pub enum Probe {
     Postgres(Target),
 }
 
+impl Probe {
+    /// The TCP port that is asked; `None` for a Unix socket.
+    pub fn tcp_port(&self) -> Option<u16> {
+        match self {
+            Self::Http(url) => crate::config::host_and_port(&url.authority).map(|(_, port)| port),
+            Self::Postgres(_) => None,
+        }
+    }
+}
+
 impl FromStr for Probe {
     type Err = ProbeUrlError;
 
@@ -175,6 +185,18 @@ pub enum ProbeError {
     /// The answer is longer than the limit.
     #[error("the answer exceeds {0} bytes")]
     TooLong(usize),
+}
+
+impl ProbeError {
+    /// Whether a PostgreSQL server said that it has no slot left for an ordinary client (`too_many_connections`).
+    pub fn is_no_slot(&self) -> bool {
+        matches!(self, Self::Postgres(error) if is_no_slot(error))
+    }
+}
+
+/// Whether a PostgreSQL server said that it has no slot left for the one who asked (`too_many_connections`).
+pub fn is_no_slot(error: &PostgresError) -> bool {
+    matches!(error, PostgresError::Connect { code: Some(code), .. } if code == "53300")
 }
 
 /// Asks and returns the status code, reading no further than the status line.

@@ -11,7 +11,8 @@ use std::time::Duration;
 use theriac_heal::executor::clock;
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output};
 use theriac_heal::policy::{Autonomy, HealPolicy, HealingSection, NodeBudget, PolicyError};
-use theriac_heal::types::{FaultClass, Incident, IncidentId, IncidentState, Intent, Notice};
+use theriac_heal::types::{FaultClass, Incident, IncidentId, IncidentState, Intent, Notice, Plan};
+use theriac_privacy::policy::signed::{PolicyPublicKey, PolicySignature, SignatureError, Subject};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
@@ -22,7 +23,7 @@ use crate::service::{Command, ServiceShared};
 use crate::state_dir::StateDir;
 use crate::status::Board;
 use crate::storage::StorageWatch;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, Word};
 use crate::supervise::Shutdown;
 
 /// Time between two looks for what people approved.
@@ -60,6 +61,8 @@ pub struct Responder {
     pub new_normals: NewNormals,
     /// Where the stop switch and the log of rulings are.
     pub dir: StateDir,
+    /// Whose approvals count where a policy asks for signatures.
+    pub keys: Vec<PolicyPublicKey>,
 }
 
 /// Services, or the host, of which a person said that what their incident shows is normal now; cheap to clone.
@@ -344,6 +347,7 @@ impl Responder {
     /// While the stop file is there nothing is begun.
     fn follow_switch(&self, machine: &mut IncidentMachine) {
         let stopped = self.dir.stop_file().exists();
+        self.board.update(|status| status.healing_stopped = stopped);
         if stopped != machine.is_halted() {
             tracing::warn!(stopped, "the stop switch of healing was thrown");
             machine.handle(clock::now(), Input::Halt(stopped));
@@ -384,12 +388,16 @@ impl Responder {
         }
         match self.store.take_approvals().await {
             Ok(taken) => {
-                for (incident, approve) in taken {
-                    tracing::info!(incident = incident.0, approve, "a person decided");
-                    let input = if approve {
-                        Input::Approve { incident }
-                    } else {
+                for word in taken {
+                    let incident = word.incident;
+                    tracing::info!(incident = incident.0, approve = word.approve, "a person decided");
+                    let input = if !word.approve {
                         Input::Deny { incident }
+                    } else if let Some(by) = self.signer(machine, &word) {
+                        let plan = word.plan;
+                        Input::Approve { incident, plan, by }
+                    } else {
+                        continue;
                     };
                     machine.handle(clock::now(), input);
                 }
@@ -403,6 +411,31 @@ impl Responder {
                 }
             }
             Err(error) => self.storage.failed("read new normals", &error),
+        }
+    }
+
+    /// Who signed: nobody, for the word of somebody at the host; or nothing at all where the signature does not count.
+    #[expect(
+        clippy::option_option,
+        reason = "no signature is another thing than one that does not count"
+    )]
+    fn signer(&self, machine: &IncidentMachine, word: &Word) -> Option<Option<String>> {
+        let Some(signature) = &word.signature else {
+            return Some(None);
+        };
+        let plan = machine
+            .open_incidents()
+            .find(|open| open.id == word.incident)
+            .and_then(|open| open.plan.as_ref());
+        let checked = plan
+            .ok_or_else(|| "there is no such plan".to_owned())
+            .and_then(|plan| signed_by(signature, plan, &self.keys));
+        match checked {
+            Ok(key) => Some(Some(key)),
+            Err(why) => {
+                tracing::warn!(incident = word.incident.0, why, "an approval was refused");
+                None
+            }
         }
     }
 
@@ -426,11 +459,25 @@ impl Responder {
     }
 }
 
+/// The pinned key that signed exactly this plan.
+fn signed_by(signature: &str, plan: &Plan, keys: &[PolicyPublicKey]) -> Result<String, String> {
+    let signature: PolicySignature = signature
+        .parse()
+        .map_err(|error: SignatureError| error.to_string())?;
+    if !keys.contains(&signature.key) {
+        return Err(format!("{} is not among healing_policy.keys", signature.key));
+    }
+    signature
+        .verify_text(Subject::Approval, &plan.text(), signature.key)
+        .map_err(|error| error.to_string())?;
+    Ok(signature.key.to_string())
+}
+
 /// Tells the service's other tasks what its open incident means for them.
 fn show_trouble(shared: &ServiceShared, open: Option<&Incident>) {
     let acting = open.is_some_and(|incident| incident.in_flight().is_some());
     let class = open.map(|incident| incident.class);
-    let unsound = class.is_some_and(|class| !class.from_detector()) || acting;
+    let unsound = class.is_some_and(FaultClass::speaks_against_state) || acting;
     let corrupt = class == Some(FaultClass::Corruption) && !acting;
     shared.disturbed.store(open.is_some(), Ordering::Relaxed);
     shared.unsound.store(unsound, Ordering::Relaxed);
@@ -467,6 +514,9 @@ fn notify(notice: &Notice) {
 
 #[cfg(test)]
 mod tests {
+    use theriac_heal::types::{ActionKind, When};
+    use theriac_privacy::policy::signed::PolicyKey;
+
     use super::*;
     use crate::config::EdgeConfig;
     use crate::status::Storage;
@@ -515,6 +565,7 @@ mod tests {
             unsaved: Unsaved::default(),
             new_normals: NewNormals::default(),
             dir: dir.clone(),
+            keys: Vec::new(),
         };
         let new_normals = responder.new_normals.clone();
         let (storage, unsaved) = (responder.storage.clone(), responder.unsaved.clone());
@@ -690,6 +741,37 @@ mod tests {
         }
         assert!(reader.incident(IncidentId(7)).unwrap().is_some());
         stage.finish().await;
+    }
+
+    #[test]
+    fn an_approval_is_signed_by_a_pinned_key_over_exactly_this_plan() {
+        let plan = Plan {
+            incident: IncidentId(3),
+            service: "kv".to_owned(),
+            action: ActionKind::Restart,
+            class: FaultClass::Hang,
+            session: None,
+            policy: "d".to_owned(),
+            made: When::default(),
+            expires: When::default(),
+        };
+        let (ann, bob) = (PolicyKey::from_seed(&[1; 32]), PolicyKey::from_seed(&[2; 32]));
+        let keys = [ann.public()];
+        let signed = |key: &PolicyKey, subject, plan: &Plan| key.sign_text(subject, &plan.text()).to_string();
+        let good = signed(&ann, Subject::Approval, &plan);
+        assert_eq!(signed_by(&good, &plan, &keys), Ok(ann.public().to_string()));
+        let other = Plan {
+            action: ActionKind::Start,
+            ..plan.clone()
+        };
+        for bad in [
+            signed(&bob, Subject::Approval, &plan),
+            signed(&ann, Subject::Healing, &plan),
+            signed(&ann, Subject::Approval, &other),
+            "nothing".to_owned(),
+        ] {
+            assert!(signed_by(&bad, &plan, &keys).is_err(), "{bad}");
+        }
     }
 
     #[tokio::test]

@@ -210,10 +210,6 @@ fn space_used(path: &Path) -> f64 {
 
 /// For each horizon the resource that is worst off; abstains where every resource does.
 fn combine(horizons: &[Horizon], outlooks: &[&Outlook]) -> Vec<Risk> {
-    let lead = outlooks
-        .iter()
-        .filter_map(|outlook| outlook.lead)
-        .min_by(|a, b| a.expected.total_cmp(&b.expected));
     let at_horizon = |(at, horizon): (usize, &Horizon)| {
         let known = outlooks
             .iter()
@@ -238,7 +234,8 @@ fn combine(horizons: &[Horizon], outlooks: &[&Outlook]) -> Vec<Risk> {
                 most(|chance| chance.low),
                 most(|chance| chance.high),
             )),
-            lead,
+            // Its own, not the earliest of all: people read both as one.
+            lead: outlook.lead,
             resource: Some(outlook.resource),
             model: outlook.model.clone(),
         }

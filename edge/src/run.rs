@@ -261,6 +261,7 @@ impl Edge {
             unsaved: respond::Unsaved::default(),
             new_normals: new_normals.clone(),
             dir: self.dir.clone(),
+            keys: self.config.healing_policy.keys.clone(),
         };
         tasks.spawn("respond", move |shutdown| {
             respond::run(responder.clone(), Arc::clone(&received), shutdown)
@@ -370,7 +371,13 @@ fn lanes(config: &EdgeConfig, dir: &StateDir, board: &Board) -> Vec<Arc<LaneShar
     }
     let schema = FeatureSchema::host_service_v1();
     let lane = |name: String| {
-        let lane = LaneShared::new(&name, schema.clone(), config.sampling.history_rows);
+        let lane = LaneShared::new(
+            &name,
+            schema.clone(),
+            config.sampling.history_rows,
+            &config.detection,
+            config.sampling.interval,
+        );
         if let Some(detector) = load_detector(&dir.model(), &lane) {
             tracing::info!(
                 lane = name,

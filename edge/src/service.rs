@@ -8,18 +8,25 @@ use std::time::{Duration, Instant};
 use theriac_heal::checkpoint::schedule::Limits;
 use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
 use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLimits};
+use theriac_heal::executor::hook::Hook;
+use theriac_heal::executor::postgres::PostgresHands;
 use theriac_heal::executor::process::{
     Leftover, OutputTo, ServiceExit, ServiceSpec, Supervisor, process_state,
 };
 use theriac_heal::executor::service::{ServiceHands, ServiceState};
+use theriac_heal::executor::space::{SpaceHands, room_needed};
+use theriac_heal::executor::webhook::{SECRET_BYTES_MIN, Webhook};
 use theriac_heal::incident::Input;
+use theriac_heal::types::FaultClass;
 use theriac_heal::types::{ActionKind, Intent};
 use theriac_model::risk::Risk;
 use tokio::sync::{Notify, mpsc};
 
-use crate::config::{ProbeConfig, ServiceConfig, StateSettings};
+use crate::config::{HookSettings, ProbeConfig, ServiceConfig, StateSettings, WebhookSettings};
+use crate::logs::LogWatch;
 use crate::metrics::{Metrics, service as label};
-use crate::probe;
+use crate::pressure::Waits;
+use crate::probe::{self, ProbeError};
 use crate::sample::ProbeWindow;
 use crate::state_dir::StateDir;
 use crate::status::Board;
@@ -32,10 +39,16 @@ const OUTPUT_BYTES_MAX: u64 = 16 << 20;
 const CHECK_OUTPUT_BYTES_MAX: usize = 4 << 10;
 /// Time between two looks at the state of the process.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Time before a webhook is tried again.
+pub(crate) const WEBHOOK_PAUSE: Duration = Duration::from_millis(500);
+/// Longest time for one look at a server's sessions.
+const SESSIONS_WITHIN: Duration = Duration::from_secs(2);
+/// Time between two of them right after an action or a failed probe.
+const SESSIONS_HURRIED_EVERY: Duration = Duration::from_millis(200);
 /// Looks between two looks at the room on the service's file system.
 const ROOM_LOOKS: u32 = 10;
-/// Room below which a service's file system counts as full, in bytes; a fiftieth of it where that is less.
-const ROOM_MIN: u64 = 16 << 20;
+/// Looks between two looks at what its threads wait for, and at its output.
+const WAITS_LOOKS: u32 = 4;
 /// Time between probes right after an action, so that its effect is known soon.
 const HURRIED_EVERY: Duration = Duration::from_millis(50);
 /// Longest time that probes are hurried after an action.
@@ -61,6 +74,10 @@ pub struct ServiceShared {
     pid: AtomicU32,
     answers: AtomicBool,
     hurry: Notify,
+    look_now: Notify,
+    room_now: AtomicBool,
+    // Held for one look.
+    waits: Mutex<Waits>,
     // Held for one addition or copy, never across an await.
     probes: Mutex<ProbeWindow>,
     // The same.
@@ -70,6 +87,7 @@ pub struct ServiceShared {
 impl ServiceShared {
     /// A service of which nothing is known yet.
     pub fn new(config: ServiceConfig) -> Self {
+        let port = config.probe.as_ref().and_then(|probe| probe.url.tcp_port());
         Self {
             name: config.name.to_string(),
             config,
@@ -80,6 +98,9 @@ impl ServiceShared {
             pid: AtomicU32::new(0),
             answers: AtomicBool::new(false),
             hurry: Notify::new(),
+            look_now: Notify::new(),
+            room_now: AtomicBool::new(false),
+            waits: Mutex::new(Waits::of(port)),
             probes: Mutex::default(),
             risks: Mutex::default(),
         }
@@ -252,6 +273,8 @@ async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: 
                 })
                 .await;
             shared.hurry.notify_one();
+            shared.look_now.notify_one();
+            shared.room_now.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -360,8 +383,15 @@ pub async fn watch(context: ServiceContext, mut shutdown: Shutdown) -> Result<()
             None => std::future::pending().await,
         }
     };
+    let sessions = async {
+        match crate::postgres::session_hands(&context.shared.config) {
+            Some((hands, every)) => look_at_sessions(&context, &hands, every).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         () = probes => Ok(()),
+        () = sessions => Ok(()),
         () = look_again_and_again(&context) => Ok(()),
         () = shutdown.wait() => Ok(()),
     }
@@ -382,7 +412,11 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
         }
         let answer = probe::ask(&config.url, config.timeout).await;
         let latency = begun.elapsed();
+        let refused = answer.as_ref().err().is_some_and(ProbeError::is_no_slot);
         let (ok, detail) = answer.unwrap_or_else(|error| (false, error.to_string()));
+        if !ok {
+            shared.look_now.notify_one();
+        }
         good = if ok { good.saturating_add(1) } else { 0 };
         if ok || starting.is_some_and(|since| since.elapsed() >= config.start_grace) {
             starting = None;
@@ -390,6 +424,13 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
         if starting.is_none() {
             context.note_probe(ok, latency);
             let service = shared.name.clone();
+            if !ok {
+                context.tell_pressure().await;
+            }
+            if refused && crate::postgres::is_postgres(&shared.config) {
+                let (service, detail) = (service.clone(), detail.clone());
+                context.tell(Input::SessionsRefused { service, detail }).await;
+            }
             context
                 .tell(Input::Probe {
                     service,
@@ -415,15 +456,73 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
     }
 }
 
+/// Looks at a server's sessions over the slot that it keeps back, while its process runs.
+async fn look_at_sessions(context: &ServiceContext, hands: &PostgresHands, every: Duration) {
+    let shared = &context.shared;
+    let mut hurry_until: Option<Instant> = None;
+    loop {
+        if shared.pid().is_some() {
+            let service = shared.name.clone();
+            let input = match hands.look(SESSIONS_WITHIN).await {
+                Ok(seen) => Input::Sessions { service, seen },
+                // It lives, and has not even the slot that it keeps back.
+                Err(error) if probe::is_no_slot(&error) => Input::SessionsRefused {
+                    service,
+                    detail: error.to_string(),
+                },
+                Err(error) => Input::SessionsUnseen {
+                    service,
+                    detail: error.to_string(),
+                },
+            };
+            context.tell(input).await;
+        }
+        let hurried = hurry_until.is_some_and(|until| Instant::now() < until);
+        let pause = if hurried {
+            every.min(SESSIONS_HURRIED_EVERY)
+        } else {
+            every
+        };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = shared.look_now.notified() => {
+                hurry_until = Some(Instant::now() + HURRY_FOR);
+                tokio::time::sleep(HURRIED_EVERY).await;
+            }
+        }
+    }
+}
+
 async fn look_again_and_again(context: &ServiceContext) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut full = false;
     let mut looks = 0_u32;
+    let mut log = context.shared.config.output.clone().map(LogWatch::new);
+    let space = space_hands(context);
     loop {
         ticks.tick().await;
-        if looks.is_multiple_of(ROOM_LOOKS) {
-            full = look_at_room(context, full).await;
+        if looks.is_multiple_of(WAITS_LOOKS) {
+            context.tell_pressure().await;
+            if let Some(burst) = log.as_mut().and_then(LogWatch::look) {
+                let (service, lines) = (context.shared.name.clone(), burst.lines);
+                let (template, mut hint) = (burst.template, burst.hint);
+                // Anybody who can have a line written could say so.
+                if hint == Some(FaultClass::DiskFull) && has_ample_room(context) {
+                    hint = None;
+                }
+                context
+                    .tell(Input::LogErrors {
+                        service,
+                        lines,
+                        template,
+                        hint,
+                    })
+                    .await;
+            }
+        }
+        if looks.is_multiple_of(ROOM_LOOKS) || context.shared.room_now.swap(false, Ordering::Relaxed) {
+            full = look_at_room(context, space.as_ref(), full).await;
         }
         looks = looks.wrapping_add(1);
         let Some(pid) = context.shared.pid() else { continue };
@@ -437,20 +536,51 @@ async fn look_again_and_again(context: &ServiceContext) {
     }
 }
 
+/// Whether the file system of the service's state was found to have room just now.
+fn has_ample_room(context: &ServiceContext) -> bool {
+    let state = context.shared.config.state.as_ref();
+    let Some(Ok(found)) = state.map(|state| rustix::fs::statvfs(&state.dir)) else {
+        return false;
+    };
+    let size = found.f_blocks.saturating_mul(found.f_frsize);
+    found.f_bavail.saturating_mul(found.f_frsize) >= 2 * room_needed(size)
+}
+
 /// Tells when the file system of the service's state has no room, or has room again. Returns whether it is full.
-async fn look_at_room(context: &ServiceContext, was_full: bool) -> bool {
+async fn look_at_room(context: &ServiceContext, space: Option<&SpaceHands>, was_full: bool) -> bool {
     let Some(state) = &context.shared.config.state else {
         return false;
     };
-    let Ok(space) = rustix::fs::statvfs(&state.dir) else {
+    let Ok(found) = rustix::fs::statvfs(&state.dir) else {
         return was_full;
     };
-    let size = space.f_blocks.saturating_mul(space.f_frsize);
-    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
-    let needed = ROOM_MIN.min(size / 50);
+    let size = found.f_blocks.saturating_mul(found.f_frsize);
+    let free_bytes = found.f_bavail.saturating_mul(found.f_frsize);
+    let needed = room_needed(size);
     let service = context.shared.name.clone();
     match was_full {
         false if free_bytes < needed => {
+            let bytes = space
+                .cloned()
+                .map(|hands| tokio::task::spawn_blocking(move || hands.relievable()));
+            let bytes = match bytes {
+                Some(walk) => walk
+                    .await
+                    .map_err(std::io::Error::other)
+                    .flatten()
+                    .unwrap_or_else(|error| {
+                        tracing::warn!(service, %error, "no room can be made");
+                        0
+                    }),
+                None => 0,
+            };
+            let named = service.clone();
+            context
+                .tell(Input::Relievable {
+                    service: named,
+                    bytes,
+                })
+                .await;
             context.tell(Input::DiskFull { service, free_bytes }).await;
             true
         }
@@ -463,6 +593,19 @@ async fn look_at_room(context: &ServiceContext, was_full: bool) -> bool {
 }
 
 impl ServiceContext {
+    /// What keeps its threads from running, while it has some.
+    async fn tell_pressure(&self) {
+        let Some(pid) = self.shared.pid() else { return };
+        let seen = self
+            .shared
+            .waits
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .look(pid, self.shared.answers.load(Ordering::Relaxed));
+        let service = self.shared.name.clone();
+        self.tell(Input::Pressure { service, seen }).await;
+    }
+
     fn note_probe(&self, ok: bool, latency: Duration) {
         let shared = &self.shared;
         // An answer that was under way when the process ended says nothing about the present.
@@ -521,6 +664,77 @@ fn hands(context: &ServiceContext) -> Result<ServiceHands, CheckpointError> {
     Ok(ServiceHands {
         supervisor: Supervisor::new(spec, record),
         state,
+        hook: config.hook.as_ref().map(hook),
+        webhook: config
+            .webhook
+            .as_ref()
+            .and_then(|settings| webhook(context, settings)),
+        space: space_hands(context),
+        sessions: crate::postgres::session_hands(config)
+            .filter(|_| config.sessions.is_some())
+            .map(|(hands, _)| hands),
+    })
+}
+
+fn hook(settings: &HookSettings) -> Hook {
+    Hook {
+        argv: settings.argv.clone(),
+        env: settings.env.clone(),
+        timeout: settings.timeout,
+        output_bytes_max: CHECK_OUTPUT_BYTES_MAX,
+    }
+}
+
+/// Nothing when the secret cannot be used: the action then fails and says so, and the service is healed by the other rungs.
+fn webhook(context: &ServiceContext, settings: &WebhookSettings) -> Option<Webhook> {
+    let name = &context.shared.name;
+    let secret = match read_secret(&settings.secret_file) {
+        Ok(secret) => secret,
+        Err(error) => {
+            let path = settings.secret_file.display();
+            tracing::error!(code = "TH-E0373", service = name, %path, %error, "the webhook cannot be signed");
+            return None;
+        }
+    };
+    Some(Webhook {
+        url: settings.url.parse().ok()?,
+        secret,
+        node: format!("{}-{name}", context.board.status().node),
+        timeout: settings.timeout,
+        attempts: settings.attempts,
+        pause: WEBHOOK_PAUSE,
+    })
+}
+
+fn read_secret(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::os::unix::fs::MetadataExt as _;
+    if std::fs::metadata(path)?.mode() & 0o077 != 0 {
+        return Err(std::io::Error::other("others may read it: chmod 600"));
+    }
+    let secret = std::fs::read(path)?.trim_ascii().to_vec();
+    if secret.len() < SECRET_BYTES_MIN {
+        return Err(std::io::Error::other(format!(
+            "it is shorter than {SECRET_BYTES_MIN} bytes"
+        )));
+    }
+    Ok(secret)
+}
+
+/// What may be moved away when the file system of the service's state is full.
+fn space_hands(context: &ServiceContext) -> Option<SpaceHands> {
+    let config = &context.shared.config;
+    let (space, state) = (config.space.as_ref()?, config.state.as_ref()?);
+    Some(SpaceHands {
+        on: state.dir.clone(),
+        listed: space.relieve.clone(),
+        protected: config
+            .other_states
+            .iter()
+            .cloned()
+            .chain([context.dir.root().to_owned()])
+            .collect(),
+        quarantine: space.quarantine.join(&context.shared.name),
+        min_age: space.min_age,
     })
 }
 

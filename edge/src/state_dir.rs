@@ -231,6 +231,11 @@ impl StateDir {
         self.keys().join("policy.key")
     }
 
+    /// The key that reports are signed with where policies are signed by somebody else.
+    pub fn report_key(&self) -> PathBuf {
+        self.keys().join("report.key")
+    }
+
     /// While it exists no action is begun.
     pub fn stop_file(&self) -> PathBuf {
         self.root.join("healing.stopped")

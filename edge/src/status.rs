@@ -41,8 +41,10 @@ pub struct Status {
     pub federation_detail: Option<String>,
     /// Latest round heard of.
     pub round: u64,
-    /// ε spent so far; absent without a ledger.
+    /// ε that the most charged unit has lost in the policy's current period; absent without a ledger.
     pub epsilon_spent: Option<f64>,
+    /// The same over all time.
+    pub epsilon_ever: Option<f64>,
     /// The policy's limit.
     pub epsilon_limit: Option<f64>,
     /// δ of both.
@@ -55,6 +57,9 @@ pub struct Status {
     pub last_decline: Option<String>,
     /// Latest refusal's word.
     pub last_refusal: Option<String>,
+    /// Whether the stop switch is on: nothing new is begun.
+    #[serde(default)]
+    pub healing_stopped: bool,
     /// Whether the state directory can be written and has room: `ok`, `full` or `failing`. Unless `ok`, nothing is trained
     /// or sent.
     pub storage: Storage,
@@ -273,8 +278,10 @@ impl Board {
             gate_reason: None,
             federation: Federation::Off,
             federation_detail: None,
+            healing_stopped: false,
             round: 0,
             epsilon_spent: None,
+            epsilon_ever: None,
             epsilon_limit: None,
             delta: None,
             updates_accepted: 0,
@@ -441,6 +448,7 @@ mod tests {
             "federation",
             "round",
             "epsilon_spent",
+            "epsilon_ever",
             "epsilon_limit",
             "delta",
             "updates_accepted",

@@ -22,7 +22,7 @@ use crate::state_dir::StateDir;
 /// `THEE` in `application_id`, so that a foreign file is told apart.
 const APPLICATION_ID: i32 = 0x5448_4545;
 /// Version of the schema below.
-const SCHEMA_VERSION: i32 = 3;
+const SCHEMA_VERSION: i32 = 4;
 /// Closed incidents kept.
 const INCIDENTS_KEPT: u32 = 10_000;
 /// Jobs that may wait for the writer.
@@ -47,9 +47,19 @@ CREATE TABLE checkpoint (
     bytes INTEGER NOT NULL, PRIMARY KEY (service, sequence)
 ) STRICT;
 CREATE TABLE approval (
-    incident INTEGER PRIMARY KEY, approve INTEGER NOT NULL CHECK (approve IN (0, 1))
+    incident INTEGER NOT NULL, approve INTEGER NOT NULL CHECK (approve IN (0, 1)), plan TEXT NOT NULL, signature TEXT NOT NULL,
+    PRIMARY KEY (incident, approve, plan, signature)
 ) STRICT;
 CREATE TABLE new_normal (incident INTEGER PRIMARY KEY) STRICT;
+";
+
+/// From version 3: an approval was of an incident, not of a plan, and nobody signed it. What still waited there is asked for again.
+const FROM_VERSION_3: &str = "
+DROP TABLE approval;
+CREATE TABLE approval (
+    incident INTEGER NOT NULL, approve INTEGER NOT NULL CHECK (approve IN (0, 1)), plan TEXT NOT NULL, signature TEXT NOT NULL,
+    PRIMARY KEY (incident, approve, plan, signature)
+) STRICT;
 ";
 
 /// From version 2: nobody could say that what an incident is about is normal now.
@@ -66,6 +76,19 @@ INSERT INTO outbox (round, nonce, payload_digest, body) SELECT round, nonce, pay
 DROP TABLE outbox_1;
 CREATE TABLE ledger (id INTEGER PRIMARY KEY CHECK (id = 1), head TEXT NOT NULL, records INTEGER NOT NULL) STRICT;
 ";
+
+/// What a person decided about an incident.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Word {
+    /// The incident.
+    pub incident: IncidentId,
+    /// Approved, or denied.
+    pub approve: bool,
+    /// Digest of the plan that was approved.
+    pub plan: Option<String>,
+    /// A signature over the plan's text, as a signature file has it; `None` for the word of somebody at the host.
+    pub signature: Option<String>,
+}
 
 /// Why the store failed.
 #[derive(Debug, thiserror::Error)]
@@ -378,15 +401,22 @@ impl Store {
         .await
     }
 
-    /// Takes what people approved (`true`) or denied since the last call.
+    /// Takes what people decided since the last call, in the order of incidents.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn take_approvals(&self) -> Result<Vec<(IncidentId, bool)>, StoreError> {
+    pub async fn take_approvals(&self) -> Result<Vec<Word>, StoreError> {
         self.call(|connection| {
-            let taken: Vec<(IncidentId, bool)> = connection
-                .prepare_cached("SELECT incident, approve FROM approval ORDER BY incident")?
-                .query_map([], |row| Ok((IncidentId(unsigned(row.get(0)?)), row.get(1)?)))?
+            let taken: Vec<Word> = connection
+                .prepare_cached("SELECT incident, approve, plan, signature FROM approval ORDER BY rowid")?
+                .query_map([], |row| {
+                    Ok(Word {
+                        incident: IncidentId(unsigned(row.get(0)?)),
+                        approve: row.get(1)?,
+                        plan: Some(row.get::<_, String>(2)?).filter(|text| !text.is_empty()),
+                        signature: Some(row.get::<_, String>(3)?).filter(|text| !text.is_empty()),
+                    })
+                })?
                 .collect::<Result<_, _>>()?;
             if !taken.is_empty() {
                 connection.execute("DELETE FROM approval", [])?;
@@ -560,15 +590,34 @@ impl StoreReader {
         read().map_err(|error| classify(&self.path, error))
     }
 
-    /// Leaves word for the running edge.
+    /// The machine's state, or `None` on a new host.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub fn decide(&self, incident: IncidentId, approve: bool) -> Result<(), StoreError> {
+    pub fn machine(&self) -> Result<Option<MachineState>, StoreError> {
+        self.connection
+            .query_row("SELECT body FROM machine WHERE id = 1", [], |row| {
+                json_column(row, 0)
+            })
+            .optional()
+            .map_err(|error| classify(&self.path, error))
+    }
+
+    /// Leaves word for the running edge.
+    ///
+    /// # Errors
+    /// [`StoreError`], also of a store that no edge of this build has opened yet.
+    pub fn decide(&self, word: &Word) -> Result<(), StoreError> {
+        let or_empty = |text: &Option<String>| text.clone().unwrap_or_default();
         self.connection
             .execute(
-                "INSERT OR REPLACE INTO approval (incident, approve) VALUES (?1, ?2)",
-                params![signed(incident.0), approve],
+                "INSERT OR REPLACE INTO approval (incident, approve, plan, signature) VALUES (?1, ?2, ?3, ?4)",
+                params![
+                    signed(word.incident.0),
+                    word.approve,
+                    or_empty(&word.plan),
+                    or_empty(&word.signature)
+                ],
             )
             .map(drop)
             .map_err(|error| classify(&self.path, error))
@@ -643,12 +692,15 @@ fn open(path: &Path) -> Result<Connection, StoreError> {
         transaction.commit().map_err(at)?;
     }
     check_identity(&connection, path, 1)?;
-    if version == 1 || version == 2 {
+    if (1..SCHEMA_VERSION).contains(&version) {
         let transaction = connection.transaction().map_err(at)?;
         if version == 1 {
             transaction.execute_batch(FROM_VERSION_1).map_err(at)?;
         }
-        transaction.execute_batch(FROM_VERSION_2).map_err(at)?;
+        if version <= 2 {
+            transaction.execute_batch(FROM_VERSION_2).map_err(at)?;
+        }
+        transaction.execute_batch(FROM_VERSION_3).map_err(at)?;
         transaction
             .pragma_update(None, "user_version", SCHEMA_VERSION)
             .map_err(at)?;
@@ -817,7 +869,10 @@ mod tests {
             evidence: Vec::new(),
             evidence_dropped: 0,
             causes: vec![("service_memory".to_owned(), 1.0).into()],
+            hypotheses: Vec::new(),
             alternatives: Vec::new(),
+            plan: None,
+            approved_by: std::collections::BTreeSet::new(),
             actions: Vec::new(),
             verdict: None,
             handed_over: None,
@@ -830,6 +885,8 @@ mod tests {
             incident: IncidentId(1),
             service: "kv".to_owned(),
             action: ActionKind::Restart,
+            class: FaultClass::Crash,
+            session: None,
             decided: When::default(),
             reason: "it ended".to_owned(),
         }
@@ -979,6 +1036,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_store_of_version_3_is_brought_up_and_takes_approvals_of_plans() {
+        let (_root, dir) = dir();
+        drop(Store::open(&dir).unwrap());
+        let old = Connection::open(dir.database()).unwrap();
+        old.execute_batch(
+            "DROP TABLE approval; CREATE TABLE approval (incident INTEGER PRIMARY KEY, approve INTEGER NOT NULL) STRICT;
+             INSERT INTO approval VALUES (3, 1); PRAGMA user_version = 3;",
+        )
+        .unwrap();
+        drop(old);
+        let word = Word {
+            incident: IncidentId(3),
+            approve: false,
+            plan: None,
+            signature: None,
+        };
+        let reader = StoreReader::open(&dir.database()).unwrap().unwrap();
+        assert!(reader.decide(&word).is_err(), "not brought up yet");
+        let store = Store::open(&dir).unwrap();
+        reader.decide(&word).unwrap();
+        assert_eq!(
+            store.take_approvals().await.unwrap(),
+            [word],
+            "an old approval was of no plan"
+        );
+    }
+
+    #[tokio::test]
     async fn the_reader_sees_incidents_and_leaves_decisions() {
         let (_root, dir) = dir();
         assert!(StoreReader::open(&dir.database()).unwrap().is_none());
@@ -999,8 +1084,18 @@ mod tests {
         assert_eq!(ids, [2, 3]);
         assert!(reader.incident(IncidentId(9)).unwrap().is_none());
         reader.integrity().unwrap();
-        reader.decide(IncidentId(2), true).unwrap();
-        assert_eq!(store.take_approvals().await.unwrap(), [(IncidentId(2), true)]);
+        let word = |signature: Option<&str>| Word {
+            incident: IncidentId(2),
+            approve: true,
+            plan: Some("p".to_owned()),
+            signature: signature.map(str::to_owned),
+        };
+        for signature in [Some("a"), Some("b"), Some("a"), None] {
+            reader.decide(&word(signature)).unwrap();
+        }
+        let mut taken = store.take_approvals().await.unwrap();
+        taken.sort_by(|a, b| a.signature.cmp(&b.signature));
+        assert_eq!(taken, [word(None), word(Some("a")), word(Some("b"))]);
         assert_eq!(store.take_approvals().await.unwrap(), []);
         reader.accept_new_normal(IncidentId(3)).unwrap();
         reader.accept_new_normal(IncidentId(3)).unwrap();

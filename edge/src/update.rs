@@ -1,7 +1,7 @@
 //! The only way out of the host: charge, read, clip, noise, compress, encode.
 //!
 //! ```text
-//! announcement → complete, uncharged blocks → Ledger::reserve (durable) → LocalUpdate → clip → noise → compress → OutboxRow
+//! announcement → uncharged blocks that are over → Ledger::reserve (durable) → LocalUpdate → clip → noise → compress → OutboxRow
 //! ```
 //!
 //! The charge is durable before a row is read, and the stored bytes are the ones that are sent, however often. A round
@@ -14,14 +14,16 @@ use bytes::{Bytes, BytesMut};
 use rand::Rng as _;
 use theriac_model::global::{GlobalModel, delta_layout, gradient_layout, moments_layout};
 use theriac_model::gradient::{BlockRows, GradientPoint};
+use theriac_model::series::Series;
 use theriac_model::{moments, train};
 use theriac_privacy::ledger::{
-    KnownHead, Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError, Reserved, Seal,
-    Spent,
+    BLOCKS_MAX, KnownHead, Ledger, LedgerError, ReleasePlan, Reservation, ReservationId, ReserveError,
+    Reserved, Seal, Spent,
 };
 use theriac_privacy::noise::NoiseMechanism;
 use theriac_privacy::policy::PrivacyUnit;
 use theriac_privacy::update::{LocalUpdate, UpdateError};
+use theriac_privacy::windows::BlockWindows;
 use theriac_protocol::codec::{CodecError, decode_to_aggregator, encode_to_aggregator};
 use theriac_protocol::frame::{HEADER_BYTES, kind};
 use theriac_protocol::message::{
@@ -40,8 +42,8 @@ const DELTA_ROWS_MAX: usize = 7_200;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unreleased {
-    /// Too few blocks are complete and uncharged.
-    #[error("{found} complete, uncharged blocks are at hand, the round wants {needed}")]
+    /// Too few blocks are over and uncharged.
+    #[error("{found} uncharged blocks that are over are at hand, the round wants {needed}")]
     TooFewBlocks {
         /// The round's minimum.
         needed: u32,
@@ -157,7 +159,11 @@ pub struct Releaser {
     local_steps: usize,
     mechanism: Box<dyn NoiseMechanism + Send>,
     tamper: Hook,
+    clock: Clock,
 }
+
+/// The time, for which blocks are over and which period is charged.
+type Clock = fn() -> Timestamp;
 
 /// See [`Tamper`].
 struct Hook(Option<Tamper>);
@@ -187,7 +193,14 @@ impl Releaser {
             local_steps,
             mechanism,
             tamper: Hook(tamper),
+            clock: system_time,
         }
+    }
+
+    /// The same with another clock than the system's.
+    #[must_use]
+    pub fn with_clock(self, clock: fn() -> Timestamp) -> Self {
+        Self { clock, ..self }
     }
 
     /// The ledger.
@@ -252,7 +265,7 @@ impl Releaser {
             return Ok(Release::Stored);
         }
         let plan = self.plan(announce)?;
-        let reserved = self.ledger.reserve(plan, now());
+        let reserved = self.ledger.reserve(plan, (self.clock)());
         self.publish();
         let reservation = match reserved? {
             Reserved::Fresh(reservation) => reservation,
@@ -268,7 +281,7 @@ impl Releaser {
     /// # Errors
     /// [`LedgerError`]; then they must not be sent.
     pub fn mark_released(&mut self, id: ReservationId, payload_digest: Digest) -> Result<(), LedgerError> {
-        let marked = self.ledger.mark_released(id, payload_digest, now());
+        let marked = self.ledger.mark_released(id, payload_digest, (self.clock)());
         self.publish();
         marked
     }
@@ -309,6 +322,7 @@ impl Releaser {
             values: announce.values,
             block_span: self.ledger.policy().block_span(),
             blocks: Vec::new(),
+            windows: None,
             sampling_rate: 1.0,
             steps: 1,
             clip_norm: announce.clip_norm,
@@ -324,14 +338,13 @@ impl Releaser {
                     found_ms: plan.block_span.as_millis(),
                 }));
             }
-            let span_ms = u64::try_from(plan.block_span.as_millis()).unwrap_or(u64::MAX);
-            let mut blocks = self.lane.history().complete_blocks(span_ms, announce.block_rows);
-            let now = now();
-            if announce.kind == UpdateKind::Gradient {
-                blocks = self.affordable(&mut plan, blocks, announce, now)?;
-            } else {
+            plan.windows = self.windows(announce)?;
+            let now = (self.clock)();
+            let mut blocks = self.at_hand(plan.block_span, now);
+            if announce.kind == UpdateKind::Moments {
                 blocks.retain(|block| self.ledger.is_chargeable_at(*block, now));
             }
+            blocks = self.affordable(&mut plan, blocks, announce, now)?;
             // The newest ones: they say most about now.
             blocks.drain(..blocks.len().saturating_sub(announce.blocks_max as usize));
             if blocks.len() < announce.blocks_min.max(1) as usize {
@@ -345,8 +358,30 @@ impl Releaser {
         Ok(plan)
     }
 
-    /// The blocks that can bear one more round of gradients. Rounds read the same blocks again, so at some time the budget of those at hand is spent,
-    /// which is another reason to decline than that there are none.
+    /// How the policy cuts this round's blocks.
+    fn windows(&self, announce: &AnnounceV1) -> Result<Option<BlockWindows>, Unreleased> {
+        let windows = self.ledger.policy().record_windows();
+        let cut = windows.map(|windows| windows.in_block(announce.block_rows));
+        cut.transpose().map_err(|_| {
+            Unreleased::Reserve(ReserveError::BadPlan(
+                "the policy's record_window is longer than the round's blocks",
+            ))
+        })
+    }
+
+    /// The newest blocks that a round may name, there or not; no more than one release can.
+    fn at_hand(&self, span: Duration, now: Timestamp) -> Vec<u64> {
+        let millis = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+        let blocks = self
+            .lane
+            .history()
+            .spanned_blocks(now.0, millis(span), millis(self.step));
+        let newest = blocks.end.saturating_sub(BLOCKS_MAX as u64);
+        (blocks.start.max(newest)..blocks.end).collect()
+    }
+
+    /// The blocks that can bear this release besides what they bore before. Rounds of gradients read the same blocks again, so at some time the budget of
+    /// those at hand is spent, which is another reason to decline than that there are none.
     fn affordable(
         &self,
         plan: &mut ReleasePlan,
@@ -371,13 +406,14 @@ impl Releaser {
         base: &GlobalModel,
     ) -> Result<OutboxRow, Unreleased> {
         let layout = announce.layout_digest;
+        let windows = reservation.plan().windows;
         let local = match announce.kind {
             UpdateKind::Moments => LocalUpdate::moments(reservation, layout, |blocks| {
-                self.moments(blocks, announce.block_rows)
+                self.moments(blocks, announce.block_rows, windows)
             })?,
             UpdateKind::Delta => LocalUpdate::delta(reservation, layout, || self.delta(announce, base))?,
             UpdateKind::Gradient => LocalUpdate::gradient(reservation, layout, |blocks| {
-                self.gradients(blocks, announce.block_rows, base)
+                self.gradients(blocks, announce.block_rows, windows, base)
             })?,
         };
         let noisy = local.clip().noise(self.mechanism.as_ref())?;
@@ -398,30 +434,46 @@ impl Releaser {
         })
     }
 
-    /// One vector for each charged block, from that block's rows alone.
-    fn moments(&self, blocks: &[u64], block_rows: u32) -> Vec<Vec<f32>> {
+    /// The rows that give one vector each: of every charged block that is complete, or of every whole window.
+    fn pieces(&self, blocks: &[u64], block_rows: u32, windows: Option<BlockWindows>) -> Vec<Series> {
         let span_ms = u64::try_from((self.step * block_rows).as_millis()).unwrap_or(u64::MAX);
+        let history = self.lane.history();
+        let of_block = |block: &u64| match windows {
+            Some(windows) => history.windows(*block, span_ms, windows),
+            None => history
+                .complete_block(*block, span_ms, block_rows)
+                .into_iter()
+                .collect(),
+        };
+        blocks.iter().flat_map(of_block).collect()
+    }
+
+    /// Their moments, each from its own rows alone.
+    fn moments(&self, blocks: &[u64], block_rows: u32, windows: Option<BlockWindows>) -> Vec<Vec<f32>> {
         let schema = &self.lane.schema;
-        blocks
+        self.pieces(blocks, block_rows, windows)
             .iter()
-            .map(|block| {
-                let series = self.lane.history().block(*block, span_ms, block_rows);
-                moments::block(&moments::public_values(schema, &series), series.rows())
-            })
+            .map(|series| moments::block(&moments::public_values(schema, series), series.rows()))
             .collect()
     }
 
-    /// One gradient for each charged block, at the weights that the round builds on, from that block's rows alone.
-    fn gradients(&self, blocks: &[u64], block_rows: u32, base: &GlobalModel) -> Vec<Vec<f32>> {
-        let span_ms = u64::try_from((self.step * block_rows).as_millis()).unwrap_or(u64::MAX);
+    /// Their gradients at the weights that the round builds on, each from its own rows alone.
+    fn gradients(
+        &self,
+        blocks: &[u64],
+        block_rows: u32,
+        windows: Option<BlockWindows>,
+        base: &GlobalModel,
+    ) -> Vec<Vec<f32>> {
         let schema = &self.lane.schema;
         let point = GradientPoint::new(&base.descent().iterate);
-        blocks
+        self.pieces(blocks, block_rows, windows)
             .iter()
-            .map(|block| {
-                let series = self.lane.history().block(*block, span_ms, block_rows);
-                let rows = BlockRows::new(&moments::public_values(schema, &series), series.rows());
-                point.gradient(&rows)
+            .map(|series| {
+                point.gradient(&BlockRows::new(
+                    &moments::public_values(schema, series),
+                    series.rows(),
+                ))
             })
             .collect()
     }
@@ -454,8 +506,9 @@ pub fn message_of(row: &OutboxRow) -> Result<ToAggregator, CodecError> {
     decode_to_aggregator(kind::UPDATE_V1, row.body.clone())
 }
 
-fn now() -> Timestamp {
-    // Written for people; nothing is decided by it.
+/// The system's clock. It decides which blocks are over, which period of a calendar budget is charged (never an earlier one than before) and which blocks
+/// are past their retention.
+pub(crate) fn system_time() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -77,6 +77,16 @@ struct Row {
     risk: Option<ServiceRisk>,
 }
 
+impl Row {
+    /// Rows gathered for the model to come, and of how many: the usual warm-up's, or those of a new normal from when it was taken for one.
+    fn gathered(&self, warm_up_rows: usize) -> (usize, usize) {
+        match self.normal.learning {
+            Some(left) => (self.normal.wanted.saturating_sub(left), self.normal.wanted),
+            None => (self.lane.shared().history().len(), warm_up_rows),
+        }
+    }
+}
+
 /// What one tick saw of the host, with the time since the last one and since the start.
 struct Tick {
     at_ms: u64,
@@ -386,6 +396,11 @@ impl Watch {
                 if worst.is_none_or(|(s, t)| score / threshold > s / t) {
                     worst = Some((score, threshold));
                 }
+            } else {
+                // A blind lane has no score, which is not its last one.
+                let name = label(&row.lane.shared().name);
+                self.metrics.score.remove(&name);
+                self.metrics.threshold.remove(&name);
             }
             if row.service.is_some() {
                 self.board.update_service(&row.lane.shared().name, |line| {
@@ -396,18 +411,22 @@ impl Watch {
             }
         }
         let watching = rows.iter().all(|row| row.lane.watching());
+        // Of the lane that lacks most.
+        let warm_up_rows = self.detection.warm_up_rows;
+        let lacks = |(gathered, wanted): &(usize, usize)| wanted.saturating_sub(*gathered);
         let gathered = rows
             .iter()
-            .map(|row| row.lane.shared().history().len())
-            .min()
-            .unwrap_or(0);
+            .map(|row| row.gathered(warm_up_rows))
+            .max_by(|a, b| lacks(a).cmp(&lacks(b)).then(b.0.cmp(&a.0)))
+            .unwrap_or((0, warm_up_rows));
         self.board.update(|status| {
             status.phase = if watching {
                 Phase::Watching
             } else {
                 Phase::WarmingUp
             };
-            status.rows = gathered as u64;
+            status.rows = gathered.0 as u64;
+            status.warm_up_rows = gathered.1 as u64;
             status.score = worst.map(|worst| worst.0);
             status.threshold = worst.map(|worst| worst.1);
             status.alarm = alarm;
@@ -467,6 +486,8 @@ struct NewNormal {
     risen: bool,
     /// Rows still to gather; at zero the fit is under way.
     learning: Option<usize>,
+    /// Rows to gather in all.
+    wanted: usize,
 }
 
 impl NewNormal {
@@ -474,6 +495,7 @@ impl NewNormal {
     fn accept(&mut self, rows: usize) {
         *self = Self {
             learning: Some(rows),
+            wanted: rows,
             ..Self::default()
         };
     }
@@ -607,7 +629,18 @@ mod tests {
         let config = crate::config::EdgeConfig::load(None, []).unwrap();
         let (board, metrics) = (Board::new("a", 60), Arc::new(Metrics::new()));
         let schema = theriac_model::feature::FeatureSchema::host_service_v1();
-        let lanes = ["kv", "db"].map(|name| (Arc::new(LaneShared::new(name, schema.clone(), 1000)), None));
+        let lanes = ["kv", "db"].map(|name| {
+            (
+                Arc::new(LaneShared::new(
+                    name,
+                    schema.clone(),
+                    1000,
+                    &config.detection,
+                    config.sampling.interval,
+                )),
+                None,
+            )
+        });
         let (events, received) = mpsc::channel(16);
         let watch = Watch {
             sampling: config.sampling.clone(),

@@ -6,6 +6,7 @@
     reason = "a test that cannot go on fails, one that is left out says so"
 )]
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, SystemTime};
@@ -15,7 +16,8 @@ use theriac_certs::{Authority, JoinToken, Role, Validity};
 use theriac_command::problem::{Exit, Problem};
 use theriac_edge::commands::{Arguments, execute};
 use theriac_edge::state_dir::{Joined, StateDir};
-use theriac_model::detector::{Detector, Provenance};
+use theriac_model::arm::Arm;
+use theriac_model::detector::{Detector, FitOptions, Provenance};
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::{GlobalModel, delta_layout};
 use theriac_model::io::{read_npy, read_recording};
@@ -210,6 +212,149 @@ async fn explained_alarms_name_the_planted_channel_with_its_evidence_and_are_dra
         "score", "--model", &model, "--input", &input, "--output", &scores, "--plot", &nowhere,
     ];
     assert_eq!(problem(&words).await.code, "TH-E0325");
+}
+
+#[tokio::test]
+async fn rows_without_a_score_are_counted_and_columns_that_no_model_knows_are_named() {
+    let place = Place::new();
+    let model = place.trained().await;
+    let mut text = String::from("time,load,memory,disk,swap\n");
+    for row in 0..200 {
+        let cells = if (100..150).contains(&row) {
+            ",,,"
+        } else {
+            "0.3,0.5,0.1,7"
+        };
+        _ = writeln!(text, "{},{cells}", 1_700_000_000 + 60 * row);
+    }
+    std::fs::write(place.path("flood.csv"), text).unwrap();
+    let (input, output) = (place.text("flood.csv"), place.text("s.npy"));
+    let report = json(&["score", "--model", &model, "--input", &input, "--output", &output]).await;
+    // Held for ten rows, then blind, until all lags are there again.
+    assert_eq!(report["unscored"], 50, "{report}");
+    assert_eq!(report["ignored"], serde_json::json!(["swap"]));
+    assert!(report["alarm_count"].is_u64(), "{report}");
+}
+
+#[tokio::test]
+async fn a_file_of_another_pace_is_not_scored() {
+    let place = Place::new();
+    let model = place.trained().await;
+    for (every, fits) in [(1, false), (50, true), (80, true), (300, false), (900, false)] {
+        metrics(&place.path("f.csv"), 100, |row, cells| {
+            cells[0] = (1_700_000_000 + every * row).to_string();
+        });
+        let (input, output) = (place.text("f.csv"), place.text("s.npy"));
+        let words = ["score", "--model", &model, "--input", &input, "--output", &output];
+        let (result, _) = command(&words).await;
+        assert_eq!(result.is_ok(), fits, "rows every {every} s");
+        if let Err(refused) = result {
+            assert_eq!(refused.code, "TH-E0323");
+            assert!(refused.message.contains("one every 1m"), "{refused}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn nothing_that_is_read_is_written_over() {
+    let place = Place::new();
+    let model = place.trained().await;
+    let input = place.text("train.csv");
+    let before = std::fs::read(place.path("train.csv")).unwrap();
+    std::os::unix::fs::symlink(place.path("train.csv"), place.path("link.npy")).unwrap();
+    std::os::unix::fs::symlink(place.path("host.safetensors"), place.path("model.svg")).unwrap();
+    std::fs::hard_link(place.path("train.csv"), place.path("hard.npy")).unwrap();
+    let (link, picture, s) = (
+        place.text("link.npy"),
+        place.text("model.svg"),
+        place.text("s.npy"),
+    );
+    for rest in [
+        &["--output", &link][..],
+        &["--output", &place.text("hard.npy")],
+        &["--output", &input],
+        &["--output", &place.text("s.csv")],
+        &["--output", &s, "--plot", &picture],
+        &["--output", &s, "--plot", &place.text("s.png")],
+    ] {
+        let words = [&["score", "--model", &model, "--input", &input][..], rest].concat();
+        let refused = problem(&words).await;
+        assert_eq!(
+            (refused.code, refused.exit),
+            ("TH-E0334", Exit::Usage),
+            "{rest:?}"
+        );
+    }
+    std::os::unix::fs::symlink(place.path("train.csv"), place.path("trap.safetensors")).unwrap();
+    let refused = problem(&[
+        "train",
+        "--input",
+        &input,
+        "--model",
+        &place.text("trap.safetensors"),
+    ])
+    .await;
+    assert_eq!(refused.code, "TH-E0334");
+    assert_eq!(std::fs::read(place.path("train.csv")).unwrap(), before);
+}
+
+#[tokio::test]
+async fn train_takes_only_numbers_that_make_sense_and_says_what_it_took() {
+    let place = Place::new();
+    place.trained().await;
+    let (input, model) = (place.text("train.csv"), place.text("m.safetensors"));
+    let line = ["theriac-edge", "train", "--input", &input, "--model", &model];
+    for bad in [
+        &["--false-alarms-per-day", "nan"][..],
+        &["--false-alarms-per-day", "inf"],
+        &["--false-alarms-per-day", "0"],
+        &["--false-alarms-per-day=-1"],
+        &["--step", "0s"],
+        &["--step", "100d"],
+        &["--half-lives", "0s", "1m"],
+        &["--arm", "level"],
+    ] {
+        assert!(
+            Arguments::try_parse_from([&line[..], bad].concat()).is_err(),
+            "{bad:?}"
+        );
+    }
+    let refused = problem(&[&line[1..], &["--half-lives", "5m", "3m"]].concat()).await;
+    assert_eq!(refused.code, "TH-E0334");
+    let report = json(&[&line[1..], &["--arm", "own"]].concat()).await;
+    assert_eq!(report["step_seconds"], 60.0);
+    assert_eq!(
+        report["muted"],
+        serde_json::json!(["disk"]),
+        "it moves by less than .02"
+    );
+    let detector = Detector::load(place.0.path(), "m").unwrap();
+    assert_eq!(detector.options().arm, Arm::Own);
+    // No header, and times in milliseconds.
+    for (text, word) in [
+        ("1,0.1,0.2\n2,0.1,0.2\n", "header"),
+        (
+            "2024-01-31T12:00:00Z,0.1,0.2\n2024-01-31T12:01:00Z,0.1,0.2\n",
+            "header",
+        ),
+        ("time,a\n1700000000000,0.1\n1700000060000,0.2\n", "milliseconds"),
+    ] {
+        std::fs::write(place.path("bad.csv"), text).unwrap();
+        let refused = problem(&["train", "--input", &place.text("bad.csv"), "--model", &model]).await;
+        assert_eq!(refused.code, "TH-E0320");
+        assert!(refused.message.contains(word), "{refused}");
+    }
+    // Sixteen columns without names are what the caller says.
+    let own = FeatureSchema::host_service_v1();
+    let rows: Vec<f32> = (0..200 * 16).map(|i| (i as f32 * 0.37).sin()).collect();
+    theriac_model::io::write_npy_f32(&place.path("a.npy"), &[200, 16], &rows).unwrap();
+    let array = place.text("a.npy");
+    for (profile, name) in [(None, "recorded"), (Some("host-service-v1"), own.name.as_str())] {
+        let mut words = vec!["train", "--input", &array, "--model", &model];
+        words.extend(profile.iter().flat_map(|profile| ["--profile", *profile]));
+        json(&words).await;
+        assert_eq!(Detector::load(place.0.path(), "m").unwrap().schema().name, name);
+    }
 }
 
 #[tokio::test]
@@ -911,8 +1056,17 @@ async fn the_reader_in_the_documents_scores_as_score_does() {
         .map(|index| (index as f32).sin() * 0.1)
         .collect();
     let global = GlobalModel::initial(3, 1).with_delta(&delta).unwrap();
-    let federated = local.refit_with_global(&rows, &global).unwrap();
+    let federated = local.refit_with_global(&rows, &global, local.options()).unwrap();
     federated.save(place.0.path(), "federated").unwrap();
+    // Five-minute rows, where the half-lives reach their least number of rows; and own lags alone.
+    let slow = |arm: Arm| FitOptions {
+        arm,
+        ..FitOptions::new(Duration::from_mins(5))
+    };
+    for (name, arm) in [("slow", Arm::OwnFull), ("own", Arm::Own)] {
+        let detector = Detector::fit(local.schema(), &rows, &slow(arm)).unwrap();
+        detector.save(place.0.path(), name).unwrap();
+    }
     metrics(&place.path("today.csv"), 200, |row, cells| {
         if (60..90).contains(&row) || row == 7 {
             cells[2].clear();
@@ -931,15 +1085,28 @@ async fn the_reader_in_the_documents_scores_as_score_does() {
         place.text("ours.npy"),
         place.text("theirs.npy"),
     );
-    let read = |model: &str| {
+    let five_minutes = place.text("slow.csv");
+    metrics(&place.path("slow.csv"), 200, |row, cells| {
+        let hole = if row >= 100 { 20 } else { 0 };
+        cells[0] = (1_700_000_000 + 300 * (row + hole)).to_string();
+        if row >= 150 {
+            "2.5".clone_into(&mut cells[2]);
+        }
+    });
+    let read = |model: &str, input: &str| {
         Command::new(&python)
-            .args([script, model, &input, &theirs])
+            .args([script, model, input, &theirs])
             .output()
             .unwrap()
     };
-    for model in [&model, &place.text("federated.safetensors")] {
-        json(&["score", "--model", model, "--input", &input, "--output", &ours]).await;
-        let ran = read(model);
+    for (model, input) in [
+        (&model, &input),
+        (&place.text("federated.safetensors"), &input),
+        (&place.text("slow.safetensors"), &five_minutes),
+        (&place.text("own.safetensors"), &five_minutes),
+    ] {
+        json(&["score", "--model", model, "--input", input, "--output", &ours]).await;
+        let ran = read(model, input);
         assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
         let (ours, theirs) = (
             read_npy(Path::new(&ours)).unwrap(),
@@ -948,7 +1115,8 @@ async fn the_reader_in_the_documents_scores_as_score_does() {
         assert_eq!(ours.shape, [200]);
         assert_eq!(theirs.shape, [200]);
         for (row, (ours, theirs)) in ours.values.iter().zip(&theirs.values).enumerate() {
-            let near = (ours - theirs).abs() <= 1e-5 * ours.abs().max(1.0);
+            let near =
+                (ours - theirs).abs() <= 1e-5 * ours.abs().max(1.0) || ours.is_nan() && theirs.is_nan();
             assert!(near, "{model}, row {row}: {ours} here, {theirs} there");
         }
     }
@@ -960,10 +1128,64 @@ async fn the_reader_in_the_documents_scores_as_score_does() {
         .unwrap();
     bytes[at + version.len() - 1] = b'9';
     std::fs::write(&model, bytes).unwrap();
-    let refused = read(&model);
+    let refused = read(&model, &input);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(
         !refused.status.success() && said.contains("format version 9"),
         "{said}"
     );
+}
+
+/// An incident whose start waits for approval, as the machine makes it, in a store of its own.
+async fn awaiting_approval(place: &Place) -> (String, theriac_heal::types::Plan) {
+    use theriac_heal::incident::{HealConfig, IncidentMachine, Input};
+    use theriac_heal::policy::{HealPolicy, NodeBudget};
+    use theriac_heal::types::Now;
+
+    let mut machine = IncidentMachine::new(HealConfig {
+        services: [("kv".to_owned(), HealPolicy::default())].into(),
+        node: NodeBudget::default(),
+        depends_on: std::collections::BTreeMap::new(),
+        clock_id: "boot".to_owned(),
+    });
+    let exited = Input::Exited {
+        service: "kv".to_owned(),
+        status: "exit status: 1".to_owned(),
+    };
+    machine.handle(Now::default(), exited);
+    let incident = machine.open_incident("kv").unwrap();
+    let dir = StateDir::open(&place.path("state")).unwrap();
+    let store = theriac_edge::store::Store::open(&dir).unwrap();
+    store.save_incident(incident).await.unwrap();
+    let text = format!(
+        "state_dir = '{}'\n[[service]]\nname = 'kv'\nargv = ['/bin/true']\n",
+        place.text("state")
+    );
+    std::fs::write(place.path("edge.toml"), text).unwrap();
+    (place.text("edge.toml"), incident.plan.clone().unwrap())
+}
+
+#[tokio::test]
+async fn an_approval_says_what_it_is_of_and_another_plan_than_the_one_meant_is_refused() {
+    let place = Place::new();
+    let (config, plan) = awaiting_approval(&place).await;
+    let other = problem(&["actions", "approve", "1", "--plan", "abc", "--config", &config]).await;
+    assert!(
+        other.code == "TH-E0333" && other.to_string().contains("start of kv for crash"),
+        "{other}"
+    );
+    let dir = StateDir::open(&place.path("state")).unwrap();
+    let store = theriac_edge::store::Store::open(&dir).unwrap();
+    assert!(
+        store.take_approvals().await.unwrap().is_empty(),
+        "nothing was approved"
+    );
+    let meant = plan.hash();
+    let said = json(&["actions", "approve", "1", "--plan", &meant, "--config", &config]).await;
+    assert_eq!(
+        (&said["action"], &said["class"], &said["plan"]),
+        (&"start".into(), &"crash".into(), &meant.as_str().into())
+    );
+    let words = store.take_approvals().await.unwrap();
+    assert_eq!((words.len(), words[0].plan.as_deref()), (1, Some(meant.as_str())));
 }

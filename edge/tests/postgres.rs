@@ -16,6 +16,8 @@ use theriac_edge::config::EdgeConfig;
 use theriac_edge::probe::{self, ProbeUrl};
 use theriac_edge::run;
 use theriac_edge::status::{ServiceStatus, Status};
+use theriac_heal::postgres::PostgresError;
+use theriac_heal::postgres::session::{Session, Target};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_is_checkpointed_healed_verified_and_restored() {
@@ -105,6 +107,157 @@ async fn a_server_is_checkpointed_healed_verified_and_restored() {
         bad.status.code() == Some(1) && String::from_utf8_lossy(&bad.stderr).contains("TH-E0361"),
         "{bad:?}"
     );
+}
+
+/// A whole edge on a live server: a lock pile-up and a full house, each healed by its own hand, and the postmaster never restarted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pile_up_and_a_full_house_are_healed_without_a_restart_and_why_tells_it() {
+    let cluster = Cluster::made(
+        false,
+        &[
+            "max_connections = 16",
+            "superuser_reserved_connections = 3",
+            "max_wal_senders = 2",
+        ],
+    );
+    let state = cluster.dir.path().join("edge");
+    let file = cluster.dir.path().join("edge.toml");
+    let socket = cluster.target.socket_dir.display();
+    // The probe's role is made after the start, so the first probes ask as the superuser would; the grace covers the rest.
+    std::fs::write(
+        &file,
+        format!(
+            "state_dir = {state:?}\nhttp.listen = '127.0.0.1:0'\n[[service]]\nname = 'pg'\nargv = {:?}\nstop_grace = '30s'\n\
+             probe = {{ url = 'postgresql://app@{socket}:5432/postgres', interval = '100ms', start_grace = '30s' }}\n\
+             state = {{ dir = {:?}, interval = '1h' }}\n\
+             checkpoint = {{ kind = 'postgresql', socket_dir = '{socket}', user = 'postgres', requests = 0 }}\n\
+             sessions = {{ look_every = '200ms', waited_min = '0s', idle_min = '0s', free_min = 2, free_after = 5 }}\n\
+             healing = {{ autonomy = 'act', cooldown = '0s' }}\n",
+            cluster.argv(),
+            cluster.data(),
+        ),
+    )
+    .unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let config = EdgeConfig::load(Some(&file), []).unwrap();
+    let running = tokio::spawn(async move {
+        let until = async move { drop(stopped.await) };
+        Box::pin(run(config, None, until)).await
+    });
+    until("running", &state, |service| service.pid.is_some()).await;
+    cluster.ready();
+    cluster.psql("create role app login; create table t as select 1 id, 0 n; grant all on t to public");
+    let before = until("up", &state, |service| {
+        service.healthy && service.checkpoints == 1
+    })
+    .await;
+    let started = cluster.psql("select pg_postmaster_start_time()");
+
+    let root = app(&cluster).await.unwrap();
+    root.execute("the root", "begin; update t set n = n + 1")
+        .await
+        .unwrap();
+    let begun = Instant::now();
+    let mut waiters = Vec::new();
+    for _ in 0..4 {
+        let session = app(&cluster).await.unwrap();
+        waiters.push(tokio::spawn(async move {
+            session.execute("a waiter", "update t set n = n + 1").await
+        }));
+    }
+    for waiter in waiters {
+        waiter.await.unwrap().unwrap();
+    }
+    let freed = begun.elapsed();
+    drop(root);
+    assert_eq!(
+        cluster.psql("select n from t"),
+        "4",
+        "the root's change is gone, theirs are there"
+    );
+    let pile_up = closed(&file, "lock_pileup").await;
+    assert_eq!(
+        pile_up["actions"][0]["intent"]["action"], "terminate_blocker",
+        "{pile_up}"
+    );
+
+    let mut clients = Vec::new();
+    while let Ok(session) = app(&cluster).await {
+        clients.push(session);
+    }
+    let begun = Instant::now();
+    while app(&cluster).await.is_err() {
+        assert!(begun.elapsed() < Duration::from_mins(1), "no client is let in");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let let_in = begun.elapsed();
+    println!(
+        "the waiters went on after {:.2} s, an ordinary client was let in after {:.2} s",
+        freed.as_secs_f64(),
+        let_in.as_secs_f64()
+    );
+    let full = closed(&file, "connection_exhaustion").await;
+    assert_eq!(
+        full["actions"][0]["intent"]["action"], "end_idle_sessions",
+        "{full}"
+    );
+    app(&cluster)
+        .await
+        .unwrap()
+        .execute("an ordinary client", "select 1")
+        .await
+        .unwrap();
+
+    for incident in [&pile_up, &full] {
+        assert_eq!(incident["verdict"], "healed", "{incident}");
+        let told = Command::new(env!("CARGO_BIN_EXE_theriac-edge"))
+            .args(["incidents", "why", &incident["id"].to_string(), "--config"])
+            .arg(&file)
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        for words in [
+            "Restart helps: no.",
+            "(probability ",
+            "expected: ",
+            "done: ",
+            "verified: healed",
+        ] {
+            assert!(told.contains(words), "{words} is missing:\n{told}");
+        }
+    }
+    let after = until("healthy", &state, |service| service.healthy).await;
+    assert_eq!((after.pid, after.restarts), (before.pid, before.restarts));
+    assert_eq!(cluster.psql("select pg_postmaster_start_time()"), started);
+    drop(clients);
+    drop(stop);
+    running.await.unwrap().unwrap();
+}
+
+async fn app(cluster: &Cluster) -> Result<Session, PostgresError> {
+    let target = Target {
+        user: "app".to_owned(),
+        ..cluster.target.clone()
+    };
+    Session::open(&target, Some(cluster.owner), Duration::from_mins(1)).await
+}
+
+/// The incident of this class once it is closed as healed.
+async fn closed(config: &Path, class: &str) -> serde_json::Value {
+    let begun = Instant::now();
+    loop {
+        let listed = json(&edge(config, &["incidents", "list"]));
+        let found = listed.as_array().unwrap().iter();
+        let mut found = found.filter(|incident| incident["class"] == class && incident["state"] == "healed");
+        if let Some(incident) = found.next() {
+            return json(&edge(config, &["incidents", "show", &incident["id"].to_string()]));
+        }
+        assert!(
+            begun.elapsed() < Duration::from_mins(1),
+            "no healed {class}: {listed}"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 async fn until(what: &str, state: &Path, good: impl Fn(&ServiceStatus) -> bool) -> ServiceStatus {

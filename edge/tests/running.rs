@@ -267,9 +267,27 @@ async fn without_leave_to_act_a_crash_waits_for_a_person() {
     let reader = theriac_edge::store::StoreReader::open(&state.join("edge.db"))
         .unwrap()
         .unwrap();
-    reader
-        .decide(theriac_heal::types::IncidentId(waiting.id), true)
-        .unwrap();
+    let incident = theriac_heal::types::IncidentId(waiting.id);
+    // The page shows it a moment before the store has it.
+    let plan = edge
+        .until("planned", async |_| reader.incident(incident).unwrap()?.plan)
+        .await;
+    let word = |plan: Option<String>| theriac_edge::store::Word {
+        incident,
+        approve: true,
+        plan,
+        signature: None,
+    };
+    reader.decide(&word(Some("another plan".to_owned()))).unwrap();
+    let why = edge
+        .until("refused", async |_| {
+            let why = reader.incident(incident).unwrap()?.why();
+            why.contains("another plan, or of one that has expired, was refused")
+                .then_some(why)
+        })
+        .await;
+    assert!(!why.contains("Done:"), "{why}");
+    reader.decide(&word(Some(plan.hash()))).unwrap();
     assert_eq!(edge.healed().await.id, waiting.id);
     edge.finish().await;
 }

@@ -24,6 +24,7 @@
 
 pub mod budget;
 pub mod checkpoint;
+pub mod evidence;
 pub mod executor;
 pub mod incident;
 pub mod policy;

@@ -2,6 +2,7 @@
 //!
 //! None of these types can hold a sample: an incident carries scores, channel names and sentences.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -63,6 +64,14 @@ pub enum FaultClass {
     Overload,
     /// A service that it calls is down: a restart of this one cannot help.
     DependencyDown,
+    /// It waits for a disk that is too slow for all who use it: a restart reads everything again.
+    DiskSlow,
+    /// It is ready to run and others have the processors: a restart only makes it wait from the beginning.
+    CpuStarvation,
+    /// Its slots for clients are taken: those who hold them idly are to go, and a restart would throw out all.
+    ConnectionExhaustion,
+    /// Many of its sessions wait behind one: that one is to let go, and a restart would throw out all.
+    LockPileup,
     /// Something is wrong and the evidence names nothing that an action here would mend.
     Unknown,
 }
@@ -92,7 +101,7 @@ impl RestartHelps {
 
 impl FaultClass {
     /// Every class there is.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Crash,
         Self::Hang,
         Self::MemoryLeak,
@@ -101,14 +110,48 @@ impl FaultClass {
         Self::DiskFull,
         Self::Overload,
         Self::DependencyDown,
+        Self::DiskSlow,
+        Self::CpuStarvation,
+        Self::ConnectionExhaustion,
+        Self::LockPileup,
         Self::Unknown,
     ];
+
+    fn unknown() -> Self {
+        Self::Unknown
+    }
+
+    /// The class in fixed words, without anything that was measured or said.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Crash => "its process ended",
+            Self::Hang => "its process lives and does not answer",
+            Self::MemoryLeak => "its memory grows abnormally",
+            Self::CpuContention => "it uses abnormally much processor time",
+            Self::Corruption => "its state does not pass its check",
+            Self::DiskFull => "its file system has no room",
+            Self::Overload => "it has more to do than it can",
+            Self::DependencyDown => "a service that it calls is down",
+            Self::DiskSlow => "it waits for a slow disk",
+            Self::CpuStarvation => "others have the processors",
+            Self::ConnectionExhaustion => "its slots for clients are taken",
+            Self::LockPileup => "many of its sessions wait behind one",
+            Self::Unknown => "something is wrong, and it is not known what",
+        }
+    }
 
     /// Whether a restart mends it.
     pub fn restart_helps(self) -> RestartHelps {
         match self {
             Self::Crash | Self::Hang | Self::MemoryLeak | Self::CpuContention => RestartHelps::Yes,
-            Self::Corruption | Self::DiskFull | Self::Overload | Self::DependencyDown => RestartHelps::No,
+            Self::Corruption
+            | Self::DiskFull
+            | Self::Overload
+            | Self::DependencyDown
+            | Self::DiskSlow
+            | Self::CpuStarvation
+            | Self::ConnectionExhaustion
+            | Self::LockPileup => RestartHelps::No,
             Self::Unknown => RestartHelps::Unknown,
         }
     }
@@ -116,6 +159,19 @@ impl FaultClass {
     /// Whether the detector alone finds trouble of this class.
     pub fn from_detector(self) -> bool {
         matches!(self, Self::MemoryLeak | Self::CpuContention | Self::Unknown)
+    }
+
+    /// Whether a copy of the service's state that is taken meanwhile may be a bad one.
+    pub fn speaks_against_state(self) -> bool {
+        matches!(
+            self,
+            Self::Crash
+                | Self::Hang
+                | Self::Corruption
+                | Self::DiskFull
+                | Self::DependencyDown
+                | Self::Overload
+        )
     }
 
     /// The class as the contract's files spell it.
@@ -129,6 +185,10 @@ impl FaultClass {
             Self::DiskFull => "disk_full",
             Self::Overload => "overload",
             Self::DependencyDown => "dependency_down",
+            Self::DiskSlow => "disk_slow",
+            Self::CpuStarvation => "cpu_starvation",
+            Self::ConnectionExhaustion => "connection_exhaustion",
+            Self::LockPileup => "lock_pileup",
             Self::Unknown => "unknown",
         }
     }
@@ -151,11 +211,41 @@ pub enum ActionKind {
     Restart,
     /// Stop, put the last good checkpoint in the state's place (the replaced state is kept), start.
     RestoreAndStart,
+    /// Cancel the statement of the session that others wait for. Its session goes on.
+    CancelQuery,
+    /// End the session that others wait for. Its transaction is rolled back, as at a crash of its client.
+    TerminateBlocker,
+    /// End sessions that hold slots idly, the longest first, until enough are free. Their clients connect again.
+    EndIdleSessions,
+    /// Have the service read its settings again, where their files are newer than what it runs on.
+    Reload,
+    /// Tell another system, by a signed request, which does what it does.
+    Webhook,
+    /// Run the program that is configured for it.
+    Hook,
+    /// Move files that the policy's people listed as ones that can be made again to a quarantine on another file system.
+    RelieveSpace,
 }
 
 impl ActionKind {
     /// Every action there is.
-    pub const ALL: [Self; 3] = [Self::Start, Self::Restart, Self::RestoreAndStart];
+    pub const ALL: [Self; 10] = [
+        Self::Start,
+        Self::Restart,
+        Self::RestoreAndStart,
+        Self::CancelQuery,
+        Self::TerminateBlocker,
+        Self::EndIdleSessions,
+        Self::Reload,
+        Self::Webhook,
+        Self::Hook,
+        Self::RelieveSpace,
+    ];
+
+    /// Whether the service gets another process by it, so that what was seen of the former one says nothing any more.
+    pub fn renews_process(self) -> bool {
+        matches!(self, Self::Start | Self::Restart | Self::RestoreAndStart)
+    }
 
     /// The action as the contract's files spell it.
     pub fn as_str(self) -> &'static str {
@@ -163,6 +253,13 @@ impl ActionKind {
             Self::Start => "start",
             Self::Restart => "restart",
             Self::RestoreAndStart => "restore_and_start",
+            Self::CancelQuery => "cancel_query",
+            Self::TerminateBlocker => "terminate_blocker",
+            Self::EndIdleSessions => "end_idle_sessions",
+            Self::Reload => "reload",
+            Self::Webhook => "webhook",
+            Self::Hook => "hook",
+            Self::RelieveSpace => "relieve_space",
         }
     }
 }
@@ -218,6 +315,15 @@ impl fmt::Display for IntentId {
     }
 }
 
+/// One session of a database server: its process, and what tells it from a later one with the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SessionId {
+    /// Its process.
+    pub pid: i32,
+    /// A digest of the moment of its start.
+    pub birth: u64,
+}
+
 /// One planned action. It is recorded durably before anything is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {
@@ -229,10 +335,63 @@ pub struct Intent {
     pub service: String,
     /// What is to be done.
     pub action: ActionKind,
+    /// For what. A record of an earlier build does not say.
+    #[serde(default = "FaultClass::unknown")]
+    pub class: FaultClass,
+    /// The session that it is to touch, where it touches one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<SessionId>,
     /// When it was decided.
     pub decided: When,
     /// Why, in words.
     pub reason: String,
+}
+
+/// What a person approves: exactly this action for exactly this diagnosis under exactly these policies, until it expires.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The incident.
+    pub incident: IncidentId,
+    /// The service.
+    pub service: String,
+    /// What is to be done.
+    pub action: ActionKind,
+    /// For what.
+    pub class: FaultClass,
+    /// The session that is to be touched, where one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<SessionId>,
+    /// Digest of the policies.
+    pub policy: String,
+    /// When it was made.
+    pub made: When,
+    /// Approvals count until then.
+    pub expires: When,
+}
+
+impl Plan {
+    /// The text that is signed: one line each, in this order. `session` stands only where one is to be touched.
+    pub fn text(&self) -> String {
+        let session = self.session.map_or_else(String::new, |session| {
+            format!("session {} {:016x}\n", session.pid, session.birth)
+        });
+        format!(
+            "incident {}\nservice {}\naction {}\nclass {}\n{session}policy {}\nmade {}\nexpires {}\n",
+            self.incident,
+            self.service,
+            self.action,
+            self.class,
+            self.policy,
+            self.made.unix_ms,
+            self.expires.unix_ms
+        )
+    }
+
+    /// SHA-256 of [`Plan::text`], hexadecimal.
+    pub fn hash(&self) -> String {
+        use sha2::Digest as _;
+        data_encoding::HEXLOWER.encode(&sha2::Sha256::digest(self.text()))
+    }
 }
 
 /// A channel of the detector that explains part of an anomaly.
@@ -282,6 +441,17 @@ pub struct Evidence {
     pub words: String,
 }
 
+/// What the trouble may be, by the evidence at the latest decision.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Hypothesis {
+    /// The class.
+    pub class: FaultClass,
+    /// How sure it is, 0 to 1.
+    pub certainty: f64,
+    /// Why, in words.
+    pub reason: String,
+}
+
 /// An action that was considered, and what spoke for or against it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alternative {
@@ -299,6 +469,11 @@ pub struct Alternative {
 pub enum Outcome {
     /// Done: the service was started (its health is for verification to say).
     Done,
+    /// Done without touching the service's process.
+    Relieved {
+        /// What the hands did and saw.
+        detail: String,
+    },
     /// Not done: the state did not pass its check. No state was changed.
     StateCorrupt {
         /// What the check said.
@@ -315,7 +490,8 @@ pub enum Outcome {
     },
     /// Not carried out: the symptom had gone before the intent was durable.
     NotNeeded,
-    /// The node stopped between intent and outcome; what became of it was found out by looking.
+    /// The node stopped between intent and outcome; what became of it was found out by looking. What does not renew the process is not
+    /// done again in that incident.
     Interrupted,
 }
 
@@ -411,8 +587,18 @@ pub struct Incident {
     pub evidence_dropped: u64,
     /// Leading causes of the latest anomaly, greatest first; at most [`Incident::CAUSES_MAX`].
     pub causes: Vec<Cause>,
+    /// What the trouble was taken for at the latest decision, then what else its signs speak for; at most
+    /// [`Incident::HYPOTHESES_MAX`].
+    #[serde(default)]
+    pub hypotheses: Vec<Hypothesis>,
     /// What was considered at the latest decision.
     pub alternatives: Vec<Alternative>,
+    /// What waits for approval, or was approved last.
+    #[serde(default)]
+    pub plan: Option<Plan>,
+    /// Whose signatures under that plan count.
+    #[serde(default)]
+    pub approved_by: BTreeSet<String>,
     /// What was done, oldest first.
     pub actions: Vec<ActionRecord>,
     /// The verdict of the last verified action.
@@ -426,18 +612,15 @@ impl Incident {
     pub const EVIDENCE_MAX: usize = 32;
     /// Most causes kept for one incident.
     pub const CAUSES_MAX: usize = 5;
+    /// Most hypotheses kept for one incident.
+    pub const HYPOTHESES_MAX: usize = 4;
 
     /// The action that waits for a person's approval.
     pub fn recommended(&self) -> Option<ActionKind> {
-        // Of the actions considered only the recommended one is told as such; the others say why not.
-        (self.state == IncidentState::AwaitingApproval)
-            .then(|| {
-                self.alternatives
-                    .iter()
-                    .find(|considered| considered.reason.starts_with("is recommended"))
-            })
-            .flatten()
-            .and_then(|considered| considered.action)
+        self.plan
+            .as_ref()
+            .filter(|_| self.state == IncidentState::AwaitingApproval)
+            .map(|plan| plan.action)
     }
 }
 

@@ -161,6 +161,10 @@ fn hands(dir: &Path) -> ServiceHands {
     };
     let check = "test \"$(cat \"$1/table\")\" = good || { echo table is bad; exit 1; }";
     ServiceHands {
+        sessions: None,
+        space: None,
+        hook: None,
+        webhook: None,
         supervisor: Supervisor::new(spec, dir.join("kv.json")),
         state: Some(ServiceState {
             dir: state,
@@ -192,6 +196,8 @@ fn intent(action: ActionKind) -> Intent {
         incident,
         service: "kv".to_owned(),
         action,
+        class: FaultClass::Crash,
+        session: None,
         decided: When::default(),
         reason,
     }

@@ -8,11 +8,14 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output, ProcessState};
+use theriac_heal::incident::{
+    HealConfig, IncidentMachine, Input, MachineState, Output, PileUp, ProcessState, SessionsSeen,
+};
 use theriac_heal::policy::evaluate::{Ruling, evaluate};
 use theriac_heal::policy::{Autonomy, HealPolicy, NodeBudget};
 use theriac_heal::types::{
-    ActionKind, Cause, IncidentId, Intent, IntentId, NoticeKind, Now, Outcome, RestartHelps,
+    ActionKind, Cause, FaultClass, IncidentId, IncidentState, Intent, IntentId, NoticeKind, Now, Outcome,
+    Plan, RestartHelps,
 };
 
 const SERVICES: [&str; 2] = ["a", "b"];
@@ -51,6 +54,13 @@ enum Op {
     },
     Disk {
         service: usize,
+        full: bool,
+    },
+    /// Two looks at a server's sessions, alike.
+    Sessions {
+        service: usize,
+        piled: bool,
+        running: bool,
         full: bool,
     },
     Pass {
@@ -96,6 +106,8 @@ fn op() -> impl Strategy<Value = Op> {
                 .prop_map(|(service, channel, score)| Op::Anomaly { service, channel, score }),
             1 => service.clone().prop_map(|service| Op::Cleared { service }),
             1 => (service.clone(), any::<bool>()).prop_map(|(service, good)| Op::State { service, good }),
+            2 => (service.clone(), any::<bool>(), any::<bool>(), any::<bool>())
+                .prop_map(|(service, piled, running, full)| Op::Sessions { service, piled, running, full }),
             1 => (service, any::<bool>()).prop_map(|(service, full)| Op::Disk { service, full }),
             4 => prop_oneof![1..2_000_u64, 1_000..60_000_u64, 100_000..2_000_000_u64].prop_map(|ms| Op::Pass { ms }),
             6 => prop::bool::weighted(0.9).prop_map(|stored| Op::Record { stored }),
@@ -276,6 +288,11 @@ impl World {
                 });
             }
             Op::Disk { service, full: true } => {
+                // One of the two has something that may be moved away.
+                self.tell(Input::Relievable {
+                    service: name(*service),
+                    bytes: *service as u64,
+                });
                 self.full.insert(name(*service));
                 self.tell(Input::DiskFull {
                     service: name(*service),
@@ -287,6 +304,31 @@ impl World {
                 self.tell(Input::DiskRelieved {
                     service: name(*service),
                 });
+            }
+            Op::Sessions {
+                service,
+                piled,
+                running,
+                full,
+            } => {
+                for _ in 0..2 {
+                    let pile_up = piled.then_some(PileUp {
+                        pid: 7,
+                        birth: 1,
+                        behind: 3,
+                        waited_s: 6,
+                        running: *running,
+                        touchable: true,
+                    });
+                    self.tell(Input::Sessions {
+                        service: name(*service),
+                        seen: SessionsSeen {
+                            pile_up,
+                            free: if *full { 0 } else { 9 },
+                            free_min: 5,
+                        },
+                    });
+                }
             }
             Op::Pass { ms } => self.pass(*ms),
             Op::Record { stored } => self.record(*stored),
@@ -304,8 +346,14 @@ impl World {
                 {
                     self.demoted.remove(&open.service.clone());
                 }
+                let open = self.machine.open_incidents().find(|open| open.id.0 == *incident);
+                let plan = open
+                    .filter(|open| open.state == IncidentState::AwaitingApproval)
+                    .and_then(|open| open.plan.as_ref().map(Plan::hash));
                 self.tell(Input::Approve {
                     incident: IncidentId(*incident),
+                    plan,
+                    by: None,
                 });
             }
             Op::Deny { incident } => self.tell(Input::Deny {
@@ -389,6 +437,7 @@ impl World {
                 detail,
                 running: true,
             },
+            _ if !intent.action.renews_process() => Outcome::Relieved { detail },
             _ => Outcome::Done,
         };
         self.tell(Input::Executed {
@@ -441,7 +490,7 @@ impl World {
             match output {
                 Output::RecordIntent(intent) => {
                     assert!(
-                        !self.full.contains(&intent.service),
+                        intent.action == ActionKind::RelieveSpace || !self.full.contains(&intent.service),
                         "an action on a full disk: {intent:?}"
                     );
                     assert!(!self.halted, "an action while halted: {intent:?}");
@@ -450,6 +499,14 @@ impl World {
                         "an action after harm: {intent:?}"
                     );
                     self.nothing_else_under_way(&intent);
+                    let incident = self.machine.open_incident(&intent.service).unwrap();
+                    assert!(
+                        !matches!(
+                            incident.class,
+                            FaultClass::ConnectionExhaustion | FaultClass::LockPileup | FaultClass::DiskFull
+                        ) || !intent.action.renews_process(),
+                        "a restart that cannot help: {incident:?}"
+                    );
                     // A number may be given again only when its first bearer was never durable.
                     assert!(
                         !self.durable.contains(&intent.id),
@@ -495,8 +552,11 @@ impl World {
                             .actions
                             .iter()
                             .filter(|done| done.intent.action == action)
-                            .filter(|done| {
-                                !matches!(done.outcome, Some(Outcome::NotNeeded | Outcome::Interrupted))
+                            .filter(|done| match done.outcome {
+                                Some(Outcome::NotNeeded) => false,
+                                // What became of it cannot be seen, so it counts as done.
+                                Some(Outcome::Interrupted) => !action.renews_process(),
+                                _ => true,
                             })
                             .count();
                         let rungs = if action == ActionKind::Start { 2 } else { 1 };
@@ -568,6 +628,12 @@ impl World {
             for service in 0..SERVICES.len() {
                 self.apply(&Op::Started { service });
                 self.apply(&Op::Disk { service, full: false });
+                self.apply(&Op::Sessions {
+                    service,
+                    piled: false,
+                    running: false,
+                    full: false,
+                });
                 self.apply(&Op::Cleared { service });
                 self.apply(&Op::State { service, good: true });
                 self.apply(&Op::Process {
@@ -613,7 +679,7 @@ fn the_generator_reaches_what_the_invariants_are_about() {
     use proptest::test_runner::TestRunner;
 
     let mut runner = TestRunner::deterministic();
-    let (mut executed, mut repeated, mut restored, mut harmed) = (0, 0, 0, 0);
+    let (mut executed, mut repeated, mut restored, mut harmed, mut relieved) = (0, 0, 0, 0, 0);
     for _ in 0..300 {
         let ops = prop::collection::vec(op(), 60..120)
             .new_tree(&mut runner)
@@ -627,9 +693,14 @@ fn the_generator_reaches_what_the_invariants_are_about() {
             .iter()
             .filter(|(_, done)| done.action == ActionKind::RestoreAndStart)
             .count();
+        relieved += world
+            .done
+            .iter()
+            .filter(|(_, done)| !done.action.renews_process())
+            .count();
         harmed += usize::from(!world.machine.export().demoted.is_empty());
     }
-    assert!(executed > 300, "{executed}");
+    assert!(executed > 300 && relieved > 20, "{executed} {relieved}");
     assert!(
         repeated > 5 && restored > 20 && harmed > 10,
         "{repeated} {restored} {harmed}"

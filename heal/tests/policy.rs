@@ -11,7 +11,7 @@ use theriac_heal::policy::evaluate::{Because, Ruling, RulingRecord, evaluate};
 use theriac_heal::policy::expression::Expression;
 use theriac_heal::policy::file::PolicyFile;
 use theriac_heal::policy::{Autonomy, HealPolicy, NodeBudget};
-use theriac_heal::types::{ActionKind, FaultClass, IncidentState, Now, Outcome};
+use theriac_heal::types::{ActionKind, FaultClass, IncidentState, Now, Outcome, Plan};
 
 struct World {
     machine: IncidentMachine,
@@ -199,7 +199,18 @@ fn moving_state_needs_a_person_whatever_the_file_says() {
     assert!(world.executed.is_empty());
     assert_eq!(world.state("db"), IncidentState::AwaitingApproval);
     let incident = world.machine.open_incident("db").unwrap().id;
-    world.tell(Input::Approve { incident });
+    let plan = world
+        .machine
+        .open_incident("db")
+        .unwrap()
+        .plan
+        .as_ref()
+        .map(Plan::hash);
+    world.tell(Input::Approve {
+        incident,
+        plan,
+        by: None,
+    });
     assert_eq!(world.executed, [ActionKind::RestoreAndStart]);
     world.replay();
 }

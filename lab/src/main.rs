@@ -140,7 +140,7 @@ struct CampaignArgs {
     /// Which faults: `kill9`, `hang`, `memory_leak`, `cpu_hog`.
     #[arg(long, value_delimiter = ',', default_value = "kill9,hang")]
     faults: Vec<Fault>,
-    /// Who heals; only `theriac` so far.
+    /// Who heals: `theriac`, `threshold`, `monit` (its Debian package).
     #[arg(long, value_delimiter = ',', default_value = "theriac")]
     healers: Vec<Healer>,
     /// How often each fault comes.

@@ -16,10 +16,10 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::detector::{Detector, DetectorError};
+use crate::detector::{Detector, DetectorError, WARM_UP_ROWS};
 use crate::feature::Transform;
 use crate::series::Series;
-use crate::threshold::AlarmState;
+use crate::threshold::{AlarmState, RAISE_WINDOW, Verdict};
 
 /// A channel has left its usual range from this contribution, or from this many spreads of distance on. Both are beyond
 /// what a normal distribution shows in a thousand rows.
@@ -48,7 +48,7 @@ pub struct ChannelCause {
     pub since: Option<u64>,
 }
 
-/// Follows every row and ranks the channels of the present incident. Memory: 48 bytes a channel.
+/// Follows every row and ranks the channels of the present incident. Memory: 64 bytes a channel.
 #[derive(Clone)]
 pub struct CauseTracker {
     channels: Vec<Track>,
@@ -222,27 +222,7 @@ impl Detector {
     /// [`DetectorError::Channels`] when the series has other channels.
     pub fn explain_alarms(&self, series: &Series) -> Result<Explained, DetectorError> {
         let (scores, contributions) = self.explain_series(series)?;
-        let mut alarm = AlarmState::new(self.threshold());
-        let mut levels = Vec::with_capacity(scores.len());
-        let mut rows: Vec<Range<usize>> = Vec::new();
-        // The alarm is confirmed a few rows late; the incident begins with the first row that reached the level.
-        let mut suspicious: Option<usize> = None;
-        for (row, score) in scores.iter().enumerate() {
-            let level = alarm.level();
-            levels.push(level);
-            let was_active = alarm.active();
-            let alarmed = alarm.push(*score).alarmed();
-            if alarmed || *score >= level {
-                let start = *suspicious.get_or_insert(row);
-                match rows.last_mut() {
-                    Some(open) if was_active => open.end = row + 1,
-                    _ if alarmed => rows.push(start..row + 1),
-                    _ => {}
-                }
-            } else {
-                suspicious = None;
-            }
-        }
+        let (levels, rows) = self.alarm_rows(&scores);
         let causes = self.rank_rows(series, &contributions, &rows);
         let alarms = rows
             .into_iter()
@@ -259,6 +239,42 @@ impl Detector {
             levels,
             alarms,
         })
+    }
+
+    /// The alarm level before each row, and the rows of each alarm, as a running edge would raise them that begins with the first of `scores`
+    /// ([`score_series`](Self::score_series)): its first [`WARM_UP_ROWS`] raise nothing and move nothing. An alarm is
+    /// confirmed a few rows late; its rows begin with the first of those that confirmed it.
+    pub fn alarm_rows(&self, scores: &[f32]) -> (Vec<f32>, Vec<Range<usize>>) {
+        let mut alarm = AlarmState::new(self.threshold());
+        let mut levels = Vec::with_capacity(scores.len());
+        let mut rows: Vec<Range<usize>> = Vec::new();
+        // The rows that reached the level without an alarm, as far back as they can confirm one.
+        let mut suspicious: Vec<usize> = Vec::new();
+        for (row, score) in scores.iter().enumerate() {
+            let level = alarm.level();
+            levels.push(level);
+            if row < WARM_UP_ROWS {
+                continue;
+            }
+            let was_active = alarm.active();
+            suspicious.retain(|earlier| row - earlier < RAISE_WINDOW as usize);
+            if *score >= level && !was_active {
+                suspicious.push(row);
+            }
+            match alarm.push(*score) {
+                Verdict::Raised => {
+                    rows.push(suspicious.first().copied().unwrap_or(row)..row + 1);
+                    suspicious.clear();
+                }
+                Verdict::Ongoing => {
+                    if let Some(open) = rows.last_mut() {
+                        open.end = row + 1;
+                    }
+                }
+                Verdict::Cleared | Verdict::Normal => {}
+            }
+        }
+        (levels, rows)
     }
 
     /// Ranks the channels of each incident, given by its rows, in order and without overlap; ranges beyond the end are cut.
@@ -415,6 +431,33 @@ mod tests {
         assert_eq!((first.channel, first.since), (1, Some(300)));
         assert!(first.change > 2.0 && first.residual_share > 0.5, "{first:?}");
         assert_eq!(explained.levels.len(), series.rows());
+    }
+
+    #[test]
+    fn an_alarm_begins_with_the_first_row_that_confirmed_it_and_never_during_the_warm_up() {
+        let (detector, _) = recorded();
+        let level = detector.threshold().level();
+        let mut scores = vec![0.0; 200];
+        scores[3..9].fill(3.0 * level);
+        for row in [100, 102, 103] {
+            scores[row] = 3.0 * level;
+        }
+        scores[150] = f32::NAN;
+        let (levels, rows) = detector.alarm_rows(&scores);
+        assert_eq!(rows.len(), 1, "{rows:?}");
+        assert_eq!(
+            rows[0].start, 100,
+            "reached, missed, reached: the first of the three"
+        );
+        assert_eq!(
+            rows[0].end, 113,
+            "ten low rows end it; the row that ends it is none of its own"
+        );
+        assert_eq!((levels.len(), levels[0]), (200, level));
+        assert!(
+            (levels[WARM_UP_ROWS] - level).abs() < 1e-6,
+            "the warm-up moves nothing"
+        );
     }
 
     #[test]

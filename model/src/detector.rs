@@ -1,5 +1,6 @@
 //! The fitted detector of one host: fit on history, score rows one by one or all at once.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,6 +63,18 @@ pub enum DetectorError {
         needed: usize,
         /// Rows given.
         found: usize,
+    },
+    /// Nearly every row lies behind a gap.
+    #[error(
+        "of {rows} rows only {usable} follow ten others without a gap of more than eleven steps, at least {needed} must: the step is wrong, or the recording is all gaps"
+    )]
+    Gaps {
+        /// Rows given.
+        rows: usize,
+        /// Rows with all lags.
+        usable: usize,
+        /// Fewest of those.
+        needed: usize,
     },
     /// The fit failed.
     #[error(transparent)]
@@ -160,6 +173,8 @@ pub fn default_half_lives(step: Duration) -> [Duration; HALF_LIVES] {
 pub struct Provenance {
     /// Version of the global model in it, 0 for none.
     pub model_version: u64,
+    /// SHA-256 of that model's values, hexadecimal; empty for none.
+    pub model_digest: String,
     /// Round that made that model.
     pub round: u64,
     /// Rule that combined it; empty for none.
@@ -200,7 +215,7 @@ impl Detector {
     ///
     /// # Errors
     /// [`DetectorError::Channels`] when the series does not match the schema; [`DetectorError::TooFewRows`] below
-    /// [`ROWS_MIN`]; [`DetectorError::NoChannels`]; [`DetectorError::PriorChannels`].
+    /// [`ROWS_MIN`]; [`DetectorError::Gaps`]; [`DetectorError::NoChannels`]; [`DetectorError::PriorChannels`].
     pub fn fit(schema: &FeatureSchema, series: &Series, options: &FitOptions) -> Result<Self, DetectorError> {
         Self::fit_with(schema, series, options, None, Learning::OwnRows)
     }
@@ -218,18 +233,41 @@ impl Detector {
         Self::fit_with(schema, series, options, None, Learning::Nothing)
     }
 
-    /// Fits anew on `series`, with the global model's weights (own-lag and, where there are some, full ones) as prior and its network. Options and
-    /// provenance stay.
+    /// Fits anew on `series` as `options` say, but with the global model's weights (own-lag and, where there are some, full ones) as prior and its
+    /// network. Profile and provenance stay.
     ///
     /// # Errors
     /// As [`fit`](Self::fit).
-    pub fn refit_with_global(&self, series: &Series, global: &GlobalModel) -> Result<Self, DetectorError> {
+    pub fn refit_with_global(
+        &self,
+        series: &Series,
+        global: &GlobalModel,
+        options: &FitOptions,
+    ) -> Result<Self, DetectorError> {
         let options = FitOptions {
             prior: Some(global.own_lag()),
             full_prior: global.linear(),
-            ..self.options.clone()
+            ..options.clone()
         };
         let network = ResidualNetwork::new(global.channels(), global.network());
+        let fitted = Self::fit_with(&self.schema, series, &options, network, Learning::OwnRows)?;
+        Ok(Self {
+            provenance: self.provenance.clone(),
+            ..fitted
+        })
+    }
+
+    /// Fits anew on `series` as `options` say, leaning on what this detector leans on. Profile and provenance stay.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit).
+    pub fn refit(&self, series: &Series, options: &FitOptions) -> Result<Self, DetectorError> {
+        let options = FitOptions {
+            prior: self.options.prior.clone(),
+            full_prior: self.options.full_prior.clone(),
+            ..options.clone()
+        };
+        let network = self.forecaster.network.clone();
         let fitted = Self::fit_with(&self.schema, series, &options, network, Learning::OwnRows)?;
         Ok(Self {
             provenance: self.provenance.clone(),
@@ -253,7 +291,15 @@ impl Detector {
         }
         let arm = options.arm;
         let normaliser = arm_scaler(schema, series, options);
-        let scaled = ScaledRows::new(&normaliser, series);
+        let scaled = ScaledRows::new(&normaliser, series, options.step);
+        let usable = scaled.with_lags(0..scaled.rows()).map(|part| part.len()).sum();
+        if usable < ROWS_MIN - LAG_MAX {
+            return Err(DetectorError::Gaps {
+                rows: series.rows(),
+                usable,
+                needed: ROWS_MIN - LAG_MAX,
+            });
+        }
         let priors = options.priors();
         let (mut forecaster, leaning) = match learning {
             Learning::OwnRows => personalise::fit(&scaled, priors, network, arm.paths())?,
@@ -473,8 +519,7 @@ impl ScoringState {
     /// Tells the time of the row that comes next.
     fn pass_time(&mut self, at_ms: u64, step: Duration) {
         let before = std::mem::replace(&mut self.at_ms, at_ms);
-        let passed = Duration::from_millis(at_ms.saturating_sub(before));
-        if before > 0 && passed > step * (HOLD_ROWS_MAX + 1) {
+        if is_gap(before, at_ms, step) {
             self.hold.mute_all();
         }
     }
@@ -515,25 +560,43 @@ impl ScoringState {
     }
 }
 
-/// A whole series, scaled, with missing values held: what fits and the gate work on.
+/// Whether so much time lies between two rows that the first says nothing about the second. The time 0 stands for an unknown one.
+fn is_gap(before_ms: u64, at_ms: u64, step: Duration) -> bool {
+    let passed = Duration::from_millis(at_ms.saturating_sub(before_ms));
+    before_ms > 0 && passed > step.saturating_mul(HOLD_ROWS_MAX + 1)
+}
+
+/// A whole series, scaled, with missing values held: what fits and the gate work on. Rows whose lags lie beyond a gap in time teach
+/// nothing and are not judged: rows of a day-only recording, or those around an incident that was cut out.
 pub(crate) struct ScaledRows {
     channels: usize,
     pub(crate) values: Vec<f32>,
     /// Whether a value counts; empty when all do.
     silent: Vec<bool>,
+    /// First rows after a gap in time.
+    breaks: Vec<usize>,
 }
 
 impl ScaledRows {
-    pub(crate) fn new(normaliser: &Normaliser, series: &Series) -> Self {
+    pub(crate) fn new(normaliser: &Normaliser, series: &Series, step: Duration) -> Self {
         let channels = normaliser.channels();
         let mut hold = Hold::new(channels);
         let mut values = vec![0.0; series.rows() * channels];
         let mut silent = Vec::new();
+        let mut breaks = Vec::new();
         for (index, (raw, row)) in series
             .iter_rows()
             .zip(values.chunks_exact_mut(channels.max(1)))
             .enumerate()
         {
+            if let Some([before, at]) = series
+                .times_ms()
+                .and_then(|t| t.get(index.checked_sub(1)?..=index))
+                && is_gap(*before, *at, step)
+            {
+                hold.mute_all();
+                breaks.push(index);
+            }
             normaliser.apply(raw, row);
             hold.fill(row);
             for channel in 0..channels {
@@ -547,7 +610,18 @@ impl ScaledRows {
             channels,
             values,
             silent,
+            breaks,
         }
+    }
+
+    /// The parts of `range` whose lags are all known and belong to the row.
+    pub(crate) fn with_lags(&self, range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let starts = std::iter::once(0).chain(self.breaks.iter().copied());
+        let ends = self.breaks.iter().copied().chain([self.rows()]);
+        starts
+            .zip(ends)
+            .map(move |(start, end)| (start + LAG_MAX).max(range.start)..end.min(range.end))
+            .filter(|part| !part.is_empty())
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -570,7 +644,7 @@ impl ScaledRows {
         let channels = self.channels;
         let (mut lags, mut forecast) = (vec![0.0; channels * LAG_COUNT], vec![0.0; channels]);
         let mut errors = vec![0.0; self.rows().saturating_sub(start)];
-        for row in start.max(LAG_MAX)..self.rows() {
+        for row in self.with_lags(start..self.rows()).flatten() {
             lags_of(&self.values, channels, row, &mut lags);
             path.forecast(forecaster, &lags, &mut forecast);
             let at = row * channels;
@@ -751,6 +825,81 @@ mod tests {
                 found: 5
             }
         ));
+    }
+
+    /// Rows of two days, ten hours apart, whose levels differ: the jump between them is none.
+    #[test]
+    fn a_gap_in_time_is_no_row_to_learn_from() {
+        let half = noisy(600);
+        let lifted: Vec<f32> = half.iter().map(|value| value + 5.0).collect();
+        let values = [half, lifted].concat();
+        let series = |gap_ms: u64| {
+            let mut series = Series::empty(2);
+            for (row, values) in values.chunks_exact(2).enumerate() {
+                let at_ms = 60_000 * (row as u64 + 1) + if row >= 600 { gap_ms } else { 0 };
+                let values = values.to_vec();
+                series.push(&Sample { at_ms, values }).unwrap();
+            }
+            series
+        };
+        let normaliser = Normaliser::fit(&schema(2), &series(0), 1.0);
+        let scaled = |gap_ms| ScaledRows::new(&normaliser, &series(gap_ms), Duration::from_mins(1));
+        let apart = scaled(36_000_000);
+        assert_eq!(apart.with_lags(0..1200).collect::<Vec<_>>(), [10..600, 610..1200]);
+        assert!(apart.with_lags(590..605).eq(std::iter::once(590..600)));
+        assert!(scaled(0).with_lags(0..1200).eq(std::iter::once(10..1200)));
+        // All gaps: nothing to learn from, and no model that says it has learnt.
+        let torn = {
+            let mut series = Series::empty(2);
+            for (row, values) in values.chunks_exact(2).enumerate() {
+                let at_ms = 60_000 * (row as u64 + 1 + 30 * (row as u64 / 8));
+                let values = values.to_vec();
+                series.push(&Sample { at_ms, values }).unwrap();
+            }
+            series
+        };
+        assert!(matches!(
+            Detector::fit(&schema(2), &torn, &options()),
+            Err(DetectorError::Gaps { usable: 0, .. })
+        ));
+        let fitted = |gap_ms| Detector::fit(&schema(2), &series(gap_ms), &options()).unwrap();
+        let (joined, parted) = (fitted(0), fitted(36_000_000));
+        assert!(
+            parted.threshold().level() < 0.5 * joined.threshold().level(),
+            "the jump is in one and not in the other: {} and {}",
+            parted.threshold().level(),
+            joined.threshold().level()
+        );
+        // What is judged on the tail leaves the rows across a gap out as well.
+        let forecaster = &parted.forecaster;
+        let errors = apart.errors_from(595, forecaster, Path::Own, 8.0);
+        assert!(errors[5..15].iter().all(|error| *error == 0.0) && errors[15] > 0.0);
+    }
+
+    /// The same calm rows, fitted with a gap after every thirtieth: what is usual is what the rows that count say.
+    #[test]
+    fn rows_behind_gaps_do_not_lower_what_is_usual() {
+        let values = noisy(6_000);
+        let fitted = |every: u64| {
+            let mut series = Series::empty(2);
+            for (row, values) in values.chunks_exact(2).enumerate() {
+                let at_ms = 60_000 * (row as u64 + 1 + 60 * (row as u64 / every));
+                let values = values.to_vec();
+                series.push(&Sample { at_ms, values }).unwrap();
+            }
+            Detector::fit(&schema(2), &series, &options()).unwrap()
+        };
+        let above = |detector: &Detector| {
+            let level = detector.threshold().level();
+            let scores = scores(detector, noisy(12_000).split_off(12_000));
+            scores.iter().filter(|score| **score >= level).count()
+        };
+        let (whole, torn) = (fitted(u64::MAX), fitted(30));
+        let (whole, torn) = (above(&whole), above(&torn));
+        assert!(
+            torn <= 3 * whole.max(20),
+            "{torn} rows above with gaps, {whole} without, of 6000"
+        );
     }
 
     #[test]

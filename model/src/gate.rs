@@ -3,9 +3,9 @@
 //! Refusing costs nothing: the host goes on with what it has. So a model must earn its place on this host's own rows.
 
 use std::fmt;
+use std::time::Duration;
 
-use crate::LAG_MAX;
-use crate::detector::{Detector, Path, ScaledRows, local_scaler};
+use crate::detector::{Detector, FitOptions, Path, ScaledRows, local_scaler};
 use crate::feature::FeatureSchema;
 use crate::forecaster::{ResidualNetwork, forecast_full};
 use crate::global::{GlobalModel, OwnLagWeights};
@@ -126,7 +126,9 @@ impl From<GateOutcome> for Judgement {
 /// same fit with the current prior by more than 5 % in mean absolute residual, each leaning as strongly as is best for it there
 /// ([`personalise`](crate::personalise)); a difference within two standard errors of the rows' differences is chance and
 /// counts for the model.
-pub fn judge(current: &Detector, history: &Series, global: &GlobalModel) -> Judgement {
+///
+/// `options` say how an accepted model is fitted; their priors are not looked at.
+pub fn judge(current: &Detector, history: &Series, global: &GlobalModel, options: &FitOptions) -> Judgement {
     let channels = current.schema().channels();
     if global.channels() != channels || history.channels() != channels {
         return GateOutcome::LayoutMismatch.into();
@@ -137,13 +139,13 @@ pub fn judge(current: &Detector, history: &Series, global: &GlobalModel) -> Judg
     if history.rows() < GATE_ROWS_MIN {
         return GateOutcome::TooFewRows.into();
     }
-    let Ok(evidence) = measure(current, history, global) else {
+    let Ok(evidence) = measure(current, history, global, options.step) else {
         return GateOutcome::NonFinite.into();
     };
     let outcome = if evidence.tail.is_none_or(|tail| tail.worse()) {
         GateOutcome::WorseOnTail
     } else {
-        match current.refit_with_global(history, global) {
+        match current.refit_with_global(history, global, options) {
             Ok(detector) => GateOutcome::Accepted(Box::new(detector)),
             Err(_) => GateOutcome::NonFinite,
         }
@@ -154,9 +156,14 @@ pub fn judge(current: &Detector, history: &Series, global: &GlobalModel) -> Judg
     }
 }
 
-fn measure(current: &Detector, history: &Series, global: &GlobalModel) -> Result<Evidence, Unsolvable> {
+fn measure(
+    current: &Detector,
+    history: &Series,
+    global: &GlobalModel,
+    step: Duration,
+) -> Result<Evidence, Unsolvable> {
     let channels = global.channels();
-    let rows = ScaledRows::new(&local_scaler(current.schema(), history, true), history);
+    let rows = ScaledRows::new(&local_scaler(current.schema(), history, true), history, step);
     let own_lag = global.own_lag();
     let linear = global.linear();
     let of_own =
@@ -214,13 +221,17 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// Tries on `rows`, scaled as a host does that knows the last `known` of them and has a prior.
+    /// Tries on `rows`, scaled as a host does that knows the last `known` of them and has a prior. Rows follow each other without a gap.
     ///
     /// # Panics
     /// When the series has other channels than the schema.
     pub fn new(schema: &FeatureSchema, rows: &Series, known: usize) -> Self {
         Self {
-            rows: ScaledRows::new(&local_scaler(schema, &rows.tail(known), true), rows),
+            rows: ScaledRows::new(
+                &local_scaler(schema, &rows.tail(known), true),
+                rows,
+                Duration::MAX,
+            ),
             channels: schema.channels(),
         }
     }
@@ -244,7 +255,7 @@ impl std::fmt::Debug for Trial {
 fn squared_as_is(rows: &ScaledRows, channels: usize, forecast: impl Fn(&[f32], &mut [f32])) -> f64 {
     let (mut lags, mut forecasts) = (vec![0.0; channels * crate::LAG_COUNT], vec![0.0; channels]);
     let mut sum = 0.0;
-    for row in LAG_MAX..rows.rows() {
+    for row in rows.with_lags(0..rows.rows()).flatten() {
         lags_of(&rows.values, channels, row, &mut lags);
         forecast(&lags, &mut forecasts);
         for (value, forecast) in rows.values[row * channels..].iter().zip(&forecasts) {
@@ -267,8 +278,6 @@ fn own_as_is(weights: &OwnLagWeights, lags: &[f32], out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::detector::FitOptions;
-    use std::time::Duration;
 
     /// Slow swings with shocks, two channels in 0..1.
     fn history(rows: usize) -> Series {
@@ -304,7 +313,8 @@ mod tests {
         let current = local(&rows);
         let honest = own_lag([0.8, 0.1, 0.0, 0.0, 0.0]);
         let model = GlobalModel::initial(2, 1).with_own_lag(&honest).unwrap();
-        let GateOutcome::Accepted(accepted) = judge(&current, &rows, &model).outcome else {
+        let GateOutcome::Accepted(accepted) = judge(&current, &rows, &model, current.options()).outcome
+        else {
             panic!("refused")
         };
         assert_eq!(accepted.options().prior, Some(model.own_lag()));
@@ -319,12 +329,31 @@ mod tests {
             for poison in [[-0.19; 5], [1.0; 5], [0.0, 0.0, 0.0, 0.0, -0.9], [1e30; 5]] {
                 let model = GlobalModel::initial(2, 1).with_own_lag(&own_lag(poison)).unwrap();
                 assert_eq!(
-                    judge(&current, &rows, &model).outcome,
+                    judge(&current, &rows, &model, current.options()).outcome,
                     GateOutcome::WorseOnTail,
                     "{length} rows, {poison:?}"
                 );
             }
         }
+    }
+
+    #[test]
+    fn an_accepted_model_is_fitted_as_the_options_say_now() {
+        let rows = history(400);
+        let current = local(&rows);
+        let options = FitOptions {
+            false_alarms_per_day: 20.0,
+            half_lives: [Duration::from_mins(1), Duration::from_mins(4)],
+            ..current.options().clone()
+        };
+        let GateOutcome::Accepted(accepted) =
+            judge(&current, &rows, &GlobalModel::initial(2, 1), &options).outcome
+        else {
+            panic!("refused")
+        };
+        let fitted = accepted.options();
+        assert_eq!(fitted.half_lives, options.half_lives);
+        assert!((fitted.false_alarms_per_day - 20.0).abs() < 1e-12);
     }
 
     #[test]
@@ -346,7 +375,8 @@ mod tests {
         let rows = history(200);
         let delta = vec![1.0; crate::global::delta_layout(2).len()];
         let model = GlobalModel::initial(2, 1).with_delta(&delta).unwrap();
-        let judged = judge(&local(&rows), &rows, &model);
+        let current = local(&rows);
+        let judged = judge(&current, &rows, &model, current.options());
         assert_eq!(judged.outcome, GateOutcome::WorseOnTail);
         let evidence = judged.evidence.unwrap();
         let tail = evidence.tail.unwrap();
@@ -370,21 +400,23 @@ mod tests {
             initial.with_descent(&descent).unwrap()
         };
         let honest = trained(|values| values[0] += 0.3);
-        let GateOutcome::Accepted(accepted) = judge(&local(&rows), &rows, &honest).outcome else {
+        let GateOutcome::Accepted(accepted) =
+            judge(&local(&rows), &rows, &honest, local(&rows).options()).outcome
+        else {
             panic!("refused")
         };
         assert_eq!(accepted.options().full_prior, honest.linear());
         assert_ne!(
             accepted.forecaster,
             local(&rows)
-                .refit_with_global(&rows, &initial)
+                .refit_with_global(&rows, &initial, local(&rows).options())
                 .unwrap()
                 .forecaster
         );
         // Only what the first channel does to the second: the own-lag part is as good as before.
         let poisoned = trained(|values| (0..5).for_each(|lag| values[lag * 4 + 1] = 1.0));
         assert_eq!(
-            judge(&local(&rows), &rows, &poisoned).outcome,
+            judge(&local(&rows), &rows, &poisoned, local(&rows).options()).outcome,
             GateOutcome::WorseOnTail
         );
     }
@@ -394,11 +426,17 @@ mod tests {
         let rows = history(100);
         let current = local(&rows);
         assert_eq!(
-            judge(&current, &rows, &GlobalModel::initial(3, 1)).outcome,
+            judge(&current, &rows, &GlobalModel::initial(3, 1), current.options()).outcome,
             GateOutcome::LayoutMismatch
         );
         assert_eq!(
-            judge(&current, &rows.tail(20), &GlobalModel::initial(2, 1)).outcome,
+            judge(
+                &current,
+                &rows.tail(20),
+                &GlobalModel::initial(2, 1),
+                current.options()
+            )
+            .outcome,
             GateOutcome::TooFewRows
         );
     }
@@ -407,7 +445,8 @@ mod tests {
     fn history_of_constants_or_nothing_but_missing_values_is_judged() {
         for value in [0.5, f32::NAN] {
             let rows = Series::new(2, vec![value; 200]).unwrap();
-            let outcome = judge(&local(&rows), &rows, &GlobalModel::initial(2, 1)).outcome;
+            let current = local(&rows);
+            let outcome = judge(&current, &rows, &GlobalModel::initial(2, 1), current.options()).outcome;
             assert!(matches!(outcome, GateOutcome::Accepted(_)), "{outcome:?}");
         }
     }

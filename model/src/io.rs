@@ -143,7 +143,7 @@ impl Recording {
         }
     }
 
-    /// The columns of `schema`, in its order. Columns that it does not name are left out; those that the file lacks are
+    /// The columns of `schema`, in its order. Columns that it does not name are left out and named; those that the file lacks are
     /// missing values and are named. An array without names must have exactly its number of channels.
     ///
     /// # Errors
@@ -156,6 +156,7 @@ impl Recording {
                 return Ok(Selected {
                     series: self.series.clone(),
                     absent: Vec::new(),
+                    ignored: Vec::new(),
                 });
             }
             return Err(SeriesError::Channels {
@@ -204,7 +205,13 @@ impl Recording {
             Some(times) => series.with_times(times.to_vec())?,
             None => series,
         };
-        Ok(Selected { series, absent })
+        let known = |name: &&String| schema.features.iter().any(|feature| feature.name == **name);
+        let ignored = names.iter().filter(|name| !known(name)).cloned().collect();
+        Ok(Selected {
+            series,
+            absent,
+            ignored,
+        })
     }
 }
 
@@ -215,6 +222,8 @@ pub struct Selected {
     pub series: Series,
     /// Columns of the profile that the file does not have; all their values are missing.
     pub absent: Vec<String>,
+    /// Columns of the file that the profile does not name; they are left out.
+    pub ignored: Vec<String>,
 }
 
 /// Reads a metrics file; its kind is told by its name.

@@ -14,8 +14,7 @@
 //! Start at [`detector::Detector`] (fit, score, save, load), [`detector::Scorer`] (one row at a time) and
 //! [`global::GlobalModel`] (what crosses sites). The score is the one of two forecasters, each channel from its
 //! own lags and each channel from all lags, with a head of two half-lives. [`causes`] and [`call_graph`] say what an
-//! alarm is about.
-//! own lags and each channel from all lags, with a head of two half-lives; [`arm::Arm`] names it and what it is compared with.
+//! alarm is about; [`arm::Arm`] names the detector and what it is compared with.
 //!
 //! Arithmetic: inputs, weights and forecasts are `f32`; Gram matrices, solves, quantiles and the smoothing of
 //! the score are `f64`.

@@ -653,7 +653,7 @@ mod tests {
         let global = GlobalModel::initial(3, 1);
         let delta = vec![0.01; delta_layout(3).len()];
         let mut detector = local
-            .refit_with_global(&rows(200), &global.with_delta(&delta).unwrap())
+            .refit_with_global(&rows(200), &global.with_delta(&delta).unwrap(), &options)
             .unwrap();
         let provenance = Provenance {
             model_version: 3,

@@ -31,12 +31,6 @@ pub const BLOCK_ROWS: usize = 60;
 /// with 38 channels (quartiles 375, 491, 616). Clipping weighs every block alike; less of it only adds noise.
 pub const BLOCK_CLIP_NORM: f64 = 240.0;
 
-/// Clipping norm C of one record by default; see [`record_rows`].
-pub const RECORD_CLIP_NORM: f64 = 360.0;
-
-/// Regression rows that one record is part of: five as a lag and one as the target.
-const ROWS_PER_RECORD: usize = LAG_COUNT + 1;
-
 /// Smallest scale inside a block, in publicly scaled units: what moves less stays small instead of being blown up.
 pub(crate) const SCALE_MIN: f64 = 0.25;
 
@@ -128,44 +122,6 @@ pub fn block(values: &[f32], rows: usize) -> Vec<f32> {
         }
     }
     moments.into_iter().map(narrow).collect()
-}
-
-/// Moments `[channel, 22]` of each regression row on its own, for the privacy unit of **one record** (one row of metrics).
-/// A row may know no other than its own six records, so it is centred on the mean of its own lags and scaled by a constant.
-///
-/// A record is part of at most six regression rows (five as a lag, one as the target), so each is clipped to
-/// `clip_norm / 6` here: adding or removing one record then moves the sum by at most `clip_norm`, the sensitivity that the
-/// noise is made for. (Removing one means that the rows it is part of are left out.)
-///
-/// # Panics
-/// When `values` are not `rows` whole rows.
-pub fn record_rows(values: &[f32], rows: usize, clip_norm: f64) -> Vec<Vec<f32>> {
-    let channels = channels_of(values, rows);
-    let bound = clip_norm / ROWS_PER_RECORD as f64;
-    let per_block = (BLOCK_ROWS - LAG_MAX) as f64;
-    let mut moments = vec![0.0_f64; channels * MOMENTS_PER_CHANNEL];
-    let one = |row| {
-        moments.fill(0.0);
-        for (channel, sum) in moments.chunks_exact_mut(MOMENTS_PER_CHANNEL).enumerate() {
-            if let Some((lags, target)) = (Column {
-                values,
-                channels,
-                channel,
-            })
-            .at(row)
-            {
-                add_row(lags, target, mean(lags), SCALE_MIN, sum);
-                sum[PRESENCE] = PRESENCE_UNIT / per_block;
-                sum[LEVEL] =
-                    LEVEL_UNIT / per_block * (step_size(lags, target) / f64::from(LEVEL_MAX)).min(1.0);
-            }
-        }
-        let norm = moments.iter().map(|v| v * v).sum::<f64>().sqrt();
-        // A hair below the bound: rounding to `f32` must not pass it.
-        let scale = (bound * (1.0 - 1e-6) / norm).min(1.0);
-        moments.iter().map(|v| narrow(v * scale)).collect()
-    };
-    (LAG_MAX..rows).map(one).collect()
 }
 
 /// What the fleet knows of a channel, from the sum of `sites` sites' moments. Weights: per channel
@@ -352,10 +308,6 @@ mod tests {
         own.values().iter().all(|w| (w - PUBLIC_OWN_WEIGHT).abs() < 1e-6)
     }
 
-    fn norm(values: &[f32]) -> f64 {
-        values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
-    }
-
     #[test]
     fn moments_are_those_worked_out_by_hand() {
         // Ten rows at 0.5 are the centre. Then 2.5 and 0.5: root mean square distance √(4/12) = 0.577.
@@ -461,26 +413,9 @@ mod tests {
     fn short_blocks_are_zero() {
         assert!(block(&[1.0; 20], 10).iter().all(|m| *m == 0.0));
         assert!(block(&[], 0).is_empty());
-        assert!(record_rows(&[1.0; 20], 10, 1.0).is_empty());
     }
 
     proptest! {
-        /// The privacy claim of the record unit: whatever one record holds, the sum moves by at most C.
-        #[test]
-        fn one_record_moves_the_sum_by_at_most_the_clipping_norm(
-            values in prop::collection::vec(-8.0_f32..8.0, 50 * 2), record in 0_usize..50, clip in 1.0_f64..200.0,
-        ) {
-            let with = record_rows(&values, 50, clip);
-            let mut gone = values.clone();
-            gone[record * 2..record * 2 + 2].fill(f32::NAN);
-            let without = record_rows(&gone, 50, clip);
-            let difference: Vec<f32> = (0..2 * MOMENTS_PER_CHANNEL)
-                .map(|i| with.iter().map(|v| v[i]).sum::<f32>() - without.iter().map(|v| v[i]).sum::<f32>())
-                .collect();
-            prop_assert!(norm(&difference) <= clip * 1.0001, "{} > {clip}", norm(&difference));
-            prop_assert!(with.iter().all(|v| norm(v) <= clip / 6.0));
-        }
-
         /// Whatever comes in, what goes out to be clipped is a number.
         #[test]
         fn a_block_is_finite(values in prop::collection::vec(any::<f32>(), 40 * 3)) {

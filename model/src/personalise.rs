@@ -63,7 +63,9 @@ pub(crate) fn fit(
     } else {
         ([None; 2], no_rows(rows.channels(), paths), 0)
     };
-    equations.add_rows(&rows.values, fitted..rows.rows());
+    for part in rows.with_lags(fitted..rows.rows()) {
+        equations.add_rows(&rows.values, part);
+    }
     let usual = Lean::on(priors, equations.usual_lambda());
     let leans = leans.map(|lean| lean.unwrap_or(usual));
     let (own, full) = (equations.solve_own(leans[0])?, equations.solve_full(leans[1])?);
@@ -83,7 +85,9 @@ pub(crate) fn choose<'a>(
 ) -> Result<Chosen<'a>, Unsolvable> {
     let split = tail_start(rows.rows());
     let mut equations = no_rows(rows.channels(), paths);
-    equations.add_rows(&rows.values, 0..split);
+    for part in rows.with_lags(0..split) {
+        equations.add_rows(&rows.values, part);
+    }
     let mut leans = [None; 2];
     let mut tail_errors = vec![0.0; rows.rows() - split];
     for path in paths {
@@ -177,6 +181,8 @@ fn solve(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::feature::FeatureSchema;
     use crate::global::OwnLagWeights;
@@ -198,7 +204,11 @@ mod tests {
     /// Scaled by public constants: 0..1 to 0..1 around 0.
     fn scaled(values: Vec<f32>) -> ScaledRows {
         let schema = FeatureSchema::recorded("t", 2);
-        ScaledRows::new(&Normaliser::public(&schema), &Series::new(2, values).unwrap())
+        ScaledRows::new(
+            &Normaliser::public(&schema),
+            &Series::new(2, values).unwrap(),
+            Duration::from_mins(1),
+        )
     }
 
     fn prior(weights: [f32; 5]) -> OwnLagWeights {

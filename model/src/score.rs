@@ -53,7 +53,7 @@ impl HeadState {
 
 impl Head {
     /// Fits the units on a history of residuals `[time, channel]` (absolute values; NaN = does not count) and returns
-    /// the head with the score of every row. `half_lives` in rows, above 0; `base_quantile` of a channel's residuals makes its
+    /// the head with the score of every row, NaN where no channel counts. `half_lives` in rows, above 0; `base_quantile` of a channel's residuals makes its
     /// unit, 0 to 1, which is not below its floor, where there is one: `floors` is `[channel]` or empty.
     pub fn fit(
         residuals: &[f32],
@@ -70,15 +70,19 @@ impl Head {
         };
         let mut state = HeadState::new(channels);
         let mut column = vec![0.0; channels];
-        let smoothed: Vec<[f64; HALF_LIVES]> = residuals
+        // A row in which nothing counts says nothing about what is usual.
+        let smoothed: Vec<Option<[f64; HALF_LIVES]>> = residuals
             .chunks_exact(channels.max(1))
-            .map(|row| head.smooth(&mut state, row, &mut column))
+            .map(|row| (!blind(row)).then(|| head.smooth(&mut state, row, &mut column)))
             .collect();
         for (index, level) in head.level.iter_mut().enumerate() {
-            *level = upper(smoothed.iter().map(|a| a[index]));
+            *level = upper(smoothed.iter().flatten().map(|a| a[index]));
         }
-        let ratios: Vec<f64> = smoothed.into_iter().map(|a| head.ratio(a)).collect();
-        head.overall = upper(ratios.iter().copied());
+        let ratios: Vec<f64> = smoothed
+            .into_iter()
+            .map(|a| a.map_or(f64::NAN, |a| head.ratio(a)))
+            .collect();
+        head.overall = upper(ratios.iter().copied().filter(|ratio| !ratio.is_nan()));
         let scores = ratios.into_iter().map(|ratio| ratio / head.overall).collect();
         (head, scores)
     }
@@ -104,7 +108,7 @@ impl Head {
     }
 
     /// Takes the residuals of the next row and returns its score; writes every channel's `z` into `z` (0 where it
-    /// does not count).
+    /// does not count). A row in which no channel counts leaves the means as they were.
     pub fn push(&self, state: &mut HeadState, residuals: &[f32], z: &mut [f32]) -> f64 {
         let smoothed = self.smooth(state, residuals, z);
         self.ratio(smoothed) / self.overall
@@ -122,6 +126,12 @@ impl Head {
         for ((z, residual), base) in z.iter_mut().zip(residuals).zip(&self.base) {
             *z = if residual.is_nan() { 0.0 } else { residual / base };
         }
+        if blind(residuals) {
+            return std::array::from_fn(|index| {
+                state.largest.copy_from_slice(&state.smoothed[index]);
+                mean_of_largest(&mut state.largest)
+            });
+        }
         let first = !std::mem::replace(&mut state.started, true);
         std::array::from_fn(|index| {
             // The exponential mean starts at the first value.
@@ -134,6 +144,11 @@ impl Head {
             mean_of_largest(&mut state.largest)
         })
     }
+}
+
+/// Whether no channel counts.
+fn blind(residuals: &[f32]) -> bool {
+    residuals.iter().all(|residual| residual.is_nan())
 }
 
 /// Mean of the `max(1, ⌊n/6⌋)` largest values; 0 for none. Reorders them.
@@ -222,7 +237,39 @@ mod tests {
         for _ in 0..3 {
             head.push(&mut state, &[0.0], &mut z);
         }
-        let later = head.push(&mut state, &[f32::NAN], &mut z);
+        let later = head.push(&mut state, &[0.0], &mut z);
         assert!((later / first - 0.5_f64.powf(4.0 / 3.0)).abs() < 1e-9);
+        // A row in which nothing counts is no calm row.
+        let blind = head.push(&mut state, &[f32::NAN], &mut z);
+        assert!((blind - later).abs() < 1e-12);
+    }
+
+    #[test]
+    fn one_missing_channel_of_two_decays_and_rows_without_any_say_nothing_about_what_is_usual() {
+        let (head, _) = Head::fit(&[1.0; 80], 2, [3.0, 3.0], 0.75, &[]);
+        let mut state = HeadState::new(2);
+        let mut z = [0.0; 2];
+        let first = head.push(&mut state, &[8.0, 0.0], &mut z);
+        let later = head.push(&mut state, &[f32::NAN, 0.0], &mut z);
+        assert!((later / first - 0.5_f64.powf(1.0 / 3.0)).abs() < 1e-9);
+
+        let rows = |blind: bool| -> Vec<f32> {
+            (0..200_u8)
+                .flat_map(|row| {
+                    [if blind && row % 2 == 1 {
+                        f32::NAN
+                    } else {
+                        f32::from(row / 2 % 7)
+                    }; 2]
+                })
+                .collect()
+        };
+        let ((whole, _), (torn, scores)) = (
+            Head::fit(&rows(false), 2, [3.0, 3.0], 0.75, &[]),
+            Head::fit(&rows(true), 2, [3.0, 3.0], 0.75, &[]),
+        );
+        assert_eq!(scores.iter().filter(|score| score.is_nan()).count(), 100);
+        let levels = whole.level.iter().zip(torn.level);
+        levels.for_each(|(whole, torn)| assert!((torn / whole - 1.0).abs() < 0.2, "{torn} and {whole}"));
     }
 }

@@ -11,6 +11,8 @@ const HOUR_SECONDS: f64 = 3_600.0;
 const HOURS_MIN: usize = 48;
 /// Alarms counted by hourly maxima per alarm that is asked for: picked on recorded data.
 const HOURLY_FACTOR: f64 = 1.5;
+/// Rows more than an hour apart raise at most so large a share of alarms, however many are asked for: one a day of daily rows would be all.
+const SLOW_ALPHA_MAX: f64 = 0.1;
 /// Share of the history taken as its tail where the wanted quantile lies beyond the history.
 const TAIL_SHARE: f64 = 0.1;
 /// Step of the online rule.
@@ -20,7 +22,7 @@ const LEVEL_SHARE_MIN: f64 = 0.5;
 const LEVEL_SHARE_MAX: f64 = 8.0;
 /// An alarm begins when this many of the last [`RAISE_WINDOW`] scores reach the level …
 const RAISE_COUNT: u32 = 2;
-const RAISE_WINDOW: u32 = 3;
+pub(crate) const RAISE_WINDOW: u32 = 3;
 /// … and ends after this many scores in a row below [`CLEAR_SHARE`] of it.
 const CLEAR_ROWS: u32 = 10;
 const CLEAR_SHARE: f64 = 0.8;
@@ -51,12 +53,13 @@ impl Verdict {
 /// The alarm level and how it moves. It stays on the host: no `Serialize`.
 ///
 /// *Start*, from the scores of the history alone: with 48 hours of rows or more, the `1 − α` quantile of the hourly
-/// maxima, `α = 1.5 · budget / 24`; with fewer, the `1 − budget · step / day` quantile of the scores, and where that
+/// maxima (of the rows, where they are more than an hour apart), `α = 1.5 · budget / 24`; with fewer, the `1 − budget · step / day` quantile of the scores, and where that
 /// lies beyond the history, an exponential tail fitted to the largest tenth (peaks over threshold with shape 0).
 ///
 /// *Online*: every quiet row lowers it by `e^(−ηα/rows per hour)`, every ended alarm raises it by `e^(η(1 − α))`,
 /// η = 0.1: in the long run one alarm for every `1/α` hours. It does not move during an alarm, so a long fault
-/// teaches it nothing, and it stays within half and eight times its start.
+/// teaches it nothing, and it stays within half and eight times its start. How far it has come goes on after a new fit
+/// ([`AlarmState::succeed`]).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Threshold {
     /// Present level.
@@ -71,13 +74,19 @@ pub struct Threshold {
 
 impl Threshold {
     /// Finds the level for about `per_day` false alarms a day from the `scores` of a history of rows `step` apart
-    /// (finite; the order of time). Without scores, and for scores of 0 as those of a constant history, the level is 1, about the
+    /// (the order of time; NaN, where there was no score, is left out). Without scores, and for scores of 0 as those of a constant history, the level is 1, about the
     /// top per cent of the history.
     pub fn calibrate(scores: &[f64], step: Duration, per_day: f64) -> Self {
         let step = step.as_secs_f64().max(1e-3);
-        let alpha = (HOURLY_FACTOR * per_day / 24.0).clamp(1e-6, 0.5);
+        // A number that is none must not become the level: the quietest that can be asked for takes its place.
+        let per_day = if per_day.is_nan() { 0.0 } else { per_day };
+        // Rows more than an hour apart are an "hour" each.
+        let hours = (step / HOUR_SECONDS).max(1.0);
+        let most = if hours > 1.0 { SLOW_ALPHA_MAX } else { 0.5 };
+        let alpha = (HOURLY_FACTOR * per_day * hours / 24.0).clamp(1e-6, most);
         let rows_per_hour = (HOUR_SECONDS / step).max(1.0);
-        let start = unit_or_one(start_level(scores, step, per_day, alpha, rows_per_hour));
+        let scores: Vec<f64> = scores.iter().copied().filter(|score| !score.is_nan()).collect();
+        let start = unit_or_one(start_level(&scores, step, per_day, alpha, rows_per_hour));
         Self {
             level: start,
             start,
@@ -104,8 +113,9 @@ impl Threshold {
 /// alarm, not one for every row.
 ///
 /// The level is frozen while an alarm lasts. A step change that stays is therefore an alarm that stays: after 24 hours
-/// [`new_normal`](Self::new_normal) asks whether it is the new normal. Nothing decides that but a person, who says so by
-/// [`accept`](Self::accept) (and by a fit on the rows since).
+/// [`new_normal`](Self::new_normal) asks whether it is the new normal. Nothing here decides that: the caller may, by
+/// [`accept`](Self::accept) and a fit on the rows since. The edge asks a person, and decides by itself only for what its policy calls harmless
+/// (`theriac-edge`, `watch`).
 #[derive(Debug, Clone)]
 pub struct AlarmState {
     threshold: Threshold,
@@ -130,6 +140,15 @@ impl AlarmState {
             rows: 0,
             rows_frozen_max: None,
         }
+    }
+
+    /// Goes on where `former` was: the level stands as far from this one's start as it stood from the former's. What was learnt about how often
+    /// alarms come would else be lost at every fit, as the rule moves by less than a per cent an hour.
+    #[must_use]
+    pub fn succeed(mut self, former: &Self) -> Self {
+        let moved = (former.threshold.level / former.threshold.start).clamp(LEVEL_SHARE_MIN, LEVEL_SHARE_MAX);
+        self.threshold.level = self.threshold.start * moved;
+        self
     }
 
     /// The same for rows `step` apart, so that it knows how long an alarm lasts.
@@ -206,7 +225,7 @@ impl AlarmState {
         self.threshold.level()
     }
 
-    /// The threshold as it stands, for the next scorer.
+    /// The threshold as it stands.
     pub fn threshold(&self) -> Threshold {
         self.threshold
     }
@@ -345,6 +364,33 @@ mod tests {
         alarm.accept();
         alarm.accept();
         assert!(!alarm.active());
+    }
+
+    #[test]
+    fn what_the_level_learnt_outlives_a_fit() {
+        let mut alarm = AlarmState::new(at(1.0));
+        (0..2).for_each(|_| _ = alarm.push(5.0));
+        (0..10).for_each(|_| _ = alarm.push(0.0));
+        let moved = alarm.threshold().level;
+        assert!(moved > 1.05);
+        let next = AlarmState::new(at(3.0)).succeed(&alarm);
+        assert!((next.threshold().level - 3.0 * moved).abs() < 1e-12);
+        assert!(!next.active() && (next.threshold().start - 3.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn rows_of_a_day_are_counted_as_days_and_no_number_is_no_budget() {
+        let history = scores(2_000);
+        let day = Duration::from_hours(24);
+        let level = |per_day| Threshold::calibrate(&history, day, per_day).level();
+        let above = |level: f32| history.iter().filter(|s| **s >= f64::from(level)).count();
+        // Asked for one alarm in thirty days of daily rows: 1.5 times that by the rule for hourly maxima. One a day would be every row.
+        for (per_day, expected) in [(1.0 / 30.0, 0.05), (1.0, 0.1), (100.0, 0.1)] {
+            let share = above(level(per_day)) as f64 / 2_000.0;
+            assert!((share - expected).abs() < 0.01, "{per_day} a day: {share}");
+        }
+        assert!(level(f64::NAN).is_finite() && level(f64::NAN) >= level(0.1));
+        assert!(level(f64::INFINITY).is_finite());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! The network learns what the linear path leaves over, on locally scaled rows (the scaler stays local). What comes out is the
 //! change of its weights: **raw**, to be clipped and noised by `theriac-privacy` before it leaves.
 
+use std::time::Duration;
+
 use candle_core::{Device, Tensor, Var};
 use candle_nn::loss::huber;
 use candle_nn::optim::{Optimizer as _, SGD};
@@ -85,7 +87,7 @@ pub fn delta(
             found: series.rows(),
         });
     }
-    let rows = ScaledRows::new(&local_scaler(schema, series, true), series);
+    let rows = ScaledRows::new(&local_scaler(schema, series, true), series, Duration::MAX);
     let mut equations = NormalEquations::new(channels);
     equations.add_rows(&rows.values, 0..rows.rows());
     let own = global.own_lag();
@@ -126,10 +128,18 @@ fn descend(
     let mut descent = SGD::new(network.vars(), LEARNING_RATE)?;
     let mut rng = ChaCha20Rng::seed_from_u64(seed);
     let (mut inputs, mut targets) = (vec![0.0; channels * LAG_COUNT], vec![0.0; channels]);
+    if rows.with_lags(0..rows.rows()).next().is_none() {
+        return Ok(start.to_vec());
+    }
     for _ in 0..steps {
         let (mut input, mut target) = (Vec::new(), Vec::new());
         for _ in 0..BATCH_ROWS {
-            let row = rng.random_range(LAG_MAX..rows.rows());
+            let row = loop {
+                let row = rng.random_range(LAG_MAX..rows.rows());
+                if rows.with_lags(row..row + 1).next().is_some() {
+                    break row;
+                }
+            };
             lags_of(&rows.values, channels, row, &mut inputs);
             linear.full(&inputs, &mut targets);
             let values = &rows.values[row * channels..][..channels];
@@ -215,7 +225,7 @@ mod tests {
     }
 
     fn loss(global: &GlobalModel, rows: &Series) -> f64 {
-        let scaled = ScaledRows::new(&local_scaler(&schema(), rows, true), rows);
+        let scaled = ScaledRows::new(&local_scaler(&schema(), rows, true), rows, Duration::MAX);
         let mut equations = NormalEquations::new(2);
         equations.add_rows(&scaled.values, 0..scaled.rows());
         let network = ResidualNetwork::new(2, global.network());

@@ -178,7 +178,7 @@ fn clock_that_jumps_either_way_raises_nothing() {
 
 /// The rows on either side of a gap have nothing to do with each other.
 #[test]
-fn gap_costs_eleven_scores_and_raises_nothing() {
+fn gap_costs_ten_scores_and_raises_nothing() {
     let mut test = calm(1000, CHANNELS, 2);
     // The level moved while nobody looked, within what the history knows.
     for row in test.chunks_exact_mut(CHANNELS).skip(500).take(3) {

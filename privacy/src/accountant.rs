@@ -34,13 +34,12 @@ mod reference;
 
 use std::fmt;
 
-use theriac_protocol::units::{Delta, Epsilon, NoiseMultiplier};
+use theriac_protocol::units::{Delta, NoiseMultiplier};
 
 pub use self::calibrate::calibrated_noise_multiplier;
 pub use self::gaussian::{MechanismError, SamplingRate, SubsampledGaussian};
 pub use self::pld::{Job, pld_epsilon};
 pub use self::rdp::{ORDER_COUNT, ORDERS, RdpCurve, RdpEpsilon};
-use crate::ledger::loss::Loss;
 
 /// Privacy loss in zCDP: at least 0, possibly infinite, never NaN.
 #[derive(Debug, Clone, Copy, Default, PartialEq, PartialOrd)]
@@ -108,34 +107,6 @@ impl fmt::Display for Rho {
     }
 }
 
-/// The least noise multiplier with which `releases` releases of the same unit stay within `epsilon` at `delta`; `sensitivity`
-/// as in [`Rho::gaussian`]. `None` when even σ = 10⁹ does not.
-pub fn noise_multiplier_for(
-    epsilon: Epsilon,
-    delta: Delta,
-    releases: u32,
-    sensitivity: f64,
-) -> Option<NoiseMultiplier> {
-    let fits = |log_sigma: f64| {
-        NoiseMultiplier::new(log_sigma.exp()).is_ok_and(|sigma| {
-            // As the ledger counts: what it calibrates must also be charged.
-            Loss::gaussian(sensitivity, sigma.value(), 1.0, releases)
-                .epsilon(delta)
-                .epsilon
-                <= epsilon.value()
-        })
-    };
-    let (mut low, mut high) = (1e-9_f64.ln(), 1e9_f64.ln());
-    if !fits(high) {
-        return None;
-    }
-    for _ in 0..100 {
-        let middle = f64::midpoint(low, high);
-        if fits(middle) { high = middle } else { low = middle }
-    }
-    NoiseMultiplier::new(high.exp()).ok().filter(|_| fits(high))
-}
-
 /// The bound at α = 1 + exp(`log_order`).
 fn epsilon_at_order(rho: f64, delta: f64, log_order: f64) -> f64 {
     let above_one = log_order.exp();
@@ -185,7 +156,10 @@ mod tests {
     use opendp::measures::ZeroConcentratedDivergence;
     use opendp::metrics::L2Distance;
 
+    use theriac_protocol::units::Epsilon;
+
     use super::*;
+    use crate::ledger::loss::Loss;
 
     fn delta(value: f64) -> Delta {
         Delta::new(value).unwrap()
@@ -326,7 +300,7 @@ mod tests {
         // sigma of the design's table for one release at delta 1e-6, rounded to two decimals.
         for (epsilon, tabled) in [(1.0, 4.54), (2.0, 2.39), (4.0, 1.27), (8.0, 0.69)] {
             let target = Epsilon::new(epsilon).unwrap();
-            let found = noise_multiplier_for(target, delta(1e-6), 1, 1.0).unwrap();
+            let found = calibrated_noise_multiplier(target, delta(1e-6), SamplingRate::FULL, 1, 1.0).unwrap();
             assert!(
                 (found.value() - tabled).abs() < 0.01,
                 "epsilon {epsilon}: {found}, tabled {tabled}"
@@ -338,8 +312,14 @@ mod tests {
             };
             assert!(charged(found) <= epsilon && charged(sigma(found.value() * 0.999)) > epsilon);
         }
-        let twenty = noise_multiplier_for(Epsilon::new(4.0).unwrap(), delta(1e-6), 20, 1.0).unwrap();
+        let twenty = calibrated_noise_multiplier(
+            Epsilon::new(4.0).unwrap(),
+            delta(1e-6),
+            SamplingRate::FULL,
+            20,
+            1.0,
+        )
+        .unwrap();
         assert!((twenty.value() - 5.672).abs() < 0.001, "{twenty}");
-        assert!(noise_multiplier_for(Epsilon::new(1e-300).unwrap(), delta(1e-300), 1, 1.0).is_none());
     }
 }

@@ -252,6 +252,7 @@ fn plan(
         values,
         block_span: policy.block_span(),
         blocks: Vec::new(),
+        windows: None,
         sampling_rate: terms.sampling_rate.value(),
         steps: 1,
         clip_norm: terms.clip_norm,

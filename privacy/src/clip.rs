@@ -2,7 +2,8 @@
 //!
 //! **Sensitivity.** Each unit's vector is scaled to L2 norm at most C, truncated towards zero onto a fixed public grid, and checked
 //! in 128-bit integers: `Σ x² ≤ K²` with `K = ⌊2²⁰/σ⌋` (see `grid.rs`). The sum of the units is a sum of integers, so it is exact in any order.
-//! Adding or removing one unit moves the sum by at most `K` steps, that is by at most C, with no rounding to argue about.
+//! Adding or removing one unit moves the sum by at most `K` steps, that is by at most C, with no rounding to argue about. A block that is cut into n
+//! windows has each of them bounded by `⌊K/n⌋` steps instead, that is by at most C/n: see [`crate::windows`].
 //!
 //! A unit that holds a NaN or an infinity counts as zero, before its norm is taken: it can neither spoil the sum nor
 //! end the round.
@@ -15,15 +16,28 @@ use crate::grid::Grid;
 pub struct GridSum {
     clip_norm: L2Norm,
     grid: Grid,
+    /// Parts of a block: the bound of one vector is this part of C and of K.
+    parts: u32,
     sum: Vec<i64>,
 }
 
 impl GridSum {
     /// The empty sum of `values` numbers.
     pub(crate) fn new(values: usize, clip_norm: L2Norm, noise_multiplier: NoiseMultiplier) -> Self {
+        Self::of_parts(values, clip_norm, noise_multiplier, 1)
+    }
+
+    /// The same for vectors of which a block gives `parts`, at least 1.
+    pub(crate) fn of_parts(
+        values: usize,
+        clip_norm: L2Norm,
+        noise_multiplier: NoiseMultiplier,
+        parts: u32,
+    ) -> Self {
         Self {
             clip_norm,
             grid: Grid::new(clip_norm, noise_multiplier),
+            parts: parts.max(1),
             sum: vec![0; values],
         }
     }
@@ -35,9 +49,16 @@ impl GridSum {
             self.sum.len(),
             "LocalUpdate checks every unit's length"
         );
-        for (total, x) in self.sum.iter_mut().zip(clip(unit, self.clip_norm, self.grid)) {
+        let bound = self.clip_norm.value() / f64::from(self.parts);
+        let clipped = clip(unit, bound, self.unit_norm_max(), self.grid);
+        for (total, x) in self.sum.iter_mut().zip(clipped) {
             *total += x;
         }
+    }
+
+    /// ⌊K/parts⌋: the largest norm of one vector, in steps.
+    fn unit_norm_max(&self) -> i64 {
+        self.grid.norm_max() / i64::from(self.parts)
     }
 
     /// Number of values.
@@ -65,14 +86,13 @@ impl std::fmt::Debug for GridSum {
     }
 }
 
-/// One unit, clipped, in steps of the grid. Its norm is taken in `f64`.
-fn clip(unit: &[f32], clip_norm: L2Norm, grid: Grid) -> Vec<i64> {
-    if unit.iter().any(|x| !x.is_finite()) {
+/// One unit, clipped to `bound` and to `norm_max` steps, in steps of the grid. Its norm is taken in `f64`.
+fn clip(unit: &[f32], bound: f64, norm_max: i64, grid: Grid) -> Vec<i64> {
+    if norm_max == 0 || unit.iter().any(|x| !x.is_finite()) {
         return vec![0; unit.len()];
     }
-    let bound = clip_norm.value();
     let norm = unit.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-    let norm_max = i128::from(grid.norm_max());
+    let norm_max = i128::from(norm_max);
     // C is 2²⁰/σ steps, of which K are whole.
     let mut factor = (bound / norm.max(bound) / grid.step()).min(norm_max as f64 / norm);
     loop {
@@ -129,6 +149,24 @@ mod tests {
                 let moved: i128 = sum.sum.iter().zip(&before).map(|(a, b)| i128::from(a - b).pow(2)).sum();
                 prop_assert!(moved <= most * most);
                 prop_assert!((moved as f64).sqrt() * sum.grid.step() <= clip_norm * (1.0 + 1e-12));
+            }
+        }
+
+        /// A window more or less moves the sum by at most ⌊K/n⌋ steps; n of them stay within K.
+        #[test]
+        fn one_window_of_a_block_moves_the_sum_by_at_most_its_part_of_the_norm(
+            units in prop::collection::vec(prop::collection::vec(prop::num::f32::ANY, 5), 1..6),
+            parts in prop_oneof![1_u32..100, 1_000_000..u32::MAX],
+            clip_norm in prop_oneof![1e-9..1e-6, 0.01..10.0, 1e3..1e12_f64],
+            noise in prop_oneof![1e-7..1e-3, 0.1..10.0, 1e2..1e7_f64],
+        ) {
+            let mut sum = GridSum::of_parts(5, norm(clip_norm), sigma(noise), parts);
+            let most = i128::from(sum.grid.norm_max()) / i128::from(parts);
+            for unit in &units {
+                let before = sum.sum.clone();
+                sum.add(unit);
+                let moved: i128 = sum.sum.iter().zip(&before).map(|(a, b)| i128::from(a - b).pow(2)).sum();
+                prop_assert!(moved <= most * most);
             }
         }
 

@@ -14,11 +14,11 @@ mod sampled;
 use std::num::NonZeroU32;
 
 use theriac_protocol::message::UpdateKind;
-use theriac_protocol::units::{L2Norm, NoiseMultiplier};
+use theriac_protocol::units::NoiseMultiplier;
 
 use crate::accountant::Rho;
 use crate::clip::GridSum;
-use crate::ledger::Reservation;
+use crate::ledger::{ReleasePlan, Reservation};
 use crate::noise::{NoiseError, NoiseMechanism, release};
 use crate::policy::PrivacyUnit;
 
@@ -38,7 +38,9 @@ pub enum DescentError {
     #[error("gradient steps read single blocks: reserve `moments` blocks for them")]
     NoBlocks,
     /// The reservation is for another unit than whole blocks, whose gradients these steps clip.
-    #[error("sampled steps clip the gradients of whole blocks: the unit must be `block`, not `{unit}`")]
+    #[error(
+        "sampled steps clip the gradients of whole blocks, or of the windows of a record: `{unit}` without windows is neither"
+    )]
     Unit {
         /// The reservation's unit.
         unit: PrivacyUnit,
@@ -114,20 +116,28 @@ impl NoisyDescent {
         mechanism: &dyn NoiseMechanism,
         read: impl FnOnce(&[u64]) -> Vec<Vec<f32>>,
     ) -> Result<Vec<f32>, DescentError> {
+        self.step_each(mechanism, |blocks, sum| sum.add_all(&read(blocks)))
+    }
+
+    /// The same for models whose gradients do not all fit into memory: `read` gives one after the other to the sum. It may stop early; what is missing
+    /// counts as zero.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_each(
+        &mut self,
+        mechanism: &dyn NoiseMechanism,
+        read: impl FnOnce(&[u64], &mut UnitSum),
+    ) -> Result<Vec<f32>, DescentError> {
         if self.left() == 0 {
             return Err(DescentError::Exhausted { steps: self.steps });
         }
         self.made += 1;
         let plan = self.reservation.plan();
-        let (values, blocks) = (plan.values as usize, plan.blocks.len());
-        let gradients = read(&plan.blocks);
-        if gradients.len() > blocks || gradients.iter().any(|gradient| gradient.len() != values) {
-            return Err(DescentError::WrongShape {
-                found: blocks,
-                values,
-            });
-        }
-        let sum = clipped(&gradients, values, plan.clip_norm, self.noise_multiplier);
+        let blocks = plan.blocks.len();
+        let mut sum = UnitSum::new(plan, blocks, self.noise_multiplier);
+        read(&plan.blocks, &mut sum);
+        let sum = sum.finish(blocks)?;
         // What one step may cost: the T-th part of the charge.
         let share = Rho::new(self.reservation.rho().value() / f64::from(self.steps));
         let noisy = release(mechanism, &sum, self.reservation.sensitivity(), share)?;
@@ -140,22 +150,63 @@ impl NoisyDescent {
     }
 }
 
-fn clipped(gradients: &[Vec<f32>], values: usize, clip_norm: L2Norm, noise: NoiseMultiplier) -> GridSum {
-    let mut sum = GridSum::new(values, clip_norm, noise);
-    for gradient in gradients {
-        sum.add(gradient);
+/// The gradients of one step, clipped and added one after the other: only one is in memory at a time, however many units and however many values
+/// there are.
+#[derive(Debug)]
+pub struct UnitSum {
+    sum: GridSum,
+    left: usize,
+    refused: bool,
+}
+
+impl UnitSum {
+    /// Of a step that reads so many of the plan's blocks.
+    fn new(plan: &ReleasePlan, blocks: usize, noise: NoiseMultiplier) -> Self {
+        let parts = plan.vectors_per_block();
+        Self {
+            sum: GridSum::of_parts(plan.values as usize, plan.clip_norm, noise, parts),
+            left: blocks.saturating_mul(usize::try_from(parts).unwrap_or(usize::MAX)),
+            refused: false,
+        }
     }
-    sum
+
+    /// Adds the next unit's gradient; one with a value that is not finite counts as zero. One more than was charged, or one of another length, adds
+    /// nothing and ends the step with [`DescentError::WrongShape`].
+    pub fn add(&mut self, gradient: &[f32]) {
+        if self.left == 0 || gradient.len() != self.sum.len() {
+            self.refused = true;
+            return;
+        }
+        self.left -= 1;
+        self.sum.add(gradient);
+    }
+
+    /// Adds each of them.
+    fn add_all(&mut self, gradients: &[Vec<f32>]) {
+        for gradient in gradients {
+            self.add(gradient);
+        }
+    }
+
+    fn finish(self, units: usize) -> Result<GridSum, DescentError> {
+        if self.refused {
+            return Err(DescentError::WrongShape {
+                found: units,
+                values: self.sum.len(),
+            });
+        }
+        Ok(self.sum)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use theriac_protocol::units::{Round, Timestamp};
+    use theriac_protocol::units::{L2Norm, Round, Timestamp};
 
     use super::*;
-    use crate::ledger::{Ledger, ReleasePlan, Reserved};
+    use crate::ledger::{Ledger, Reserved};
     use crate::noise::{ExactGaussian, FixedNoise};
     use crate::policy::Policy;
 
@@ -171,6 +222,7 @@ mod tests {
             values: 3,
             block_span: Duration::from_hours(1),
             blocks: (0..blocks).collect(),
+            windows: None,
             sampling_rate: 1.0,
             steps: 1,
             clip_norm: L2Norm::new(2.0).unwrap(),

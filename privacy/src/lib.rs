@@ -31,3 +31,4 @@ pub mod poisson;
 pub mod policy;
 pub mod report;
 pub mod update;
+pub mod windows;

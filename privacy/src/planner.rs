@@ -6,9 +6,10 @@
 //! on recorded servers; between them it depends on how much the units agree).
 
 use serde::Serialize;
-use theriac_protocol::units::{Delta, Epsilon, NoiseMultiplier};
+use theriac_protocol::units::{Delta, Epsilon};
 
-use crate::accountant::{Job, SamplingRate, SubsampledGaussian, calibrated_noise_multiplier, pld_epsilon};
+use crate::accountant::{SamplingRate, calibrated_noise_multiplier};
+use crate::ledger::loss::Loss;
 
 /// Why there is no plan.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -52,7 +53,8 @@ pub struct Goal {
     pub delta: Delta,
     /// Blocks that are there to be read.
     pub blocks: u64,
-    /// How far one protected unit moves a sum, in multiples of C; see [`PrivacyUnit::sensitivity`](crate::policy::PrivacyUnit::sensitivity).
+    /// How far one protected unit moves a sum, in multiples of C; see [`PrivacyUnit::sensitivity`](crate::policy::PrivacyUnit::sensitivity) and
+    /// [`BlockWindows::sensitivity`](crate::windows::BlockWindows::sensitivity).
     pub sensitivity: f64,
     /// Least noise multiplier that the policy allows.
     pub noise_multiplier_min: f64,
@@ -108,6 +110,13 @@ pub struct Plan {
     pub verdict: Verdict,
 }
 
+impl Plan {
+    /// σ with three decimals, rounded up: the least of them that a ledger takes.
+    pub fn noise_multiplier_shown(&self) -> f64 {
+        (self.noise_multiplier * 1e3).ceil() / 1e3
+    }
+}
+
 impl Goal {
     /// The least noise for a candidate, and what it leaves.
     ///
@@ -126,11 +135,7 @@ impl Goal {
                 batch,
                 blocks: self.blocks,
             })?;
-        let (sigma, mechanism) = self.noise(rate, candidate.steps)?;
-        let job = Job {
-            mechanism,
-            steps: candidate.steps,
-        };
+        let (sigma, loss) = self.noise(rate, candidate.steps)?;
         let noise_to_clip = sigma * (candidate.values as f64).sqrt() / batch as f64;
         Ok(Plan {
             name: candidate.name,
@@ -139,8 +144,8 @@ impl Goal {
             steps: candidate.steps,
             batch: batch as f64,
             values: candidate.values,
-            epsilon_rdp: job.rdp().epsilon(self.delta).epsilon,
-            epsilon_pld: pld_epsilon(&[job], self.delta),
+            epsilon_rdp: loss.epsilon(self.delta).epsilon,
+            epsilon_pld: loss.epsilon_pld(self.delta),
             noise_to_clip,
             verdict: Verdict::of(noise_to_clip),
         })
@@ -152,20 +157,21 @@ impl Goal {
         0.1 / self.blocks as f64
     }
 
-    fn noise(&self, rate: SamplingRate, steps: u64) -> Result<(f64, SubsampledGaussian), PlanError> {
+    fn noise(&self, rate: SamplingRate, steps: u64) -> Result<(f64, Loss), PlanError> {
         let too_small = || PlanError::BudgetTooSmall {
             steps,
             epsilon: self.epsilon.value(),
             delta: self.delta.value(),
         };
-        let ratio =
-            calibrated_noise_multiplier(self.epsilon, self.delta, rate, steps).ok_or_else(too_small)?;
-        let sigma = (ratio.value() * self.sensitivity).max(self.noise_multiplier_min);
-        let sigma = NoiseMultiplier::new(sigma).map_err(|_| too_small())?;
-        let mechanism = SubsampledGaussian::new(sigma, rate)
-            .with_sensitivity(self.sensitivity)
-            .map_err(|_| too_small())?;
-        Ok((sigma.value(), mechanism))
+        let steps = u32::try_from(steps).map_err(|_| too_small())?;
+        let sigma = calibrated_noise_multiplier(self.epsilon, self.delta, rate, steps, self.sensitivity)
+            .filter(|sigma| sigma.value() <= SIGMA_MAX)
+            .ok_or_else(too_small)?;
+        let sigma = sigma.value().max(self.noise_multiplier_min);
+        Ok((
+            sigma,
+            Loss::gaussian(self.sensitivity, sigma, rate.value(), steps),
+        ))
     }
 }
 
@@ -184,7 +190,7 @@ impl Verdict {
     /// The expected effect, for people.
     pub fn words(self) -> &'static str {
         match self {
-            Self::Trains => "trains: the noise of a step is no longer than what it says",
+            Self::Trains => "trains: the noise of a step is no longer than the longest signal",
             Self::Doubtful => {
                 "doubtful: trains only where the blocks agree; take fewer values or more blocks"
             }
@@ -199,6 +205,8 @@ pub fn recommended(plans: &[Plan]) -> Option<&Plan> {
     usable.min_by(|a, b| a.noise_to_clip.total_cmp(&b.noise_to_clip))
 }
 
+/// Beyond it a policy asks for no noise, and the orders that the ledger keeps say little: at the ε that would need it nothing is learnt.
+const SIGMA_MAX: f64 = 10_000.0;
 /// Noise over C up to which a job trains, and beyond which it does not.
 const TRAINS_TO: f64 = 1.0;
 const HOPELESS_FROM: f64 = 5.0;
@@ -258,7 +266,27 @@ mod tests {
         };
         let twice = record.plan(&candidate(760, 1, None)).unwrap();
         assert!((twice.noise_multiplier / once.noise_multiplier - 2.0).abs() < 1e-5);
-        assert!((twice.epsilon_rdp - once.epsilon_rdp).abs() < 1e-5);
+        assert!((twice.epsilon_rdp - once.epsilon_rdp).abs() < 1e-5, "{twice:?}");
+    }
+
+    /// What is planned is what the ledger takes, and what is printed too.
+    #[test]
+    fn a_ledger_takes_the_noise_that_was_planned_for_it() {
+        for epsilon in [0.5, 1.0, 2.0, 4.0, 8.0, 10.0] {
+            for (steps, batch) in [(1, None), (20, None), (90, None), (700, Some(64))] {
+                let plan = goal(epsilon, 2160).plan(&candidate(760, steps, batch)).unwrap();
+                let steps = u32::try_from(steps).unwrap();
+                for sigma in [plan.noise_multiplier, plan.noise_multiplier_shown()] {
+                    let charged = Loss::gaussian(1.0, sigma, plan.sampling_rate, steps);
+                    let charged = charged.epsilon(Delta::new(1e-6).unwrap()).epsilon;
+                    assert!(
+                        charged <= epsilon,
+                        "ε {epsilon}, {steps} steps, σ {sigma}: {charged}"
+                    );
+                }
+                assert!(plan.noise_multiplier_shown() - plan.noise_multiplier <= 1e-3 + 1e-12);
+            }
+        }
     }
 
     #[test]
@@ -279,6 +307,8 @@ mod tests {
                 blocks: 10
             })
         ));
+        let weak = goal(1e-3, 10).plan(&candidate(1, 1, None));
+        assert!(matches!(weak, Err(PlanError::BudgetTooSmall { .. })), "{weak:?}");
         let little = goal(1e-9, 10).plan(&candidate(1, u64::MAX, None));
         assert!(
             matches!(little, Err(PlanError::BudgetTooSmall { .. })),

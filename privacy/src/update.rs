@@ -79,9 +79,9 @@ pub enum UpdateError {
         found: usize,
     },
     /// More units came than were charged: they could not all be bounded by the charge.
-    #[error("{found} blocks were read, only {charged} were charged")]
+    #[error("{found} vectors were read, only {charged} were charged")]
     TooManyUnits {
-        /// Blocks in the charge.
+        /// Vectors that the charge covers: one for each block, or for each window of it.
         charged: usize,
         /// Vectors that came.
         found: usize,
@@ -111,7 +111,8 @@ pub struct LocalUpdate {
 
 impl LocalUpdate {
     /// Reads the charged blocks. `read` gets their ids and gives one vector of `plan.values` numbers for each block that holds
-    /// data; blocks without data may be left out.
+    /// data; blocks without data may be left out. Where the charge names windows, one vector for each window that is whole, of its samples alone: every
+    /// sample in at most [`BlockWindows::multiplicity`](crate::windows::BlockWindows::multiplicity) of them.
     ///
     /// # Errors
     /// [`UpdateError::OtherKind`] before `read` is called, [`UpdateError::WrongLength`] and [`UpdateError::TooManyUnits`] after.
@@ -158,17 +159,18 @@ impl LocalUpdate {
         Self::of(reservation, layout_digest, units)
     }
 
-    /// Clips every unit to the norm C and adds them up.
+    /// Clips every unit to the norm C, every window of a block of n to C/n, and adds them up.
     pub fn clip(self) -> ClippedUpdate {
         let Self {
             terms,
             reservation,
             units,
         } = self;
-        let mut sum = GridSum::new(
+        let mut sum = GridSum::of_parts(
             values(&terms.plan),
             terms.plan.clip_norm,
             terms.plan.noise_multiplier,
+            terms.plan.vectors_per_block(),
         );
         for unit in &units {
             sum.add(unit);
@@ -187,7 +189,10 @@ impl LocalUpdate {
     ) -> Result<Self, UpdateError> {
         let plan = reservation.plan();
         let charged = match plan.kind {
-            UpdateKind::Moments | UpdateKind::Gradient => plan.blocks.len(),
+            UpdateKind::Moments | UpdateKind::Gradient => plan
+                .blocks
+                .len()
+                .saturating_mul(usize::try_from(plan.vectors_per_block()).unwrap_or(usize::MAX)),
             UpdateKind::Delta => 1,
         };
         if units.len() > charged {

@@ -54,6 +54,7 @@ fn plan(round: u64) -> ReleasePlan {
         values: 8,
         block_span: Duration::from_hours(1),
         blocks: vec![2 * round, 2 * round + 1],
+        windows: None,
         sampling_rate: 1.0,
         steps: 1,
         clip_norm: L2Norm::new(1.0).unwrap(),

@@ -42,6 +42,7 @@ fn release(ledger: &mut Ledger, round: u64, blocks: &[u64]) {
         values: 4,
         block_span: Duration::from_hours(1),
         blocks: blocks.to_vec(),
+        windows: None,
         sampling_rate: 1.0,
         steps: 1,
         clip_norm: L2Norm::new(1.0).unwrap(),
@@ -165,6 +166,211 @@ fn a_true_report_verifies_to_the_last_digit() {
     );
     // Blocks 10, 11, 12, 20, 30: block 11 was read twice.
     assert_eq!(report["blocks"].as_array().unwrap().len(), 5);
+}
+
+/// Changes the text of one record, and all heads.
+fn forged(report: &Value, record: usize, from: &str, to: &str) -> Value {
+    let mut report = report.clone();
+    let body = records(&mut report)[record]["body"].as_str().unwrap().to_owned();
+    assert!(body.contains(from), "{body}");
+    records(&mut report)[record]["body"] = Value::from(body.replace(from, to));
+    with_new_heads(&mut report);
+    report
+}
+
+/// Whoever builds a ledger can make all its heads fit; what it promises must still be what it counts.
+#[test]
+fn a_ledger_that_does_not_keep_the_policy_that_it_reports_is_found() {
+    let place = place();
+    let report = place.report();
+    for (record, from, to, told) in [
+        (0, "3600000", "60000", "3600000 ms"),
+        (0, "\"unit\":\"block\"", "\"unit\":\"record\"", "another unit"),
+        (0, "site-a", "site-b", "site-b"),
+        (1, "\"period\":\"rolling\"", "\"period\":\"month\"", "period"),
+        (1, "\"epsilon\":4.0,", "\"epsilon\":40.0,", "epsilon"),
+        (1, "\"delta\":1e-6", "\"delta\":1e-9", "delta"),
+        (1, "\"version\":2", "\"version\":3", "version"),
+        (2, "\"period\":0", "\"period\":1", "another period"),
+    ] {
+        let found = check(&forged(&report, record, from, to));
+        let message = found.unwrap_err().to_string();
+        assert!(message.contains(told), "{from} → {to}: {message}");
+    }
+}
+
+/// A policy that the same key has signed and that allows less: every charge beyond it is found.
+#[test]
+fn a_charge_beyond_the_policy_in_force_is_found() {
+    let place = place();
+    let report = place.report();
+    let (text, old) = (place.policy.text().to_owned(), place.policy.hash().to_string());
+    for (from, to, told) in [
+        ("epsilon = 4.0", "epsilon = 2.0", "2"),
+        ("block_releases_max = 2\n", "block_releases_max = 1\n", "11"),
+        (
+            "epsilon = 4.0\n",
+            "epsilon = 4.0\nnoise_multiplier_min = 2.5\n",
+            "2.5",
+        ),
+        (
+            "epsilon = 4.0\n",
+            "epsilon = 4.0\nmechanisms = [\"delta\"]\n",
+            "oment",
+        ),
+        (
+            "epsilon = 4.0\n",
+            "epsilon = 4.0\nreleases_max = 2\n",
+            "2 releases",
+        ),
+    ] {
+        let stricter = text.replace(from, to);
+        let policy = Policy::parse(&stricter).unwrap();
+        let mut forged = report.clone();
+        for record in records(&mut forged) {
+            let body = record["body"]
+                .as_str()
+                .unwrap()
+                .replace(&old, &policy.hash().to_string());
+            let mut body: Value = serde_json::from_str(&body).unwrap();
+            if body["record"] == json!("policy") {
+                body["text"] = json!(stricter);
+                body["epsilon"] = json!(policy.epsilon().value());
+                body["signature"] = json!(officer().sign(&stricter).unwrap().to_string());
+            }
+            record["body"] = Value::from(body.to_string());
+        }
+        with_new_heads(&mut forged);
+        let message = check(&forged).unwrap_err().to_string();
+        assert!(
+            message.contains("beyond the policy") && message.contains(told),
+            "{to}: {message}"
+        );
+    }
+}
+
+/// The text of a policy with its records' bodies under it: what its own hash, limit and signature are.
+fn under(body: &str, old: &Policy, text: &str) -> Value {
+    let policy = Policy::parse(text).unwrap();
+    let body = body.replace(&old.hash().to_string(), &policy.hash().to_string());
+    let mut body: Value = serde_json::from_str(&body).unwrap();
+    if body["record"] == json!("policy") {
+        body["text"] = json!(text);
+        body["epsilon"] = json!(policy.epsilon().value());
+        body["signature"] = json!(officer().sign(text).unwrap().to_string());
+    }
+    body
+}
+
+/// A policy without its text first, its text, truly signed, after everything was charged: each charge is held to it all the same. With no text at all nothing is taken.
+#[test]
+fn a_policy_whose_text_comes_last_holds_for_the_charges_before_it() {
+    let place = place();
+    let mut forged = place.report();
+    let stricter = place.policy.text().replace("epsilon = 4.0", "epsilon = 2.0");
+    let mut note = Value::Null;
+    for record in records(&mut forged) {
+        let mut body = under(record["body"].as_str().unwrap(), &place.policy, &stricter);
+        if body["record"] == json!("policy") {
+            note = body.clone();
+            let body = body.as_object_mut().unwrap();
+            body.remove("text");
+            body.remove("signature");
+        }
+        record["body"] = Value::from(body.to_string());
+    }
+    with_new_heads(&mut forged);
+    let message = check(&forged).unwrap_err().to_string();
+    assert!(message.contains("whose text no record holds"), "{message}");
+    records(&mut forged).push(json!({ "body": note.to_string(), "head": "" }));
+    with_new_heads(&mut forged);
+    let message = check(&forged).unwrap_err().to_string();
+    assert!(
+        message.contains("beyond the policy") && message.contains('2'),
+        "{message}"
+    );
+}
+
+/// Charges in the form of the first format are held to the policy as all others are; only where no record holds its text they are not, and that is said.
+#[test]
+fn charges_of_the_first_format_are_held_to_the_policy() {
+    let place = place();
+    let first_format = |text: &str, with_text: bool| {
+        let mut forged = place.report();
+        records(&mut forged).retain(|record| !record["body"].as_str().unwrap().contains("\"sealed\""));
+        for record in records(&mut forged) {
+            let mut body = under(record["body"].as_str().unwrap(), &place.policy, text);
+            let object = body.as_object_mut().unwrap();
+            if object["record"] == json!("charge") {
+                for name in [
+                    "sequence",
+                    "unit",
+                    "sampling_rate",
+                    "steps",
+                    "rdp",
+                    "period",
+                    "salt",
+                ] {
+                    object.remove(name);
+                }
+                object.insert("record".to_owned(), json!("reserve"));
+                object.insert("rho".to_owned(), json!(0.125 * (1.0 + 1e-6)));
+            } else if object["record"] == json!("policy") && !with_text {
+                object.remove("text");
+                object.remove("signature");
+            }
+            record["body"] = Value::from(body.to_string());
+        }
+        forged
+    };
+    let strict = place.policy.text().replace("epsilon = 4.0", "epsilon = 2.0");
+    let mut forged = first_format(&strict, true);
+    with_new_heads(&mut forged);
+    let message = check(&forged).unwrap_err().to_string();
+    assert!(
+        message.contains("beyond the policy") && message.contains('2'),
+        "{message}"
+    );
+    // Within the policy it is a ledger as an old build wrote it, but for the version in its header.
+    let mut plain = first_format(place.policy.text(), true);
+    with_new_heads(&mut plain);
+    let found = check(&plain);
+    assert!(
+        !matches!(
+            found,
+            Err(VerifyError::Record { .. } | VerifyError::Policy { .. })
+        ),
+        "{found:?}"
+    );
+    // The text of another policy comes later: what was charged before is counted, and told apart.
+    let mut old = first_format(&strict, false);
+    let mut later = under(
+        place.report()["records"][1]["body"].as_str().unwrap(),
+        &place.policy,
+        place.policy.text(),
+    );
+    later["version"] = json!(2);
+    records(&mut old).push(json!({ "body": later.to_string(), "head": "" }));
+    with_new_heads(&mut old);
+    let figures = |old: &mut Value| loop {
+        // Every figure as the verifier recomputes it.
+        match check(old) {
+            Err(VerifyError::Figure {
+                figure, recomputed, ..
+            }) => {
+                let recomputed: Value = serde_json::from_str(&recomputed).unwrap();
+                if old["statement"].get(&figure).is_some() {
+                    old["statement"][&figure] = recomputed;
+                } else {
+                    old[&figure] = recomputed;
+                }
+            }
+            other => return other,
+        }
+    };
+    let verified = figures(&mut old).unwrap();
+    assert_eq!((verified.releases, verified.releases_unheld), (3, 3));
+    assert_eq!(figures(&mut plain).unwrap().releases_unheld, 0);
 }
 
 #[test]

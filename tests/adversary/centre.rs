@@ -64,6 +64,7 @@ impl Centre {
             byzantine: 0,
             deadline: DEADLINE,
             pause: Duration::from_secs(1),
+            late_updates: false,
             rounds_max: None,
             terms,
         };
@@ -207,6 +208,7 @@ impl Centre {
                     self.stored.insert((round, node.clone()), valid);
                     Some(Input::Stored { node, round })
                 }
+                Output::StoreLate { node, round, .. } => Some(Input::StoreFailed { node, round }),
                 Output::Receipt {
                     node, payload_digest, ..
                 } => {

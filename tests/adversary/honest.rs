@@ -80,6 +80,7 @@ pub(crate) fn update(
         values: announce.values,
         block_span: BLOCK_SPAN,
         blocks: (announce.round.0 * 1000..announce.round.0 * 1000 + blocks).collect(),
+        windows: None,
         sampling_rate: 1.0,
         steps: 1,
         clip_norm: announce.clip_norm,

@@ -173,6 +173,11 @@ fn exact_sum(samples: &[Sample]) -> Vec<f64> {
     sum
 }
 
+/// When all blocks are over.
+fn after_the_last() -> Timestamp {
+    Timestamp(START_MS + (BLOCKS * BLOCK_ROWS + 5) as u64 * 1000)
+}
+
 fn announce(round: u64, kind: UpdateKind) -> AnnounceV1 {
     let terms = honest::terms();
     let moments = AnnounceV1 {
@@ -266,7 +271,8 @@ fn live(samples: &[Sample]) -> (Outside, Vec<f32>) {
     let ledger = Ledger::open(&folder.path().join("ledger.log"), &site, policy, Timestamp(1)).unwrap();
 
     // Detection: verdicts, the page's JSON and the metrics.
-    let lane = Arc::new(LaneShared::new("kv", schema.clone(), 10_000));
+    let lane = LaneShared::new("kv", schema.clone(), 10_000, &DetectionSettings::default(), STEP);
+    let lane = Arc::new(lane.started_at(Timestamp(START_MS), 10_000));
     let mut watched = Lane::new(lane.clone(), DetectionSettings::default(), STEP);
     let board = Board::new(site.as_str(), 300);
     for sample in samples {
@@ -281,7 +287,8 @@ fn live(samples: &[Sample]) -> (Outside, Vec<f32>) {
     outside.add("debug", format!("{:?}", lane.history()));
 
     // Learning: charge, read, clip, noise, compress, encode.
-    let mut releaser = Releaser::new(ledger, lane, STEP, 2, Box::new(ExactGaussian), None);
+    let mut releaser =
+        Releaser::new(ledger, lane, STEP, 2, Box::new(ExactGaussian), None).with_clock(after_the_last);
     let base = GlobalModel::initial(schema.channels(), 1);
     let mut released = vec![0.0; 320];
     let kinds = [UpdateKind::Moments, UpdateKind::Delta, UpdateKind::Gradient];

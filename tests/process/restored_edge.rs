@@ -39,6 +39,7 @@ fn grow(root: &Path, edge: &Edge) {
             values: 4,
             block_span,
             blocks: vec![round],
+            windows: None,
             sampling_rate: 1.0,
             steps: 1,
             clip_norm: L2Norm::new(1.0).unwrap(),

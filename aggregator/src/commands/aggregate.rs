@@ -145,6 +145,10 @@ fn run<T: Scalar + NpyValue>(
     args: &AggregateArgs,
 ) -> Result<Done, Problem> {
     let shape = (rows.count(), rows.dimension());
+    if shape.0 > 0 {
+        // Also of a mean, which takes no f: what is assumed must be possible.
+        crate::robust::minority(shape.0, args.byzantine).map_err(rule_problem)?;
+    }
     let (written, seconds, cpu_seconds, scores, permutation) = if args.rule.base().is_some() {
         let (combined, seconds, cpu) = timed(args.repeat, || rule.values(rows))?;
         let written = write_vector(&args.output, &combined.values);

@@ -45,7 +45,11 @@ pub(super) fn decisions(records: &[Record]) -> String {
         .collect();
     let mut said = table(&header, &rows);
     for record in records {
-        let plain = record.decision == Decision::Combined && record.findings.is_empty() && !record.held;
+        let plain = record.decision == Decision::Combined
+            && record.findings.is_empty()
+            && !record.held
+            && record.stale.is_none()
+            && !words::is_outvoted(record);
         if !plain {
             said.extend(["\n", &record.site, ": ", &words::decision(record)]);
             for finding in record
@@ -232,10 +236,14 @@ pub(super) fn replay(common: &Common, round: u64) -> Result<ExitCode, Problem> {
         }
         Err(crate::replay::ReplayError::Store(error)) => Err(store_problem(&error)),
         Err(error) if error.is_impossible() => {
-            let problem = Problem::failed("TH-E0724", &error).hint(format!(
-                "updates are kept for limits.rounds_kept = {} rounds and records for limits.records_kept = {}; replay sooner, or raise them",
-                config.limits.rounds_kept, config.limits.records_kept
-            ));
+            let hint = match error {
+                crate::replay::ReplayError::Pruned(_) => format!(
+                    "updates are kept for limits.rounds_kept = {} rounds and records for limits.records_kept = {}; replay sooner, or raise them",
+                    config.limits.rounds_kept, config.limits.records_kept
+                ),
+                _ => "`rounds list` says which rounds gave a model; nothing is wrong".to_owned(),
+            };
+            let problem = Problem::failed("TH-E0724", &error).hint(hint);
             problem::report(&problem, &mut std::io::stderr());
             Ok(ExitCode::from(CANNOT))
         }
@@ -261,7 +269,7 @@ mod tests {
         let code = "norm_exceeded".to_owned();
         Record {
             reason: Some(code.clone()),
-            findings: vec![Finding::Refused { code }],
+            findings: vec![Finding::Refused { code, detail: None }],
             verdict: Verdict::Inconsistent,
             after: before.observe(Verdict::Inconsistent),
             ..Record::blank(Round(round), &node, Decision::Refused, before)

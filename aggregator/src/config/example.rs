@@ -72,6 +72,10 @@ blocks_max = {blocks_max}
 rule = "{rule}"
 # Hostile edges to withstand, below half the quorum. Too small: arbitrary failure. Too large: honest sites are cut away.
 byzantine = {byzantine}
+# Whether an update that comes after its round's end is kept for the next one (docs/robustness.md); not with central_noise.
+{late_updates}
+# How much each earlier round counts in the mean of a site's updates that the rule sees, 0 (off) to 0.99; not with central_noise.
+{site_average}
 
 [model]
 # Feature profile of all edges.
@@ -123,8 +127,13 @@ adaptivity = {adaptivity}
 # Largest epsilon of one period, above 0 to 100, and largest delta, above 0 to 0.001.
 {epsilon_max}
 {delta_max}
-# Whether somebody must have signed the site's policy.
+# Shortest time over which a site's epsilon holds: "month", "quarter", "year", "rolling" (for ever).
+{period_min}
+# Least noise multiplier that a site's policy may accept, above 0 to 10000.
+{floor_sigma}
+# Whether somebody must have signed the site's policy; and whose signatures will do. An edge signs its first policy with a key of its own.
 signed = {signed}
+{signers}
 
 [central_noise]
 # Noise of this aggregator on top of each site's own, for large fleets that trust it: the unit is a whole site (docs/privacy.md).
@@ -165,6 +174,16 @@ sampling_rate = {central_rate}
         blocks_max = rounds.blocks_max,
         rule = rounds.rule,
         byzantine = rounds.byzantine,
+        late_updates = or_comment(
+            "late_updates",
+            rounds.late_updates.map(|on| on.to_string()),
+            "true"
+        ),
+        site_average = or_comment(
+            "site_average",
+            rounds.site_average.map(real),
+            &real(rounds.site_average())
+        ),
         profile = text(&model.profile),
         dimension = or_comment("dimension", model.dimension.map(|n| n.to_string()), "10000"),
         seed = model.seed,
@@ -187,6 +206,24 @@ sampling_rate = {central_rate}
         block_min = or_comment("block_min", floor.block_min.map(time), "\"1h\""),
         epsilon_max = or_comment("epsilon_max", floor.epsilon_max.map(real), "4.0"),
         delta_max = or_comment("delta_max", floor.delta_max.map(real), "1e-6"),
+        period_min = or_comment(
+            "period_min",
+            floor.period_min.map(|period| text(period.word())),
+            "\"rolling\"",
+        ),
+        floor_sigma = or_comment(
+            "noise_multiplier_min",
+            floor.noise_multiplier_min.map(real),
+            "0.7",
+        ),
+        signers = or_comment(
+            "signers",
+            (!floor.signers.is_empty()).then(|| {
+                let keys: Vec<String> = floor.signers.iter().map(|key| text(key)).collect();
+                format!("[{}]", keys.join(", "))
+            }),
+            "[\"thpk1_...\"]",
+        ),
         signed = floor.signed,
         central = central.enabled,
         central_version = central.version,
@@ -215,6 +252,8 @@ mod tests {
         let mut changed = good();
         changed.advertise = Some("a.example:1".into());
         changed.rounds.rounds_max = Some(9);
+        changed.rounds.late_updates = Some(false);
+        changed.rounds.site_average = Some(0.5);
         changed.rounds.kind = RoundKind::Delta;
         changed.model.dimension = Some(10);
         changed.quarantine.enabled = false;
@@ -224,7 +263,10 @@ mod tests {
             block_min: Some(Duration::from_hours(1)),
             epsilon_max: Some(4.0),
             delta_max: Some(1e-6),
+            period_min: Some(crate::floor::FloorPeriod::Year),
+            noise_multiplier_min: Some(0.7),
             signed: true,
+            signers: vec![format!("thpk1_{}", "ab".repeat(32))],
         };
         changed.central_noise.enabled = true;
         changed.central_noise.clip_norm = Some(2.5);

@@ -40,8 +40,15 @@ impl Driver {
             self.carry_out(output, &mut offered);
         }
         let at = self.machine.status();
-        if at.phase != PhaseName::Collecting && self.terms.borrow().is_some() {
-            self.terms.send_replace(None);
+        if at.phase != PhaseName::Collecting {
+            let ended = self.terms.borrow().clone();
+            if ended.is_some() {
+                // First, so that an update never meets a moment between the two.
+                if self.config.late_updates {
+                    self.late_terms.send_replace(ended);
+                }
+                self.terms.send_replace(None);
+            }
         }
         self.metrics.round.set(at.round.0);
         self.with_status(|status| {
@@ -70,6 +77,14 @@ impl Driver {
             } => {
                 let validated = offered.take().and_then(|offered| offered.validated);
                 self.make_durable(node, round, payload_digest, validated);
+            }
+            Output::StoreLate {
+                node,
+                round,
+                payload_digest,
+            } => {
+                let validated = offered.take().and_then(|offered| offered.validated);
+                self.make_late_durable(node, round, payload_digest, validated);
             }
             Output::Receipt {
                 node,
@@ -185,6 +200,42 @@ impl Driver {
         });
     }
 
+    /// As [`Driver::make_durable`], apart from the round's own updates. Nobody waits for it.
+    fn make_late_durable(
+        &mut self,
+        node: NodeId,
+        round: Round,
+        digest: Digest,
+        update: Option<Box<ValidatedUpdate>>,
+    ) {
+        let Some(update) = update.filter(|update| update.header().payload_digest == digest) else {
+            tracing::error!(%node, round = round.0, "the machine asks for a late update that is not at hand");
+            let now = self.now();
+            self.machine
+                .handle(now, theriac_protocol::round::Input::StoreFailed { node, round });
+            let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
+            return self.carry_out_all(outputs, None);
+        };
+        tracing::info!(%node, round = round.0, "a late update is kept for the next round");
+        let (store, rule) = (self.store.clone(), self.rule.rule);
+        self.work.spawn(async move {
+            let (row, norm) = (update.row(), update.norm());
+            let header = Box::new(update.header().clone());
+            drop(update);
+            let result = match store.put_blob(digest, row.payload.clone()).await {
+                Ok(()) => {
+                    let (name, head) = (node.clone(), header.clone());
+                    let write = move |work: &crate::store::Work<'_>| {
+                        crate::store::late::insert(work, &name, &head, &row.payload, norm, rule)
+                    };
+                    store.write(Urgency::Company, write).await
+                }
+                Err(error) => Err(error),
+            };
+            Done::StoredLate { node, header, result }
+        });
+    }
+
     /// From the committed row: out of memory for the round at hand and the one before, else out of the store.
     fn send_receipt(&mut self, node: NodeId, round: Round) {
         match self.receipts.get(&(round, node.clone())) {
@@ -225,12 +276,24 @@ impl Driver {
         };
         let (store, row, candidate) = (self.store.clone(), row.clone(), candidate.clone());
         let conclusion = conclusion.clone();
-        // In the model are those that counted.
-        let members: Vec<(NodeId, Digest)> = members
-            .into_iter()
-            .zip(&conclusion.account.rows)
-            .filter(|(_, row)| row.decision == Decision::Combined)
-            .map(|(member, _)| member)
+        debug_assert!(
+            members.iter().eq(conclusion
+                .account
+                .rows
+                .iter()
+                .filter(|row| row.stale.is_none())
+                .map(|row| (row.node.clone(), row.payload_digest))
+                .collect::<Vec<_>>()
+                .iter()),
+            "the machine's members are the round's own updates"
+        );
+        // In the model are those that counted, late ones among them.
+        let members: Vec<(NodeId, Digest)> = conclusion
+            .account
+            .rows
+            .iter()
+            .filter(|row| row.decision == Decision::Combined)
+            .map(|row| (row.node.clone(), row.payload_digest))
             .collect();
         let records_kept = self.records_kept;
         self.work.spawn(async move {
@@ -302,6 +365,7 @@ impl Driver {
         self.candidate = None;
         self.storing = 0;
         self.terms.send_replace(None);
+        self.late_terms.send_replace(None);
         self.metrics.model_version.set(model.version.0);
         self.with_status(|status| {
             status.model_version = model.version.0;
@@ -333,16 +397,23 @@ impl Driver {
         self.count_upload("refused", code.word());
         self.send_refusal(node, Some(header.round), code);
         let (store, node, header, rule) = (self.store.clone(), node.clone(), header.clone(), self.rule.rule);
+        let detail = detail.to_owned();
         // On record first: the machine must not know of a refusal that the store does not.
         self.work.spawn(async move {
             let (round, name) = (header.round, node.clone());
-            let write =
-                move |work: &crate::store::Work<'_>| rounds::refuse_upload(work, &name, &header, code, rule);
+            let write = move |work: &crate::store::Work<'_>| {
+                rounds::refuse_upload(work, &name, &header, code, rule, Some(&detail))
+            };
             let result = store.write(Urgency::Lazy, write).await;
             if code.retryable() {
                 Done::Written(result)
             } else {
-                Done::Refused { node, round, result }
+                Done::Refused {
+                    node,
+                    round,
+                    code,
+                    result,
+                }
             }
         });
     }

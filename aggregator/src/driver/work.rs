@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use theriac_privacy::central::CentralCharge;
 use theriac_protocol::message::{ToEdge, UpdateV1};
+use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::round::{BaseModel, Input};
 use theriac_protocol::units::{Digest, NodeId, Round};
 
 use super::Driver;
-use crate::combine::{RoundInputs, RoundResult};
+use crate::combine::{RoundInputs, RoundResult, Which};
 use crate::evidence::reputation::Changes;
 use crate::publish::Candidate;
 use crate::robust::Row;
@@ -36,10 +37,17 @@ pub(super) enum Done {
         row: Row,
         result: Result<StoredUpload, StoreError>,
     },
+    /// A late update is durable, or not.
+    StoredLate {
+        node: NodeId,
+        header: Box<UpdateV1>,
+        result: Result<StoredUpload, StoreError>,
+    },
     /// An update's refusal is on record, or could not be recorded.
     Refused {
         node: NodeId,
         round: Round,
+        code: RefusalCode,
         result: Result<(), StoreError>,
     },
     /// A round was combined, or could not be.
@@ -83,12 +91,19 @@ impl Driver {
                 header,
                 row,
                 result,
-            } => return self.stored(node, *header, row, result),
-            Done::Refused { node, round, result } => {
+            } => return self.stored(node, *header, Some(row), result),
+            Done::StoredLate { node, header, result } => return self.stored(node, *header, None, result),
+            Done::Refused {
+                node,
+                round,
+                code,
+                result,
+            } => {
                 if let Err(error) = result {
                     tracing::error!(%error, "a refusal could not be recorded");
                 }
-                self.machine.handle(now, Input::Refused { node, round });
+                let faulty = crate::evidence::tells(code.word());
+                self.machine.handle(now, Input::Refused { node, round, faulty });
             }
             Done::Computed {
                 round,
@@ -162,10 +177,19 @@ impl Driver {
         self.pump(None);
     }
 
-    fn stored(&mut self, node: NodeId, header: UpdateV1, row: Row, result: Result<StoredUpload, StoreError>) {
+    /// `row`: what the round at hand will read; none for a late update.
+    fn stored(
+        &mut self,
+        node: NodeId,
+        header: UpdateV1,
+        row: Option<Row>,
+        result: Result<StoredUpload, StoreError>,
+    ) {
         let now = self.now();
         let round = header.round;
-        self.storing = self.storing.saturating_sub(1);
+        if row.is_some() {
+            self.storing = self.storing.saturating_sub(1);
+        }
         match result {
             Ok(stored) => {
                 let claim = &header.privacy;
@@ -174,10 +198,12 @@ impl Driver {
                     records: claim.ledger_records,
                 };
                 self.ledgers.insert(node.clone(), ledger);
-                self.count_upload("accepted", "");
+                self.count_upload("accepted", if row.is_some() { "" } else { "late" });
                 self.receipts.insert((round, node.clone()), stored);
                 let at_hand = self.machine.status().round == round;
-                if at_hand && self.cache_bytes + row.payload.len() <= self.cache_bytes_max {
+                if let Some(row) = row.filter(|_| at_hand)
+                    && self.cache_bytes + row.payload.len() <= self.cache_bytes_max
+                {
                     self.cache_bytes += row.payload.len();
                     self.cache.insert(node.clone(), row);
                 }
@@ -238,6 +264,7 @@ impl Driver {
                     plan.clone(),
                     &earned,
                     &mut cache,
+                    Which::Waiting,
                 )
             };
             let inputs = store.read_blocking(load).map_err(|error| error.to_string())?;
@@ -246,6 +273,7 @@ impl Driver {
                     .stored
                     .iter()
                     .zip(&inputs.rows)
+                    .filter(|(stored, _)| stored.stale.is_none())
                     .map(|(stored, row)| (stored.node.clone(), Digest::of(&row.payload)))
                     .eq(members),
                 "the machine and the store agree, and a stored payload has its digest"

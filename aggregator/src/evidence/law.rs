@@ -32,7 +32,7 @@ const NAMES_MAX: usize = 5;
 pub struct RowLaw {
     /// What the row is.
     pub kind: UpdateKind,
-    /// Standard deviation of the noise on each value, σC as the site claims them.
+    /// Standard deviation of the noise on each value: σC of the round's terms, or as the site claims them where that is more.
     pub noise_std: f64,
     /// Most that a clipped delta measures before noise, C. Of no use for moments.
     pub clip_norm: f64,
@@ -41,12 +41,12 @@ pub struct RowLaw {
 }
 
 impl RowLaw {
-    /// From the update's own header: its claims were checked against the round's terms when it came.
-    pub fn of(header: &UpdateV1) -> Self {
+    /// From the update's own header, with `noise`, the σC of the round's terms, as the least that it must carry.
+    pub fn of(header: &UpdateV1, noise: f64) -> Self {
         let clip_norm = header.privacy.clip_norm.value();
         Self {
             kind: header.kind,
-            noise_std: header.privacy.noise_multiplier.value() * clip_norm,
+            noise_std: (header.privacy.noise_multiplier.value() * clip_norm).max(noise),
             clip_norm,
             step: match header.encoding {
                 Encoding::F32 => 0.0,
@@ -97,6 +97,9 @@ pub enum Finding {
     Refused {
         /// The refusal's word.
         code: String,
+        /// What was found beside what was expected.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        detail: Option<String>,
     },
 }
 
@@ -115,7 +118,11 @@ pub enum Verdict {
 impl Verdict {
     /// From the findings of a row that was measured.
     pub fn of(findings: &[Finding]) -> Self {
-        let group = |finding: &Finding| matches!(finding, Finding::NearCopy { .. });
+        let group = |finding: &Finding| match finding {
+            Finding::NearCopy { .. } => true,
+            Finding::Refused { code, .. } => !super::tells(code),
+            Finding::Opposed { .. } | Finding::TooLittleNoise { .. } | Finding::NoiseLaw { .. } => false,
+        };
         if findings.iter().any(|finding| !group(finding)) {
             Self::Inconsistent
         } else if findings.iter().any(group) {

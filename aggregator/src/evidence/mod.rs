@@ -27,13 +27,14 @@ use theriac_protocol::units::{Digest, NodeId, Round};
 use self::law::{Finding, PairSets, RowLaw, Verdict};
 use self::measure::{LayerDeviation, Pairs, RowMeasure, Segment};
 use self::reputation::{Changes, QuarantineLimits, Reputation, settle};
+use crate::average::Stale;
 use crate::layout::ModelSpec;
 use crate::robust::{PayloadRows, RowEvidence, Rows as _};
 
 /// Format of a record.
 pub const FORMAT: u32 = 1;
 /// Version of rules, measures and laws. It changes whenever the same stored round would give other bits.
-pub const RULE_VERSION: u32 = 1;
+pub const RULE_VERSION: u32 = 2;
 /// Values of a channel's moments whose signs have a law: the squares and products `Σ p pᵀ`.
 const SIGNED_MOMENTS: usize = 15;
 /// Parts into which bare numbers are cut.
@@ -126,6 +127,9 @@ pub struct Record {
     pub rule_version: u32,
     /// Assumed number of hostile edges.
     pub byzantine: u64,
+    /// How many the rule was told to withstand among the rows that counted, where that is another number: few rows, or copies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub withstood: Option<u64>,
     /// SHA-256 of the payload, when there is one.
     pub payload_digest: Option<String>,
     /// The figures of the row.
@@ -142,6 +146,12 @@ pub struct Record {
     pub after: Reputation,
     /// Whether it would be in quarantine if not as many as are assumed hostile were in already.
     pub held: bool,
+    /// The update was made for the round before and came late: what it was multiplied by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale: Option<Stale>,
+    /// The rule saw the mean of so many updates of the site.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub averaged: Option<u64>,
     /// Hash of the record before this one, of whatever site and round.
     pub previous: String,
 }
@@ -159,6 +169,7 @@ impl Record {
             rule: String::new(),
             rule_version: RULE_VERSION,
             byzantine: 0,
+            withstood: None,
             payload_digest: None,
             features: None,
             quantiles: BTreeMap::new(),
@@ -167,6 +178,8 @@ impl Record {
             before: standing,
             after: standing,
             held: false,
+            stale: None,
+            averaged: None,
             previous: String::new(),
         }
     }
@@ -228,6 +241,8 @@ pub struct StoredRow {
     pub node: NodeId,
     /// Its header.
     pub header: UpdateV1,
+    /// For a late update of the round before: how it counts.
+    pub stale: Option<Stale>,
 }
 
 /// A row and everything measured about it.
@@ -245,6 +260,10 @@ pub struct RowAccount {
     pub features: Features,
     /// What no honest row can be.
     pub findings: Vec<Finding>,
+    /// For a late update of the round before: how it counted.
+    pub stale: Option<Stale>,
+    /// Updates of the site in the mean that the rule saw; 1: its update as it came.
+    pub averaged: u64,
 }
 
 /// All rows of a round, measured.
@@ -254,6 +273,8 @@ pub struct RoundAccount {
     pub rows: Vec<RowAccount>,
     /// Figures over the whole round.
     pub quantiles: BTreeMap<String, Quantiles>,
+    /// Hostile rows that the rule was told to withstand among those that counted.
+    pub withstood: usize,
 }
 
 /// What is known of a round before its rows are measured.
@@ -275,6 +296,12 @@ pub struct RoundFacts<'a> {
     pub norm_bound: f64,
     /// Assumed number of hostile edges.
     pub byzantine: usize,
+    /// Standard deviation of the noise that the round's terms ask for: what a site claims is believed only where it is more.
+    pub noise: f64,
+    /// Hostile rows that the rule was told to withstand among those that counted.
+    pub withstood: usize,
+    /// For each row how many updates of its site are in the mean that the rule saw.
+    pub averaged: &'a [u64],
 }
 
 /// The parts of a gradient `[5C + 1, channel]`: one for each lag, over all channels, and the constant.
@@ -293,7 +320,11 @@ fn lag_segments(channels: usize) -> Vec<Segment> {
 
 /// Measures all rows of a round against what the rule made of those that counted. CPU work.
 pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
-    let laws: Vec<RowLaw> = facts.stored.iter().map(|row| RowLaw::of(&row.header)).collect();
+    let laws: Vec<RowLaw> = facts
+        .stored
+        .iter()
+        .map(|row| RowLaw::of(&row.header, facts.noise))
+        .collect();
     let names: Vec<String> = facts.stored.iter().map(|row| row.node.to_string()).collect();
     let std: Vec<Option<f64>> = laws.iter().map(RowLaw::tested_std).collect();
     let measures = measure::rows(rows, facts.combined, facts.segments, &std);
@@ -325,6 +356,8 @@ pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
                 payload_digest: facts.stored[at].header.payload_digest,
                 decision,
                 reason,
+                stale: facts.stored[at].stale,
+                averaged: facts.averaged.get(at).copied().unwrap_or(1),
                 features: features(at, measure, pairs.all.as_ref(), &names, ruled, facts.norm_bound),
                 findings,
             }
@@ -333,6 +366,7 @@ pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
     RoundAccount {
         quantiles: quantiles(&rows),
         rows,
+        withstood: facts.withstood,
     }
 }
 
@@ -396,13 +430,16 @@ fn quantiles(rows: &[RowAccount]) -> BTreeMap<String, Quantiles> {
     quantiles
 }
 
+/// The word of a refusal that is on record with its figures and counts for and against nobody.
+const IMPLAUSIBLE: &str = "implausible";
+
 /// Refusals that say something about a site: what its update held no program of ours sends. All others (late, busy, another base, a full disk)
-/// happen to honest sites.
+/// happen to honest sites, and so does `implausible`: the vet's bounds are those of recorded hosts, and a host whose every metric is white noise lies outside
+/// them.
 pub fn tells(code: &str) -> bool {
-    const TELLING: [RefusalCode; 5] = [
+    const TELLING: [RefusalCode; 4] = [
         RefusalCode::NonFinite,
         RefusalCode::NormExceeded,
-        RefusalCode::Implausible,
         RefusalCode::WrongLength,
         RefusalCode::DigestMismatch,
     ];
@@ -418,6 +455,8 @@ pub struct Absent {
     pub decision: Decision,
     /// The refusal's or the decline's word.
     pub reason: Option<String>,
+    /// What was found in a refused update, beside what was expected.
+    pub detail: Option<String>,
 }
 
 /// How a round is recorded.
@@ -459,6 +498,9 @@ pub fn conclude(
             quantiles: account.quantiles.clone(),
             verdict,
             findings: row.findings,
+            stale: row.stale,
+            averaged: Some(row.averaged).filter(|updates| *updates > 1),
+            withstood: Some(account.withstood as u64).filter(|f| *f != closing.byzantine as u64),
             ..blank(&row.node, row.decision, row.reason)
         };
         records.insert(row.node, record);
@@ -467,14 +509,18 @@ pub fn conclude(
         node,
         decision,
         reason,
+        detail,
     } in absent
     {
         let telling = reason
             .clone()
-            .filter(|code| decision == Decision::Refused && tells(code));
+            .filter(|code| decision == Decision::Refused && (tells(code) || code == IMPLAUSIBLE));
         let findings: Vec<Finding> = telling
             .into_iter()
-            .map(|code| Finding::Refused { code })
+            .map(|code| Finding::Refused {
+                code,
+                detail: detail.clone(),
+            })
             .collect();
         let record = Record {
             verdict: if findings.is_empty() {

@@ -200,6 +200,7 @@ impl Fleet {
             stored.push(StoredRow {
                 node: name(site),
                 header: self.header(&payload),
+                stale: None,
             });
             rows.push(Row {
                 encoding: Encoding::F32,
@@ -215,7 +216,7 @@ impl Fleet {
             })
             .map(|site| site.map(Reputation::trust_millionths))
             .collect();
-        let out = left_out(&trusts, self.byzantine);
+        let out = left_out(&trusts, self.byzantine, 0);
         let kept = rows
             .iter()
             .zip(&out)
@@ -250,6 +251,9 @@ impl Fleet {
                 kind: self.kind,
                 norm_bound: 100.0,
                 byzantine: self.byzantine,
+                averaged: &[],
+                noise: 0.0,
+                withstood: self.byzantine,
             },
         );
         let closing = Closing {
@@ -390,11 +394,13 @@ fn refused_updates_count_against_a_site_and_absence_does_not() {
     let empty = || RoundAccount {
         rows: Vec::new(),
         quantiles: BTreeMap::new(),
+        withstood: 1,
     };
     let absent = |site, decision, reason: &str| Absent {
         node: name(site),
         decision,
         reason: Some(reason.to_owned()),
+        detail: None,
     };
     let mut reputations = BTreeMap::new();
     let gone = vec![
@@ -415,7 +421,7 @@ fn refused_updates_count_against_a_site_and_absence_does_not() {
         ]
     );
     assert!(
-        matches!(&records[0].findings[..], [Finding::Refused { code }] if code == "non_finite"),
+        matches!(&records[0].findings[..], [Finding::Refused { code, .. }] if code == "non_finite"),
         "{records:?}"
     );
     assert_eq!(reputations[&name(3)], Reputation::default());

@@ -8,17 +8,63 @@ use super::{Decision, Features, Record};
 pub fn decision(record: &Record) -> String {
     let reason = record.reason.as_deref().unwrap_or("no reason on record");
     match record.decision {
-        Decision::Combined => format!("its update counted with weight 1 of {}", record.rule),
+        Decision::Combined if is_outvoted(record) => format!(
+            "its update reached {} with weight 1{}, and the rule itself left all of it out: the others outvoted it",
+            record.rule,
+            made_of(record)
+        ),
+        Decision::Combined => format!(
+            "its update counted with weight 1 of {}{}",
+            record.rule,
+            made_of(record)
+        ),
         Decision::Quarantined => {
             "its update was measured and counted nothing: the site is in quarantine".into()
         }
         Decision::Screened => format!("its update was left out by a screen: {reason}"),
         Decision::NotCombined => "its update is stored, and the round gave no model".into(),
-        Decision::Refused => format!("its update was refused: {}", refusal(reason)),
+        Decision::Refused => {
+            let found = record.findings.iter().find_map(|finding| match finding {
+                Finding::Refused { detail, .. } => detail.as_deref(),
+                _ => None,
+            });
+            format!("its update was refused: {}", refused(reason, found))
+        }
         Decision::Declined => format!("it took no part: {reason}"),
         Decision::Silent => "it was asked and sent nothing before the round ended".into(),
+        Decision::Late if record.reason.is_some() => {
+            "its update came after the round had ended and was kept for the next one".into()
+        }
         Decision::Late => "its update came after the round had ended and was not used".into(),
     }
+}
+
+/// Whether the rule itself gave the row no weight at all.
+pub fn is_outvoted(record: &Record) -> bool {
+    let share = record.features.as_ref().and_then(|row| row.trimmed_share);
+    record.decision == Decision::Combined && share.is_some_and(|share| share >= 1.0)
+}
+
+/// A refusal's word with what it means and what was found.
+fn refused(code: &str, found: Option<&str>) -> String {
+    match found {
+        Some(found) => format!("{}: {found}", refusal(code)),
+        None => refusal(code),
+    }
+}
+
+/// What the rule saw of the site, where that was not its update as it came.
+fn made_of(record: &Record) -> String {
+    let late = record.stale.as_ref().map(|stale| {
+        format!(
+            ", late for round {} and {} models behind: multiplied by {:.3}",
+            stale.of_round, stale.age, stale.weight
+        )
+    });
+    let mean = record
+        .averaged
+        .map(|updates| format!(", as the mean of its last {updates} updates"));
+    [late, mean].into_iter().flatten().collect()
 }
 
 /// A refusal's word with what it means.
@@ -26,7 +72,7 @@ pub fn refusal(code: &str) -> String {
     let meaning = match code {
         "non_finite" => "a value was NaN or infinite, and no honest program sends one",
         "norm_exceeded" => "the update was longer than clipping and noise can make an honest one",
-        "implausible" => "moments that no time series has: its squares sum to less than zero",
+        "implausible" => "moments that no time series has, or less noise than was agreed",
         "wrong_length" => "another number of values than the round collects",
         "digest_mismatch" => "the bytes are not those that its header announces",
         "privacy_too_weak" => "it claims less protection than the round or the fleet asks for",
@@ -56,7 +102,9 @@ pub fn finding(finding: &Finding) -> String {
             "it shares its noise with {}: one copied another. Who copied whom cannot be seen, so this counts for and against nobody",
             others.join(", ")
         ),
-        Finding::Refused { code } => format!("its update was refused as {}", refusal(code)),
+        Finding::Refused { code, detail } => {
+            format!("its update was refused as {}", refused(code, detail.as_deref()))
+        }
     }
 }
 
@@ -180,6 +228,10 @@ pub fn advice(site: &str, last: Option<&Record>, reputation: &Reputation) -> Str
             "nothing: the site's own policy decided; `theriac-edge privacy status` on its host says more"
                 .into()
         }
+        (false, Some(Decision::Combined)) if last.is_some_and(is_outvoted) => format!(
+            "nothing has to be done about one round: sites that differ are outvoted now and then. If the rule leaves it out in most rounds, compare its data \
+             and its host with the others'; `theriac-aggregator sites suspend {site}` keeps it out meanwhile"
+        ),
         (false, _) => "nothing".into(),
     }
 }

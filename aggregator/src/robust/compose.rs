@@ -188,7 +188,8 @@ impl Rule for Composed {
         let f = self.name.withstands(self.byzantine);
         let mut left = n;
         for stage in &self.stages {
-            stage.check(left, f)?;
+            // What runs before a rule takes f also where the rule, a mean, takes none.
+            stage.check(left, self.byzantine)?;
             left = stage.rows_after(left);
         }
         method.check(left, f)

@@ -134,7 +134,7 @@ fn any_above(diagonal: &[f64], beside: &[f64], x: f64) -> bool {
 fn inverse_iteration(diagonal: &[f64], beside: &[f64], value: f64, size: f64) -> Vec<f64> {
     let n = diagonal.len();
     // No symmetry that a top vector could be orthogonal to by construction of the data.
-    let mut vector: Vec<f64> = (0..n).map(|i| 1.0 + 0.37 * (i as f64 * 0.73).sin()).collect();
+    let mut vector: Vec<f64> = (0..n).map(|i| 1.0 + 0.37 * libm::sin(i as f64 * 0.73)).collect();
     // Just above the eigenvalue every pivot is negative, so elimination needs no exchange of rows.
     let shift = value + 8.0 * f64::EPSILON * size;
     let mut pivots = Vec::with_capacity(n);
@@ -165,7 +165,7 @@ fn inverse_iteration(diagonal: &[f64], beside: &[f64], value: f64, size: f64) ->
 }
 
 fn lanczos(matrix: &[f64], n: usize) -> (f64, Vec<f64>) {
-    let mut start: Vec<f64> = (0..n).map(|i| 1.0 + 0.37 * (i as f64 * 0.73).sin()).collect();
+    let mut start: Vec<f64> = (0..n).map(|i| 1.0 + 0.37 * libm::sin(i as f64 * 0.73)).collect();
     normalise(&mut start);
     let mut value = 0.0;
     for _ in 0..RESTARTS {
@@ -249,7 +249,7 @@ mod tests {
         top[best] = 1.0;
         for turn in 0..3 {
             let mut r: Vec<f64> = (0..n)
-                .map(|i| ((i * 7 + turn * 3 + 1) as f64 * 1.3).sin())
+                .map(|i| libm::sin((i * 7 + turn * 3 + 1) as f64 * 1.3))
                 .collect();
             normalise(&mut r);
             reflect(&mut matrix, n, 0, &r);

@@ -69,7 +69,9 @@ pub enum RuleError {
         n: usize,
     },
     /// The rule would publish one site's whole noise.
-    #[error("{0} keeps one update with all its privacy noise: use caf, multi_krum or nnm+trimmed_mean")]
+    #[error(
+        "{0} keeps one update with all its privacy noise: use caf, multi_krum of several or nnm+trimmed_mean"
+    )]
     UnfitForNoise(&'static str),
     /// Too many subsets to try.
     #[error(

@@ -21,6 +21,30 @@ pub(super) struct Gram {
     products: Vec<f64>,
 }
 
+/// Squared distances of all pairs of rows.
+#[derive(Debug)]
+pub struct Distances(Gram);
+
+impl Distances {
+    /// Of two rows; never negative.
+    pub fn distance_squared(&self, one: usize, other: usize) -> f64 {
+        self.0.distance_squared(one, other)
+    }
+
+    /// Squared norm of a row about the centre that the sums were taken about, at least as large as what rounding scales with.
+    pub fn norm_squared(&self, row: usize) -> f64 {
+        self.0.at(row, row).max(self.0.norm(row).powi(2))
+    }
+}
+
+/// Squared distances of all pairs, from inner products in blocks of `f32` summed in `f64`.
+///
+/// # Errors
+/// [`RuleError::TooManyPairs`], [`RuleError::TooLarge`].
+pub fn distances_squared(rows: &dyn Rows<f32>) -> Result<Distances, RuleError> {
+    Gram::of(rows, &[]).map(Distances)
+}
+
 impl Gram {
     /// Inner products of the rows after `mixes`.
     pub(super) fn of<T: Scalar>(rows: &dyn Rows<T>, mixes: &[Mix]) -> Result<Self, RuleError> {

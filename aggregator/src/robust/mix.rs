@@ -87,7 +87,13 @@ impl Mix {
     pub(super) fn homes(&self) -> Vec<Option<usize>> {
         match self {
             Self::Scale(factors) => (0..factors.len()).map(Some).collect(),
-            Self::Means(means) if means.lists.len() == means.inputs => (0..means.inputs).map(Some).collect(),
+            // Where every new row is made of its own old one first of all, as in nearest-neighbour mixing.
+            Self::Means(means)
+                if means.lists.len() == means.inputs
+                    && (0_u32..).zip(&means.lists).all(|(row, list)| list.contains(&row)) =>
+            {
+                (0..means.inputs).map(Some).collect()
+            }
             Self::Means(means) => {
                 let mut homes = vec![None; means.inputs];
                 for (new, list) in means.lists.iter().enumerate().rev() {
@@ -356,10 +362,10 @@ sum_rows!(
 mod tests {
     use super::*;
 
-    /// Seven lists of five of seven rows, and lists of different lengths: with a shared core and without.
+    /// Seven lists of five of seven rows, each with its own among them, and lists of different lengths: with a shared core and without.
     fn mixes() -> [Mix; 3] {
         let neighbours = (0..7)
-            .map(|i| (0..7).filter(|j| (i + j) % 7 > 1).collect())
+            .map(|i: usize| (0..7).filter(|j| (i + 7 - j) % 7 < 5).collect())
             .collect();
         let buckets = vec![vec![3, 1, 0], vec![6, 2, 4], vec![5]];
         [

@@ -61,7 +61,7 @@ use serde::{Deserialize, Serialize};
 
 pub use compose::{Composed, MixedRows};
 pub use error::RuleError;
-pub use gram::GRAM_ROWS_MAX;
+pub use gram::{Distances, GRAM_ROWS_MAX, distances_squared};
 pub use name::{Base, Before, RuleName, STAGES_MAX};
 pub use options::Options;
 pub use rows::{MatrixRows, PayloadRows, Row, Rows, Scalar};
@@ -136,7 +136,7 @@ pub fn rule(name: RuleName, byzantine: usize, options: &Options) -> Result<Box<d
 }
 
 /// The common check: some row, and hostile ones in the minority.
-fn minority(n: usize, f: usize) -> Result<(), RuleError> {
+pub(crate) fn minority(n: usize, f: usize) -> Result<(), RuleError> {
     if n == 0 {
         Err(RuleError::NoRows)
     } else if f.saturating_mul(2) >= n {

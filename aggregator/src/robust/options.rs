@@ -97,6 +97,11 @@ impl Options {
             Some(base @ (Base::Krum | Base::KrumFlower)) if self.private && !has(Before::Nnm) => {
                 Err(RuleError::UnfitForNoise(base.word()))
             }
+            Some(base @ (Base::MultiKrum | Base::MultiKrumFlower))
+                if self.private && self.keep == Some(1) && !has(Before::Nnm) =>
+            {
+                Err(RuleError::UnfitForNoise(base.word()))
+            }
             _ => Ok(()),
         }
     }
@@ -184,6 +189,17 @@ mod tests {
             assert!(
                 matches!(found, Err(RuleError::UnfitForNoise(_))),
                 "{name}: {found:?}"
+            );
+        }
+        let one = Options {
+            keep: Some(1),
+            ..private
+        };
+        for name in ["multi_krum", "multi_krum_flower"] {
+            let found = one.check(name.parse().unwrap());
+            assert!(
+                matches!(found, Err(RuleError::UnfitForNoise(_))),
+                "{name} of one is krum"
             );
         }
         // The rows that follow nearest-neighbour mixing are means of n − f rows, noise included.

@@ -95,7 +95,7 @@ impl Scalar for f32 {
 }
 
 impl Scalar for f64 {
-    const SQUARE_MAX: f64 = 1e140;
+    const SQUARE_MAX: f64 = 1e153;
 
     #[inline(always)]
     fn round_from(value: f64) -> Self {

@@ -12,7 +12,7 @@ use super::{Detail, RowEvidence};
 /// Coordinates of one unit of parallel work. Fixed, so that results do not depend on the number of threads.
 pub const CHUNK: usize = 4096;
 /// Coordinates of one tile: as many columns are sorted side by side, in vector lanes.
-pub const LANES: usize = 32;
+pub const LANES: usize = 64;
 /// Coordinates that are read of one row at a time: few enough for all rows to stay in cache, enough to read memory in a stream.
 const STRIPE: usize = 1024;
 
@@ -291,7 +291,7 @@ fn join(partials: &[Vec<Partial>], n: usize, d: usize) -> Vec<RowEvidence> {
 }
 
 /// Rows that are added at a time: the sums are loaded and stored once for all of them.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = 8;
 
 /// The weighted sum of the rows, `[d]`, in `f64` in row order; rows of weight 0 are not read.
 pub(super) fn weighted_sum<T: Scalar>(rows: &dyn Rows<T>, weights: &[f64]) -> Vec<T> {
@@ -347,13 +347,18 @@ impl<T: Scalar> WithSimd for AddWeighted<'_, T> {
     fn with_simd<S: Simd>(self, _simd: S) {
         let sums = self.sums;
         // Equal lengths, where the compiler can see them.
-        let [a, b, c, d] = self.values.map(|row| &row[..sums.len()]);
-        let [wa, wb, wc, wd] = self.weights;
+        let [ra, rb, rc, rd, re, rf, rg, rh] = self.values.map(|row| &row[..sums.len()]);
+        let [wa, wb, wc, wd, we, wf, wg, wh] = self.weights;
         for (column, sum) in sums.iter_mut().enumerate() {
-            let total = *sum + wa * a[column].into();
-            let total = total + wb * b[column].into();
-            let total = total + wc * c[column].into();
-            *sum = total + wd * d[column].into();
+            // One after another in row order: the same bits for any number of rows at a time.
+            let total = *sum + wa * ra[column].into();
+            let total = total + wb * rb[column].into();
+            let total = total + wc * rc[column].into();
+            let total = total + wd * rd[column].into();
+            let total = total + we * re[column].into();
+            let total = total + wf * rf[column].into();
+            let total = total + wg * rg[column].into();
+            *sum = total + wh * rh[column].into();
         }
     }
 }

@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use rusqlite::{Connection, OptionalExtension as _};
 use serde::{Deserialize, Serialize};
 use theriac_audit::leaf::{AuditEvent, AuditRecord};
+use theriac_audit::tree::leaf_hash;
 use theriac_protocol::message::UpdateV1;
 use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
 
 use super::blob::BlobStore;
 use super::records::node_id;
-use super::{StoreError, Work, from_sql, models, records, to_sql};
+use super::{StoreError, Work, from_sql, late, models, records, to_sql};
+use crate::average::SiteAverage;
 use crate::evidence::reputation::{Changes, QuarantineLimits, Reputation};
 use crate::evidence::{Absent, Closing, Decision, Record, RoundAccount, StoredRow, conclude};
 use crate::robust::RuleName;
@@ -37,6 +39,12 @@ pub struct RoundPlan {
     /// Whether the centre added noise, which is drawn once and kept nowhere.
     #[serde(default)]
     pub central_noise: bool,
+    /// Whether late updates of the round before are taken in.
+    #[serde(default)]
+    pub late_updates: bool,
+    /// How much of a site's earlier updates the rule sees.
+    #[serde(default)]
+    pub site_average: SiteAverage,
 }
 
 /// Everything that a finished round leaves besides its model.
@@ -66,7 +74,14 @@ pub fn conclude_round(work: &Work<'_>, round: Round, conclusion: Conclusion) -> 
         byzantine: plan.byzantine,
         limits: plan.quarantine,
     };
-    let absent = absent(work.connection(), round)?;
+    let mut absent = absent(work.connection(), round)?;
+    // What a site sent late for the round before may count although it sent nothing for this one.
+    absent.retain(|absent| account.rows.iter().all(|row| row.node != absent.node));
+    for row in &account.rows {
+        if let Some(stale) = &row.stale {
+            late::carry(work, Round(stale.of_round), &row.node, round)?;
+        }
+    }
     // A site that can take no part holds no place in the quarantine that another one may need.
     let mut present = active(work.connection())?;
     present.extend(account.rows.iter().map(|row| row.node.clone()));
@@ -81,6 +96,7 @@ pub fn conclude_round(work: &Work<'_>, round: Round, conclusion: Conclusion) -> 
     if let Some((version, state)) = memory {
         insert_memory(work, version, &state)?;
     }
+    late::record_all(work, round)?;
     Ok(changes)
 }
 
@@ -115,17 +131,18 @@ pub(super) fn record_aborted(work: &Work<'_>, round: Round) -> Result<(), StoreE
             ..blank(&absent.node)
         })
         .collect();
-    for StoredRow { node, header } in stored_rows(work.connection(), round)? {
+    for StoredRow { node, header, .. } in stored_rows(work.connection(), round)? {
         found.push(Record {
             payload_digest: Some(header.payload_digest.to_string()),
             ..blank(&node)
         });
     }
     found.sort_by(|one, other| one.site.cmp(&other.site));
-    append(work, round, found, None)
+    append(work, round, found, None)?;
+    late::record_all(work, round)
 }
 
-/// Notes that a site which was silent in a round has sent its update after the end; once.
+/// Notes that a site which was silent in a round, or declined it, has sent its update after the end; once, and not before the round's own records are there.
 ///
 /// # Errors
 /// [`StoreError::Database`], [`StoreError::Full`].
@@ -134,8 +151,9 @@ pub(super) fn record_late(
     round: Round,
     header: &UpdateV1,
     node: &NodeId,
+    reason: Option<&str>,
 ) -> Result<(), StoreError> {
-    let silent = "SELECT count(*) FROM decision WHERE round = ?1 AND node = ?2 AND decision = 'silent'
+    let silent = "SELECT count(*) FROM decision WHERE round = ?1 AND node = ?2 AND decision IN ('silent', 'declined')
                       AND NOT EXISTS (SELECT 1 FROM decision WHERE round = ?1 AND node = ?2 AND decision = 'late')";
     let silent: i64 = work
         .connection()
@@ -149,6 +167,7 @@ pub(super) fn record_late(
         .unwrap_or_default();
     let record = Record {
         payload_digest: Some(header.payload_digest.to_string()),
+        reason: reason.map(str::to_owned),
         ..Record::blank(round, node, Decision::Late, standing)
     };
     chain(work, vec![record]).map(drop)
@@ -227,9 +246,12 @@ fn active(connection: &Connection) -> Result<std::collections::BTreeSet<NodeId>,
 }
 
 /// Sites of a round without a stored update, by name.
-fn absent(connection: &Connection, round: Round) -> Result<Vec<Absent>, StoreError> {
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn absent(connection: &Connection, round: Round) -> Result<Vec<Absent>, StoreError> {
     let mut statement = connection.prepare_cached(
-        "SELECT node, declined, refused FROM cohort WHERE round = ?1
+        "SELECT node, declined, refused, refused_detail FROM cohort WHERE round = ?1
              AND node NOT IN (SELECT node FROM upload WHERE round = ?1) ORDER BY node",
     )?;
     let mut rows = statement.query([to_sql(round.0)])?;
@@ -245,6 +267,7 @@ fn absent(connection: &Connection, round: Round) -> Result<Vec<Absent>, StoreErr
             node: node_id(&row.get::<_, String>(0)?)?,
             decision,
             reason: refused.or(declined),
+            detail: row.get(3)?,
         });
     }
     Ok(found)
@@ -266,7 +289,11 @@ pub fn stored_rows(connection: &Connection, round: Round) -> Result<Vec<StoredRo
                 row: format!("upload {round}/{node}"),
                 reason: error.to_string(),
             })?;
-        found.push(StoredRow { node, header });
+        found.push(StoredRow {
+            node,
+            header,
+            stale: None,
+        });
     }
     Ok(found)
 }
@@ -287,6 +314,24 @@ pub fn reputations(connection: &Connection) -> Result<BTreeMap<NodeId, Reputatio
         Ok((node_id(&node)?, reputation))
     })
     .collect()
+}
+
+/// What each site had earned by the newest record of it before those of `round`; sites without an older record are not in it.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn earned_before(
+    connection: &Connection,
+    round: Round,
+) -> Result<BTreeMap<NodeId, Reputation>, StoreError> {
+    let query = "SELECT record FROM decision WHERE seq IN (
+                     SELECT max(seq) FROM decision
+                     WHERE seq < (SELECT first_seq FROM round_plan WHERE round = ?1) GROUP BY node)";
+    let records = read(connection, query, [to_sql(round.0)])?;
+    records
+        .into_iter()
+        .map(|record| Ok((node_id(&record.site)?, record.after)))
+        .collect()
 }
 
 fn set_reputation(work: &Work<'_>, node: &NodeId, reputation: &Reputation) -> Result<(), StoreError> {
@@ -438,12 +483,17 @@ pub enum ChainError {
     #[error("the chain of records ends in another hash than the store's head: its end was removed")]
     Head,
     /// The audit log says otherwise.
-    #[error("the audit log holds another hash for the records of round {round}: the chain was written anew")]
+    #[error(
+        "the audit log holds another hash, or none, for the records of round {round}: the chain was written anew or cut loose"
+    )]
     Audit {
         /// The round.
         round: u64,
     },
 }
+
+/// A leaf's line, its hash, and the hash of the last record that it speaks of.
+type Anchor = (Option<String>, Option<[u8; 32]>, Option<[u8; 32]>);
 
 /// Checks every record against the one before it, the head, and what the audit log says of `round`.
 ///
@@ -475,17 +525,32 @@ pub fn check_chain(connection: &Connection, round: Round) -> Result<Result<u64, 
     if previous != hash_of(connection, META_HEAD)? {
         return Ok(Err(ChainError::Head));
     }
-    let anchored: Option<(String, Option<[u8; 32]>)> = connection
+    let anchored: Option<Anchor> = connection
         .query_row(
-            "SELECT line, (SELECT hash FROM decision WHERE seq = last_seq) FROM round_plan
-                 JOIN audit_leaf ON idx = leaf_index WHERE round = ?1",
+            "SELECT line, audit_leaf.hash, (SELECT hash FROM decision WHERE seq = last_seq) FROM round_plan
+                 LEFT JOIN audit_leaf ON idx = leaf_index WHERE round = ?1",
             [to_sql(round.0)],
-            |row| Ok((row.get(0)?, row.get(1)?)),
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
         )
         .optional()?;
-    if let Some((line, Some(last))) = anchored {
-        let event = AuditRecord::parse(&line).map(|record| record.event);
-        let agrees = matches!(event, Ok(AuditEvent::DecisionsRecorded { round: of, head, .. }) if of == round && head.0 == last);
+    let recorded = "SELECT EXISTS (SELECT 1 FROM decision WHERE round = ?1 AND decision <> 'late')";
+    let recorded: bool = connection.query_row(recorded, [to_sql(round.0)], |row| row.get(0))?;
+    let published = "SELECT EXISTS (SELECT 1 FROM model WHERE round = ?1 AND rolled_back_to IS NULL)";
+    let published: bool = connection.query_row(published, [to_sql(round.0)], |row| row.get(0))?;
+    if anchored.is_none() && recorded && published {
+        // Records of a published round are written, and deleted, together with its plan.
+        return Ok(Err(ChainError::Audit { round: round.0 }));
+    }
+    if let Some(anchor) = anchored {
+        // A plan without its leaf, without its last record, or with a leaf whose hash is another one, was cut loose.
+        let agrees = match anchor {
+            (Some(line), Some(hash), Some(last)) => {
+                let event = AuditRecord::parse(&line).map(|record| record.event);
+                let says = matches!(event, Ok(AuditEvent::DecisionsRecorded { round: of, head, .. }) if of == round && head.0 == last);
+                says && leaf_hash(line.as_bytes()).0 == hash
+            }
+            _ => false,
+        };
         if !agrees {
             return Ok(Err(ChainError::Audit { round: round.0 }));
         }

@@ -12,6 +12,7 @@
 pub mod blob;
 pub mod evidence;
 pub mod history;
+pub mod late;
 pub mod models;
 pub mod records;
 pub mod rounds;

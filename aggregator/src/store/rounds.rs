@@ -201,7 +201,7 @@ pub fn insert_upload(
     })
 }
 
-/// Audits and counts a refused update. One that is refused for good marks its sender in the round, while that is open.
+/// Audits and counts a refused update; `detail`: what was found in it, beside what was expected. One that is refused for good marks its sender in the round, while that is open.
 ///
 /// # Errors
 /// [`StoreError::Database`].
@@ -211,6 +211,7 @@ pub fn refuse_upload(
     header: &UpdateV1,
     code: RefusalCode,
     rule: RuleName,
+    detail: Option<&str>,
 ) -> Result<(), StoreError> {
     work.audit(AuditEvent::UpdateVerdict {
         round: header.round,
@@ -227,30 +228,31 @@ pub fn refuse_upload(
     if !code.retryable() {
         work.connection()
             .prepare_cached(
-                "INSERT INTO cohort (round, node, refused) SELECT ?1, ?2, ?3 FROM round WHERE round = ?1 AND state = 'open'
-                 ON CONFLICT (round, node) DO UPDATE SET refused = ?3",
+                "INSERT INTO cohort (round, node, refused, refused_detail) SELECT ?1, ?2, ?3, ?4 FROM round
+                     WHERE round = ?1 AND state = 'open'
+                 ON CONFLICT (round, node) DO UPDATE SET refused = ?3, refused_detail = ?4",
             )?
-            .execute((to_sql(header.round.0), node.as_str(), code.word()))?;
+            .execute((to_sql(header.round.0), node.as_str(), code.word(), detail))?;
     }
     if code == RefusalCode::RoundClosed {
-        evidence::record_late(work, header.round, header, node)?;
+        evidence::record_late(work, header.round, header, node, None)?;
     }
     records::count_refusal(work, node, code)
 }
 
-/// Nodes whose update was refused for good while the round was open, and that have none stored.
+/// Nodes whose update was refused for good while the round was open, and that have none stored, with the refusal's word.
 ///
 /// # Errors
 /// [`StoreError::Database`], [`StoreError::Corrupt`].
-pub fn refused(connection: &Connection, round: Round) -> Result<BTreeSet<NodeId>, StoreError> {
+pub fn refused(connection: &Connection, round: Round) -> Result<BTreeMap<NodeId, String>, StoreError> {
     let mut statement = connection.prepare_cached(
-        "SELECT node FROM cohort WHERE round = ?1 AND refused IS NOT NULL
+        "SELECT node, refused FROM cohort WHERE round = ?1 AND refused IS NOT NULL
              AND node NOT IN (SELECT node FROM upload WHERE round = ?1)",
     )?;
     let mut rows = statement.query([to_sql(round.0)])?;
-    let mut nodes = BTreeSet::new();
+    let mut nodes = BTreeMap::new();
     while let Some(row) = rows.next()? {
-        nodes.insert(node_id(&row.get::<_, String>(0)?)?);
+        nodes.insert(node_id(&row.get::<_, String>(0)?)?, row.get(1)?);
     }
     Ok(nodes)
 }
@@ -266,7 +268,9 @@ pub fn stored_upload(
 ) -> Result<Option<StoredUpload>, StoreError> {
     let row = connection
         .prepare_cached(
-            "SELECT payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1 AND node = ?2",
+            "SELECT payload_digest, leaf_index, ledger_head FROM upload WHERE round = ?1 AND node = ?2
+             UNION ALL
+             SELECT payload_digest, leaf_index, ledger_head FROM late_upload WHERE round = ?1 AND node = ?2",
         )?
         .query_row((to_sql(round.0), node.as_str()), |row| {
             Ok(StoredUpload {
@@ -416,6 +420,10 @@ pub fn forget_payloads(work: &Work<'_>, last: Round) -> Result<(), StoreError> {
         [last],
     )?;
     work.connection().execute(
+        "UPDATE late_upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'",
+        [last],
+    )?;
+    work.connection().execute(
         "UPDATE model SET place = 'gone', payload = NULL WHERE round BETWEEN 1 AND ?1 AND place <> 'gone'
              AND version < (SELECT max(version) FROM model)
              AND version NOT IN (SELECT base_version FROM round WHERE state = 'open' OR round > ?1)",
@@ -436,7 +444,8 @@ pub fn forget_payloads(work: &Work<'_>, last: Round) -> Result<(), StoreError> {
 pub fn named_blobs(connection: &Connection) -> Result<BTreeSet<Digest>, StoreError> {
     let mut statement = connection.prepare_cached(
         "SELECT payload_digest FROM upload WHERE place = 'blob' UNION SELECT digest FROM model WHERE place = 'blob'
-             UNION SELECT digest FROM optimizer_state WHERE place = 'blob'",
+             UNION SELECT digest FROM optimizer_state WHERE place = 'blob'
+             UNION SELECT payload_digest FROM late_upload WHERE place = 'blob'",
     )?;
     let rows = statement.query_map([], |row| Ok(Digest(row.get(0)?)))?;
     Ok(rows.collect::<Result<_, _>>()?)
@@ -501,6 +510,7 @@ pub fn unfinished(connection: &Connection) -> Result<Option<Unfinished>, StoreEr
         };
         uploads.insert(node_id(&row.get::<_, String>(0)?)?, stored);
     }
+    let refused = refused(connection, Round(from_sql(number)))?;
     let open = OpenRound {
         round: Round(from_sql(number)),
         nonce: u64::from_le_bytes(nonce),
@@ -514,7 +524,12 @@ pub fn unfinished(connection: &Connection) -> Result<Option<Unfinished>, StoreEr
             .map(|(node, upload)| (node.clone(), upload.payload_digest))
             .collect(),
         declined,
-        refused: refused(connection, Round(from_sql(number)))?,
+        faulty: refused
+            .iter()
+            .filter(|(_, code)| crate::evidence::tells(code))
+            .map(|(node, _)| node.clone())
+            .collect(),
+        refused: refused.into_keys().collect(),
         remaining: Duration::from_millis(from_sql(deadline).saturating_sub(wall_clock().0)),
     };
     Ok(Some(Unfinished {

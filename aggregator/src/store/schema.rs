@@ -8,7 +8,7 @@ use super::StoreError;
 pub const APPLICATION_ID: i32 = 0x5468_4167;
 
 /// Migrations in order; the file's `user_version` is the number that have run. **A shipped one is never edited.**
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     r"
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
@@ -166,6 +166,25 @@ CREATE TABLE audit_leaf (
          payload BLOB,
          CHECK ((place = 'row') = (payload IS NOT NULL))
      ) STRICT;",
+    // Updates that came after their round's end, and the round that they were taken into. What was found in a refused update.
+    "CREATE TABLE late_upload (
+         round          INTEGER NOT NULL REFERENCES round (round),
+         node           TEXT NOT NULL REFERENCES site (node),
+         payload_digest BLOB NOT NULL CHECK (length(payload_digest) = 32),
+         scale          REAL,
+         header         TEXT NOT NULL,
+         ledger_head    BLOB NOT NULL CHECK (length(ledger_head) = 32),
+         leaf_index     INTEGER NOT NULL,
+         stored_unix_ms INTEGER NOT NULL,
+         norm           REAL NOT NULL,
+         carried_into   INTEGER REFERENCES round (round),
+         place          TEXT NOT NULL CHECK (place IN ('row', 'blob', 'gone')),
+         payload        BLOB,
+         PRIMARY KEY (round, node),
+         CHECK ((place = 'row') = (payload IS NOT NULL))
+     ) STRICT, WITHOUT ROWID;
+     ALTER TABLE cohort ADD COLUMN refused_detail TEXT;
+     CREATE INDEX late_carried ON late_upload (carried_into) WHERE carried_into IS NOT NULL;",
 ];
 
 /// Newest version of the tables that this build knows.

@@ -6,6 +6,7 @@
 pub mod opening;
 mod work;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -22,8 +23,8 @@ use theriac_model::global::{
 };
 use theriac_privacy::ledger::{LedgerError, Seal};
 use theriac_protocol::message::{
-    AnnounceV1, FEATURE_GRADIENT, FEATURE_LEDGER_SEAL, FetchModelV1, HelloV1, LedgerSealV1, ModelV1,
-    PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
+    AnnounceV1, FEATURE_GRADIENT, FEATURE_LEDGER_SEAL, FetchModelV1, GateVerdict, HelloV1, LedgerSealV1,
+    ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
 };
 use theriac_protocol::participant::{Input, LayoutDigests, Output, Participant, ParticipantConfig};
 use theriac_protocol::refusal::RefusalCode;
@@ -133,8 +134,12 @@ struct Driver {
     /// What is to be trained for once the training at hand has ended: one release at a time.
     announced: Option<AnnounceV1>,
     judging: Option<Judging>,
-    /// The held model still waits for a detector to be judged with.
-    unjudged: bool,
+    /// Lanes, by their place in [`Client::lanes`], on whose rows the held model was not judged yet: it has just come, or there are too few rows.
+    unjudged: BTreeSet<usize>,
+    /// What the gates of the lanes said last, and why, with the version; in the order of [`Client::lanes`].
+    verdicts: Vec<Option<(ModelVersion, GateVerdict, String)>>,
+    /// The held model on its way to the disk.
+    keeping: Option<JoinHandle<()>>,
     /// Whether this session's aggregator was told what our policy guarantees.
     declared: bool,
     /// Whether the first seal of this session was read and our ledger holds what it signs. Before that nothing is charged or trained: the ledger may be
@@ -145,12 +150,19 @@ struct Driver {
     epoch: Instant,
 }
 
-/// A model at the gate.
+/// A model at the gates of some lanes.
 struct Judging {
-    version: ModelVersion,
-    /// Whether the participant waits for the verdict; a model that came during the warm-up is judged again without.
-    asked: bool,
-    outcome: JoinHandle<Judgement>,
+    model: AtGate,
+    outcome: JoinHandle<Vec<(usize, Judgement)>>,
+}
+
+/// Which model, and at the gates of which lanes. An aggregator may give one version to two models; the digest tells them apart.
+#[derive(Debug, Clone)]
+struct AtGate {
+    held: Held,
+    digest: Digest,
+    model: Arc<GlobalModel>,
+    lanes: Vec<usize>,
 }
 
 /// Why a session ended.
@@ -304,29 +316,35 @@ impl Client {
         Ok((identity, authority))
     }
 
-    /// Whether the detector of the last run was made with this model: then the gate has accepted it before.
-    fn uses_already(&self, held: &(Held, Digest, Arc<GlobalModel>)) -> bool {
-        let used = self
-            .lane
-            .detector()
-            .map_or(0, |detector| detector.provenance().model_version);
-        if used != held.0.version.0 || used == 0 {
-            return false;
+    /// Lanes that still have to judge the held model. Those whose detector of the last run was made with it have accepted it before and lean on it again.
+    fn unjudged(&self, held: &(Held, Digest, Arc<GlobalModel>)) -> BTreeSet<usize> {
+        let digest = held.1.to_string();
+        let uses = |lane: &Arc<LaneShared>| {
+            lane.detector().is_some_and(|detector| {
+                let provenance = detector.provenance();
+                provenance.model_version == held.0.version.0 && provenance.model_digest == digest
+            })
+        };
+        let (accepted, unjudged): (BTreeSet<_>, _) =
+            (0..self.lanes.len()).partition(|place| uses(&self.lanes[*place]));
+        for place in &accepted {
+            self.lanes[*place].set_global(Arc::clone(&held.2));
         }
-        for lane in &self.lanes {
-            lane.set_global(Arc::clone(&held.2));
+        if unjudged.is_empty() {
+            self.board
+                .update(|status| "accepted".clone_into(&mut status.gate));
         }
-        self.board
-            .update(|status| "accepted".clone_into(&mut status.gate));
-        true
+        unjudged
     }
 
     fn show_budget(&self) {
         let spent = self.budget.published().spent;
         self.metrics.epsilon_spent.set(spent.epsilon);
+        self.metrics.epsilon_ever.set(spent.epsilon_unit_lifetime);
         self.metrics.epsilon_limit.set(spent.epsilon_limit.value());
         self.board.update(|status| {
             status.epsilon_spent = Some(spent.epsilon);
+            status.epsilon_ever = Some(spent.epsilon_unit_lifetime);
             status.epsilon_limit = Some(spent.epsilon_limit.value());
             status.delta = Some(spent.delta.value());
         });
@@ -374,7 +392,11 @@ impl Driver {
         let epoch = Instant::now();
         let participant = Participant::new(config, base, key, Moment(Duration::ZERO));
         client.show_budget();
-        let unjudged = held.as_ref().is_some_and(|held| !client.uses_already(held));
+        let unjudged = held
+            .as_ref()
+            .map(|held| client.unjudged(held))
+            .unwrap_or_default();
+        let verdicts = vec![None; client.lanes.len()];
         Ok(Self {
             client,
             participant,
@@ -385,6 +407,8 @@ impl Driver {
             announced: None,
             judging: None,
             unjudged,
+            verdicts,
+            keeping: None,
             declared: false,
             sealed: false,
             dials: 0,
@@ -656,7 +680,9 @@ impl Driver {
                 Output::SendDecline(decline) => ToAggregator::Decline(decline),
                 Output::FetchModel { version } => ToAggregator::FetchModel(FetchModelV1 { version }),
                 Output::Judge { version } => {
-                    self.judge(version);
+                    if let Some(answer) = self.hold(version) {
+                        self.participant.handle(self.now(), answer);
+                    }
                     continue;
                 }
                 Output::SendVerdict(verdict) => match work::told(verdict) {
@@ -722,3 +748,6 @@ fn hexadecimal(bytes: &[u8]) -> String {
     let digits = |byte: &u8| [byte >> 4, byte & 15].map(|half| char::from(DIGITS[usize::from(half)]));
     bytes.iter().flat_map(digits).collect()
 }
+
+#[cfg(test)]
+mod tests;

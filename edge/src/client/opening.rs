@@ -237,7 +237,32 @@ pub fn trusted_key(config: &EdgeConfig, dir: &StateDir) -> Result<Option<PolicyP
 /// # Errors
 /// [`Barred::OwnKey`]
 pub fn own_key(dir: &StateDir) -> Result<Option<PolicyKey>, Barred> {
-    let path = dir.policy_key();
+    read_key(dir.policy_key())
+}
+
+/// This edge's own key; made where there is none.
+///
+/// # Errors
+/// [`Barred::OwnKey`]
+pub fn own_key_or_new(dir: &StateDir) -> Result<PolicyKey, Barred> {
+    match own_key(dir)? {
+        Some(key) => Ok(key),
+        None => make_key(dir.policy_key()),
+    }
+}
+
+/// The key that this edge signs its reports with: its own, or, where an officer's signs the policies, one for reports alone, made where there is none.
+///
+/// # Errors
+/// [`Barred::OwnKey`]
+pub fn report_key(dir: &StateDir) -> Result<PolicyKey, Barred> {
+    match (own_key(dir)?, read_key(dir.report_key())?) {
+        (Some(key), _) | (None, Some(key)) => Ok(key),
+        (None, None) => make_key(dir.report_key()),
+    }
+}
+
+fn read_key(path: PathBuf) -> Result<Option<PolicyKey>, Barred> {
     if !path.exists() {
         return Ok(None);
     }
@@ -246,15 +271,8 @@ pub fn own_key(dir: &StateDir) -> Result<Option<PolicyKey>, Barred> {
     key.map(Some).map_err(|reason| Barred::OwnKey { path, reason })
 }
 
-/// This edge's own key; made where there is none.
-///
-/// # Errors
-/// [`Barred::OwnKey`]
-pub fn own_key_or_new(dir: &StateDir) -> Result<PolicyKey, Barred> {
-    if let Some(key) = own_key(dir)? {
-        return Ok(key);
-    }
-    let (key, path) = (new_key(), dir.policy_key());
+fn make_key(path: PathBuf) -> Result<PolicyKey, Barred> {
+    let key = new_key();
     write_durably(&path, key.to_text().as_bytes()).map_err(|error| Barred::OwnKey {
         path,
         reason: error.to_string(),
@@ -377,6 +395,7 @@ mod tests {
                 values: 352,
                 block_span: ledger.policy().block_span(),
                 blocks: vec![round],
+                windows: None,
                 sampling_rate: 1.0,
                 steps: 1,
                 clip_norm: L2Norm::new(1.0).unwrap(),

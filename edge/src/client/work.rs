@@ -11,8 +11,8 @@ use theriac_protocol::units::{ModelVersion, Round};
 use theriac_transport::Endpoint;
 use tokio::task::{JoinError, JoinHandle};
 
-use super::{Client, Driver, GATE_ROWS, Judging};
-use crate::detect::keep_detector;
+use super::{AtGate, Client, Driver, GATE_ROWS, Judging};
+use crate::detect::{LaneShared, keep_detector};
 use crate::global_store::{self, Held};
 use crate::metrics::{kind, raise_to};
 use crate::store::OutboxRow;
@@ -54,9 +54,8 @@ pub(super) enum Answer {
         result: Result<OutboxRow, Untrained>,
     },
     Judged {
-        version: ModelVersion,
-        asked: bool,
-        outcome: Result<Judgement, JoinError>,
+        model: AtGate,
+        outcome: Result<Vec<(usize, Judgement)>, JoinError>,
     },
 }
 
@@ -83,9 +82,11 @@ pub(super) async fn next_answer(training: &mut Training, judging: &mut Option<Ju
             Answer::Trained { round, nonce, result: result.unwrap_or_else(failed) }
         }
         outcome = judged => {
-            let (version, asked) =
-                judging.take().map_or((ModelVersion(0), false), |judging| (judging.version, judging.asked));
-            Answer::Judged { version, asked, outcome }
+            match judging.take() {
+                Some(Judging { model, .. }) => Answer::Judged { model, outcome },
+                // The branch ran because there was one.
+                None => std::future::pending().await,
+            }
         }
     }
 }
@@ -258,149 +259,211 @@ impl Driver {
                 }
                 input
             }
-            Answer::Judged {
-                version,
-                asked,
-                outcome,
-            } => {
-                let verdict = self.apply(version, outcome);
-                asked.then_some(Input::Judged { version, verdict })
+            Answer::Judged { model, outcome } => {
+                self.apply(&model, outcome);
+                // A newer model may have come meanwhile.
+                self.judge_held();
+                None
             }
         }
     }
 
-    /// Stores the model that came and sends it to the gate.
-    pub(super) fn judge(&mut self, version: ModelVersion) {
-        let Some((header, payload, model)) = self
+    /// Holds the model that came, and has it judged on every lane's rows behind closed doors. The answer, which messages to the aggregator wait
+    /// for, depends on no row and comes at once: by what is said, and by when, the aggregator learns nothing of the gates.
+    pub(super) fn hold(&mut self, version: ModelVersion) -> Option<Input> {
+        let (header, payload, model) = self
             .arrived
             .take()
-            .filter(|(header, ..)| header.version == version)
-        else {
-            return;
-        };
+            .filter(|(header, ..)| header.version == version)?;
         let model = match model {
             Ok(model) => model,
             Err(error) => {
                 tracing::warn!(version = version.0, %error, "a published model cannot be used");
-                let outcome = match error {
-                    GlobalError::NonFinite { .. } => GateOutcome::NonFinite,
-                    _ => GateOutcome::LayoutMismatch,
+                let verdict = match error {
+                    GlobalError::NonFinite { .. } => GateVerdict::NonFinite,
+                    _ => GateVerdict::LayoutMismatch,
                 };
-                self.judging = Some(Judging {
+                let all = 0..self.client.lanes.len();
+                self.show_verdicts(
                     version,
-                    asked: true,
-                    outcome: tokio::spawn(async { outcome.into() }),
-                });
-                return;
+                    all.map(|place| (place, verdict, reason(verdict, None))).collect(),
+                );
+                return Some(Input::Judged { version, verdict });
             }
         };
         let held = Held::of(&header);
         let (dir, storage) = (self.client.dir.model(), self.client.storage.clone());
         let kept = held.clone();
-        self.held = Some((held, header.payload_digest, Arc::clone(&model)));
-        self.start_judging(version, true, model, move || {
-            if storage.is_ok()
-                && let Err(error) = global_store::save(&dir, &kept, &payload)
-            {
-                let full = error.kind() == std::io::ErrorKind::StorageFull;
-                storage.failed_io("keep the published model", &error, full);
+        // One keeps after the other, or the parts of two models might mix; digests would tell, and the model be fetched again.
+        let before = self.keeping.take();
+        self.keeping = Some(tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ended = before.await;
             }
-        });
-    }
-
-    /// Judges a model that came before there was a detector to judge it with.
-    pub(super) fn judge_held(&mut self) {
-        let lane = &self.client.lane;
-        let ready = lane.detector().is_some() && lane.history().quiet_len() >= gate::GATE_ROWS_MIN;
-        if !self.unjudged || self.judging.is_some() || !ready {
-            return;
-        }
-        if let Some((held, _, model)) = &self.held {
-            let (version, model) = (held.version, Arc::clone(model));
-            self.start_judging(version, false, model, || {});
-        }
-    }
-
-    fn start_judging(
-        &mut self,
-        version: ModelVersion,
-        asked: bool,
-        model: Arc<GlobalModel>,
-        first: impl FnOnce() + Send + 'static,
-    ) {
-        let lane = Arc::clone(&self.client.lane);
-        let outcome = tokio::task::spawn_blocking(move || {
-            first();
-            let Some(detector) = lane.detector() else {
-                return GateOutcome::TooFewRows.into();
+            let keep = move || {
+                if storage.is_ok()
+                    && let Err(error) = global_store::save(&dir, &kept, &payload)
+                {
+                    let full = error.kind() == std::io::ErrorKind::StorageFull;
+                    storage.failed_io("keep the published model", &error, full);
+                }
             };
-            let history = lane.history().quiet(GATE_ROWS);
-            let judgement = gate::judge(&detector, &history, &model);
-            match judgement.outcome {
-                // The model's own values were finite when it was read, so this is about what came of this host's rows:
-                // it is no verdict to tell, nor to turn the model down for.
-                GateOutcome::NonFinite => GateOutcome::WorseOnTail.into(),
-                _ => judgement,
-            }
+            let _kept = tokio::task::spawn_blocking(keep).await;
+        }));
+        self.held = Some((held, header.payload_digest, model));
+        self.unjudged = (0..self.client.lanes.len()).collect();
+        let waiting = |place: usize| {
+            (
+                place,
+                GateVerdict::TooFewRows,
+                reason(GateVerdict::TooFewRows, None),
+            )
+        };
+        if !self.judge_held() {
+            let all = self.unjudged.iter().map(|place| waiting(*place)).collect();
+            self.show_verdicts(version, all);
+        }
+        Some(Input::Held { version })
+    }
+
+    /// Begins to judge the held model on the lanes that have not yet and are ready to; one judging at a time. Whether one is under way.
+    pub(super) fn judge_held(&mut self) -> bool {
+        if self.judging.is_some() {
+            return true;
+        }
+        let Some((held, digest, model)) = &self.held else {
+            return false;
+        };
+        let ready = |lane: &LaneShared| {
+            lane.detector().is_some() && lane.history().quiet_len() >= gate::GATE_ROWS_MIN
+        };
+        let lanes: Vec<(usize, Arc<LaneShared>)> = (self.unjudged.iter())
+            .map(|place| (*place, Arc::clone(&self.client.lanes[*place])))
+            .filter(|(_, lane)| ready(lane))
+            .collect();
+        if lanes.is_empty() {
+            return false;
+        }
+        let at_gate = AtGate {
+            held: held.clone(),
+            digest: *digest,
+            model: Arc::clone(model),
+            lanes: lanes.iter().map(|(place, _)| *place).collect(),
+        };
+        let model = Arc::clone(model);
+        let outcome = tokio::task::spawn_blocking(move || {
+            let judge = |(place, lane): (usize, Arc<LaneShared>)| (place, judge(&lane, &model));
+            lanes.into_iter().map(judge).collect()
         });
         self.judging = Some(Judging {
-            version,
-            asked,
+            model: at_gate,
             outcome,
         });
+        true
     }
 
-    fn apply(&mut self, version: ModelVersion, outcome: Result<Judgement, JoinError>) -> GateVerdict {
-        let (outcome, evidence) = match outcome {
-            Ok(judgement) => (Ok(judgement.outcome), judgement.evidence),
-            Err(join) => (Err(join), None),
-        };
-        let verdict = match outcome {
-            Ok(GateOutcome::Accepted(detector)) => {
-                self.accept(version, *detector);
-                GateVerdict::Accepted
-            }
-            Ok(GateOutcome::WorseOnTail) => GateVerdict::WorseOnTail,
-            Ok(GateOutcome::NonFinite) => GateVerdict::NonFinite,
-            Ok(GateOutcome::LayoutMismatch) => GateVerdict::LayoutMismatch,
-            Ok(GateOutcome::TooFewRows) => GateVerdict::TooFewRows,
-            Ok(other) => {
-                tracing::error!(
-                    ?other,
-                    "the gate gave an outcome that this build does not know; the model is not used"
-                );
-                GateVerdict::WorseOnTail
-            }
+    fn apply(&mut self, model: &AtGate, outcome: Result<Vec<(usize, Judgement)>, JoinError>) {
+        // Another model came meanwhile: what was found about this one is nobody's concern any more.
+        if self
+            .held
+            .as_ref()
+            .is_none_or(|(_, digest, _)| *digest != model.digest)
+        {
+            return;
+        }
+        let judged = match outcome {
+            Ok(judged) => judged,
             Err(join) => {
                 tracing::error!(%join, "the gate failed; the model is not used");
-                GateVerdict::WorseOnTail
+                let all = model.lanes.iter();
+                all.map(|place| (*place, GateOutcome::WorseOnTail.into()))
+                    .collect()
             }
         };
-        self.unjudged = verdict == GateVerdict::TooFewRows;
-        let word = verdict_word(verdict);
-        let reason = reason(verdict, evidence.as_ref());
-        tracing::info!(
-            version = version.0,
-            verdict = word,
-            reason,
-            "published model judged"
-        );
-        self.client.metrics.gate_verdicts.get_or_create(&kind(word)).inc();
-        self.client.board.update(|status| {
-            word.clone_into(&mut status.gate);
-            status.gate_reason = Some(format!("model {}: {reason}", version.0));
-        });
-        verdict
+        let mut verdicts = Vec::new();
+        for (place, Judgement { outcome, evidence }) in judged {
+            let verdict = match outcome {
+                GateOutcome::Accepted(detector) => {
+                    self.accept(place, model, *detector);
+                    GateVerdict::Accepted
+                }
+                GateOutcome::WorseOnTail => GateVerdict::WorseOnTail,
+                GateOutcome::NonFinite => GateVerdict::NonFinite,
+                GateOutcome::LayoutMismatch => GateVerdict::LayoutMismatch,
+                GateOutcome::TooFewRows => GateVerdict::TooFewRows,
+                other => {
+                    tracing::error!(
+                        ?other,
+                        "the gate gave an outcome that this build does not know; the model is not used"
+                    );
+                    GateVerdict::WorseOnTail
+                }
+            };
+            if verdict != GateVerdict::TooFewRows {
+                self.unjudged.remove(&place);
+            }
+            verdicts.push((place, verdict, reason(verdict, evidence.as_ref())));
+        }
+        self.show_verdicts(model.held.version, verdicts);
     }
 
-    /// Puts the refitted detector in use, and the model as prior of every later fit.
-    fn accept(&self, version: ModelVersion, mut detector: theriac_model::detector::Detector) {
-        let Some((held, _, model)) = &self.held else {
+    /// Tells this host's people, and nobody else, what the gates decided: these, and the others as they stand.
+    fn show_verdicts(&mut self, version: ModelVersion, verdicts: Vec<(usize, GateVerdict, String)>) {
+        for (place, verdict, reason) in verdicts {
+            let (lane, word) = (&self.client.lanes[place].name, verdict_word(verdict));
+            tracing::info!(
+                version = version.0,
+                lane,
+                verdict = word,
+                reason,
+                "published model judged"
+            );
+            self.client.metrics.gate_verdicts.get_or_create(&kind(word)).inc();
+            self.verdicts[place] = Some((version, verdict, reason));
+        }
+        let several = self.client.lanes.len() > 1;
+        let known = self.verdicts.iter().enumerate();
+        let verdicts: Vec<_> = known
+            .filter_map(|(place, verdict)| verdict.as_ref().map(|verdict| (place, verdict)))
+            .collect();
+        let Some((_, (_, first, _))) = verdicts.first() else {
             return;
         };
+        let named = |place: usize, text: &str| {
+            if several {
+                format!("{}: {text}", self.client.lanes[place].name)
+            } else {
+                text.to_owned()
+            }
+        };
+        let word = if verdicts.iter().all(|(_, (_, verdict, _))| verdict == first) {
+            verdict_word(*first).to_owned()
+        } else {
+            let words = verdicts
+                .iter()
+                .map(|(place, (_, verdict, _))| named(*place, verdict_word(*verdict)));
+            words.collect::<Vec<_>>().join(", ")
+        };
+        let reasons: Vec<String> = verdicts
+            .iter()
+            .map(|(place, (version, _, reason))| named(*place, &format!("model {}: {reason}", version.0)))
+            .collect();
+        self.client.board.update(|status| {
+            status.gate = word;
+            status.gate_reason = Some(reasons.join("; "));
+        });
+    }
+
+    /// Puts the lane's refitted detector in use, and the model as prior of each of its later fits.
+    fn accept(&self, place: usize, model: &AtGate, mut detector: theriac_model::detector::Detector) {
+        let AtGate {
+            held, digest, model, ..
+        } = model;
+        let (version, lane) = (held.version, &self.client.lanes[place]);
         let spent = self.client.budget.published().spent;
         detector.set_provenance(theriac_model::detector::Provenance {
             model_version: version.0,
+            model_digest: digest.to_string(),
             round: held.round,
             rule: held.rule.clone(),
             epsilon: Some(spent.epsilon),
@@ -408,16 +471,9 @@ impl Driver {
             training_sites: u64::from(held.contributors),
         });
         let detector = Arc::new(detector);
-        self.client.lane.replace(Arc::clone(&detector));
-        keep_detector(
-            &self.client.dir,
-            &self.client.lane.name,
-            &self.client.storage,
-            detector,
-        );
-        for lane in &self.client.lanes {
-            lane.set_global(Arc::clone(model));
-        }
+        lane.replace(Arc::clone(&detector));
+        keep_detector(&self.client.dir, &lane.name, &self.client.storage, detector);
+        lane.set_global(Arc::clone(model));
         self.client
             .metrics
             .model_version
@@ -497,6 +553,20 @@ impl Driver {
         let traffic = endpoint.traffic();
         raise_to(&self.client.metrics.bytes_sent, traffic.bytes_sent);
         raise_to(&self.client.metrics.bytes_received, traffic.bytes_received);
+    }
+}
+
+/// Judges a model on a lane's own rows.
+fn judge(lane: &LaneShared, model: &GlobalModel) -> Judgement {
+    let Some(detector) = lane.detector() else {
+        return GateOutcome::TooFewRows.into();
+    };
+    let history = lane.history().quiet(GATE_ROWS);
+    let judgement = gate::judge(&detector, &history, model, &lane.fit);
+    match judgement.outcome {
+        // The model's own values were finite when it was read, so this is about what came of this host's rows.
+        GateOutcome::NonFinite => GateOutcome::WorseOnTail.into(),
+        _ => judgement,
     }
 }
 

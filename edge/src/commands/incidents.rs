@@ -1,18 +1,21 @@
 //! `incidents list`, `incidents show`, `incidents why`, `incidents accept`, and the decisions of people: `actions list`, `approve`, `deny`.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
-use theriac_heal::types::{Incident, IncidentId, IncidentState};
+use theriac_heal::types::{Incident, IncidentId, IncidentState, Plan};
+use theriac_privacy::policy::signed::Subject;
 
+use super::privacy::read_key;
 use super::{ConfigArguments, or_dash, unprinted};
 use crate::run::EdgeError;
 use crate::state_dir::StateDir;
 use crate::status::IncidentView;
-use crate::store::{StoreError, StoreReader};
+use crate::store::{StoreError, StoreReader, Word};
 use crate::suspects;
 
 /// Latest incidents among which those of dependencies are looked for.
@@ -49,9 +52,10 @@ pub(super) enum ActionsCommand {
         #[command(flatten)]
         config: ConfigArguments,
     },
-    /// Approves the recommended action of an incident; the running edge carries it out within a second.
-    #[command(after_help = "Example:\n  theriac-edge actions approve 3")]
-    Approve(OneIncident),
+    /// Approves the recommended action of an incident as it is planned now; the running edge carries it out within a second, or once as
+    /// many people as its policy asks for have signed.
+    #[command(after_help = "Example:\n  theriac-edge actions approve 3 --key operator.key")]
+    Approve(Approval),
     /// Declines it; the incident is then yours.
     #[command(after_help = "Example:\n  theriac-edge actions deny 3")]
     Deny(OneIncident),
@@ -63,6 +67,18 @@ pub(super) struct OneIncident {
     id: u64,
     #[command(flatten)]
     config: ConfigArguments,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Approval {
+    #[command(flatten)]
+    incident: OneIncident,
+    /// Private key of `privacy keygen` to sign with. Needed where the policy asks for `approvals`.
+    #[arg(long)]
+    key: Option<PathBuf>,
+    /// The plan that you mean, as `actions list` shows it: any other one is refused. Without it the one of this moment is approved.
+    #[arg(long)]
+    plan: Option<String>,
 }
 
 pub(super) fn incidents<W: Write>(
@@ -118,8 +134,11 @@ pub(super) fn actions<W: Write>(
                 .collect();
             list(&waiting, "nothing waits for approval", output)
         }
-        ActionsCommand::Approve(one) => one.decide(true, output),
-        ActionsCommand::Deny(one) => one.decide(false, output),
+        ActionsCommand::Approve(approval) => {
+            let (key, plan) = (approval.key.as_deref(), approval.plan.as_deref());
+            approval.incident.decide(true, key, plan, output)
+        }
+        ActionsCommand::Deny(one) => one.decide(false, None, None, output),
     }
 }
 
@@ -167,7 +186,13 @@ impl OneIncident {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn decide<W: Write>(&self, approve: bool, output: &mut Output<W>) -> Result<ExitCode, Problem> {
+    fn decide<W: Write>(
+        &self,
+        approve: bool,
+        key: Option<&Path>,
+        meant: Option<&str>,
+        output: &mut Output<W>,
+    ) -> Result<ExitCode, Problem> {
         let incident = self.find()?;
         if incident.state != IncidentState::AwaitingApproval {
             let text = format!(
@@ -178,19 +203,55 @@ impl OneIncident {
                 Problem::failed("TH-E0333", text).hint("`theriac-edge actions list` shows what waits")
             );
         }
+        let present = incident.plan.as_ref().map(planned).unwrap_or_default();
+        let hash = incident.plan.as_ref().map(Plan::hash);
+        if meant.is_some() && meant != hash.as_deref() {
+            let text = format!("incident {} has another plan now: {present}", self.id);
+            return Err(Problem::failed("TH-E0333", text).hint("approve that one, if it is what you want"));
+        }
         if let Some(reader) = reader(&self.config)? {
-            reader.decide(incident.id, approve).map_err(failed)?;
+            let plan = incident.plan.as_ref();
+            let sign = |key: &Path| {
+                let text = plan.map(Plan::text).unwrap_or_default();
+                Ok::<_, Problem>(read_key(key)?.sign_text(Subject::Approval, &text).to_string())
+            };
+            let word = Word {
+                incident: incident.id,
+                approve,
+                plan: hash.clone(),
+                signature: key.map(sign).transpose()?,
+            };
+            reader.decide(&word).map_err(failed)?;
         }
         let word = if approve { "approved" } else { "denied" };
-        let value = serde_json::json!({ "incident": self.id, "decision": word });
-        output
-            .result(
-                &value,
-                format!("incident {} {word}; the running edge takes it up", self.id),
-            )
-            .map_err(unprinted)?;
+        let what = incident.plan.as_ref();
+        let value = serde_json::json!({
+            "incident": self.id, "decision": word, "plan": hash,
+            "action": what.map(|plan| plan.action), "class": what.map(|plan| plan.class),
+            "service": incident.service, "expires_unix_ms": what.map(|plan| plan.expires.unix_ms),
+        });
+        let human = format!(
+            "incident {} {word}: {present}; the running edge takes it up while that is its plan",
+            self.id
+        );
+        output.result(&value, human).map_err(unprinted)?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// A plan in one line.
+fn planned(plan: &Plan) -> String {
+    let session = plan.session.map_or_else(String::new, |session| {
+        format!(", session of process {}", session.pid)
+    });
+    format!(
+        "{} of {} for {}{session}, until {}, plan {}",
+        plan.action,
+        plan.service,
+        plan.class,
+        utc(plan.expires.unix_ms),
+        plan.hash()
+    )
 }
 
 fn list<W: Write>(incidents: &[Incident], none: &str, output: &mut Output<W>) -> Result<ExitCode, Problem> {
@@ -214,7 +275,17 @@ fn list<W: Write>(incidents: &[Incident], none: &str, output: &mut Output<W>) ->
     let human = if rows.is_empty() {
         none.to_owned()
     } else {
-        table(&header, &rows)
+        let plans = incidents
+            .iter()
+            .filter(|incident| incident.recommended().is_some())
+            .filter_map(|incident| {
+                Some(format!(
+                    "\nincident {}: {}",
+                    incident.id,
+                    planned(incident.plan.as_ref()?)
+                ))
+            });
+        table(&header, &rows).trim_end().to_owned() + &plans.collect::<String>()
     };
     output.result(&views, human).map_err(unprinted)?;
     Ok(ExitCode::SUCCESS)

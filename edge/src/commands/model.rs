@@ -1,16 +1,19 @@
 //! `train` and `score`: a detector on recorded metrics, without a running edge.
 
+use std::fmt::Write as _;
 use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use theriac_command::output::Output;
 use theriac_command::problem::Problem;
 use theriac_command::progress::{Progress, during};
-use theriac_model::causes::Explained;
+use theriac_model::causes::{Explained, ExplainedAlarm};
 use theriac_model::detector::{Detector, FitOptions};
 use theriac_model::feature::FeatureSchema;
 use theriac_model::global::OwnLagWeights;
@@ -20,32 +23,70 @@ use theriac_model::series::Series;
 use super::explain::{self, AlarmView};
 use super::picture::{self, Clock, View};
 use super::unprinted;
+use crate::config::DetectorArm;
+
+/// How far the pace of a file's rows may be off the model's.
+const PACE_RATIO_MAX: f64 = 1.5;
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArguments {
     /// Recorded metrics: CSV with a header, .npy or .npy.gz `[time, channel]`.
     #[arg(long)]
     input: PathBuf,
-    /// Where the model goes: NAME.safetensors, with its card NAME.json beside it.
+    /// Where the model goes: NAME.safetensors. Its card lies in it, and beside it as NAME.json for people to read.
     #[arg(long)]
     model: PathBuf,
     /// Seed. The fit itself draws nothing, so every seed gives the same bits; it is kept for models that do.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Time between two rows, where the file does not say.
-    #[arg(long, default_value = "1m", value_parser = humantime::parse_duration)]
+    /// Time between two rows of an array, 1 ms to 7 days; the times of a CSV go before it.
+    #[arg(long, default_value = "1m", value_parser = step)]
     step: Duration,
-    /// The two half-lives of the score's memory; by default 3 and 12 steps.
-    #[arg(long, num_args = 2, value_parser = humantime::parse_duration)]
+    /// The two half-lives of the score's memory, each 1 ms to 7 days, the second longer [default: 3m 12m; 3s 12s for rows less than 10 s apart].
+    #[arg(long, num_args = 2, value_names = ["SHORT", "LONG"], value_parser = step)]
     half_lives: Option<Vec<Duration>>,
-    /// False alarms per day that the threshold aims at.
-    #[arg(long, default_value_t = 1.0)]
+    /// False alarms per day that the threshold aims at, 0.01 to 1000.
+    #[arg(long, default_value_t = 1.0, value_parser = false_alarms)]
     false_alarms_per_day: f64,
+    /// Which detector: `own-full`, or `own` for little memory or hundreds of channels.
+    #[arg(long, value_enum, default_value_t)]
+    arm: DetectorArm,
+    /// What an array without names holds: `recorded` values, scaled to about 0..1, or the edge's own `host-service-v1`.
+    #[arg(long, value_enum, default_value_t)]
+    profile: ArrayProfile,
+}
+
+/// What the columns of an array without names are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum ArrayProfile {
+    /// Scaled values of any kind.
+    #[default]
+    Recorded,
+    /// The 16 channels that an edge samples, in its own units.
+    #[value(name = "host-service-v1")]
+    HostService,
+}
+
+fn step(text: &str) -> Result<Duration, String> {
+    let step = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let range = Duration::from_millis(1)..=Duration::from_hours(7 * 24);
+    range
+        .contains(&step)
+        .then_some(step)
+        .ok_or_else(|| "it must be 1ms to 7days".to_owned())
+}
+
+fn false_alarms(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "it is no number".to_owned())?;
+    (0.01..=1_000.0)
+        .contains(&number)
+        .then_some(number)
+        .ok_or_else(|| "it must be 0.01 to 1000".to_owned())
 }
 
 #[derive(Debug, Args)]
 pub(super) struct ScoreArguments {
-    /// The model's file, NAME.safetensors, with its card NAME.json beside it.
+    /// The model's file, NAME.safetensors. The card beside it is for people; the one inside counts.
     #[arg(long)]
     model: PathBuf,
     /// Recorded metrics of the same channels.
@@ -73,6 +114,10 @@ struct Trained {
     gaps: u64,
     gap_rows: u64,
     threshold: f32,
+    /// Time between two rows, in seconds: the usual one of the file, or `--step`.
+    step_seconds: f64,
+    /// Channels whose whole range lies within the profile's floor, so that they hardly count.
+    muted: Vec<String>,
     /// How strongly each path leans on the public constant, own lags first; `null` = not at all.
     prior_lambda: [Option<f64>; 2],
     seed: u64,
@@ -86,10 +131,17 @@ struct ScoredFile {
     missing: u64,
     /// Columns of the profile that the file does not have.
     absent: Vec<String>,
+    /// Columns of the file that the profile does not name.
+    ignored: Vec<String>,
     gaps: u64,
     gap_rows: u64,
+    /// Rows without a score: every channel is missing, or lies behind a gap.
+    unscored: usize,
+    /// The level that the alarms began with; it moves.
     threshold: f32,
     above_threshold: usize,
+    /// How many alarms a running edge would have raised.
+    alarm_count: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     causes: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -110,17 +162,29 @@ pub(super) fn train<W: Write>(
     output: &mut Output<W>,
 ) -> Result<ExitCode, Problem> {
     let (dir, name) = model_place(&arguments.model)?;
+    let card = dir.join(format!("{name}.json"));
+    overwrites_none(
+        &[("--model", &arguments.model), ("--model", &card)],
+        &[&arguments.input],
+    )?;
     let recording = read(&arguments.input)?;
-    let schema = schema_of(&recording);
+    let schema = schema_of(&recording, arguments.profile)?;
     // The profile was made of the file's own columns, so none is absent.
     let Selected { series, .. } = select(&recording, &schema)?;
     let step = step_of(&series).unwrap_or(arguments.step);
     let mut options = FitOptions {
         prior: Some(OwnLagWeights::public_constant(schema.channels())),
         false_alarms_per_day: arguments.false_alarms_per_day,
+        arm: arguments.arm.into(),
         ..FitOptions::new(step)
     };
     if let Some([short, long]) = arguments.half_lives.as_deref() {
+        if short >= long {
+            return Err(Problem::command_line(
+                "TH-E0334",
+                "--half-lives: the second must be longer than the first",
+            ));
+        }
         options.half_lives = [*short, *long];
     }
     let unusable = |why: String| {
@@ -147,17 +211,27 @@ pub(super) fn train<W: Write>(
         gaps: recording.report.gaps,
         gap_rows: recording.report.gap_rows,
         threshold: detector.threshold().level(),
+        step_seconds: step.as_secs_f64(),
+        muted: muted(&schema, &series),
         prior_lambda: detector.leaning(),
         seed: arguments.seed,
     };
-    let human = format!(
-        "fitted on {} rows of {} channels{}\nthreshold {:.3}\nwrote {} and its card",
+    let mut human = format!(
+        "fitted on {} rows of {} channels, one every {}{}\nthreshold {:.3}\nwrote {} and its card",
         trained.rows,
         trained.channels,
+        humantime::format_duration(step),
         flaws(&series, &recording.report),
         trained.threshold,
         arguments.model.display(),
     );
+    if !trained.muted.is_empty() {
+        _ = write!(
+            human,
+            "\nchannels that move less than the profile's floor and hardly count: {}",
+            trained.muted.join(", ")
+        );
+    }
     output.result(&trained, human).map_err(unprinted)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -171,15 +245,21 @@ pub(super) fn score<W: Write>(
         Problem::failed("TH-E0321", naming(&arguments.model, &error))
             .hint("train it again with `theriac-edge train`")
     })?;
-    let recording = read(&arguments.input)?;
-    let Selected { series, absent } = select(&recording, detector.schema())?;
-    let judged = judge(arguments, &detector, &series)?;
-    write(&arguments.output, &[judged.scores.len()], &judged.scores)?;
-    let step = step_of(&series).unwrap_or(detector.options().step);
-    let clock = Clock::new(series.times_ms(), step.as_secs_f64());
     let causes = arguments
         .explain
         .then(|| arguments.output.with_extension("causes.npy"));
+    check_outputs(arguments, causes.as_deref())?;
+    let recording = read(&arguments.input)?;
+    let Selected {
+        series,
+        absent,
+        ignored,
+    } = select(&recording, detector.schema())?;
+    let step = step_of(&series).unwrap_or(detector.options().step);
+    same_pace(&arguments.input, step, detector.options().step)?;
+    let judged = judge(arguments, &detector, &series)?;
+    write(&arguments.output, &[judged.scores.len()], &judged.scores)?;
+    let clock = Clock::new(series.times_ms(), step.as_secs_f64());
     if let Some(path) = &causes {
         write(path, &[series.rows(), series.channels()], &judged.contributions)?;
     }
@@ -194,7 +274,9 @@ pub(super) fn score<W: Write>(
         gaps: recording.report.gaps,
         gap_rows: recording.report.gap_rows,
         threshold,
+        unscored: judged.scores.iter().filter(|score| score.is_nan()).count(),
         above_threshold: judged.scores.iter().filter(|score| **score >= threshold).count(),
+        alarm_count: judged.alarms.len(),
         plot: arguments.plot.clone(),
         alarms: arguments
             .explain
@@ -203,6 +285,7 @@ pub(super) fn score<W: Write>(
         prior_lambda: arguments.explain.then(|| detector.leaning()),
         causes,
         absent,
+        ignored,
     };
     output
         .result(
@@ -219,11 +302,19 @@ fn judge(arguments: &ScoreArguments, detector: &Detector, series: &Series) -> Re
         if arguments.explain || arguments.plot.is_some() {
             return detector.explain_alarms(series);
         }
-        detector.score_series(series).map(|scores| Explained {
-            scores,
-            contributions: Vec::new(),
-            levels: Vec::new(),
-            alarms: Vec::new(),
+        detector.score_series(series).map(|scores| {
+            let (levels, rows) = detector.alarm_rows(&scores);
+            let alarm = |rows: Range<usize>| ExplainedAlarm {
+                score: scores[rows.clone()].iter().copied().fold(f32::MIN, f32::max),
+                rows,
+                causes: Vec::new(),
+            };
+            Explained {
+                alarms: rows.into_iter().map(alarm).collect(),
+                contributions: Vec::new(),
+                levels,
+                scores,
+            }
         })
     });
     judged.map_err(|error| {
@@ -264,10 +355,27 @@ impl ScoredFile {
         let mut lines = vec![
             format!("scored {} rows{flaws}", self.rows),
             format!(
-                "{} at or above the threshold {:.3}",
-                self.above_threshold, self.threshold
+                "{} {}, by the threshold as it moved; {} rows at or above {:.3}, where it began",
+                self.alarm_count,
+                if self.alarm_count == 1 { "alarm" } else { "alarms" },
+                self.above_threshold,
+                self.threshold
             ),
         ];
+        if self.unscored == self.rows {
+            lines.push(
+                "no row has a score: every channel is missing everywhere, so nothing was watched".to_owned(),
+            );
+        } else if self.unscored > 0 {
+            lines.push(format!(
+                "no score for {} rows, where every channel is missing or lies behind a gap: nothing was watched there",
+                self.unscored
+            ));
+        }
+        if !self.ignored.is_empty() {
+            let names = self.ignored.join(", ");
+            lines.push(format!("columns that the model does not know, left out: {names}"));
+        }
         if !self.absent.is_empty() {
             let names = self.absent.join(", ");
             lines.push(format!(
@@ -287,6 +395,87 @@ impl ScoredFile {
         }
         lines.join("\n")
     }
+}
+
+/// Refuses to write over what is read.
+fn overwrites_none(outputs: &[(&str, &PathBuf)], inputs: &[&PathBuf]) -> Result<(), Problem> {
+    // Another name of the same file is the same file; one that is not there yet is none that is read.
+    let place = |path: &Path| std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    for (option, output) in outputs {
+        let same = |input: &&&PathBuf| place(input).is_some_and(|input| place(output) == Some(input));
+        if let Some(input) = inputs.iter().find(same) {
+            return Err(Problem::usage(
+                "TH-E0334",
+                format!(
+                    "{option} {} would overwrite {}",
+                    output.display(),
+                    input.display()
+                ),
+            )
+            .hint("write to another file"));
+        }
+    }
+    Ok(())
+}
+
+fn check_outputs(arguments: &ScoreArguments, causes: Option<&Path>) -> Result<(), Problem> {
+    let causes = causes.map(Path::to_owned);
+    let mut outputs = vec![("--output", &arguments.output)];
+    outputs.extend(causes.as_ref().map(|path| ("--explain", path)));
+    outputs.extend(arguments.plot.as_ref().map(|path| ("--plot", path)));
+    overwrites_none(&outputs, &[&arguments.input, &arguments.model])?;
+    let ends = |path: &Path, ending: &str| {
+        path.extension()
+            .is_some_and(|found| found.eq_ignore_ascii_case(ending))
+    };
+    let wrong = |option: &str, path: &Path, kind: &str, ending: &str| {
+        let text = format!("{option} {} is written as {kind}", path.display());
+        Err(Problem::usage("TH-E0334", text).hint(format!("name it NAME.{ending}")))
+    };
+    if !ends(&arguments.output, "npy") {
+        return wrong("--output", &arguments.output, "a NumPy array", "npy");
+    }
+    match &arguments.plot {
+        Some(path) if !ends(path, "svg") => wrong("--plot", path, "SVG", "svg"),
+        _ => Ok(()),
+    }
+}
+
+/// Half-lives, lags and threshold were fitted for one pace of rows: another makes them other times.
+fn same_pace(input: &Path, found: Duration, fitted: Duration) -> Result<(), Problem> {
+    let ratio = found.as_secs_f64() / fitted.as_secs_f64().max(1e-3);
+    if (1.0 / PACE_RATIO_MAX..=PACE_RATIO_MAX).contains(&ratio) {
+        return Ok(());
+    }
+    let text = humantime::format_duration;
+    Err(Problem::failed(
+        "TH-E0323",
+        format!(
+            "{}: rows come every {}, the model was fitted on one every {}",
+            input.display(),
+            text(found),
+            text(fitted)
+        ),
+    )
+    .hint("train on rows of the same interval, or average the file to the model's"))
+}
+
+/// Channels whose whole range is within the floor of their scale: such a channel moves less than what matters.
+fn muted(schema: &FeatureSchema, series: &Series) -> Vec<String> {
+    let still = |channel: usize| {
+        let transform = schema.features[channel].transform;
+        let values = series.iter_rows().map(|row| transform.apply(row[channel]));
+        let (low, high) = values
+            .filter(|value| value.is_finite())
+            .fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), v| {
+                (low.min(v), high.max(v))
+            });
+        high - low < schema.features[channel].floor
+    };
+    (0..schema.channels())
+        .filter(|channel| still(*channel))
+        .map(|channel| schema.features[channel].name.clone())
+        .collect()
 }
 
 /// Folder and name of a model file.
@@ -329,22 +518,31 @@ fn naming(path: &Path, error: &dyn std::fmt::Display) -> String {
     }
 }
 
-/// The host's own profile when the columns are its, else one of already scaled recorded channels.
-fn schema_of(recording: &Recording) -> FeatureSchema {
+/// The host's own profile when the columns have its names, else one of already scaled recorded channels; an array without names is what the caller
+/// says.
+fn schema_of(recording: &Recording, profile: ArrayProfile) -> Result<FeatureSchema, Problem> {
     let own = FeatureSchema::host_service_v1();
     let is_own = |names: &[String]| own.features.iter().all(|feature| names.contains(&feature.name));
-    match &recording.names {
-        Some(names) if is_own(names) => own,
-        Some(names) => {
+    let channels = recording.series.channels();
+    Ok(match (&recording.names, profile) {
+        (Some(names), _) if is_own(names) => own,
+        (Some(names), _) => {
             let mut schema = FeatureSchema::recorded("recorded", names.len());
             for (feature, name) in schema.features.iter_mut().zip(names) {
                 feature.name.clone_from(name);
             }
             schema
         }
-        None if recording.series.channels() == own.channels() => own,
-        None => FeatureSchema::recorded("recorded", recording.series.channels()),
-    }
+        (None, ArrayProfile::HostService) if channels == own.channels() => own,
+        (None, ArrayProfile::HostService) => {
+            let text = format!(
+                "--profile host-service-v1 has {} channels, the array {channels}",
+                own.channels()
+            );
+            return Err(Problem::failed("TH-E0323", text).hint("leave --profile out"));
+        }
+        (None, ArrayProfile::Recorded) => FeatureSchema::recorded("recorded", channels),
+    })
 }
 
 fn select(recording: &Recording, schema: &FeatureSchema) -> Result<Selected, Problem> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use theriac_command::output::Output;
+use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
 use theriac_heal::policy::evaluate::{self, RulingRecord};
 use theriac_heal::policy::{HealPolicy, NodeBudget};
@@ -16,7 +16,9 @@ use super::{ConfigArguments, privacy, unprinted};
 use crate::config::EdgeConfig;
 use crate::healing_policy::{self, HealingPolicyError};
 use crate::respond;
+use crate::run::EdgeError;
 use crate::state_dir::{StateDir, write_durably};
+use crate::store::{StoreError, StoreReader};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PolicyCommand {
@@ -34,6 +36,12 @@ pub(super) enum PolicyCommand {
     /// Asks the policy again about every ruling in a log, and tells where it says something else; exit code 1 then.
     #[command(after_help = "Example:\n  theriac-edge policy replay --config edge.toml --log rulings.jsonl")]
     Replay(ReplayArguments),
+    /// Tells what came of each action on each service, and whether that suffices for `require_evidence`.
+    #[command(after_help = "Example:\n  theriac-edge policy evidence --config edge.toml")]
+    Evidence {
+        #[command(flatten)]
+        config: ConfigArguments,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -49,9 +57,12 @@ pub(super) struct SignArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct ReplayArguments {
-    /// The log; default: `rulings.jsonl` in the state directory.
+    /// The log; default: `rulings.jsonl` in the state directory, after the full one before it, `rulings.1.jsonl`, where it is there.
     #[arg(long)]
     log: Option<PathBuf>,
+    /// A head that an earlier replay printed: the log must still hold that line.
+    #[arg(long)]
+    head: Option<String>,
     #[command(flatten)]
     config: ConfigArguments,
 }
@@ -61,6 +72,7 @@ pub(super) fn policy<W: Write>(command: PolicyCommand, output: &mut Output<W>) -
         PolicyCommand::Check { config } => check(&config, output),
         PolicyCommand::Sign(arguments) => sign(&arguments, output),
         PolicyCommand::Replay(arguments) => replay(&arguments, output),
+        PolicyCommand::Evidence { config } => evidence(&config, output),
     }
 }
 
@@ -165,6 +177,14 @@ struct Replayed {
     other_policy: u64,
     /// What differs, in words.
     different: Vec<String>,
+    /// Where a line is missing or was changed, in words.
+    broken: Vec<String>,
+    /// Lines that name none before them: the first of all, and those of builds that did not chain them.
+    unchained: u64,
+    /// Digest of the line before the first one, which is not here.
+    continues: Option<String>,
+    /// Digest of each line, in order.
+    heads: Vec<String>,
 }
 
 fn replay<W: Write>(arguments: &ReplayArguments, output: &mut Output<W>) -> Result<ExitCode, Problem> {
@@ -174,12 +194,22 @@ fn replay<W: Write>(arguments: &ReplayArguments, output: &mut Output<W>) -> Resu
         .log
         .clone()
         .unwrap_or_else(|| StateDir::existing(&config.state_dir.path).rulings());
-    let text = std::fs::read_to_string(&path).map_err(|error| unreadable(&path, &error))?;
+    let read = |path: &Path| std::fs::read_to_string(path).map_err(|error| unreadable(path, &error));
+    let older = Some(healing_policy::older(&path)).filter(|older| arguments.log.is_none() && older.exists());
+    let text = older.as_deref().map_or_else(|| Ok(String::new()), read)? + &read(&path)?;
     let policies = respond::policies(of_services(&config));
-    let found = replayed(&text, &policies, config.healing_budget, &digest(&config))
+    let mut found = replayed(&text, &policies, config.healing_budget, &digest(&config))
         .map_err(|error| unreadable(&path, &error))?;
+    if arguments.log.is_none() && older.is_none() {
+        found.is_whole_log();
+    }
+    if let Some(head) = &arguments.head {
+        found.holds(head);
+    }
+    let head = found.heads.last().cloned();
     let value = serde_json::json!({
         "same": found.same, "other_policy": found.other_policy, "different": found.different,
+        "broken": found.broken, "unchained": found.unchained, "continues": found.continues, "head": head,
     });
     let mut human = format!(
         "{} rulings are the same, {} differ, {} were made under other policies",
@@ -187,16 +217,52 @@ fn replay<W: Write>(arguments: &ReplayArguments, output: &mut Output<W>) -> Resu
         found.different.len(),
         found.other_policy
     );
-    for different in &found.different {
+    if let Some(continues) = &found.continues {
+        let words = format!("\nthe first line continues {continues}: what was before it is not here");
+        human.push_str(&words);
+    }
+    if found.unchained > 1 {
+        let words = format!(
+            "\n{} of {} lines name none before them, as builds before lines were chained wrote them: nothing vouches for their number, \
+             order or words",
+            found.unchained,
+            found.heads.len()
+        );
+        human.push_str(&words);
+    }
+    if let Some(head) = &head {
+        let words = format!("\nhead {head}: note it, and give it with --head the next time");
+        human.push_str(&words);
+    }
+    for different in found.different.iter().chain(&found.broken) {
         human.push('\n');
         human.push_str(different);
     }
     output.result(&value, human).map_err(unprinted)?;
-    Ok(if found.different.is_empty() {
+    Ok(if found.different.is_empty() && found.broken.is_empty() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+impl Replayed {
+    /// The log was never full, so nothing can have been before its first line.
+    fn is_whole_log(&mut self) {
+        if self.continues.is_some() {
+            self.broken
+                .push("the first line follows another one: lines at the beginning are missing".to_owned());
+        }
+    }
+
+    /// The line with this digest must be here, or be the one that the first line continues.
+    fn holds(&mut self, head: &str) {
+        if !self.heads.iter().any(|of| of == head) && self.continues.as_deref() != Some(head) {
+            self.broken.push(format!(
+                "no line has the digest {head}: lines at the end are missing, or it is in a file before this one"
+            ));
+        }
+    }
 }
 
 fn replayed(
@@ -209,6 +275,18 @@ fn replayed(
     for (at, line) in text.lines().enumerate() {
         let record: RulingRecord =
             serde_json::from_str(line).map_err(|error| format!("line {}: {error}", at + 1))?;
+        match found.heads.last() {
+            // The first line of a file names one in the file before it.
+            None => found.continues = Some(record.previous.clone()).filter(|previous| !previous.is_empty()),
+            Some(before) if *before == record.previous => {}
+            Some(_) if record.previous.is_empty() && found.unchained == at as u64 => {}
+            Some(_) => found.broken.push(format!(
+                "line {} does not follow the one before it: a line between them is missing, or that one was changed",
+                at + 1
+            )),
+        }
+        found.unchained += u64::from(record.previous.is_empty());
+        found.heads.push(evaluate::line_digest(line.as_bytes()));
         let Some(policy) = policies
             .get(&record.facts.service)
             .filter(|_| record.policy == digest)
@@ -231,6 +309,47 @@ fn replayed(
         }
     }
     Ok(found)
+}
+
+/// What is on record of each action.
+fn evidence<W: Write>(config: &ConfigArguments, output: &mut Output<W>) -> Result<ExitCode, Problem> {
+    let database = StateDir::existing(&config.load()?.state_dir.path).database();
+    let failed = |error: StoreError| Problem::from(EdgeError::from(error));
+    let state = StoreReader::open(&database)
+        .and_then(|reader| reader.map_or(Ok(None), |reader| reader.machine()))
+        .map_err(failed)?
+        .unwrap_or_default();
+    let rows: Vec<Vec<String>> = state
+        .evidence
+        .iter()
+        .map(|of| {
+            vec![
+                of.service.clone(),
+                of.action.to_string(),
+                of.counts.right.to_string(),
+                of.counts.wrong.to_string(),
+                of.counts.harm.to_string(),
+                format!("{:.3}", of.counts.lower()),
+                if of.counts.suffice() { "yes" } else { "no" }.to_owned(),
+            ]
+        })
+        .collect();
+    let header = [
+        "service",
+        "action",
+        "right",
+        "wrong",
+        "harm",
+        "lower 95 % bound",
+        "suffices",
+    ];
+    let human = if rows.is_empty() {
+        "nothing is on record yet".to_owned()
+    } else {
+        table(&header, &rows)
+    };
+    output.result(&state.evidence, human).map_err(unprinted)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn of_services(config: &EdgeConfig) -> BTreeMap<String, HealPolicy> {
@@ -291,6 +410,8 @@ mod tests {
             demoted: false,
             halted: false,
             approved: false,
+            approved_by: std::collections::BTreeSet::new(),
+            evidence: theriac_heal::evidence::Counts::default(),
             now_ms: 900_000,
         }
     }
@@ -306,6 +427,7 @@ mod tests {
                 policy: policy.to_owned(),
                 facts,
                 ruling,
+                previous: String::new(),
             };
             serde_json::to_string(&record).unwrap() + "\n"
         };
@@ -318,5 +440,61 @@ mod tests {
         assert_eq!((found.same, found.different.len()), (1, 1));
         assert!(found.different[0].contains(&format!("{:?}", Ruling::NeedApproval)));
         assert!(replayed("{}\n", &policies, node, &digest).is_err());
+    }
+
+    #[test]
+    fn a_line_that_was_taken_out_changed_or_cut_off_is_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(&root.path().join("s")).unwrap();
+        let policies = BTreeMap::from([("kv".to_owned(), HealPolicy::default())]);
+        let node = NodeBudget::default();
+        for charges in 0..5 {
+            let facts = facts(charges);
+            let record = RulingRecord {
+                unix_ms: 1,
+                policy: "d".to_owned(),
+                ruling: evaluate::evaluate(&policies["kv"], node, &facts),
+                facts,
+                previous: String::new(),
+            };
+            healing_policy::Rulings::of(&dir).append(&record).unwrap();
+        }
+        let log = std::fs::read_to_string(dir.rulings()).unwrap();
+        let broken = |log: &str| replayed(log, &policies, node, "d").unwrap().broken.len();
+        assert_eq!(broken(&log), 0);
+        let lines: Vec<&str> = log.lines().collect();
+        let without = |at: usize| [&lines[..at], &lines[at + 1..]].concat().join("\n");
+        for at in 1..4 {
+            assert_eq!(broken(&without(at)), 1, "line {at} taken out");
+        }
+        assert_eq!(
+            broken(&log.replacen("\"unix_ms\":1", "\"unix_ms\":2", 1)),
+            1,
+            "a line was changed"
+        );
+        // The beginning is known to be missing where there is no file before this one; what was stripped of its chain is counted.
+        let mut headless = replayed(&without(0), &policies, node, "d").unwrap();
+        assert!(
+            headless.broken.is_empty()
+                && headless.continues == Some(evaluate::line_digest(lines[0].as_bytes()))
+        );
+        headless.holds(&evaluate::line_digest(lines[0].as_bytes()));
+        assert!(headless.broken.is_empty(), "{headless:?}");
+        headless.is_whole_log();
+        assert_eq!(headless.broken.len(), 1);
+        let stripped: Vec<String> = lines
+            .iter()
+            .map(|line| {
+                let mut record: RulingRecord = serde_json::from_str(line).unwrap();
+                record.previous.clear();
+                serde_json::to_string(&record).unwrap()
+            })
+            .collect();
+        let stripped = replayed(&stripped.join("\n"), &policies, node, "d").unwrap();
+        assert_eq!((stripped.unchained, stripped.broken.len()), (5, 0));
+        // A cut end looks whole by itself; the head that was noted before does not.
+        let whole = replayed(&log, &policies, node, "d").unwrap();
+        let cut = replayed(&without(4), &policies, node, "d").unwrap();
+        assert!(cut.broken.is_empty() && !cut.heads.contains(whole.heads.last().unwrap()));
     }
 }

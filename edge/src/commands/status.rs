@@ -101,6 +101,14 @@ fn human(status: &Status, health: &str) -> String {
             or_dash(status.epsilon_limit),
             or_dash(status.delta)
         ),
+        format!(
+            "healing     {}",
+            if status.healing_stopped {
+                "STOPPED by the stop switch: nothing new is begun until `theriac-edge resume-healing`"
+            } else {
+                "on"
+            }
+        ),
         format!("storage     {}", word(status.storage)),
         format!("host risk   {}", risk(&status.risk)),
     ];
@@ -220,6 +228,15 @@ fn word(value: impl serde::Serialize) -> String {
 mod tests {
     use super::*;
     use crate::status::Board;
+
+    #[test]
+    fn the_stop_switch_is_told() {
+        let board = Board::new("a", 60);
+        assert!(human(&board.status(), "ok").contains("healing     on\n"));
+        board.update(|status| status.healing_stopped = true);
+        let told = human(&board.status(), "ok");
+        assert!(told.contains("healing     STOPPED by the stop switch"), "{told}");
+    }
 
     #[test]
     fn a_stopped_service_and_failing_checkpoints_are_told() {

@@ -11,6 +11,8 @@ use std::time::Duration;
 use theriac_model::feature::FeatureSchema;
 use theriac_model::sample::Sample;
 
+pub(crate) use service::descendants_of;
+
 pub use host::{HostReading, HostSampler};
 pub use service::{ProbeWindow, ServiceReading, ServiceSampler};
 

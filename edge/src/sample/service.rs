@@ -192,6 +192,14 @@ fn open_files_max(process: &Process) -> Option<u64> {
     }
 }
 
+/// A process and its descendants.
+pub(crate) fn descendants_of(leader: u32) -> Vec<i32> {
+    let Ok(leader) = i32::try_from(leader) else {
+        return Vec::new();
+    };
+    std::iter::once(leader).chain(descendants(leader)).collect()
+}
+
 /// Children, their children and so on, by the kernel's own lists.
 fn descendants(leader: i32) -> BTreeSet<i32> {
     let mut found = BTreeSet::new();

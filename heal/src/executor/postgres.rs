@@ -3,23 +3,26 @@
 //!
 //! | action | precondition | effect | undo | verified by |
 //! |---|---|---|---|---|
-//! | [`PostgresHands::relieve_locks`] | enough sessions wait, for long enough, behind one | its statement is cancelled, or it is ended when it is idle | none: its transaction is rolled back, as at a crash of its client | those sessions wait no more |
+//! | [`PostgresHands::relieve_locks`] | enough sessions wait, for long enough, behind one | its statement is cancelled, or its session is ended | none: its transaction is rolled back, as at a crash of its client | those sessions wait no more |
 //! | [`PostgresHands::relieve_connections`] | fewer ordinary slots are free than asked for | sessions idle for long enough are ended, the longest first | none: their clients connect again | the free slots |
-//! | [`PostgresHands::cancel`] | the session still is the one that was seen | its statement is cancelled | none | it runs no such statement |
-//! | [`PostgresHands::reload`] | | the files of settings are read again | the former file, reloaded | the server's own word on its files |
+//! | [`PostgresHands::reload`] | a file of settings is newer than the last load, and none has an error | the files of settings are read again | the former file, reloaded | the server's own word on its files |
 //!
 //! The session that does this is a superuser's, so one of the slots that the server keeps back lets it in when all others are taken.
-//! A session is named by its process id *and* its start, so that a number that has come to mean another one is not hit.
+//! A session is named by its process id *and* its start, so that a number that has come to mean another one is not hit; and it is touched
+//! only while it is at what it was seen at ([`Still`]): whoever was idle and has begun to work meanwhile is left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use tokio::time::sleep;
+use sha2::{Digest as _, Sha256};
+use tokio::time::{sleep, timeout};
 
+use crate::incident::{PileUp, SessionsSeen};
 use crate::postgres::PostgresError;
 use crate::postgres::owner::Owner;
 use crate::postgres::session::{Session, Target};
+use crate::types::SessionId;
 
 /// What may be done to sessions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,8 +34,10 @@ pub struct SessionPolicy {
     pub waited_seconds_min: u64,
     /// How long a session must have been idle before it is ended for its slot, seconds.
     pub idle_seconds_min: u64,
-    /// Ordinary slots that must be free afterwards.
+    /// Fewer free ordinary slots than this are too few; at most a quarter of all of them, so that a small server is not always short.
     pub free_min: u32,
+    /// Ordinary slots that are to be free afterwards, at least `free_min`: more, so that the next client does not bring it back.
+    pub free_after: u32,
     /// Most sessions ended for their slots at once.
     pub ended_max: u32,
     /// Roles and applications whose sessions are never touched. Superusers and replication never are.
@@ -46,6 +51,7 @@ impl Default for SessionPolicy {
             waited_seconds_min: 5,
             idle_seconds_min: 60,
             free_min: 5,
+            free_after: 10,
             ended_max: 20,
             spare: BTreeSet::new(),
         }
@@ -69,8 +75,49 @@ pub struct SessionRef {
     pub ordinary: bool,
     /// Whole seconds since its state changed.
     pub seconds: u64,
+    /// Whole seconds that it has waited for the lock that it waits for now; 0 when it waits for none. Before PostgreSQL 14, which does
+    /// not tell, since its state changed: its statement may have worked for some of that.
+    pub waited: u64,
+    /// When its state changed, as the server writes it.
+    pub changed: String,
+    /// When its transaction began; empty outside one.
+    pub transaction: String,
+    /// When its latest statement began.
+    pub statement: String,
     /// The sessions that it waits for; 0 is a prepared transaction.
     pub waits_for: Vec<i32>,
+}
+
+impl SessionRef {
+    /// Which session it is.
+    pub fn id(&self) -> SessionId {
+        let digest = Sha256::digest(self.started.as_bytes());
+        let birth = digest
+            .iter()
+            .take(8)
+            .fold(0, |birth, byte| birth << 8 | u64::from(*byte));
+        SessionId { pid: self.pid, birth }
+    }
+}
+
+/// How a lock pile-up is ended at its root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtRoot {
+    /// Its statement is cancelled: its transaction fails and lets go, its session goes on.
+    Cancel,
+    /// Its session is ended.
+    Terminate,
+}
+
+/// What a session must still be at to be touched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Still {
+    /// Idle, and since the same moment.
+    Idle,
+    /// In the same transaction, or still in none.
+    InTransaction,
+    /// In the same statement of the same transaction.
+    InStatement,
 }
 
 /// What an action did.
@@ -98,63 +145,132 @@ pub struct PostgresHands {
 }
 
 impl PostgresHands {
-    /// The sessions that others wait for and that wait for none, with how many wait behind each, the most first.
+    /// Looks at the sessions over a new one of its own, so that a server which lets nobody in any more is noticed. Within `within`.
     ///
     /// # Errors
     /// [`PostgresError`].
-    pub async fn blockers(&self) -> Result<Vec<(SessionRef, usize)>, PostgresError> {
-        let sessions = sessions(&self.open().await?).await?;
-        Ok(self.roots(&sessions))
+    pub async fn look(&self, within: Duration) -> Result<SessionsSeen, PostgresError> {
+        let look = async {
+            let session = self.open().await?;
+            let found = sessions(&session).await?;
+            let slots = slots(&session).await?;
+            let pile_up = self.roots(&found).into_iter().next().map(|(root, behind)| {
+                let waited = |pid: &i32| found.iter().find(|of| of.pid == *pid).map(|of| of.waited);
+                PileUp {
+                    pid: root.pid,
+                    birth: root.id().birth,
+                    behind: u32::try_from(behind.len()).unwrap_or(u32::MAX),
+                    waited_s: behind.iter().filter_map(waited).max().unwrap_or(0),
+                    running: root.state == "active",
+                    touchable: self.may_touch(&root),
+                }
+            });
+            Ok(SessionsSeen {
+                pile_up,
+                free: slots.free,
+                free_min: self.free_min(slots),
+            })
+        };
+        timeout(within, look)
+            .await
+            .map_err(|_late| PostgresError::Timeout {
+                what: "a look at the sessions".to_owned(),
+                after: within,
+            })?
     }
 
-    /// Ends a lock pile-up at its root: cancels a running statement, ends an idle transaction; what does not let go when its
-    /// statement was cancelled is ended. Nothing is done while too few wait or not for long enough. One root at a time: who holds the
+    /// Ends a lock pile-up at its root, and only when that is `root` (`None`: whoever it is). Nothing is done while too few wait or not for long enough. One root at a time: who holds the
     /// lock next has waited for it and is not to blame.
     ///
     /// # Errors
     /// [`PostgresError`].
-    pub async fn relieve_locks(&self) -> Result<Relief, PostgresError> {
+    pub async fn relieve_locks(&self, how: AtRoot, root: Option<SessionId>) -> Result<Relief, PostgresError> {
         let session = self.open().await?;
         let mut relief = Relief {
             cancelled: Vec::new(),
             ended: Vec::new(),
             relieved: true,
-            detail: "no pile-up".to_owned(),
+            detail: "no pile-up was left".to_owned(),
         };
-        let Some((root, behind)) = self.roots(&sessions(&session).await?).into_iter().next() else {
+        let mut roots = self.roots(&sessions(&session).await?).into_iter();
+        let Some(first) = roots.next() else {
+            return Ok(relief);
+        };
+        let asked = |(found, _): &(SessionRef, Vec<i32>)| root.is_none_or(|root| found.id() == root);
+        let Some((root, behind)) = std::iter::once(first).chain(roots).find(asked) else {
+            relief.relieved = false;
+            "the sessions wait behind another one now, which nobody planned to touch"
+                .clone_into(&mut relief.detail);
             return Ok(relief);
         };
         relief.detail = format!(
-            "{behind} sessions waited behind process {} (role {}, {}, for {} s)",
-            root.pid, root.role, root.state, root.seconds
+            "{} sessions waited behind process {} (role {}, {}, for {} s)",
+            behind.len(),
+            root.pid,
+            root.role,
+            root.state,
+            root.seconds
         );
         if !self.may_touch(&root) {
             relief.relieved = false;
             relief.detail.push_str(": it may not be touched");
             return Ok(relief);
         }
-        if root.state == "active" {
-            signal(&session, "pg_cancel_backend", &root).await?;
-            relief.cancelled.push(root.clone());
-            relief.relieved = nobody_waits_for(&session, root.pid).await?;
-            if relief.relieved {
+        let (still, done) = match how {
+            AtRoot::Cancel if root.state != "active" => {
+                relief.relieved = false;
+                relief.detail.push_str(": it runs no statement to cancel");
                 return Ok(relief);
             }
-        }
-        signal(&session, "pg_terminate_backend", &root).await?;
+            AtRoot::Cancel => (Still::InStatement, "its statement was cancelled"),
+            AtRoot::Terminate => (Still::InTransaction, "it was ended"),
+        };
+        let hit = signal(&session, how, &root, still).await?;
         relief.relieved = nobody_waits_for(&session, root.pid).await?;
-        relief.ended.push(root);
+        relief.detail.push_str(match (hit, relief.relieved) {
+            (true, true) => "; ",
+            (true, false) => "; somebody waits for it still, though ",
+            (false, _) => "; it was gone or at something else before ",
+        });
+        relief.detail.push_str(done);
+        if !hit {
+            return Ok(relief);
+        }
+        match how {
+            AtRoot::Cancel => relief.cancelled.push(root),
+            AtRoot::Terminate => relief.ended.push(root),
+        }
         Ok(relief)
     }
 
-    /// Ends sessions that have been idle for long enough, the longest first, until enough ordinary slots are free.
+    /// The sessions of the server, but this one.
+    ///
+    /// # Errors
+    /// [`PostgresError`].
+    pub async fn sessions(&self) -> Result<Vec<SessionRef>, PostgresError> {
+        sessions(&self.open().await?).await
+    }
+
+    /// Touches one session, if it is still at what it was seen at. Whether it was touched.
+    ///
+    /// # Errors
+    /// [`PostgresError`].
+    pub async fn touch(&self, seen: &SessionRef, how: AtRoot, still: Still) -> Result<bool, PostgresError> {
+        signal(&self.open().await?, how, seen, still).await
+    }
+
+    /// Ends sessions that have been idle for long enough, the longest first, until enough ordinary slots are free. One that has begun
+    /// to work since it was seen is left.
     ///
     /// # Errors
     /// [`PostgresError`].
     pub async fn relieve_connections(&self) -> Result<Relief, PostgresError> {
         let session = self.open().await?;
-        let before = free_slots(&session).await?;
-        let wanted = i64::from(self.policy.free_min).saturating_sub(before).max(0);
+        let slots_before = slots(&session).await?;
+        let before = i64::from(slots_before.free);
+        let free_min = i64::from(self.free_min(slots_before));
+        let after = i64::from(self.policy.free_after.min(slots_before.all)).max(free_min);
+        let wanted = if before >= free_min { 0 } else { after - before };
         let mut idle: Vec<SessionRef> = sessions(&session)
             .await?
             .into_iter()
@@ -166,37 +282,36 @@ impl PostgresHands {
             .collect();
         idle.sort_by_key(|found| std::cmp::Reverse(found.seconds));
         idle.truncate(usize::try_from(wanted.min(i64::from(self.policy.ended_max))).unwrap_or(0));
-        for found in &idle {
-            signal(&session, "pg_terminate_backend", found).await?;
+        let mut ended = Vec::new();
+        for found in idle {
+            if signal(&session, AtRoot::Terminate, &found, Still::Idle).await? {
+                ended.push(found);
+            }
         }
         let begun = Instant::now();
-        let enough = before + i64::try_from(idle.len()).unwrap_or(0);
-        let mut free = free_slots(&session).await?;
+        let enough = before + i64::try_from(ended.len()).unwrap_or(0);
+        let mut free = i64::from(slots(&session).await?.free);
         while free < enough && begun.elapsed() < EFFECT_MAX {
             sleep(LOOK_EVERY).await;
-            free = free_slots(&session).await?;
+            free = i64::from(slots(&session).await?.free);
         }
         Ok(Relief {
             cancelled: Vec::new(),
-            relieved: free >= i64::from(self.policy.free_min),
-            detail: format!("{before} ordinary slots were free, {free} are"),
-            ended: idle,
+            relieved: free >= free_min,
+            detail: format!(
+                "{before} slots for clients were free, {} idle sessions were ended, {free} are free",
+                ended.len()
+            ),
+            ended,
         })
     }
 
-    /// Cancels the statement of one session. Whether it still was that session.
-    ///
-    /// # Errors
-    /// [`PostgresError`].
-    pub async fn cancel(&self, session: &SessionRef) -> Result<bool, PostgresError> {
-        signal(&self.open().await?, "pg_cancel_backend", session).await
-    }
-
-    /// Has the server read its settings again. Files that it would not take are refused before.
+    /// Has the server read its settings again. Files that it would not take are refused before, and so is a reload that would change
+    /// nothing because no file is newer than the last one. What it did, in words.
     ///
     /// # Errors
     /// [`PostgresError::Query`] names the first wrong line.
-    pub async fn reload(&self) -> Result<(), PostgresError> {
+    pub async fn reload(&self) -> Result<Relief, PostgresError> {
         let session = self.open().await?;
         let wrong = session.rows("the files of settings", WRONG_SETTINGS, &[]).await?;
         if let Some(row) = wrong.first() {
@@ -206,23 +321,45 @@ impl PostgresHands {
                 code: None,
             });
         }
-        session.execute("reload", "select pg_reload_conf()").await
+        let newer = session
+            .rows("the age of the settings", NEWER_SETTINGS, &[])
+            .await?;
+        let newer: Vec<String> = newer.iter().filter_map(|row| row.try_get(0).ok()).collect();
+        let relieved = !newer.is_empty();
+        if relieved {
+            session.execute("reload", "select pg_reload_conf()").await?;
+        }
+        Ok(Relief {
+            cancelled: Vec::new(),
+            ended: Vec::new(),
+            relieved,
+            detail: if relieved {
+                format!("the settings were read again: {} had changed", newer.join(", "))
+            } else {
+                "no file of settings is newer than what the server runs on, so a reload would change nothing"
+                    .to_owned()
+            },
+        })
     }
 
     async fn open(&self) -> Result<Session, PostgresError> {
         Session::open(&self.target, self.owner, ASK_MAX).await
     }
 
-    fn roots(&self, sessions: &[SessionRef]) -> Vec<(SessionRef, usize)> {
+    fn free_min(&self, slots: Slots) -> u32 {
+        self.policy.free_min.min((slots.all / 4).max(1))
+    }
+
+    /// Roots of pile-ups that are large and old enough, with the sessions behind each.
+    fn roots(&self, sessions: &[SessionRef]) -> Vec<(SessionRef, Vec<i32>)> {
         let waited = |pid: &i32| {
             sessions
                 .iter()
-                .any(|found| found.pid == *pid && found.seconds >= self.policy.waited_seconds_min)
+                .any(|found| found.pid == *pid && found.waited >= self.policy.waited_seconds_min)
         };
         roots(sessions)
             .into_iter()
             .filter(|(_, behind)| behind.len() >= self.policy.waiting_min && behind.iter().any(waited))
-            .map(|(root, behind)| (root, behind.len()))
             .collect()
     }
 
@@ -288,6 +425,10 @@ fn nobody(pid: i32) -> SessionRef {
         state: "prepared transaction".to_owned(),
         ordinary: false,
         seconds: 0,
+        waited: 0,
+        changed: String::new(),
+        transaction: String::new(),
+        statement: String::new(),
         waits_for: Vec::new(),
     }
 }
@@ -296,7 +437,7 @@ async fn sessions(session: &Session) -> Result<Vec<SessionRef>, PostgresError> {
     let rows = session.rows("the sessions", SESSIONS, &[]).await?;
     rows.iter()
         .map(|row| {
-            let seconds: i64 = row.try_get(6)?;
+            let (seconds, waited): (i64, i64) = (row.try_get(6)?, row.try_get(8)?);
             Ok(SessionRef {
                 pid: row.try_get(0)?,
                 started: row.try_get(1)?,
@@ -306,34 +447,91 @@ async fn sessions(session: &Session) -> Result<Vec<SessionRef>, PostgresError> {
                 ordinary: row.try_get(5)?,
                 seconds: u64::try_from(seconds).unwrap_or(0),
                 waits_for: row.try_get(7)?,
+                waited: u64::try_from(waited).unwrap_or(0),
+                changed: row.try_get(9)?,
+                transaction: row.try_get(10)?,
+                statement: row.try_get(11)?,
             })
         })
         .collect::<Result<_, tokio_postgres::Error>>()
         .map_err(|error| crate::postgres::session::failed("the sessions", &error))
 }
 
-async fn free_slots(session: &Session) -> Result<i64, PostgresError> {
-    let rows = session.rows("the free slots", FREE_SLOTS, &[]).await?;
-    Ok(rows.first().and_then(|row| row.try_get(0).ok()).unwrap_or(0))
+/// Slots for ordinary clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Slots {
+    all: u32,
+    free: u32,
 }
 
-/// `function` is one of ours, never a caller's word.
-async fn signal(session: &Session, function: &'static str, to: &SessionRef) -> Result<bool, PostgresError> {
-    let query =
-        format!("select {function}(pid) from pg_stat_activity where pid = $1 and backend_start::text = $2");
-    let rows = session.rows(function, &query, &[&to.pid, &to.started]).await?;
+async fn slots(session: &Session) -> Result<Slots, PostgresError> {
+    let rows = session.rows("the free slots", SLOTS, &[]).await?;
+    let of = |column| -> u32 {
+        let count: i64 = rows.first().and_then(|row| row.try_get(column).ok()).unwrap_or(0);
+        u32::try_from(count).unwrap_or(0)
+    };
+    let all = of(0);
+    Ok(Slots {
+        all,
+        free: all.saturating_sub(of(1)),
+    })
+}
+
+/// The server itself sees in one statement whether the session is still what it was, and touches it.
+async fn signal(
+    session: &Session,
+    how: AtRoot,
+    to: &SessionRef,
+    still: Still,
+) -> Result<bool, PostgresError> {
+    let function = match how {
+        AtRoot::Cancel => "pg_cancel_backend",
+        AtRoot::Terminate => "pg_terminate_backend",
+    };
+    let (condition, first, second) = match still {
+        Still::Idle => (
+            "state = 'idle' and coalesce(state_change::text, '') = $3 and $4 = ''",
+            to.changed.as_str(),
+            "",
+        ),
+        Still::InTransaction => (
+            "coalesce(xact_start::text, '') = $3 and $4 = ''",
+            to.transaction.as_str(),
+            "",
+        ),
+        Still::InStatement => (
+            "state = 'active' and coalesce(xact_start::text, '') = $3 and coalesce(query_start::text, '') = $4",
+            to.transaction.as_str(),
+            to.statement.as_str(),
+        ),
+    };
+    let query = format!(
+        "select {function}(pid) from pg_stat_activity where pid = $1 and backend_start::text = $2 and {condition}"
+    );
+    let rows = session
+        .rows(function, &query, &[&to.pid, &to.started, &first, &second])
+        .await?;
     Ok(rows.first().and_then(|row| row.try_get(0).ok()).unwrap_or(false))
 }
 
-const SESSIONS: &str = "select a.pid, a.backend_start::text, coalesce(a.usename::text, ''), coalesce(a.application_name, ''), \
+// `waitstart` is there since PostgreSQL 14, and null for a moment after a wait began; by its name in JSON it may be missing.
+const SESSIONS: &str = "with waits as materialized (select l.pid, min((to_jsonb(l) ->> 'waitstart')::timestamptz) as since from pg_locks l where not l.granted group by l.pid) \
+     select a.pid, a.backend_start::text, coalesce(a.usename::text, ''), coalesce(a.application_name, ''), \
      coalesce(a.state, ''), \
      a.backend_type = 'client backend' and not coalesce(r.rolsuper, true) and not coalesce(r.rolreplication, true), \
      coalesce(extract(epoch from clock_timestamp() - a.state_change), 0)::int8, \
-     case when a.wait_event_type = 'Lock' then pg_blocking_pids(a.pid) else '{}' end \
-     from pg_stat_activity a left join pg_roles r on r.oid = a.usesysid where a.pid <> pg_backend_pid()";
-const FREE_SLOTS: &str = "select current_setting('max_connections')::int8 \
-     - current_setting('superuser_reserved_connections')::int8 \
-     - (select count(*) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid())";
+     case when a.wait_event_type = 'Lock' then pg_blocking_pids(a.pid) else '{}' end, \
+     coalesce(extract(epoch from clock_timestamp() - case when current_setting('server_version_num')::int8 >= 140000 then w.since \
+     else a.state_change end), 0)::int8, \
+     coalesce(a.state_change::text, ''), coalesce(a.xact_start::text, ''), coalesce(a.query_start::text, '') \
+     from pg_stat_activity a left join pg_roles r on r.oid = a.usesysid left join waits w on w.pid = a.pid where a.pid <> pg_backend_pid()";
+// `reserved_connections` is there since PostgreSQL 16.
+const SLOTS: &str = "select current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8 \
+     - coalesce(current_setting('reserved_connections', true)::int8, 0), \
+     (select count(*) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid())";
+// The server tells a file's age in whole seconds.
+const NEWER_SETTINGS: &str = "select distinct regexp_replace(sourcefile, '.*/', '') from pg_file_settings \
+     where (pg_stat_file(sourcefile, true)).modification >= date_trunc('second', pg_conf_load_time()) order by 1";
 const WRONG_SETTINGS: &str = "select coalesce(error, '') || ' in ' || coalesce(sourcefile, '-') || ', line ' || coalesce(sourceline, 0) \
      from pg_file_settings where error is not null and error not like '%without restarting the server' limit 1";
 const ASK_MAX: Duration = Duration::from_secs(5);

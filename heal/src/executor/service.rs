@@ -2,7 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use super::hook::{Called, Hook};
+use super::postgres::{AtRoot, PostgresHands};
 use super::process::{Leftover, ProcessError, Supervisor, process_state};
+use super::space::SpaceHands;
+use super::webhook::Webhook;
 use crate::checkpoint::state_check::{StateCheck, StateVerdict};
 use crate::checkpoint::store::{Checkpoint, CheckpointError, CheckpointStore, Restored};
 use crate::incident::{Input, ProcessState};
@@ -26,6 +30,14 @@ pub struct ServiceHands {
     pub supervisor: Supervisor,
     /// Its state; `None` for a service without durable state.
     pub state: Option<ServiceState>,
+    /// Its sessions; `None` for a service that is no database server.
+    pub sessions: Option<PostgresHands>,
+    /// What may be moved away when its disk is full; `None` where nothing is listed.
+    pub space: Option<SpaceHands>,
+    /// The program that may be run; `None` where none is configured.
+    pub hook: Option<Hook>,
+    /// Who else is told; `None` where nobody is configured.
+    pub webhook: Option<Webhook>,
 }
 
 /// What a service was found to be when the node started.
@@ -68,17 +80,95 @@ impl ServiceHands {
     /// Carries one durable intent out. Bounded by the timeouts of the specification and of the state check, and by the time that
     /// copying the state takes.
     pub async fn execute(&mut self, intent: &Intent) -> Outcome {
+        if !intent.action.renews_process() {
+            return self.relieve(intent).await;
+        }
         let done = match intent.action {
             ActionKind::Start if self.supervisor.pid().is_some() => Ok(()),
             ActionKind::Start => self.start(Some(intent)).await.map(drop),
             ActionKind::Restart => self.restart(intent).await,
             ActionKind::RestoreAndStart => self.restore(intent).await,
+            other => Err(Refused::Failed(format!("{other} is no action on a process"))),
         };
         let running = self.supervisor.pid().is_some();
         match done {
             Ok(()) => Outcome::Done,
             Err(Refused::Corrupt(detail)) => Outcome::StateCorrupt { detail, running },
             Err(Refused::Failed(detail)) => Outcome::Failed { detail, running },
+        }
+    }
+
+    /// What leaves the process alone. Works beside it: nothing of the supervisor is touched.
+    async fn relieve(&self, intent: &Intent) -> Outcome {
+        let (running, action) = (self.supervisor.pid().is_some(), intent.action);
+        if action == ActionKind::RelieveSpace {
+            return self.make_room(intent).await;
+        }
+        if matches!(action, ActionKind::Hook | ActionKind::Webhook) {
+            return self.call(intent).await;
+        }
+        let Some(hands) = &self.sessions else {
+            let detail = format!("{action}: the service has no sessions that can be reached");
+            return Outcome::Failed { detail, running };
+        };
+        let relief = match action {
+            ActionKind::CancelQuery => hands.relieve_locks(AtRoot::Cancel, intent.session).await,
+            ActionKind::TerminateBlocker => hands.relieve_locks(AtRoot::Terminate, intent.session).await,
+            ActionKind::EndIdleSessions => hands.relieve_connections().await,
+            _ => hands.reload().await,
+        };
+        match relief {
+            Ok(relief) if relief.relieved => Outcome::Relieved {
+                detail: relief.detail,
+            },
+            Ok(relief) => Outcome::Failed {
+                detail: relief.detail,
+                running,
+            },
+            Err(error) => Outcome::Failed {
+                detail: error.to_string(),
+                running,
+            },
+        }
+    }
+
+    async fn call(&self, intent: &Intent) -> Outcome {
+        let running = self.supervisor.pid().is_some();
+        let called = Called {
+            service: intent.service.clone(),
+            incident: intent.incident.0,
+            intent: intent.id.0,
+            class: intent.class,
+            decided_unix_ms: intent.decided.unix_ms,
+            reason: intent.reason.clone(),
+        };
+        let done = match (intent.action, &self.hook, &self.webhook) {
+            (ActionKind::Hook, Some(hook), _) => hook.run(&called).await.map_err(|error| error.to_string()),
+            (ActionKind::Webhook, _, Some(webhook)) => {
+                webhook.send(&called).await.map_err(|error| error.to_string())
+            }
+            (action, ..) => Err(format!("no {action} is configured")),
+        };
+        match done {
+            Ok(detail) => Outcome::Relieved { detail },
+            Err(detail) => Outcome::Failed { detail, running },
+        }
+    }
+
+    async fn make_room(&self, intent: &Intent) -> Outcome {
+        let running = self.supervisor.pid().is_some();
+        let failed = |detail: String| Outcome::Failed { detail, running };
+        let Some(hands) = self.space.clone() else {
+            return failed("nothing is listed that may be moved away".to_owned());
+        };
+        let number = intent.id.0;
+        match tokio::task::spawn_blocking(move || hands.relieve(number)).await {
+            Ok(Ok(room)) if room.relieved => Outcome::Relieved {
+                detail: room.to_string(),
+            },
+            Ok(Ok(room)) => failed(room.to_string()),
+            Ok(Err(error)) => failed(error.to_string()),
+            Err(error) => failed(error.to_string()),
         }
     }
 

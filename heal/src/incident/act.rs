@@ -3,12 +3,15 @@
 use std::time::Duration;
 
 use super::decide::{Circumstances, Decided, Decision, decide, ladder};
-use super::diagnose::{Diagnosis, diagnose};
-use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
+use super::diagnose::{Diagnosis, diagnose, hypotheses};
+use super::observe::Observed;
+use super::{HealedRestart, IncidentMachine, Open, Output, Phase, Record};
+use crate::evidence::{Came, Counts};
+use crate::policy::RiskClass;
 use crate::policy::evaluate::{Facts, Ruling, RulingRecord};
 use crate::types::{
-    ActionKind, ActionRecord, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId,
-    NoticeKind, Now, Outcome, Verdict,
+    ActionKind, ActionRecord, Evidence, FaultClass, Hypothesis, Incident, IncidentId, IncidentState, Intent,
+    IntentId, NoticeKind, Now, Outcome, Plan, Verdict, When,
 };
 
 impl IncidentMachine {
@@ -35,6 +38,11 @@ impl IncidentMachine {
             | Phase::Handed { .. }
                 if clear && !in_flight =>
             {
+                if let (Phase::AwaitingApproval { .. }, Some(plan)) = (&open.phase, &open.record.plan) {
+                    // It was not needed.
+                    let (service, action) = (plan.service.clone(), plan.action);
+                    self.note_evidence(&service, action, Came::Wrong);
+                }
                 self.close(now, open.record, IncidentState::Recovered);
             }
             Phase::Watching { undecided } => match diagnosis {
@@ -84,10 +92,16 @@ impl IncidentMachine {
         let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
         match open.phase {
             Phase::Watching { .. } | Phase::Reconciling { .. } => self.put(open),
-            Phase::AwaitingApproval { .. } => {
+            Phase::AwaitingApproval { expires_at, .. } if expires_at <= now.monotonic => {
+                self.plan_again(now, open.record);
+            }
+            Phase::AwaitingApproval { expires_at, .. } => {
                 self.remind(&open.record);
                 self.put(Open {
-                    phase: Phase::AwaitingApproval { remind_at },
+                    phase: Phase::AwaitingApproval {
+                        remind_at,
+                        expires_at,
+                    },
                     ..open
                 });
             }
@@ -109,7 +123,14 @@ impl IncidentMachine {
                 });
             }
             Phase::CoolingDown { approved, .. } => match diagnose(seen) {
-                Some(diagnosis) => self.decide(now, open.record, diagnosis, approved),
+                Some(diagnosis) => {
+                    let valid = open
+                        .record
+                        .plan
+                        .as_ref()
+                        .is_none_or(|plan| now.when().monotonic_ms <= plan.expires.monotonic_ms);
+                    self.decide(now, open.record, diagnosis, approved && valid);
+                }
                 None => self.put(Open {
                     phase: Phase::Watching { undecided: true },
                     ..open
@@ -207,8 +228,8 @@ impl IncidentMachine {
         };
         let service = open.record.service.clone();
         match outcome {
-            Outcome::Done => {
-                finish(&mut open.record, now, Outcome::Done, None);
+            Outcome::Done | Outcome::Relieved { .. } => {
+                finish(&mut open.record, now, outcome, None);
                 self.begin_verifying(now, open.record, id);
             }
             Outcome::NotNeeded | Outcome::Interrupted => {
@@ -241,6 +262,10 @@ impl IncidentMachine {
                         .last()
                         .is_some_and(|action| action.answered_before);
                 let verdict = if harm { Verdict::Harm } else { Verdict::NoEffect };
+                if let Some(action) = open.record.last_action() {
+                    let came = if harm { Came::Harm } else { Came::Wrong };
+                    self.note_evidence(&service, action, came);
+                }
                 finish(&mut open.record, now, outcome, Some(verdict));
                 if harm {
                     self.harmed(now, open.record);
@@ -271,7 +296,13 @@ impl IncidentMachine {
             self.begin_verifying(now, open.record, id);
             return;
         }
-        let found = if running {
+        let unseen = open
+            .record
+            .in_flight()
+            .is_some_and(|intent| !intent.action.renews_process());
+        let found = if running && unseen {
+            "what became of it is seen by looking at the service"
+        } else if running {
             "it had not been carried out"
         } else {
             "the service does not run"
@@ -283,10 +314,20 @@ impl IncidentMachine {
             seen.exit = Some("it did not run when the node had restarted".to_owned());
         }
         finish(&mut open.record, now, Outcome::Interrupted, None);
-        self.go_on(now, open.record);
+        if running && unseen {
+            // It may have been done, or in part: it is not done again, and the service tells.
+            if let Some(action) = open.record.actions.last_mut() {
+                action.acted.get_or_insert(now.when());
+            }
+            open.record.acted.get_or_insert(now.when());
+            self.begin_verifying(now, open.record, id);
+        } else {
+            self.go_on(now, open.record);
+        }
     }
 
-    pub(super) fn approve(&mut self, now: Now, incident: IncidentId) {
+    /// Approvals count for the present plan alone, each signer once, and only until it expires.
+    pub(super) fn approve(&mut self, now: Now, incident: IncidentId, plan: Option<&str>, by: Option<&str>) {
         let waits = |open: &Open| {
             matches!(open.phase, Phase::AwaitingApproval { .. } | Phase::Handed { .. })
                 && open.record.in_flight().is_none()
@@ -296,20 +337,118 @@ impl IncidentMachine {
             .values()
             .find(|open| open.record.id == incident && waits(open))
             .map(|open| open.record.service.clone());
-        let diagnosis = service
+        let Some((mut open, seen)) = service
             .as_ref()
-            .and_then(|service| self.services.get(service))
-            .and_then(diagnose);
-        match (service.and_then(|service| self.open.remove(&service)), diagnosis) {
-            (Some(mut open), Some(diagnosis)) => {
-                open.record.note(now, "a person approved the action".to_owned());
-                self.decide(now, open.record, diagnosis, true);
-            }
-            (Some(open), None) => {
-                self.ignored += 1;
+            .and_then(|service| Some((self.open.remove(service)?, self.services.get(service)?)))
+        else {
+            self.ignored += 1;
+            return;
+        };
+        // The clock may have run on in a sleep of the host before anybody looked at it.
+        if let Phase::AwaitingApproval { expires_at, .. } = open.phase
+            && expires_at <= now.monotonic
+        {
+            self.plan_again(now, open.record);
+            return;
+        }
+        let Some(diagnosis) = diagnose(seen) else {
+            self.ignored += 1;
+            self.put(open);
+            return;
+        };
+        if matches!(open.phase, Phase::AwaitingApproval { .. }) {
+            let present = open.record.plan.as_ref().map(Plan::hash);
+            let asked = open
+                .record
+                .plan
+                .as_ref()
+                .map_or_else(Default::default, |plan| seen.policy.approvals(plan.action));
+            let refused = if present.as_deref() != plan {
+                Some("an approval of another plan, or of one that has expired, was refused".to_owned())
+            } else if asked.signed && by.is_none() {
+                Some(format!(
+                    "an approval without signature was refused: {} are needed",
+                    asked.need
+                ))
+            } else {
+                open.record.approved_by.extend(by.map(str::to_owned));
+                let found = open.record.approved_by.len();
+                (asked.signed && found < asked.need as usize)
+                    .then(|| format!("{found} of {} people have approved", asked.need))
+            };
+            if let Some(words) = refused {
+                open.record.note(now, words);
+                self.outputs.push_back(Output::Updated(open.record.clone()));
                 self.put(open);
+                return;
             }
-            (None, _) => self.ignored += 1,
+        } else if plan.is_some() {
+            self.ignored += 1;
+            self.put(open);
+            return;
+        } else {
+            // Who signed an earlier plan has not signed what comes now.
+            open.record.plan = None;
+            open.record.approved_by.clear();
+        }
+        open.record.note(now, "a person approved the action".to_owned());
+        self.decide(now, open.record, diagnosis, true);
+    }
+
+    /// The plan expired before enough people had approved it: another one is open, and approvals of the old one count no more.
+    fn plan_again(&mut self, now: Now, mut record: Incident) {
+        let Some(action) = record.plan.as_ref().map(|plan| plan.action) else {
+            return self.put(Open {
+                record,
+                phase: Phase::Watching { undecided: true },
+            });
+        };
+        record.note(now, "the plan expired; approvals of it count no more".to_owned());
+        self.recommend(now, record, action);
+    }
+
+    fn recommend(&mut self, now: Now, mut record: Incident, action: ActionKind) {
+        let Some(seen) = self.services.get(&record.service) else {
+            return;
+        };
+        let ttl = seen.policy.approvals(action).ttl;
+        let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
+        let expires_at = now.monotonic.saturating_add(ttl);
+        record.approved_by.clear();
+        record.plan = Some(plan(now, &record, action, seen, &self.policy));
+        record.set_state(IncidentState::AwaitingApproval);
+        self.outputs.push_back(Output::Updated(record.clone()));
+        let reason = record
+            .hypotheses
+            .first()
+            .map_or("", |taken| taken.reason.as_str());
+        let words = format!("{action} is recommended for {}: {reason}", record.service);
+        self.notify(&record, NoticeKind::Recommended, words);
+        self.put(Open {
+            record,
+            phase: Phase::AwaitingApproval {
+                remind_at,
+                expires_at,
+            },
+        });
+    }
+
+    /// What came of a decision, for whoever may let the node act by itself.
+    pub(super) fn note_evidence(&mut self, service: &str, action: ActionKind, came: Came) {
+        let known = self
+            .evidence
+            .iter()
+            .position(|of| of.service == service && of.action == action);
+        let at = known.unwrap_or_else(|| {
+            self.evidence.push(Record {
+                service: service.to_owned(),
+                action,
+                counts: Counts::default(),
+            });
+            self.evidence.len() - 1
+        });
+        if let Some(of) = self.evidence.get_mut(at) {
+            of.counts.add(came);
         }
     }
 
@@ -322,7 +461,13 @@ impl IncidentMachine {
             .find(|open| open.record.id == incident && waits(&open.phase))
             .map(|open| open.record.service.clone());
         match service.and_then(|service| self.open.remove(&service)) {
-            Some(open) => self.hand_over(now, open.record, "a person declined the action".to_owned()),
+            Some(open) => {
+                if let Some(plan) = &open.record.plan {
+                    let (service, action) = (plan.service.clone(), plan.action);
+                    self.note_evidence(&service, action, Came::Wrong);
+                }
+                self.hand_over(now, open.record, "a person declined the action".to_owned());
+            }
             None => self.ignored += 1,
         }
     }
@@ -411,7 +556,10 @@ impl IncidentMachine {
             evidence: signs,
             evidence_dropped: 0,
             causes: Vec::new(),
+            hypotheses: Vec::new(),
             alternatives: Vec::new(),
+            plan: None,
+            approved_by: std::collections::BTreeSet::new(),
             actions: Vec::new(),
             verdict: None,
             handed_over: None,
@@ -430,7 +578,7 @@ impl IncidentMachine {
         let mendable = self
             .services
             .get(&open.record.service)
-            .is_some_and(|seen| !ladder(diagnosis.class, &seen.policy).is_empty());
+            .is_some_and(|seen| !ladder(diagnosis.class, seen).is_empty());
         if mendable
             && !open
                 .record
@@ -455,6 +603,10 @@ impl IncidentMachine {
         if !self.unrecorded.contains_key(&record.service) {
             record.handed_over = None;
         }
+        if !approved {
+            record.plan = None;
+            record.approved_by.clear();
+        }
         if record.class != diagnosis.class {
             record.note(
                 now,
@@ -478,6 +630,7 @@ impl IncidentMachine {
             halted: self.halted,
             demoted: self.demoted.contains(&record.service),
             healed_before: self.healed_before(now, &record),
+            evidence: &self.evidence,
             approved,
             now: now.monotonic,
         };
@@ -486,35 +639,51 @@ impl IncidentMachine {
             alternatives,
             ruled,
         } = decide(&record, &diagnosis, &with);
-        let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
+        record.hypotheses = hypotheses(seen)
+            .into_iter()
+            .take(Incident::HYPOTHESES_MAX)
+            .map(|found| Hypothesis {
+                class: found.class,
+                certainty: found.certainty,
+                reason: found.reason,
+            })
+            .collect();
         record.alternatives = alternatives;
+        // Whether the approval was of what is now to be done.
+        let holds = ruled.as_ref().is_some_and(|(facts, _)| facts.approved);
+        if approved && !holds && ruled.is_some() {
+            record.note(
+                now,
+                "what was approved is not what would be done now, so the approval counts no more".to_owned(),
+            );
+            record.plan = None;
+            record.approved_by.clear();
+        }
         if let Some((facts, ruling)) = ruled {
             self.note_ruling(now, facts, ruling);
         }
         self.update_score(&mut record);
         match decision {
             Decision::Act(action) => self.record_intent(now, record, action, diagnosis.reason),
-            Decision::Wait { until, .. } => {
+            Decision::Wait { action, until } => {
+                if holds
+                    && record.plan.is_none()
+                    && let Some(seen) = self.services.get(&record.service)
+                {
+                    // The word of a person who has the incident is for this action, also when its time comes.
+                    record.plan = Some(plan(now, &record, action, seen, &self.policy));
+                }
                 record.set_state(IncidentState::CoolingDown);
                 self.outputs.push_back(Output::Updated(record.clone()));
                 self.put(Open {
                     record,
-                    phase: Phase::CoolingDown { until, approved },
+                    phase: Phase::CoolingDown {
+                        until,
+                        approved: holds,
+                    },
                 });
             }
-            Decision::Recommend(action) => {
-                record.set_state(IncidentState::AwaitingApproval);
-                self.outputs.push_back(Output::Updated(record.clone()));
-                let words = format!(
-                    "{action} is recommended for {}: {}",
-                    record.service, diagnosis.reason
-                );
-                self.notify(&record, NoticeKind::Recommended, words);
-                self.put(Open {
-                    record,
-                    phase: Phase::AwaitingApproval { remind_at },
-                });
-            }
+            Decision::Recommend(action) => self.recommend(now, record, action),
             Decision::WouldAct(action) => {
                 record.set_state(IncidentState::Open);
                 self.outputs.push_back(Output::Updated(record.clone()));
@@ -547,6 +716,7 @@ impl IncidentMachine {
             policy: self.policy.clone(),
             facts,
             ruling,
+            previous: String::new(),
         };
         let timeless = |record: &RulingRecord| Facts {
             now_ms: 0,
@@ -571,18 +741,21 @@ impl IncidentMachine {
             .map(|seen| seen.policy.window.max(seen.policy.cooldown))
             .fold(self.node.window, Duration::max);
         self.ledger.charge(&record.service, action, now.monotonic, keep);
+        let session = self
+            .services
+            .get(&record.service)
+            .and_then(|seen| seen.session_of(action));
         let intent = Intent {
             id,
             incident: record.id,
             service: record.service.clone(),
             action,
+            class: record.class,
+            session,
             decided: now.when(),
             reason,
         };
-        let answered_before = self
-            .services
-            .get(&record.service)
-            .is_some_and(super::observe::Observed::answers);
+        let answered_before = self.services.get(&record.service).is_some_and(Observed::answers);
         record.actions.push(ActionRecord {
             intent: intent.clone(),
             answered_before,
@@ -604,7 +777,13 @@ impl IncidentMachine {
         let Some(seen) = self.services.get_mut(&record.service) else {
             return;
         };
-        seen.renew(now);
+        if record.last_action().is_none_or(ActionKind::renews_process) {
+            seen.renew(now);
+        } else {
+            // The process is the same: only what is seen from now on tells of the effect.
+            seen.ok_run = 0;
+            seen.sessions.await_effect();
+        }
         let from = if record.class.from_detector() {
             seen.settle_until
         } else {
@@ -669,16 +848,28 @@ impl IncidentMachine {
         u32::try_from(self.healed.iter().filter(same).count()).unwrap_or(u32::MAX)
     }
 
+    /// One harm of a brief interruption or worse takes the service down to recommending; of what touches one session, the second does.
     pub(super) fn harmed(&mut self, now: Now, record: Incident) {
-        self.demoted.insert(record.service.clone());
-        let action = record
-            .last_action()
-            .map_or_else(|| "the action".to_owned(), |action| action.to_string());
-        let words = format!(
-            "{action} harmed {}: it answered before and does not now. The node only recommends for it from now on",
-            record.service
-        );
-        self.notify(&record, NoticeKind::Demoted, words);
+        let last = record.last_action();
+        let action = last.map_or_else(|| "the action".to_owned(), |action| action.to_string());
+        let class = last.map(|action| {
+            self.services
+                .get(&record.service)
+                .map_or(RiskClass::of(action), |seen| seen.policy.class_of(action))
+        });
+        let harms = self
+            .evidence
+            .iter()
+            .find(|of| of.service == record.service && Some(of.action) == last)
+            .map_or(0, |of| of.counts.harm);
+        if class.is_none_or(|class| class > RiskClass::R1) || harms >= 2 {
+            self.demoted.insert(record.service.clone());
+            let words = format!(
+                "{action} harmed {}: it answered before and does not now. The node only recommends for it from now on",
+                record.service
+            );
+            self.notify(&record, NoticeKind::Demoted, words);
+        }
         self.hand_over(now, record, format!("{action} did harm"));
     }
 
@@ -802,6 +993,25 @@ impl IncidentMachine {
             .find(|(_, open)| wanted(&open.phase))
             .map(|(service, _)| service.clone());
         service.and_then(|service| self.open.remove(&service))
+    }
+}
+
+/// What a person is asked to approve now.
+fn plan(now: Now, record: &Incident, action: ActionKind, seen: &Observed, policy: &str) -> Plan {
+    let made = now.when();
+    let ttl_ms = u64::try_from(seen.policy.approvals(action).ttl.as_millis()).unwrap_or(u64::MAX);
+    Plan {
+        incident: record.id,
+        service: record.service.clone(),
+        action,
+        class: record.class,
+        session: seen.session_of(action),
+        policy: policy.to_owned(),
+        made,
+        expires: When {
+            monotonic_ms: made.monotonic_ms.saturating_add(ttl_ms),
+            unix_ms: made.unix_ms.saturating_add(ttl_ms),
+        },
     }
 }
 

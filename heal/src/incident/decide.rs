@@ -1,13 +1,15 @@
 //! From a diagnosis to a decision. Doing nothing is always a candidate.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::diagnose::Diagnosis;
 use super::observe::Observed;
 use crate::budget::Ledger;
+use crate::evidence::{Counts, Evidence};
 use crate::policy::evaluate::{Facts, Ruling, evaluate};
 use crate::policy::{HealPolicy, NodeBudget};
-use crate::types::{ActionKind, Alternative, FaultClass, Incident, Outcome};
+use crate::types::{ActionKind, ActionRecord, Alternative, FaultClass, Incident, Outcome, Plan};
 
 /// What to do now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub(super) struct Circumstances<'a> {
     pub(super) demoted: bool,
     /// Restarts within the window that were verified as healed for this class of trouble.
     pub(super) healed_before: u32,
+    /// What came of earlier decisions.
+    pub(super) evidence: &'a [Evidence],
     /// A person approved the action for this incident.
     pub(super) approved: bool,
     pub(super) now: Duration,
@@ -56,12 +60,13 @@ pub(super) struct Decided {
 pub(super) fn decide(incident: &Incident, diagnosis: &Diagnosis, with: &Circumstances<'_>) -> Decided {
     let class = diagnosis.class;
     let policy = &with.seen.policy;
-    let rungs = ladder(class, policy);
+    let whole = ladder(class, with.seen);
     let mut alternatives: Vec<Alternative> = ActionKind::ALL
         .into_iter()
-        .filter(|action| !rungs.contains(action))
+        .filter(|action| !whole.contains(action) && told(*action, class))
         .map(|action| not(action, format!("is not on the ladder of {class}")))
         .collect();
+    let rungs = listed(&whole, policy, &mut alternatives);
     let mut ruled = None;
     let decision = pick(incident, diagnosis, with, &rungs, &mut alternatives, &mut ruled);
     let nothing = match &decision {
@@ -114,7 +119,7 @@ fn pick(
         alternatives.push(not(ActionKind::Restart, format!("{class} inhibits it")));
         return Decision::Hold(reason);
     }
-    if policy.inhibit.contains(&class) {
+    if policy.inhibit.contains(&class) && rungs.iter().all(|action| policy.inhibits(class, *action)) {
         alternatives.extend(distinct(rungs).map(|action| not(action, format!("{class} inhibits it"))));
         return hand_over(format!("{class} inhibits every action: {}", diagnosis.reason));
     }
@@ -122,6 +127,16 @@ fn pick(
         let reason = "the service still answers, and restoring would lose what it wrote since the checkpoint";
         alternatives.push(not(ActionKind::RestoreAndStart, reason.to_owned()));
         return hand_over(format!("{}; {reason}", diagnosis.reason));
+    }
+    let of_sessions = matches!(class, FaultClass::ConnectionExhaustion | FaultClass::LockPileup);
+    if of_sessions && rungs.is_empty() && !policy.session_actions {
+        return hand_over(format!(
+            "its sessions are not touched where [service.sessions] is not written: {}",
+            diagnosis.reason
+        ));
+    }
+    if class == FaultClass::LockPileup && rungs.is_empty() {
+        return hand_over(format!("no action here may touch it: {}", diagnosis.reason));
     }
     let Some(action) = next_rung(incident, rungs) else {
         for action in distinct(rungs) {
@@ -137,6 +152,11 @@ fn pick(
         };
         return hand_over(format!("{why}: {}", diagnosis.reason));
     };
+    if action == ActionKind::TerminateBlocker && holds_it_next(incident, with.seen) {
+        let reason = "the session whose statement was cancelled has let go, and who holds the lock next is not to blame";
+        alternatives.push(not(action, reason.to_owned()));
+        return hand_over(format!("{reason}: {}", diagnosis.reason));
+    }
     let facts = with.facts(incident, diagnosis, action);
     let ruling = evaluate(policy, with.node, &facts);
     let mut chosen = |chosen: bool, reason: String| {
@@ -184,6 +204,7 @@ impl Circumstances<'_> {
         let (of_service, of_node) =
             self.ledger
                 .spent(&incident.service, &self.seen.policy, self.node, self.now);
+        let approved = self.approved && covers(incident.plan.as_ref(), diagnosis.class, action, self.seen);
         Facts {
             incident: incident.id.0,
             service: incident.service.clone(),
@@ -199,10 +220,39 @@ impl Circumstances<'_> {
             healed_before: self.healed_before,
             demoted: self.demoted,
             halted: self.halted,
-            approved: self.approved,
+            approved,
+            approved_by: if approved {
+                incident.approved_by.clone()
+            } else {
+                BTreeSet::new()
+            },
+            evidence: self
+                .evidence
+                .iter()
+                .find(|of| of.service == incident.service && of.action == action)
+                .map_or_else(Counts::default, |of| of.counts),
             now_ms: u64::try_from(self.now.as_millis()).unwrap_or(u64::MAX),
         }
     }
+}
+
+/// Whether what was approved is this: the plan's action for the plan's class on the plan's session. What a person has, has no plan, and
+/// their word is for whatever comes next.
+fn covers(plan: Option<&Plan>, class: FaultClass, action: ActionKind, seen: &Observed) -> bool {
+    plan.is_none_or(|plan| {
+        plan.action == action && plan.class == class && plan.session == seen.session_of(action)
+    })
+}
+
+/// Whether the root of the pile-up is another session than the one whose statement was cancelled in this incident.
+fn holds_it_next(incident: &Incident, seen: &Observed) -> bool {
+    let cancelled = incident
+        .actions
+        .iter()
+        .filter(|done| done.intent.action == ActionKind::CancelQuery && done.acted.is_some())
+        .filter_map(|done| done.intent.session)
+        .next_back();
+    cancelled.is_some_and(|cancelled| seen.session_of(ActionKind::TerminateBlocker) != Some(cancelled))
 }
 
 /// So that the number that is written down is, when read again, the very one that was judged by.
@@ -211,18 +261,71 @@ fn thousandths(share: f64) -> f64 {
 }
 
 /// Actions for a class, cheapest first. An action may stand on several rungs.
-pub(super) fn ladder(class: FaultClass, policy: &HealPolicy) -> Vec<ActionKind> {
+pub(super) fn ladder(class: FaultClass, seen: &Observed) -> Vec<ActionKind> {
+    let policy = &seen.policy;
+    let webhook = policy.webhook_for.contains(&class).then_some(ActionKind::Webhook);
+    let hook = policy.hook_for.contains(&class).then_some(ActionKind::Hook);
+    webhook
+        .into_iter()
+        .chain(hook)
+        .chain(own_ladder(class, seen))
+        .collect()
+}
+
+fn own_ladder(class: FaultClass, seen: &Observed) -> Vec<ActionKind> {
     match class {
-        FaultClass::Crash => vec![ActionKind::Start; policy.start_attempts as usize],
-        FaultClass::Hang | FaultClass::MemoryLeak | FaultClass::CpuContention => vec![ActionKind::Restart],
-        FaultClass::Corruption => vec![ActionKind::RestoreAndStart],
-        FaultClass::DiskFull | FaultClass::Overload | FaultClass::DependencyDown | FaultClass::Unknown => {
+        FaultClass::Crash => vec![ActionKind::Start; seen.policy.start_attempts as usize],
+        FaultClass::ConnectionExhaustion | FaultClass::LockPileup if !seen.policy.session_actions => {
             Vec::new()
         }
+        FaultClass::ConnectionExhaustion => vec![ActionKind::EndIdleSessions, ActionKind::Reload],
+        FaultClass::LockPileup => match seen.sessions.piled() {
+            Some(pile) if !pile.touchable => Vec::new(),
+            // What runs no statement has none to cancel.
+            Some(pile) if !pile.running => vec![ActionKind::TerminateBlocker],
+            _ => vec![ActionKind::CancelQuery, ActionKind::TerminateBlocker],
+        },
+        FaultClass::Hang | FaultClass::MemoryLeak | FaultClass::CpuContention => vec![ActionKind::Restart],
+        FaultClass::Corruption => vec![ActionKind::RestoreAndStart],
+        FaultClass::DiskFull if seen.disk_full.is_some() && seen.relievable > 0 => {
+            vec![ActionKind::RelieveSpace]
+        }
+        FaultClass::DiskFull
+        | FaultClass::DiskSlow
+        | FaultClass::CpuStarvation
+        | FaultClass::Overload
+        | FaultClass::DependencyDown
+        | FaultClass::Unknown => Vec::new(),
     }
 }
 
-/// The first rung that this incident has not used up. An action that never took place does not use one up.
+/// Actions of the other kind are left out of what people read: a service without sessions has none to cancel.
+fn told(action: ActionKind, class: FaultClass) -> bool {
+    match action {
+        ActionKind::RelieveSpace => class == FaultClass::DiskFull,
+        ActionKind::Hook | ActionKind::Webhook => false,
+        _ if action.renews_process() => true,
+        _ => matches!(class, FaultClass::ConnectionExhaustion | FaultClass::LockPileup),
+    }
+}
+
+/// Rungs that the policy lists, the others told as alternatives. Where it lists none of them they all stay, so that it says so itself.
+fn listed(whole: &[ActionKind], policy: &HealPolicy, alternatives: &mut Vec<Alternative>) -> Vec<ActionKind> {
+    let Some(rules) = &policy.rules else {
+        return whole.to_vec();
+    };
+    let (listed, left): (Vec<ActionKind>, Vec<ActionKind>) =
+        whole.iter().partition(|action| rules.contains_key(action));
+    if listed.is_empty() {
+        return whole.to_vec();
+    }
+    let why = "the policy does not list it for this service";
+    alternatives.extend(distinct(&left).map(|action| not(action, why.to_owned())));
+    listed
+}
+
+/// The first rung that this incident has not used up. An action that never took place does not use one up. What became of a start is found
+/// out by looking at the process; what became of anything else cannot be, so its durable intent uses up the rung.
 fn next_rung(incident: &Incident, rungs: &[ActionKind]) -> Option<ActionKind> {
     distinct(rungs).find(|action| {
         let allowed = rungs.iter().filter(|rung| *rung == action).count();
@@ -230,10 +333,18 @@ fn next_rung(incident: &Incident, rungs: &[ActionKind]) -> Option<ActionKind> {
             .actions
             .iter()
             .filter(|done| done.intent.action == *action)
-            .filter(|done| !matches!(done.outcome, Some(Outcome::NotNeeded | Outcome::Interrupted)))
+            .filter(|done| used_up(done))
             .count();
         tried < allowed
     })
+}
+
+fn used_up(done: &ActionRecord) -> bool {
+    match done.outcome {
+        Some(Outcome::NotNeeded) => false,
+        Some(Outcome::Interrupted) => !done.intent.action.renews_process(),
+        _ => true,
+    }
 }
 
 fn distinct(rungs: &[ActionKind]) -> impl Iterator<Item = ActionKind> + '_ {

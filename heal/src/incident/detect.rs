@@ -33,6 +33,7 @@ impl Observed {
             || self.anomalous
             || self.corrupt.is_some()
             || self.disk_full.is_some()
+            || self.sessions.is_sick()
     }
 
     /// Whether it does not serve those that call it, or did not at the last look: one failed probe is no symptom of its own but reason
@@ -47,6 +48,7 @@ impl Observed {
             && !self.is_sick()
             && self.stopped_run == 0
             && self.anomaly.is_none()
+            && !self.sessions.suspect()
             && (!self.probed || self.ok_run >= self.policy.verify_probes)
     }
 }

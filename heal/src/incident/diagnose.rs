@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use super::observe::Observed;
+use super::sessions::Inside;
 use crate::types::{Cause, FaultClass};
 
 /// What the trouble is taken to be.
@@ -15,53 +16,155 @@ pub(super) struct Diagnosis {
     pub(super) certainty: f64,
 }
 
-/// The class of the present symptoms; `None` when nothing is confirmed. The order matters: what forbids a restart comes first,
-/// then hard facts of the process, then what the detector suspects.
+/// The class of the present symptoms; `None` when nothing is confirmed, or when what is confirmed waits for word that may turn it.
 pub(super) fn diagnose(seen: &Observed) -> Option<Diagnosis> {
-    let (class, certainty, reason) = if let Some(free) = seen.disk_full {
-        (
-            FaultClass::DiskFull,
-            1.0,
-            format!("{free} bytes are left on its file system, so a restart cannot help"),
-        )
-    } else if let Some(detail) = &seen.corrupt {
-        (
-            FaultClass::Corruption,
-            CHECKED,
-            format!("its state did not pass the check: {detail}"),
-        )
-    } else if let Some(status) = &seen.exit {
-        (FaultClass::Crash, 1.0, format!("its process ended: {status}"))
-    } else if seen.stopped {
-        (
-            FaultClass::Hang,
-            1.0,
-            "its process is stopped (state T)".to_owned(),
-        )
-    } else if let Some(down) = seen.dependency_down.as_ref().filter(|_| seen.unresponsive) {
-        (
-            FaultClass::DependencyDown,
-            DEPENDENCY,
-            format!("{down}, which it calls, is down: a restart of this one cannot help"),
-        )
-    } else if seen.unresponsive {
-        let failed = seen.probes.iter().filter(|ok| !**ok).count();
-        let reason = format!(
-            "{failed} of the last {} probes failed while its process lives",
-            seen.probes.len()
-        );
-        (FaultClass::Hang, PROBED, reason)
-    } else if seen.anomalous {
-        let causes = seen.anomaly.as_ref().map_or(&[][..], |anomaly| &anomaly.causes);
-        suspect(causes, &seen.leaders)
-    } else {
-        return None;
+    hypotheses(seen).into_iter().next()
+}
+
+/// Everything that the present symptoms speak for. The order matters, and the first is what is gone by: what forbids a restart comes
+/// first, then hard facts of the process, then what the server says of its own sessions, then what probes and the detector suspect.
+pub(super) fn hypotheses(seen: &Observed) -> Vec<Diagnosis> {
+    let mut found = Vec::new();
+    let mut add = |class, certainty, reason| {
+        found.push(Diagnosis {
+            class,
+            reason,
+            certainty,
+        });
     };
-    Some(Diagnosis {
-        class,
-        reason,
-        certainty,
-    })
+    if let Some(free) = seen.disk_full {
+        let reason = format!("{free} bytes are left on its file system, so a restart cannot help");
+        add(FaultClass::DiskFull, 1.0, reason);
+    }
+    if let Some(detail) = &seen.corrupt {
+        let reason = format!("its state did not pass the check: {detail}");
+        add(FaultClass::Corruption, CHECKED, reason);
+    }
+    if let Some(status) = &seen.exit {
+        add(FaultClass::Crash, 1.0, format!("its process ended: {status}"));
+    }
+    if seen.stopped {
+        let reason = "its process is stopped (state T)".to_owned();
+        add(FaultClass::Hang, 1.0, reason);
+    }
+    // A process that ended or is stopped has no sessions to speak of, and one that is silent none that could be touched: what was seen of
+    // them is from before.
+    let silent = seen.unresponsive && seen.sessions.out_of_date();
+    if seen.exit.is_none() && !seen.stopped && !silent {
+        of_sessions(seen, &mut add);
+    }
+    if let Some(down) = seen.dependency_down.as_ref().filter(|_| seen.unresponsive) {
+        let reason = format!("{down}, which it calls, is down: a restart of this one cannot help");
+        add(FaultClass::DependencyDown, DEPENDENCY, reason);
+    }
+    if seen.unresponsive {
+        of_silence(seen, &mut add);
+    }
+    if seen.anomalous {
+        let causes = seen.anomaly.as_ref().map_or(&[][..], |anomaly| &anomaly.causes);
+        let (class, certainty, reason) = suspect(causes, &seen.leaders);
+        add(class, certainty, reason);
+    }
+    found
+}
+
+fn of_sessions(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
+    if let Some(shortage) = seen.sessions.exhausted() {
+        let (certainty, reason) = match &shortage.refused {
+            Some(words) => (1.0, format!("the server refuses clients: {words}")),
+            None => (
+                LOOKED,
+                format!(
+                    "{} of the slots for clients are free, fewer than {}",
+                    shortage.free, shortage.free_min
+                ),
+            ),
+        };
+        add(FaultClass::ConnectionExhaustion, certainty, reason);
+    }
+    if let Some(pile) = seen.sessions.piled() {
+        let does = if pile.running {
+            "runs a statement"
+        } else {
+            "is idle in its transaction"
+        };
+        let spared = if pile.touchable {
+            ""
+        } else {
+            "; it may not be touched"
+        };
+        let reason = format!(
+            "{} sessions wait behind process {}, which {does}, the longest for {} s{spared}",
+            pile.behind, pile.pid, pile.waited_s
+        );
+        add(FaultClass::LockPileup, LOOKED, reason);
+    }
+}
+
+fn of_silence(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
+    let failed = seen.probes.iter().filter(|ok| !**ok).count();
+    let failed = format!("{failed} of the last {} probes failed", seen.probes.len());
+    match seen.sessions.inside() {
+        Inside::Nothing => {
+            of_pressure(seen, &failed, add);
+            let reason = format!("{failed} while its process lives");
+            add(FaultClass::Hang, PROBED, reason);
+        }
+        // It is asked over the slot that it keeps back; a restart before its answer might throw out every client for nothing.
+        Inside::Awaited => {}
+        Inside::Answers => add(
+            FaultClass::Unknown,
+            0.0,
+            format!("{failed}, but the server answers over the slot that it keeps back"),
+        ),
+    }
+}
+
+/// Why a living process may not answer, other than that it hangs: in each of these it does what it can, and a restart takes that away.
+fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f64, String)) {
+    let pressure = seen.pressure;
+    let (uses_cpu, waits_for_cpu) = (
+        pressure.uses_cpu.unwrap_or(0.0),
+        pressure.waits_for_cpu.unwrap_or(0.0),
+    );
+    if let Some(hint) = seen
+        .log_hint
+        .as_ref()
+        .filter(|hint| hint.class == FaultClass::DiskFull)
+    {
+        let reason = format!("{failed}, and its output says: {}", hint.template);
+        add(FaultClass::DiskFull, HINTED, reason);
+    }
+    if let (Some(threads), Some(host)) = (pressure.waits_for_disk, pressure.host_io_full)
+        && threads >= THREADS_WAIT
+        && host >= IO_FULL
+    {
+        let reason = format!(
+            "{failed} while {threads:.1} of its threads wait for the disk and the whole host does for {:.0} % of the time",
+            100.0 * host
+        );
+        add(FaultClass::DiskSlow, PRESSED, reason);
+    }
+    if waits_for_cpu >= THREADS_WAIT && uses_cpu < OWN_CPU {
+        let reason = format!(
+            "{failed} while {waits_for_cpu:.1} of its threads are ready to run and wait, and it has {:.0} % of the processors: others \
+             have the rest",
+            100.0 * uses_cpu
+        );
+        add(FaultClass::CpuStarvation, PRESSED, reason);
+    }
+    if let Some(crowd) = pressure.crowd
+        && seen.answers_between
+        && uses_cpu >= OWN_CPU
+        && crowd >= CROWD
+    {
+        let reason = format!(
+            "{failed}, others between them were answered, it uses {:.0} % of the processors, and {crowd:.1} times the usual number of \
+             clients is connected: it has more to do than it can",
+            100.0 * uses_cpu
+        );
+        add(FaultClass::Overload, PRESSED, reason);
+    }
 }
 
 /// The class that an anomaly's leading causes point to. A family of the service's resources is to blame when one of its channels,
@@ -134,6 +237,20 @@ pub(super) fn family_of(cause: &Cause) -> Option<Family> {
 
 /// A state check that failed twice says so. A judgement: checks have faults of their own.
 const CHECKED: f64 = 0.95;
+/// Two looks at the server's own views in a row. A judgement: what they show may pass by itself.
+const LOOKED: f64 = 0.95;
+/// The kernel's word on what its threads wait for, beside probes that fail. A judgement.
+const PRESSED: f64 = 0.8;
+/// Its own output says so. A judgement.
+const HINTED: f64 = 0.7;
+/// Threads that wait, in the mean, from which a service counts as kept from running: one, half of the time.
+const THREADS_WAIT: f64 = 0.5;
+/// Share of the host's processors from which a service's load is its own.
+const OWN_CPU: f64 = 0.5;
+/// So many times the usual clients make the difference between a load and a loop of its own.
+const CROWD: f64 = 3.0;
+/// Share of time in which everything on the host waits for the disk.
+const IO_FULL: f64 = 0.4;
 /// Probes that fail while the process lives: a hang, or a way to it that is broken. A judgement.
 const PROBED: f64 = 0.9;
 /// A dependency is down and this service does not answer: nearly always because of it. A judgement.

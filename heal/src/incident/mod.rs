@@ -8,13 +8,15 @@
 //!
 //! One incident is open for a service at a time, and what happens to the service meanwhile joins it. One action at a time is under
 //! way for a service. An action is charged to its budget when it is decided, recorded durably before it begins, and after a restart
-//! of the node its outcome is found out by looking, never by doing it again.
+//! of the node its outcome is found out by looking. What renews the process and is found not to have happened is decided anew; anything
+//! else counts as done once its intent was durable, and is verified.
 
 mod act;
 mod decide;
 mod detect;
 mod diagnose;
 mod observe;
+mod sessions;
 mod verify;
 mod why;
 
@@ -25,11 +27,12 @@ use serde::{Deserialize, Serialize};
 
 use self::observe::Observed;
 use crate::budget::{Charge, Ledger};
+use crate::evidence::Evidence as Record;
 use crate::policy::evaluate::{self, RulingRecord};
 use crate::policy::{HealPolicy, NodeBudget};
 use crate::types::{
     ActionKind, Cause, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Notice,
-    NoticeKind, Now, Outcome,
+    NoticeKind, Now, Outcome, SessionId,
 };
 
 /// State of a process as `/proc/PID/stat` tells it.
@@ -39,6 +42,59 @@ pub enum ProcessState {
     Alive,
     /// Stopped (`T` or `t`).
     Stopped,
+}
+
+/// What a database server's own views tell of its sessions, as its healer was let in to see them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SessionsSeen {
+    /// The session that most others wait for, where enough of them have waited for long enough.
+    pub pile_up: Option<PileUp>,
+    /// Slots that ordinary clients can still have.
+    pub free: u32,
+    /// Below so many they count as exhausted.
+    pub free_min: u32,
+}
+
+/// What the kernel tells of a service's threads since the last look, and of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct PressureSeen {
+    /// Its threads that were ready to run and waited for a processor, in the mean; 0 or more.
+    pub waits_for_cpu: Option<f64>,
+    /// Its threads that waited for a disk (state `D`), in the mean of the latest looks; 0 or more.
+    pub waits_for_disk: Option<f64>,
+    /// Share of all the host's processors that it used, 0 to 1.
+    pub uses_cpu: Option<f64>,
+    /// Clients that are connected now, against what is usual while it is well; `None` where that is not known or they are few.
+    pub crowd: Option<f64>,
+    /// Share of the latest time in which everything on the host that could run waited for a disk, 0 to 1.
+    pub host_io_full: Option<f64>,
+}
+
+/// One session that others wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PileUp {
+    /// Its process.
+    pub pid: i32,
+    /// A digest of its start, see [`SessionId::birth`].
+    pub birth: u64,
+    /// Sessions behind it.
+    pub behind: u32,
+    /// Whole seconds that the longest of them has waited.
+    pub waited_s: u64,
+    /// Whether it runs a statement, so that there is one to cancel.
+    pub running: bool,
+    /// Whether it may be touched at all.
+    pub touchable: bool,
+}
+
+impl PileUp {
+    /// The session that others wait for.
+    pub fn id(&self) -> SessionId {
+        SessionId {
+            pid: self.pid,
+            birth: self.birth,
+        }
+    }
 }
 
 /// What the machine is told.
@@ -121,6 +177,52 @@ pub enum Input {
         /// The service.
         service: String,
     },
+    /// The sessions of a database server were looked at, over a slot that is kept back from ordinary clients.
+    Sessions {
+        /// The service.
+        service: String,
+        /// What was seen.
+        seen: SessionsSeen,
+    },
+    /// The server let nobody in to look at its sessions.
+    SessionsUnseen {
+        /// The service.
+        service: String,
+        /// Why.
+        detail: String,
+    },
+    /// The server itself refused an ordinary client for want of a slot.
+    SessionsRefused {
+        /// The service.
+        service: String,
+        /// Its words.
+        detail: String,
+    },
+    /// What could be moved away on a full file system.
+    Relievable {
+        /// The service.
+        service: String,
+        /// In bytes; 0 where nothing is listed or eligible.
+        bytes: u64,
+    },
+    /// What keeps the service's threads from running.
+    Pressure {
+        /// The service.
+        service: String,
+        /// What was seen.
+        seen: PressureSeen,
+    },
+    /// The service's output says unusually often that something failed.
+    LogErrors {
+        /// The service.
+        service: String,
+        /// Lines since the last look.
+        lines: u32,
+        /// The most frequent one, with everything that varies taken out.
+        template: String,
+        /// What such a line speaks for, where it is known.
+        hint: Option<FaultClass>,
+    },
     /// The service's failure risk at the shortest horizon. Policies may ask for it; nothing else goes by it.
     Risk {
         /// The service.
@@ -156,10 +258,14 @@ pub enum Input {
         /// Whether the running process was started for this intent.
         took_effect: bool,
     },
-    /// A person approves the recommended action.
+    /// A person approves the recommended action. The caller has checked the signature.
     Approve {
         /// The incident.
         incident: IncidentId,
+        /// Digest of the plan that was approved; `None` for an incident that a person has, which has no plan.
+        plan: Option<String>,
+        /// Whose signature it is; `None` for the word of somebody at the host.
+        by: Option<String>,
     },
     /// A person declines the recommended action: the incident is theirs.
     Deny {
@@ -226,6 +332,9 @@ pub struct MachineState {
     pub last_intent: u64,
     /// Actions that may still count against a budget.
     pub charges: Vec<Charge>,
+    /// What came of actions, as evidence for letting the node act by itself.
+    #[serde(default)]
+    pub evidence: Vec<Record>,
     /// Services that an action harmed.
     pub demoted: BTreeSet<String>,
     /// Restarts that healed trouble found by the detector alone, see [`HealPolicy::anomaly_restarts`].
@@ -270,6 +379,7 @@ pub struct IncidentMachine {
     open: BTreeMap<String, Open>,
     ledger: Ledger,
     demoted: BTreeSet<String>,
+    evidence: Vec<Record>,
     healed: Vec<HealedRestart>,
     /// Services whose last intent could not be recorded, with the time of the next reminder.
     unrecorded: BTreeMap<String, Duration>,
@@ -294,7 +404,10 @@ enum Phase {
     /// More observations; `undecided` asks for a decision at the next diagnosis.
     Watching { undecided: bool },
     /// A person's word.
-    AwaitingApproval { remind_at: Duration },
+    AwaitingApproval {
+        remind_at: Duration,
+        expires_at: Duration,
+    },
     /// The end of a cool-down.
     CoolingDown { until: Duration, approved: bool },
     /// The intent to be durable.
@@ -329,6 +442,7 @@ impl IncidentMachine {
             open: BTreeMap::new(),
             ledger: Ledger::default(),
             demoted: BTreeSet::new(),
+            evidence: Vec::new(),
             healed: Vec::new(),
             unrecorded: BTreeMap::new(),
             halted: false,
@@ -349,6 +463,7 @@ impl IncidentMachine {
         machine.latest = now.monotonic;
         machine.ledger = Ledger::restore(state.charges, state.clock_id == machine.clock_id, now.monotonic);
         machine.demoted = state.demoted;
+        machine.evidence = state.evidence;
         // On another clock nothing is known of their age, so they count as made now.
         let (same_clock, now_ms) = (state.clock_id == machine.clock_id, now.when().monotonic_ms);
         machine.healed = state.healed;
@@ -394,6 +509,12 @@ impl IncidentMachine {
             | Input::StateGood { service }
             | Input::DiskFull { service, .. }
             | Input::Risk { service, .. }
+            | Input::Relievable { service, .. }
+            | Input::Pressure { service, .. }
+            | Input::LogErrors { service, .. }
+            | Input::Sessions { service, .. }
+            | Input::SessionsUnseen { service, .. }
+            | Input::SessionsRefused { service, .. }
             | Input::DiskRelieved { service } => {
                 let service = service.clone();
                 self.observe(now, &service, &input);
@@ -407,7 +528,9 @@ impl IncidentMachine {
                 running,
                 took_effect,
             } => self.reconciled(now, *id, *running, *took_effect),
-            Input::Approve { incident } => self.approve(now, *incident),
+            Input::Approve { incident, plan, by } => {
+                self.approve(now, *incident, plan.as_deref(), by.as_deref());
+            }
             Input::Deny { incident } => self.deny(now, *incident),
             Input::NewNormal { incident } => self.new_normal(now, *incident),
             Input::Promote { service } => {
@@ -468,6 +591,7 @@ impl IncidentMachine {
             last_intent: self.last_intent,
             charges: self.ledger.charges().to_vec(),
             demoted: self.demoted.clone(),
+            evidence: self.evidence.clone(),
             healed: self.healed.clone(),
             probed: self
                 .services
@@ -561,7 +685,10 @@ impl Phase {
     fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Watching { .. } | Self::Reconciling { .. } => None,
-            Self::AwaitingApproval { remind_at } => Some(*remind_at),
+            Self::AwaitingApproval {
+                remind_at,
+                expires_at,
+            } => Some(*remind_at.min(expires_at)),
             Self::Handed { remind_at, retry_at } => {
                 Some(retry_at.map_or(*remind_at, |retry| retry.min(*remind_at)))
             }

@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::diagnose::{Family, family_of};
-use super::{Input, ProcessState};
+use super::sessions::Sessions;
+use super::{Input, PressureSeen, ProcessState};
 use crate::policy::HealPolicy;
-use crate::types::{Cause, Evidence, Incident, Now};
+use crate::types::{ActionKind, Cause, Evidence, FaultClass, Incident, Now, SessionId};
 
 /// Observations of one service. Everything in it is bounded.
 #[derive(Debug)]
@@ -49,14 +50,34 @@ pub(super) struct Observed {
     pub(super) anomalous: bool,
     pub(super) corrupt: Option<String>,
     pub(super) disk_full: Option<u64>,
+    /// Bytes that could be moved away there.
+    pub(super) relievable: u64,
+    /// What keeps its threads from running, at the latest look.
+    pub(super) pressure: PressureSeen,
+    /// Since its probes began to fail one was answered well: it works, though not always in time.
+    pub(super) answers_between: bool,
+    /// What the latest burst of errors in its output speaks for, until it answers again, a disk has room again, or a minute has passed.
+    pub(super) log_hint: Option<LogHint>,
     /// A service that this one calls and that does not serve.
     pub(super) dependency_down: Option<String>,
+    /// What is known of its sessions; nothing where nobody looks at them.
+    pub(super) sessions: Sessions,
     /// The chance of failing within the shortest horizon.
     pub(super) risk: Option<f64>,
     /// Anomalies before this moment open nothing.
     pub(super) settle_until: Duration,
     /// Signs that are not yet cleared, oldest first; at most [`SIGNS_MAX`].
     pub(super) signs: Vec<Evidence>,
+}
+
+/// What a burst of errors speaks for.
+#[derive(Debug, Clone)]
+pub(super) struct LogHint {
+    pub(super) class: FaultClass,
+    /// The line, with everything that varies taken out.
+    pub(super) template: String,
+    /// When it was seen.
+    at: Duration,
 }
 
 /// The latest anomalous verdict.
@@ -91,7 +112,12 @@ impl Observed {
             anomalous: false,
             corrupt: None,
             disk_full: None,
+            relievable: 0,
+            pressure: PressureSeen::default(),
+            answers_between: false,
+            log_hint: None,
             dependency_down: None,
+            sessions: Sessions::default(),
             risk: None,
             settle_until: Duration::ZERO,
             signs: Vec::new(),
@@ -100,6 +126,14 @@ impl Observed {
 
     /// Takes one observation. Its words, when it is worth keeping in an incident.
     pub(super) fn take(&mut self, now: Now, input: &Input) -> Option<String> {
+        // Clients can have a line written: it may hold back a restart for a while, not for good.
+        if self
+            .log_hint
+            .as_ref()
+            .is_some_and(|hint| now.monotonic.saturating_sub(hint.at) > HINT_LASTS)
+        {
+            self.log_hint = None;
+        }
         let words = match input {
             Input::Probe {
                 ok, latency, detail, ..
@@ -116,6 +150,7 @@ impl Observed {
                 self.corrupt = None;
                 self.stopped_run = 0;
                 self.stopped = false;
+                self.sessions = Sessions::default();
                 Some(format!("the process ended: {}", brief(status)))
             }
             Input::Process { state, .. } => self.process(*state),
@@ -155,7 +190,40 @@ impl Observed {
                 let new = self.disk_full.replace(*free_bytes).is_none();
                 new.then(|| format!("the file system is full: {free_bytes} bytes are left"))
             }
+            Input::Relievable { bytes, .. } => {
+                self.relievable = *bytes;
+                return None;
+            }
+            Input::Pressure { seen, .. } => {
+                self.pressure = *seen;
+                return None;
+            }
+            Input::LogErrors {
+                lines,
+                template,
+                hint,
+                ..
+            } => {
+                let template = brief(template);
+                if let Some(class) = hint {
+                    self.log_hint = Some(LogHint {
+                        class: *class,
+                        template: template.clone(),
+                        at: now.monotonic,
+                    });
+                }
+                Some(format!(
+                    "its output tells of {lines} errors, most often: {template}"
+                ))
+            }
+            Input::Sessions { seen, .. } => self.sessions.look(*seen),
+            Input::SessionsUnseen { detail, .. } => {
+                self.sessions.unseen(brief(detail));
+                return None;
+            }
+            Input::SessionsRefused { detail, .. } => self.sessions.refused(brief(detail)),
             Input::DiskRelieved { .. } => {
+                self.log_hint = None;
                 return self
                     .disk_full
                     .take()
@@ -188,9 +256,19 @@ impl Observed {
         self.unresponsive = false;
         self.stopped_run = 0;
         self.stopped = false;
+        self.sessions = Sessions::default();
+        self.pressure = PressureSeen::default();
+        self.answers_between = false;
+        self.log_hint = None;
         self.forget_alarm();
         self.signs.clear();
         self.settle_until = now.monotonic.saturating_add(self.policy.settle);
+    }
+
+    /// The session that an action would touch now.
+    pub(super) fn session_of(&self, action: ActionKind) -> Option<SessionId> {
+        let touches = matches!(action, ActionKind::CancelQuery | ActionKind::TerminateBlocker);
+        self.sessions.piled().filter(|_| touches).map(|pile| pile.id())
     }
 
     /// Whether the service serves at present: it answers probes, or, where it is not probed, its process runs.
@@ -226,9 +304,13 @@ impl Observed {
         if ok {
             self.ok_run = self.ok_run.saturating_add(1);
             self.bad_run = 0;
+            self.sessions.probed_well();
+            self.answers_between = self.ok_run < self.policy.verify_probes && self.probes.contains(&false);
             if self.ok_run >= self.policy.verify_probes {
                 self.served = true;
+                self.log_hint = None;
                 if !self.anomalous
+                    && !self.sessions.suspect()
                     && self.exit.is_none()
                     && self.anomaly.is_none()
                     && self.disk_full.is_none()
@@ -243,6 +325,7 @@ impl Observed {
         }
         self.ok_run = 0;
         self.bad_run = self.bad_run.saturating_add(1);
+        self.sessions.probe_failed();
         let words = format!("probe failed after {} ms: {}", latency.as_millis(), brief(detail));
         (self.bad_run <= self.policy.probe_window).then_some(words)
     }
@@ -305,6 +388,8 @@ impl Observed {
     }
 }
 
+/// Time for which a burst of errors in the output is heeded.
+const HINT_LASTS: Duration = Duration::from_mins(1);
 /// How a sign of the detector begins.
 pub(super) const ALARM_WORDS: &str = "anomaly score";
 /// Normal rows in a row after settling that prove the alarm gone.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::policy::Autonomy;
-use crate::types::{FaultClass, Verdict};
+use crate::types::{FaultClass, Plan, Verdict};
 
 /// A machine with the services `a` and `b`, and a clock in milliseconds.
 struct Story {
@@ -83,6 +83,13 @@ impl Story {
 
     fn probes(&mut self, ok: bool, count: usize) -> Vec<Output> {
         (0..count).flat_map(|_| self.probe(ok)).collect()
+    }
+
+    /// Somebody at the host approves the plan as it stands.
+    fn approve(&mut self) -> Vec<Output> {
+        let incident = self.incident().unwrap();
+        let (id, plan) = (incident.id, incident.plan.as_ref().map(Plan::hash));
+        self.tell(approve(id, plan.as_deref(), None))
     }
 
     fn crash(&mut self) -> Vec<Output> {
@@ -466,7 +473,7 @@ fn trouble_that_returns_after_two_healing_restarts_is_handed_over_also_after_a_r
     assert!(incident.actions.is_empty());
     // A person may still have it done, and an hour later it is new again.
     let id = incident.id;
-    story.tell(Input::Approve { incident: id });
+    story.tell(approve(id, None, None));
     story.carry_out(Outcome::Done);
     story.cleared();
     story.probes(true, 3);
@@ -623,8 +630,7 @@ fn a_restore_may_need_approval_where_a_start_does_not() {
     story.crash();
     story.carry_out(corrupt(false));
     assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-    let id = story.incident().unwrap().id;
-    story.tell(Input::Approve { incident: id });
+    story.approve();
     assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::RestoreAndStart);
 }
 
@@ -880,11 +886,9 @@ fn a_recommended_action_is_done_once_approved_and_not_when_denied() {
     let id = story.incident().unwrap().id;
     story.tell(Input::Deny { incident: id });
     assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
-    story.tell(Input::Approve {
-        incident: IncidentId(99),
-    });
+    story.tell(approve(IncidentId(99), None, None));
     assert_eq!(story.machine.ignored_inputs(), 1);
-    story.tell(Input::Approve { incident: id });
+    story.tell(approve(id, None, None));
     assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
 }
 
@@ -1178,4 +1182,799 @@ fn why_tells_what_was_seen_considered_and_done() {
     ] {
         assert!(why.contains(words), "`{words}` is missing in\n{why}");
     }
+}
+
+fn looks(story: &mut Story, pile_up: Option<PileUp>, free: u32) {
+    for _ in 0..2 {
+        story.ms += 100;
+        story.tell(Input::Sessions {
+            service: "a".into(),
+            seen: SessionsSeen {
+                pile_up,
+                free,
+                free_min: 5,
+            },
+        });
+    }
+}
+
+fn pile(running: bool, touchable: bool) -> PileUp {
+    PileUp {
+        pid: 41,
+        birth: 1,
+        behind: 4,
+        waited_s: 6,
+        running,
+        touchable,
+    }
+}
+
+fn relieved() -> Outcome {
+    Outcome::Relieved {
+        detail: "4 sessions waited behind process 41; it was ended".to_owned(),
+    }
+}
+
+#[test]
+fn a_pile_up_behind_an_idle_transaction_is_ended_at_its_root_and_verified_by_looks_and_probes() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(false, true)), 20);
+    let intent = story.carry_out(relieved());
+    assert_eq!(intent.action, ActionKind::TerminateBlocker);
+    story.probes(true, 3);
+    assert!(
+        story.incident().is_some(),
+        "good probes alone do not tell that the pile-up is gone"
+    );
+    looks(&mut story, None, 20);
+    let closed = story.closed();
+    assert_eq!(
+        (closed.class, closed.state, closed.verdict),
+        (
+            FaultClass::LockPileup,
+            IncidentState::Healed,
+            Some(Verdict::Healed)
+        )
+    );
+    let why = closed.why();
+    for words in [
+        "Restart helps: no.",
+        "Taken for lock_pileup (probability 0.95): 4 sessions wait behind process 41",
+        "done: 4 sessions waited behind process 41; it was ended; verified: healed",
+        "expected: nobody waits for that session",
+        "restart            is not on the ladder of lock_pileup",
+    ] {
+        assert!(why.contains(words), "{words} is missing:\n{why}");
+    }
+}
+
+#[test]
+fn a_running_statement_is_cancelled_first_and_its_session_ended_when_that_had_no_effect() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(true, true)), 20);
+    assert_eq!(story.carry_out(relieved()).action, ActionKind::CancelQuery);
+    looks(&mut story, Some(pile(true, true)), 20);
+    story.probes(true, 3);
+    story.pass(31_000);
+    assert_eq!(story.carry_out(relieved()).action, ActionKind::TerminateBlocker);
+    looks(&mut story, Some(pile(true, true)), 20);
+    story.probes(true, 3);
+    story.pass(31_000);
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.state, IncidentState::HandedToHuman);
+    assert!(
+        incident
+            .actions
+            .iter()
+            .all(|done| !done.intent.action.renews_process())
+    );
+    // What a person does ends it.
+    looks(&mut story, None, 20);
+    assert_eq!(story.closed().state, IncidentState::Recovered);
+}
+
+#[test]
+fn a_root_that_may_not_be_touched_is_a_persons() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(false, false)), 20);
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.state, IncidentState::HandedToHuman);
+    assert!(incident.actions.is_empty());
+    assert!(
+        incident
+            .handed_over
+            .as_deref()
+            .unwrap()
+            .contains("may not be touched")
+    );
+}
+
+#[test]
+fn a_refused_client_is_no_hang_and_never_restarts_the_server() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, None, 20);
+    for _ in 0..2 {
+        story.tell(Input::SessionsRefused {
+            service: "a".into(),
+            detail: "sorry, too many clients already".into(),
+        });
+        story.probe(false);
+    }
+    let intent = story.carry_out(relieved());
+    assert_eq!(intent.action, ActionKind::EndIdleSessions);
+    looks(&mut story, None, 12);
+    story.probes(true, 3);
+    let closed = story.closed();
+    assert_eq!(
+        (closed.class, closed.verdict),
+        (FaultClass::ConnectionExhaustion, Some(Verdict::Healed))
+    );
+}
+
+#[test]
+fn too_few_slots_that_nothing_frees_end_at_a_person_after_every_hand_was_tried() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, None, 1);
+    for action in [ActionKind::EndIdleSessions, ActionKind::Reload] {
+        let failed = Outcome::Failed {
+            detail: "nobody is idle".to_owned(),
+            running: true,
+        };
+        assert_eq!(story.carry_out(failed).action, action);
+    }
+    assert_eq!(story.incident().unwrap().state, IncidentState::HandedToHuman);
+}
+
+#[test]
+fn a_server_that_answers_over_its_reserved_slot_is_not_restarted_for_failed_probes() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, None, 20);
+    story.probes(false, 3);
+    assert!(story.incident().is_none(), "it is asked first");
+    looks(&mut story, None, 20);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.class, incident.state),
+        (FaultClass::Unknown, IncidentState::HandedToHuman)
+    );
+    // It lets nobody in any more: then it is a hang.
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, None, 20);
+    story.probes(false, 3);
+    story.tell(Input::SessionsUnseen {
+        service: "a".into(),
+        detail: "no answer".into(),
+    });
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+}
+
+#[test]
+fn a_rung_that_the_policy_does_not_list_is_left_out_and_the_next_one_taken() {
+    use crate::policy::file::PolicyFile;
+    let text = "version = 1\n[[service]]\nname = 'a'\naction = [{ id = 'terminate_blocker', class = 'R1', autonomy = 'act-low-risk' }]\n";
+    let file: PolicyFile = toml::from_str(text).unwrap();
+    let mut services = BTreeMap::from([("a".to_owned(), HealPolicy::default())]);
+    file.over(&mut services, NodeBudget::default()).unwrap();
+    let laid = services.remove("a").unwrap();
+    let mut story = Story::new(|policy| *policy = laid);
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(true, true)), 20);
+    assert_eq!(story.carry_out(relieved()).action, ActionKind::TerminateBlocker);
+}
+
+fn pressed(story: &mut Story, seen: PressureSeen) {
+    story.tell(Input::Pressure {
+        service: "a".into(),
+        seen,
+    });
+}
+
+#[test]
+fn a_full_disk_is_relieved_where_something_is_listed_and_never_restarted() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.tell(Input::Relievable {
+        service: "a".into(),
+        bytes: 4096,
+    });
+    story.tell(Input::DiskFull {
+        service: "a".into(),
+        free_bytes: 12,
+    });
+    let room = Outcome::Relieved {
+        detail: "3 files of 4096 bytes were moved to quarantine".to_owned(),
+    };
+    assert_eq!(story.carry_out(room).action, ActionKind::RelieveSpace);
+    story.probes(true, 3);
+    assert!(story.incident().is_some(), "room is what it was done for");
+    story.tell(Input::DiskRelieved { service: "a".into() });
+    let closed = story.closed();
+    assert_eq!(
+        (closed.class, closed.verdict),
+        (FaultClass::DiskFull, Some(Verdict::Healed))
+    );
+    assert!(
+        closed.why().contains("3 files of 4096 bytes were moved"),
+        "{}",
+        closed.why()
+    );
+}
+
+#[test]
+fn a_relief_that_made_too_little_room_is_a_persons_and_no_restart_follows() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.tell(Input::Relievable {
+        service: "a".into(),
+        bytes: 1,
+    });
+    story.tell(Input::DiskFull {
+        service: "a".into(),
+        free_bytes: 12,
+    });
+    let failed = Outcome::Failed {
+        detail: "nothing more is listed".to_owned(),
+        running: true,
+    };
+    assert_eq!(story.carry_out(failed).action, ActionKind::RelieveSpace);
+    story.probes(false, 5);
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.state, IncidentState::HandedToHuman);
+    assert_eq!(incident.actions.len(), 1);
+}
+
+#[test]
+fn what_keeps_a_living_process_from_answering_is_told_apart_from_a_hang() {
+    let slow_disk = PressureSeen {
+        waits_for_disk: Some(2.0),
+        host_io_full: Some(0.7),
+        ..PressureSeen::default()
+    };
+    let starved = PressureSeen {
+        waits_for_cpu: Some(0.9),
+        uses_cpu: Some(0.1),
+        ..PressureSeen::default()
+    };
+    for (seen, class) in [
+        (slow_disk, FaultClass::DiskSlow),
+        (starved, FaultClass::CpuStarvation),
+    ] {
+        let mut story = Story::new(|_| {});
+        story.probes(true, 3);
+        pressed(&mut story, seen);
+        story.probes(false, 2);
+        let incident = story.incident().unwrap().clone();
+        assert_eq!(
+            (incident.class, incident.state),
+            (class, IncidentState::HandedToHuman)
+        );
+        assert!(incident.actions.is_empty());
+        let also: Vec<FaultClass> = incident.hypotheses.iter().map(|of| of.class).collect();
+        assert_eq!(also, [class, FaultClass::Hang]);
+        assert!(incident.why().contains("Restart helps: no."));
+        // When that is over and it still does not answer, it is a hang.
+        pressed(&mut story, PressureSeen::default());
+        story.probes(false, 1);
+        assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    }
+}
+
+#[test]
+fn a_busy_service_that_answers_now_and_then_is_overloaded_and_one_that_never_does_hangs() {
+    let busy = PressureSeen {
+        uses_cpu: Some(0.9),
+        crowd: Some(5.0),
+        ..PressureSeen::default()
+    };
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    pressed(&mut story, busy);
+    for ok in [false, true, false] {
+        story.probe(ok);
+    }
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.class, incident.state),
+        (FaultClass::Overload, IncidentState::HandedToHuman)
+    );
+    assert!(incident.actions.is_empty());
+    // Without a crowd it is a loop of its own, and where nothing is answered too.
+    let loops = PressureSeen {
+        crowd: Some(1.2),
+        ..busy
+    };
+    for (seen, probes) in [(loops, &[false, true, false][..]), (busy, &[false, false])] {
+        let mut story = Story::new(|_| {});
+        story.probes(true, 3);
+        pressed(&mut story, seen);
+        for ok in probes {
+            story.probe(*ok);
+        }
+        assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    }
+}
+
+#[test]
+fn a_service_whose_output_says_that_a_disk_is_full_is_not_restarted_for_not_answering() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.tell(Input::LogErrors {
+        service: "a".into(),
+        lines: 9,
+        template: "ERROR: could not write <*> No space left on device".into(),
+        hint: Some(FaultClass::DiskFull),
+    });
+    assert!(
+        story.incident().is_none(),
+        "errors alone are evidence, no symptom"
+    );
+    story.probes(false, 2);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.class, incident.state),
+        (FaultClass::DiskFull, IncidentState::HandedToHuman)
+    );
+    assert!(
+        incident.why().contains("its output tells of 9 errors"),
+        "{}",
+        incident.why()
+    );
+}
+
+fn approve(incident: IncidentId, plan: Option<&str>, by: Option<&str>) -> Input {
+    Input::Approve {
+        incident,
+        plan: plan.map(str::to_owned),
+        by: by.map(str::to_owned),
+    }
+}
+
+/// A story under a policy file for the service `a`.
+fn under(head: &str, action: &str) -> Story {
+    use crate::policy::file::PolicyFile;
+    let text = format!("version = 1\n{head}[[service]]\nname = 'a'\naction = [{action}]\n");
+    let file: PolicyFile = toml::from_str(&text).unwrap();
+    let below = HealPolicy {
+        cooldown: Duration::ZERO,
+        ..HealPolicy::default()
+    };
+    let mut services = BTreeMap::from([("a".to_owned(), below)]);
+    file.over(&mut services, NodeBudget::default()).unwrap();
+    let laid = services.remove("a").unwrap();
+    Story::new(|policy| *policy = laid)
+}
+
+const TWO: &str = "{ id = 'start', class = 'R2', autonomy = 'act', approvals = { need = 2, ttl = '10m' } }";
+
+#[test]
+fn two_different_people_sign_one_plan_and_the_same_one_twice_is_one() {
+    let mut story = under("", TWO);
+    story.crash();
+    let incident = story.incident().unwrap();
+    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
+    for by in [None, Some("ann"), Some("ann")] {
+        story.tell(approve(id, Some(&plan), by));
+        assert_eq!(story.state(), Some(IncidentState::AwaitingApproval), "{by:?}");
+    }
+    story.tell(approve(id, Some(&plan), Some("bob")));
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        incident.approved_by,
+        BTreeSet::from(["ann".to_owned(), "bob".to_owned()])
+    );
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
+fn an_approval_of_another_or_an_expired_plan_is_refused() {
+    let mut story = under("", TWO);
+    story.crash();
+    let incident = story.incident().unwrap();
+    let (id, old) = (incident.id, incident.plan.as_ref().unwrap().clone());
+    story.tell(approve(id, Some("another"), Some("ann")));
+    assert!(story.incident().unwrap().approved_by.is_empty());
+    story.tell(approve(id, Some(&old.hash()), Some("ann")));
+    // Its time is over: what was signed counts no more, also not together with a fresh one.
+    story.pass(600_000);
+    let incident = story.incident().unwrap();
+    let new = incident.plan.as_ref().unwrap().clone();
+    assert!(incident.approved_by.is_empty() && new.hash() != old.hash());
+    story.tell(approve(id, Some(&old.hash()), Some("bob")));
+    story.tell(approve(id, Some(&new.hash()), Some("bob")));
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    story.tell(approve(id, Some(&new.hash()), Some("ann")));
+    story.carry_out(Outcome::Done);
+}
+
+#[test]
+fn a_changed_diagnosis_is_another_plan() {
+    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
+    story.probes(true, 3);
+    story.probes(false, 2);
+    let incident = story.incident().unwrap();
+    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
+    story.crash();
+    story.tell(approve(id, Some(&plan), None));
+    assert_eq!(
+        story.state(),
+        Some(IncidentState::AwaitingApproval),
+        "a restart was approved, no start"
+    );
+    story.approve();
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
+fn where_evidence_is_required_an_action_is_recommended_until_it_suffices() {
+    let start = "{ id = 'start', class = 'R2', autonomy = 'act', max = '1000/1h' }";
+    let mut story = under("autonomy = { require_evidence = true }\n", start);
+    for round in 0..31 {
+        story.pass(3_700_000);
+        story.probes(true, 3);
+        story.crash();
+        let asks = story.state() == Some(IncidentState::AwaitingApproval);
+        assert_eq!(asks, round < 30, "round {round}");
+        if asks {
+            story.approve();
+        }
+        story.carry_out(Outcome::Done);
+        story.probes(true, 3);
+        assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+    }
+    // One harm and it is recommended again, for good.
+    let counts = &mut story.machine.evidence[0].counts;
+    assert_eq!((counts.right, counts.wrong, counts.harm), (31, 0, 0));
+    counts.harm = 1;
+    story.pass(3_700_000);
+    story.probes(true, 3);
+    story.crash();
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    // What goes away while it waits was not needed, and that counts against it.
+    story.tell(Input::Started {
+        service: "a".into(),
+        pid: 9,
+    });
+    story.probes(true, 3);
+    assert_eq!(story.machine.evidence[0].counts.wrong, 1);
+}
+
+#[test]
+fn harm_by_one_session_demotes_at_the_second_and_by_a_restart_at_the_first() {
+    let mut story = Story::new(|_| {});
+    for demoted in [false, true] {
+        story.pass(3_700_000);
+        story.probes(true, 3);
+        looks(&mut story, Some(pile(false, true)), 20);
+        story.carry_out(relieved());
+        story.probes(false, 3);
+        story.pass(31_000);
+        assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+        assert_eq!(story.machine.demoted.contains("a"), demoted);
+        looks(&mut story, None, 20);
+        story.probes(true, 3);
+    }
+}
+
+#[test]
+fn a_hook_stands_before_the_own_rungs_and_may_be_for_a_class_that_inhibits_the_rest() {
+    let mut story = Story::new(|policy| {
+        policy.hook_for = BTreeSet::from([FaultClass::Hang, FaultClass::Overload]);
+        policy.webhook_for = BTreeSet::from([FaultClass::Hang]);
+        policy.inhibit.insert(FaultClass::Overload);
+    });
+    story.probes(true, 3);
+    story.probes(false, 2);
+    for (action, outcome) in [
+        (ActionKind::Webhook, failed(true)),
+        (ActionKind::Hook, failed(true)),
+        (ActionKind::Restart, Outcome::Done),
+    ] {
+        assert_eq!(story.carry_out(outcome).action, action);
+    }
+    story.probes(true, 3);
+    assert_eq!(story.closed().verdict, Some(Verdict::Healed));
+    pressed(
+        &mut story,
+        PressureSeen {
+            uses_cpu: Some(0.9),
+            crowd: Some(5.0),
+            ..PressureSeen::default()
+        },
+    );
+    for ok in [false, true, false] {
+        story.probe(ok);
+    }
+    story.pass(60_000);
+    assert_eq!(story.carry_out(relieved()).action, ActionKind::Hook);
+    story.probes(true, 3);
+    let closed = story.closed();
+    assert_eq!(
+        (closed.class, closed.verdict),
+        (FaultClass::Overload, Some(Verdict::Healed))
+    );
+}
+
+#[test]
+fn what_does_not_renew_the_process_is_done_once_an_incident_also_when_the_node_dies_over_it() {
+    for (durable, running) in [(true, true), (false, true), (true, false)] {
+        let mut story = Story::new(|policy| {
+            policy.hook_for = BTreeSet::from([FaultClass::Hang, FaultClass::Crash]);
+        });
+        story.probes(true, 3);
+        story.probes(false, 2);
+        let intent = story.recorded().unwrap();
+        assert_eq!(intent.action, ActionKind::Hook);
+        if durable {
+            story.tell(Input::IntentDurable { id: intent.id });
+        }
+        story.restart("boot-1");
+        story.tell(Input::Reconciled {
+            id: intent.id,
+            running,
+            took_effect: false,
+        });
+        if running {
+            assert_eq!(story.state(), Some(IncidentState::Verifying));
+            story.probes(false, 3);
+            story.pass(31_000);
+        }
+        let next = story.carry_out(Outcome::Done);
+        let expected = if running {
+            ActionKind::Restart
+        } else {
+            ActionKind::Start
+        };
+        assert_eq!(
+            next.action, expected,
+            "the symptom stayed, and the hook is not run again"
+        );
+        story.probes(true, 3);
+        let hooks = |done: &&crate::types::ActionRecord| done.intent.action == ActionKind::Hook;
+        assert_eq!(story.closed().actions.iter().filter(hooks).count(), 1);
+        let counted = story
+            .machine
+            .evidence
+            .iter()
+            .any(|of| of.action == ActionKind::Hook);
+        assert!(!counted, "nobody knows what the hook did");
+    }
+}
+
+#[test]
+fn an_interrupted_action_is_judged_at_the_end_of_its_window_alone() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(false, true)), 20);
+    let id = story.recorded().unwrap().id;
+    story.tell(Input::IntentDurable { id });
+    story.restart("boot-1");
+    story.tell(Input::Reconciled {
+        id,
+        running: true,
+        took_effect: false,
+    });
+    // Its clients are answered before anybody has looked at its sessions.
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(false, true)), 20);
+    story.probes(true, 3);
+    story.pass(31_000);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.id, incident.state, incident.actions.len()),
+        (IncidentId(1), IncidentState::HandedToHuman, 1)
+    );
+}
+
+#[test]
+fn an_approval_is_of_the_action_and_the_session_that_were_planned() {
+    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(true, true)), 20);
+    let incident = story.incident().unwrap();
+    let (id, plan) = (incident.id, incident.plan.clone().unwrap());
+    assert_eq!(plan.action, ActionKind::CancelQuery);
+    assert!(plan.text().contains("\nsession 41 "), "{}", plan.text());
+    // Its statement ends, and it stays in its transaction: of the same class, and another action.
+    looks(&mut story, Some(pile(false, true)), 20);
+    story.tell(approve(id, Some(&plan.hash()), None));
+    assert!(story.recorded().is_none());
+    let next = story.incident().unwrap().plan.clone().unwrap();
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    assert_eq!(next.action, ActionKind::TerminateBlocker);
+    // Another session holds the lock now.
+    let other = PileUp {
+        birth: 2,
+        ..pile(false, true)
+    };
+    looks(&mut story, Some(other), 20);
+    story.tell(approve(id, Some(&next.hash()), None));
+    assert!(story.recorded().is_none());
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    story.approve();
+    let intent = story.carry_out(relieved());
+    assert_eq!(
+        (intent.action, intent.session),
+        (ActionKind::TerminateBlocker, Some(other.id()))
+    );
+}
+
+#[test]
+fn an_approved_action_that_cools_down_is_not_exchanged_for_another() {
+    let mut story = Story::new(|policy| {
+        policy.autonomy = Autonomy::Recommend;
+        policy.cooldown = Duration::from_mins(2);
+    });
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(true, true)), 20);
+    story.approve();
+    story.carry_out(relieved());
+    looks(&mut story, None, 20);
+    story.probes(true, 3);
+    story.closed();
+    looks(&mut story, Some(pile(true, true)), 20);
+    story.approve();
+    assert_eq!(story.state(), Some(IncidentState::CoolingDown));
+    looks(&mut story, Some(pile(false, true)), 20);
+    story.pass(121_000);
+    assert!(story.recorded().is_none());
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+}
+
+#[test]
+fn who_holds_the_lock_next_is_not_ended_for_it() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(true, true)), 20);
+    let intent = story.carry_out(relieved());
+    assert_eq!(
+        (intent.action, intent.session),
+        (ActionKind::CancelQuery, Some(pile(true, true).id()))
+    );
+    let next = PileUp {
+        pid: 42,
+        ..pile(false, true)
+    };
+    looks(&mut story, Some(next), 20);
+    story.probes(true, 3);
+    story.pass(31_000);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.state, incident.actions.len()),
+        (IncidentState::HandedToHuman, 1)
+    );
+    assert!(incident.handed_over.as_deref().unwrap().contains("not to blame"));
+}
+
+#[test]
+fn signatures_of_an_earlier_plan_do_not_count_for_an_incident_that_a_person_has() {
+    let restart = "{ id = 'restart', class = 'R2', autonomy = 'act', approvals = { need = 2, ttl = '10m' } }";
+    let mut story = under("", &format!("{TWO}, {restart}"));
+    story.probes(true, 3);
+    story.tell(Input::Process {
+        service: "a".into(),
+        state: ProcessState::Stopped,
+    });
+    story.tell(Input::Process {
+        service: "a".into(),
+        state: ProcessState::Stopped,
+    });
+    let incident = story.incident().unwrap();
+    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
+    for by in ["ann", "bob"] {
+        story.tell(approve(id, Some(&plan), Some(by)));
+    }
+    assert_eq!(story.carry_out(failed(false)).action, ActionKind::Restart);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.state, incident.approved_by.len()),
+        (IncidentState::HandedToHuman, 2),
+        "it did harm, and who had approved it stays on record"
+    );
+    story.tell(approve(id, None, None));
+    let incident = story.incident().unwrap();
+    assert!(story.recorded().is_none(), "nobody has signed a start");
+    assert_eq!(
+        (incident.state, incident.approved_by.len()),
+        (IncidentState::AwaitingApproval, 0)
+    );
+    assert_eq!(incident.plan.as_ref().unwrap().action, ActionKind::Start);
+}
+
+#[test]
+fn a_plan_that_has_expired_is_not_carried_out_before_the_timeout_was_handled() {
+    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
+    story.crash();
+    let incident = story.incident().unwrap();
+    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
+    // The host slept: the approval is read first.
+    story.ms += 900_000;
+    story.tell(approve(id, Some(&plan), None));
+    assert!(story.recorded().is_none());
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    story.approve();
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
+}
+
+#[test]
+fn sessions_are_left_alone_where_nobody_asked_for_it() {
+    for (pile_up, free) in [(Some(pile(true, true)), 20), (None, 1)] {
+        let mut story = Story::new(|policy| policy.session_actions = false);
+        story.probes(true, 3);
+        looks(&mut story, pile_up, free);
+        let incident = story.incident().unwrap();
+        assert_eq!(
+            (incident.state, incident.actions.len()),
+            (IncidentState::HandedToHuman, 0)
+        );
+        assert!(
+            incident
+                .handed_over
+                .as_deref()
+                .unwrap()
+                .contains("[service.sessions]")
+        );
+    }
+}
+
+#[test]
+fn a_full_house_that_falls_silent_is_a_hang_and_restarted() {
+    let mut story = Story::new(|policy| policy.session_actions = false);
+    story.probes(true, 3);
+    looks(&mut story, None, 1);
+    assert_eq!(story.incident().unwrap().class, FaultClass::ConnectionExhaustion);
+    // As long as it refuses it lives.
+    for _ in 0..4 {
+        for input in [
+            Input::SessionsRefused {
+                service: "a".into(),
+                detail: "sorry, too many clients already".into(),
+            },
+            Input::SessionsUnseen {
+                service: "a".into(),
+                detail: "no answer".into(),
+            },
+        ] {
+            story.tell(input);
+        }
+        story.probe(false);
+    }
+    assert_eq!(story.incident().unwrap().class, FaultClass::ConnectionExhaustion);
+    story.probes(false, 2);
+    story.tell(Input::SessionsUnseen {
+        service: "a".into(),
+        detail: "no answer".into(),
+    });
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+}
+
+#[test]
+fn lines_that_clients_can_have_written_hold_a_restart_back_for_a_minute_at_most() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    let says = Input::LogErrors {
+        service: "a".into(),
+        lines: 9,
+        template: "ERROR: <*> no space left on device".into(),
+        hint: Some(FaultClass::DiskFull),
+    };
+    story.tell(says.clone());
+    story.probes(false, 2);
+    assert_eq!(story.incident().unwrap().class, FaultClass::DiskFull);
+    story.pass(61_000);
+    story.probe(false);
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    // Room on the disk ends it too.
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    story.tell(says);
+    story.tell(Input::DiskRelieved { service: "a".into() });
+    story.probes(false, 2);
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 use super::diagnose::diagnose;
 use super::observe::Observed;
 use super::{IncidentMachine, Open, Phase};
-use crate::types::{FaultClass, Incident, IncidentState, IntentId, Now, Verdict};
+use crate::evidence::Came;
+use crate::types::{FaultClass, Incident, IncidentState, IntentId, Now, Outcome, Verdict};
 
 impl IncidentMachine {
     /// Judges the last action, now or at the end of its window.
@@ -14,7 +15,14 @@ impl IncidentMachine {
             return;
         };
         let answered_before = record.actions.last().is_some_and(|action| action.answered_before);
-        let Some(verdict) = judge(seen, record.class, answered_before, now.monotonic, until) else {
+        // Nobody knows when it was done, or whether: then good answers at first may be from before, and say nothing of the action.
+        let interrupted = record
+            .actions
+            .last()
+            .is_some_and(|action| action.outcome == Some(Outcome::Interrupted));
+        let early = interrupted && now.monotonic < until && seen.exit.is_none() && seen.corrupt.is_none();
+        let verdict = judge(seen, record.class, answered_before, now.monotonic, until);
+        let Some(verdict) = verdict.filter(|_| !early) else {
             self.put(Open {
                 record,
                 phase: Phase::Verifying { id, until },
@@ -25,6 +33,18 @@ impl IncidentMachine {
             action.verdict = Some(verdict);
         }
         record.verdict = Some(verdict);
+        let came = match verdict {
+            Verdict::Healed => Some(Came::Right),
+            Verdict::NoEffect => Some(Came::Wrong),
+            Verdict::Harm => Some(Came::Harm),
+            Verdict::Unknown => None,
+        };
+        if let (Some(action), Some(came)) = (record.last_action().filter(|_| !interrupted), came) {
+            self.note_evidence(&record.service, action, came);
+        }
+        let Some(seen) = self.services.get(&record.service) else {
+            return;
+        };
         match verdict {
             Verdict::Healed => {
                 self.note_relapse(now, &record);
@@ -64,6 +84,12 @@ fn judge(
         return Some(if seen.served { Verdict::NoEffect } else { bad });
     }
     let answers = seen.ok_run >= seen.policy.verify_probes;
+    if matches!(class, FaultClass::ConnectionExhaustion | FaultClass::LockPileup)
+        && !seen.probed
+        && !seen.sessions.is_sick()
+    {
+        return Some(Verdict::Healed);
+    }
     if class.from_detector() {
         let healthy = answers || !seen.probed;
         if healthy && seen.is_quiet() {
@@ -76,11 +102,19 @@ fn judge(
             (true, true) => Some(Verdict::NoEffect),
         };
     }
-    if answers && !seen.stopped {
+    let full = class == FaultClass::DiskFull && seen.disk_full.is_some();
+    if class == FaultClass::DiskFull && !full && !seen.probed {
+        return Some(Verdict::Healed);
+    }
+    if answers && !seen.stopped && !seen.sessions.is_sick() && !full {
         return Some(Verdict::Healed);
     }
     match (now >= until, seen.probed) {
         (false, _) => None,
+        // It answers, and what it was done for is still there.
+        (true, _) if (seen.sessions.is_sick() || full) && (answers || !seen.probed) => {
+            Some(Verdict::NoEffect)
+        }
         (true, true) => Some(bad),
         (true, false) => Some(if seen.stopped {
             Verdict::NoEffect

@@ -64,6 +64,20 @@ impl Incident {
                 }
             }
         }
+        if let Some((taken, others)) = self.hypotheses.split_first() {
+            writeln!(
+                text,
+                "\nTaken for {} (probability {:.2}): {}.",
+                taken.class, taken.certainty, taken.reason
+            )?;
+            for other in others {
+                writeln!(
+                    text,
+                    "Its signs also speak for {} ({:.2}): {}.",
+                    other.class, other.certainty, other.reason
+                )?;
+            }
+        }
         writeln!(text, "\nRestart helps: {}.", self.class.restart_helps().as_str())?;
         writeln!(
             text,
@@ -162,6 +176,13 @@ fn expected(action: ActionKind) -> &'static str {
     match action {
         ActionKind::Start | ActionKind::Restart => "the service answers and the symptom is gone",
         ActionKind::RestoreAndStart => "the state passes its check and the service answers",
+        ActionKind::CancelQuery | ActionKind::TerminateBlocker => {
+            "nobody waits for that session any more, and the service answers; its open transaction is lost"
+        }
+        ActionKind::EndIdleSessions => "enough slots are free, and an ordinary client is let in",
+        ActionKind::Webhook | ActionKind::Hook => "what was called does its part, and the symptom is gone",
+        ActionKind::RelieveSpace => "the file system has room again, and the service answers as before",
+        ActionKind::Reload => "the server runs on the settings as they are written, and the symptom is gone",
     }
 }
 
@@ -169,6 +190,7 @@ fn outcome_words(outcome: Option<&Outcome>) -> String {
     match outcome {
         None => "under way".to_owned(),
         Some(Outcome::Done) => "done".to_owned(),
+        Some(Outcome::Relieved { detail }) => format!("done: {detail}"),
         Some(Outcome::StateCorrupt { detail, .. }) => format!("not done, the state is corrupt: {detail}"),
         Some(Outcome::Failed { detail, .. }) => format!("failed: {detail}"),
         Some(Outcome::NotNeeded) => "called off before it began".to_owned(),
@@ -210,7 +232,10 @@ mod tests {
             evidence: Vec::new(),
             evidence_dropped: 0,
             causes,
+            hypotheses: Vec::new(),
             alternatives: Vec::new(),
+            plan: None,
+            approved_by: std::collections::BTreeSet::new(),
             actions: Vec::new(),
             verdict: None,
             handed_over: None,

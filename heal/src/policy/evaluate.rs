@@ -1,6 +1,7 @@
 //! What the policy says to one action under the facts at hand. Pure: the same policy and the same facts give the same ruling, so
 //! anybody who has both can check what a node decided.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ActionRule, Autonomy, HealPolicy, NodeBudget, RiskClass};
 use crate::budget::{Charge, Ledger, Refusal};
+use crate::evidence::Counts;
 use crate::types::{ActionKind, FaultClass, RestartHelps};
 
 /// Everything that a ruling rests on besides the policy.
@@ -45,6 +47,12 @@ pub struct Facts {
     pub halted: bool,
     /// A person approved this action for this incident.
     pub approved: bool,
+    /// Whose signatures are under the approval.
+    #[serde(default)]
+    pub approved_by: BTreeSet<String>,
+    /// What came of this action on this service before.
+    #[serde(default)]
+    pub evidence: Counts,
     /// Milliseconds on the node's monotonic clock.
     pub now_ms: u64,
 }
@@ -138,7 +146,7 @@ pub fn evaluate(policy: &HealPolicy, node: NodeBudget, facts: &Facts) -> Ruling 
         },
     };
     let by_rule = rule.is_some_and(|rule| rule.inhibit.contains(&class));
-    if policy.inhibit.contains(&class) || by_rule {
+    if policy.inhibits(class, facts.action) || by_rule {
         return refuse(Because::Inhibited { class });
     }
     if facts.restart_helps == RestartHelps::No && facts.action == ActionKind::Restart {
@@ -150,7 +158,8 @@ pub fn evaluate(policy: &HealPolicy, node: NodeBudget, facts: &Facts) -> Ruling 
         let when = when.to_string();
         return refuse(Because::WhenDoesNotHold { when });
     }
-    if class.from_detector() && !facts.approved && facts.healed_before >= policy.anomaly_restarts {
+    if class.from_detector() && !is_approved(policy, facts) && facts.healed_before >= policy.anomaly_restarts
+    {
         return refuse(Because::CameBack {
             times: facts.healed_before,
         });
@@ -194,16 +203,21 @@ fn autonomy(policy: &HealPolicy, rule: Option<&ActionRule>, facts: &Facts) -> Au
         (None, _) => policy.autonomy,
     };
     let by_class = rule.is_some_and(|rule| rule.class >= RiskClass::R3);
-    let lent = if facts.demoted || by_class {
+    let unproved = rule.is_some_and(|rule| rule.evidence) && !facts.evidence.suffice();
+    if is_approved(policy, facts) && written != Autonomy::Observe {
+        return Autonomy::Act;
+    }
+    if facts.demoted || by_class || unproved {
         written.min(Autonomy::Recommend)
     } else {
         written
-    };
-    if facts.approved && written != Autonomy::Observe {
-        Autonomy::Act
-    } else {
-        lent
     }
+}
+
+/// Whether enough people have approved it.
+fn is_approved(policy: &HealPolicy, facts: &Facts) -> bool {
+    let asked = policy.approvals(facts.action);
+    facts.approved && (!asked.signed || facts.approved_by.len() >= asked.need as usize)
 }
 
 fn millis(span: Duration) -> u64 {
@@ -253,6 +267,15 @@ pub struct RulingRecord {
     pub facts: Facts,
     /// The ruling.
     pub ruling: Ruling,
+    /// SHA-256 of the line before it in the log, hexadecimal; empty in the first one. Whoever writes the log fills it in.
+    #[serde(default)]
+    pub previous: String,
+}
+
+/// SHA-256 of one line of a log of rulings, without its end, hexadecimal: what the next line holds as [`RulingRecord::previous`].
+pub fn line_digest(line: &[u8]) -> String {
+    use sha2::Digest as _;
+    data_encoding::HEXLOWER.encode(&sha2::Sha256::digest(line))
 }
 
 /// SHA-256 of every service's policy and the node's budget, hexadecimal: which policy a ruling was made under.
@@ -292,6 +315,8 @@ impl Facts {
             demoted: false,
             halted: false,
             approved: false,
+            approved_by: BTreeSet::new(),
+            evidence: Counts::default(),
             now_ms: 1_000_000,
         }
     }

@@ -34,6 +34,10 @@ pub struct AutonomySection {
     /// For actions that say nothing. Default `recommend`.
     #[serde(default)]
     pub default: Level,
+    /// Whether an action is done without a person only once its record suffices: at least 30 decisions of which it is known what came of
+    /// them, none that harmed, and a lower 95 % bound of 0.9 on the share of right ones. Default `false`.
+    #[serde(default)]
+    pub require_evidence: bool,
 }
 
 /// The autonomy ladder.
@@ -79,7 +83,8 @@ pub struct ServicePolicy {
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActionPolicy {
-    /// `start`, `restart` or `restore_and_start`.
+    /// `start`, `restart`, `restore_and_start`, `cancel_query`, `terminate_blocker`, `end_idle_sessions`, `reload`,
+    /// `webhook`, `hook` or `relieve_space`.
     pub id: String,
     /// Its risk class, at least what the action deserves.
     pub class: RiskClass,
@@ -98,6 +103,23 @@ pub struct ActionPolicy {
     /// Whether a person has to approve, also below R3.
     #[serde(default)]
     pub approval: bool,
+    /// So many different people have to sign each plan, within its time.
+    pub approvals: Option<ApprovalsSection>,
+}
+
+/// `approvals = { need = 2, ttl = "15m" }`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApprovalsSection {
+    /// Different people, 1 to 10; each signs with a key of `healing_policy.keys`.
+    pub need: u32,
+    /// Time from the plan to its end, 1 s to 24 h, default `15m`. Then another plan is made, and approvals of the old one count no more.
+    #[serde(default = "default_ttl", with = "super::duration")]
+    pub ttl: Duration,
+}
+
+fn default_ttl() -> Duration {
+    super::Approvals::default().ttl
 }
 
 /// Why a policy file is refused.
@@ -166,7 +188,7 @@ impl PolicyFile {
                 let hint = super::did_you_mean(&service.name, &names);
                 return Err(wrong(format!("is no [[service]] of edge.toml{hint}")));
             };
-            let policy = service.over(policy, self.autonomy.default, &wrong)?;
+            let policy = service.over(policy, self.autonomy, &wrong)?;
             if listed.insert(service.name.clone(), policy).is_some() {
                 return Err(wrong("is there twice".to_owned()));
             }
@@ -186,7 +208,7 @@ impl ServicePolicy {
     fn over(
         &self,
         below: &HealPolicy,
-        default: Level,
+        autonomy: AutonomySection,
         wrong: &dyn Fn(String) -> FileError,
     ) -> Result<HealPolicy, FileError> {
         let mut policy = below.clone();
@@ -229,12 +251,18 @@ impl ServicePolicy {
                 class: action.class,
                 autonomy: action
                     .autonomy
-                    .unwrap_or(default)
-                    .within(action.class, action.approval),
+                    .unwrap_or(autonomy.default)
+                    .within(action.class, action.approval || action.approvals.is_some()),
                 cooldown: action.cooldown,
                 max: action.max.as_deref().map(rate).transpose().map_err(wrong)?,
                 inhibit: action.inhibit.clone(),
                 when,
+                approvals: action
+                    .approvals
+                    .map(ApprovalsSection::check)
+                    .transpose()
+                    .map_err(wrong)?,
+                evidence: autonomy.require_evidence,
             };
             if rules.insert(kind, rule).is_some() {
                 return Err(wrong("is there twice".to_owned()));
@@ -242,6 +270,22 @@ impl ServicePolicy {
         }
         policy.rules = Some(rules);
         Ok(policy)
+    }
+}
+
+impl ApprovalsSection {
+    fn check(self) -> Result<super::Approvals, String> {
+        if !(1..=10).contains(&self.need) {
+            return Err(format!("approvals.need is {}, outside 1 to 10", self.need));
+        }
+        if !(super::seconds(1)..=super::DAY).contains(&self.ttl) {
+            return Err("approvals.ttl is outside 1s to 24h".to_owned());
+        }
+        Ok(super::Approvals {
+            need: self.need,
+            ttl: self.ttl,
+            signed: true,
+        })
     }
 }
 

@@ -94,7 +94,13 @@ impl RiskClass {
     /// What an action deserves at least.
     pub fn of(action: ActionKind) -> Self {
         match action {
-            ActionKind::Start | ActionKind::Restart => Self::R2,
+            ActionKind::CancelQuery | ActionKind::TerminateBlocker | ActionKind::EndIdleSessions => Self::R1,
+            ActionKind::Start
+            | ActionKind::Restart
+            | ActionKind::Reload
+            | ActionKind::Webhook
+            | ActionKind::Hook
+            | ActionKind::RelieveSpace => Self::R2,
             ActionKind::RestoreAndStart => Self::R3,
         }
     }
@@ -121,6 +127,32 @@ pub struct ActionRule {
     pub inhibit: BTreeSet<FaultClass>,
     /// Has to hold.
     pub when: Option<Expression>,
+    /// Who has to approve it, where the file says so.
+    pub approvals: Option<Approvals>,
+    /// Whether the node acts by itself only on recorded evidence, see [`crate::evidence::Counts::suffice`].
+    pub evidence: bool,
+}
+
+/// Who has to approve an action, and for how long that counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Approvals {
+    /// So many different people.
+    pub need: u32,
+    /// From the plan to its end.
+    pub ttl: Duration,
+    /// Whether only signatures of pinned keys count; else the word of somebody at the host does.
+    pub signed: bool,
+}
+
+impl Default for Approvals {
+    /// One person at the host, for a quarter of an hour.
+    fn default() -> Self {
+        Self {
+            need: 1,
+            ttl: Duration::from_mins(15),
+            signed: false,
+        }
+    }
 }
 
 /// The checked policy of one service.
@@ -172,6 +204,13 @@ pub struct HealPolicy {
     /// Time after a start in which anomalies open no incident, because a young process looks unusual. An alarm that is on in
     /// it still keeps an action from being called healed. Default 30 s, 0 s to 1 h.
     pub settle: Duration,
+    /// Classes for which a program is configured: it is run before anything else is done. Default none.
+    pub hook_for: BTreeSet<FaultClass>,
+    /// Classes for which another system is told, before that. Default none.
+    pub webhook_for: BTreeSet<FaultClass>,
+    /// Whether a database server's sessions may be touched and its settings read again. The edge says so where `[service.sessions]` is
+    /// written; else a person is told.
+    pub session_actions: bool,
     /// An incident that a person has to look at is told again after this time. Default 15 min, 10 s to 24 h.
     pub remind_every: Duration,
 }
@@ -275,6 +314,9 @@ impl HealingSection {
                 "1s to 7days",
             )?,
             inhibit,
+            hook_for: BTreeSet::new(),
+            webhook_for: BTreeSet::new(),
+            session_actions: true,
             probe_failures: count(
                 "healing.probe_failures",
                 self.probe_failures.unwrap_or_else(|| probe_window.min(2)),
@@ -359,6 +401,39 @@ impl HealingSection {
                 "10s to 24h",
             )?,
         })
+    }
+}
+
+impl HealPolicy {
+    /// The risk class in which an action stands for this service.
+    pub fn class_of(&self, action: ActionKind) -> RiskClass {
+        let rule = self.rules.as_ref().and_then(|rules| rules.get(&action));
+        rule.map_or(RiskClass::of(action), |rule| rule.class)
+    }
+
+    /// Who has to approve an action. What changes topology or data asks for two unless the file says otherwise.
+    pub fn approvals(&self, action: ActionKind) -> Approvals {
+        let rule = self.rules.as_ref().and_then(|rules| rules.get(&action));
+        rule.and_then(|rule| rule.approvals).unwrap_or_else(|| {
+            let two = rule.is_some_and(|rule| rule.class >= RiskClass::R4);
+            Approvals {
+                need: if two { 2 } else { 1 },
+                signed: two,
+                ..Approvals::default()
+            }
+        })
+    }
+
+    /// Whether a class of trouble forbids an action. A full disk forbids all but making room on it and what is configured for it.
+    pub fn inhibits(&self, class: FaultClass, action: ActionKind) -> bool {
+        // Who configured a hook for a class meant it.
+        let mends = match action {
+            ActionKind::RelieveSpace => class == FaultClass::DiskFull,
+            ActionKind::Hook => self.hook_for.contains(&class),
+            ActionKind::Webhook => self.webhook_for.contains(&class),
+            _ => false,
+        };
+        self.inhibit.contains(&class) && !mends
     }
 }
 

@@ -78,6 +78,8 @@ pub enum Kind {
     Mimic,
     /// Copies of one hostile site's own update: one site with many names.
     Sybil,
+    /// The mean of the honest, smaller, without noise of its own: near to all of them, as a copy is to its original.
+    Evict,
     /// Orthogonal to what the last round gave, as far as the honest lie from their mean (Özfatura et al. 2023, ROP).
     HistoryAware,
     /// The mean of the honest and always the same small step beside it.
@@ -98,6 +100,8 @@ pub enum Kind {
     PoisonShuffle,
     /// Targets times 0.6, before anything is made of them.
     PoisonScale,
+    /// Targets times 0.87, just within what the vet lets pass.
+    PoisonScaleMild,
     /// Some values are not a number.
     Nan,
     /// One value is infinite.
@@ -156,6 +160,7 @@ impl Kind {
         Self::OptIpm,
         Self::Mimic,
         Self::Sybil,
+        Self::Evict,
         Self::HistoryAware,
         Self::Drift,
         Self::Backdoor,
@@ -166,6 +171,7 @@ impl Kind {
         Self::PoisonNegate,
         Self::PoisonShuffle,
         Self::PoisonScale,
+        Self::PoisonScaleMild,
         Self::Nan,
         Self::Infinite,
         Self::NegativeInfinite,
@@ -179,7 +185,10 @@ impl Kind {
 
     /// Whether the attack is on the rows that an update is made of.
     pub fn is_poison(self) -> bool {
-        matches!(self, Self::PoisonNegate | Self::PoisonShuffle | Self::PoisonScale)
+        matches!(
+            self,
+            Self::PoisonNegate | Self::PoisonShuffle | Self::PoisonScale | Self::PoisonScaleMild
+        )
     }
 
     /// Whether a good update is sent in a bad way.
@@ -202,6 +211,7 @@ impl Kind {
                 | Self::OptIpm
                 | Self::Mimic
                 | Self::Sybil
+                | Self::Evict
                 | Self::HistoryAware
                 | Self::Drift
                 | Self::Backdoor
@@ -222,6 +232,7 @@ impl Kind {
             Self::OptIpm => "opt-ipm".to_owned(),
             Self::Mimic => "mimic".to_owned(),
             Self::Sybil => "sybil".to_owned(),
+            Self::Evict => "evict".to_owned(),
             Self::HistoryAware => "history-aware".to_owned(),
             Self::Drift => "drift".to_owned(),
             Self::Backdoor => "backdoor".to_owned(),
@@ -232,6 +243,7 @@ impl Kind {
             Self::PoisonNegate => "poison-negate".to_owned(),
             Self::PoisonShuffle => "poison-shuffle".to_owned(),
             Self::PoisonScale => "poison-scale".to_owned(),
+            Self::PoisonScaleMild => "poison-scale-mild".to_owned(),
             Self::Nan => "nan".to_owned(),
             Self::Infinite => "infinite".to_owned(),
             Self::NegativeInfinite => "negative-infinite".to_owned(),
@@ -280,6 +292,9 @@ impl Kind {
             Self::OptIpm => "minus as many times the honest mean as move the deployed rule farthest",
             Self::Mimic => "colluders copy one honest update: outweighs the others",
             Self::Sybil => "colluders copy one hostile site's own update: one site with many names",
+            Self::Evict => {
+                "colluders send 0.8 times the honest mean without noise: near to everybody, so that a screen for copies takes the honest for copies"
+            }
             Self::HistoryAware => {
                 "a step across what the last round gave, as long as honest ones: hides from rules with a memory"
             }
@@ -294,6 +309,9 @@ impl Kind {
             Self::PoisonNegate => "learns from rows whose targets are negated",
             Self::PoisonShuffle => "learns from its rows in random order",
             Self::PoisonScale => "learns from rows whose targets are 0.6 times as large",
+            Self::PoisonScaleMild => {
+                "learns from rows whose targets are 0.87 times as large: within the bounds of the vet, which it knows"
+            }
             Self::Nan => "plants NaN among the values: ruins any rule that averages without looking",
             Self::Infinite => "sets one value to infinity",
             Self::NegativeInfinite => "sets one value to minus infinity",
@@ -410,6 +428,7 @@ impl Attack {
             Kind::OptIpm => optimise::against(scene, &honest.mean, |tau| copies(&collude::ipm(&honest, tau))),
             Kind::Mimic => copies(rows.first().map_or(&[][..], Vec::as_slice)),
             Kind::Sybil => copies(scene.own.first().map_or(&[][..], Vec::as_slice)),
+            Kind::Evict => copies(&honest.mean.iter().map(|value| 0.8 * value).collect::<Vec<f32>>()),
             Kind::HistoryAware => copies(&collude::across(rows, &honest, scene.previous, scene.seed)),
             Kind::Drift => copies(&collude::drift(&honest, scene.seed)),
             Kind::Backdoor => copies(&collude::backdoor(
@@ -421,6 +440,7 @@ impl Attack {
             Kind::PoisonNegate
             | Kind::PoisonShuffle
             | Kind::PoisonScale
+            | Kind::PoisonScaleMild
             | Kind::WrongLength
             | Kind::Replay
             | Kind::Duplicate

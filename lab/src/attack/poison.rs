@@ -13,6 +13,9 @@ use super::Kind;
 /// What [`Kind::PoisonScale`] multiplies targets by.
 pub const TARGET_FACTOR: f32 = 0.6;
 
+/// What [`Kind::PoisonScaleMild`] multiplies targets by: the vet's bound on the same ratio in honest moments is 0.85.
+pub const TARGET_FACTOR_MILD: f32 = 0.87;
+
 /// Place of the five sums Σ p y among a channel's moments: behind the 15 of Σ p pᵀ.
 const CROSS: std::ops::Range<usize> = 15..15 + LAG_COUNT;
 
@@ -22,6 +25,7 @@ pub fn moments(kind: Kind, block: &mut [f32]) {
     let factor = match kind {
         Kind::PoisonNegate => -1.0,
         Kind::PoisonScale => TARGET_FACTOR,
+        Kind::PoisonScaleMild => TARGET_FACTOR_MILD,
         _ => return,
     };
     for channel in block.chunks_exact_mut(MOMENTS_PER_CHANNEL) {
@@ -55,6 +59,7 @@ pub fn targets(kind: Kind, series: &Series, seed: u64) -> Series {
     let factor = match kind {
         Kind::PoisonNegate => -1.0,
         Kind::PoisonScale => TARGET_FACTOR,
+        Kind::PoisonScaleMild => TARGET_FACTOR_MILD,
         _ => return rows(kind, series, seed),
     };
     let channels = series.channels();

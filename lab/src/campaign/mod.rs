@@ -1,6 +1,7 @@
 //! The same fault again and again on one edge with one service, measured from outside: medians instead of anecdotes.
 
 mod report;
+mod rival;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -11,7 +12,7 @@ use serde::Serialize;
 use crate::demo::DemoError;
 use crate::demo::record::{FaultRecord, median};
 use crate::demo::report::markup::{maybe_seconds, seconds};
-use crate::demo::stage::{Member, Stage};
+use crate::demo::stage::{Member, Stage, unix_ms};
 use crate::demo::trial::{self, Course};
 use crate::demo::view::View;
 use crate::demo::{machine, rfc3339};
@@ -19,20 +20,29 @@ use crate::fleet::fault::Fault;
 use crate::fleet::place::{EdgeTerms, Site};
 use crate::fleet::process::{Processes, end_leftovers};
 use crate::fleet::{free_addresses, interruption};
-use crate::traffic::Traffic;
+use crate::traffic::{Traffic, TrafficReport};
 
 /// What heals in a campaign.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Healer {
     /// An edge.
     Theriac,
+    /// A probe every 2 s; two failures in a row and the service is restarted. It knows nothing else.
+    Threshold,
+    /// Monit, a process of its own, with the same numbers.
+    Monit,
 }
 
 impl Healer {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Theriac, Self::Threshold, Self::Monit];
+
     /// Its name on the command line and in summaries.
     pub fn name(self) -> &'static str {
         match self {
             Self::Theriac => "theriac",
+            Self::Threshold => "threshold",
+            Self::Monit => "monit",
         }
     }
 }
@@ -41,8 +51,13 @@ impl Healer {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// A healer that this build does not have.
-    #[error("the healer `{0}` is not part of this build: only `theriac` is measured so far")]
-    Healer(String),
+    #[error("the healer `{got}` is not part of this build: it has {known}")]
+    Healer {
+        /// What was asked for.
+        got: String,
+        /// What there is.
+        known: String,
+    },
     /// A fault that this build does not have.
     #[error("the fault `{got}` is not part of this build: it has {known}")]
     Fault {
@@ -57,11 +72,13 @@ impl FromStr for Healer {
     type Err = NameError;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        if name == Self::Theriac.name() {
-            Ok(Self::Theriac)
-        } else {
-            Err(NameError::Healer(name.to_owned()))
-        }
+        Self::ALL
+            .into_iter()
+            .find(|healer| healer.name() == name)
+            .ok_or_else(|| NameError::Healer {
+                got: name.to_owned(),
+                known: Self::ALL.map(Self::name).join(", "),
+            })
     }
 }
 
@@ -118,8 +135,10 @@ pub struct ResultRow {
     pub runs: usize,
     /// Seconds from injection to detection.
     pub detect_s: Option<f64>,
-    /// Seconds from injection to verified healing.
+    /// Seconds from injection to verified healing; what only an edge says of itself.
     pub heal_s: Option<f64>,
+    /// Seconds from injection until the last request failed, as the load generator saw it: the same for every healer.
+    pub down_s: Option<f64>,
     /// Requests that failed in the fault's window.
     pub failed_requests: Option<f64>,
     /// Acknowledged writes that could not be read back, over all runs: an upper bound of the median.
@@ -128,10 +147,12 @@ pub struct ResultRow {
     pub actions: Option<f64>,
     /// Actions after which the service was worse than before.
     pub harmful_actions: Option<f64>,
-    /// Runs that were healed.
+    /// Runs that were healed: by the edge's verdict, or for other healers by 3 s without a failed request within a minute.
     pub healed_runs: usize,
     /// Every run's seconds to verified healing, in order.
     pub each_heal_s: Vec<Option<f64>>,
+    /// Every run's seconds until the last request failed, in order.
+    pub each_down_s: Vec<Option<f64>>,
 }
 
 /// A fault that was left out.
@@ -147,13 +168,16 @@ pub struct Skipped {
 #[derive(Debug, Clone, PartialEq)]
 struct Run {
     record: FaultRecord,
+    down_s: Option<f64>,
     actions: u64,
     harmful: u64,
 }
 
 /// Requests a second against the service.
 const REQUESTS_PER_S: f64 = 40.0;
-/// Time that an edge may take for one fault.
+/// Time without a failed request after which a fault is over.
+const QUIET: Duration = Duration::from_secs(3);
+/// Time that a healer may take for one fault.
 const HEAL_LIMIT: Duration = Duration::from_mins(1);
 /// Samples before the first model.
 const WARM_UP_ROWS: usize = 120;
@@ -178,16 +202,42 @@ pub async fn run(options: &Options) -> Result<Summary, DemoError> {
     let free = free_addresses(3).map_err(file("no free ports"))?;
     let site = Site::new(&root, SITE, [free[0], free[1], free[2]]);
     let planned_s = 35.0 + options.faults.len() as f64 * f64::from(options.runs) * 8.0;
-    let view = View::open(options.plain, 1);
-    let sites = vec![(site.clone(), false)];
-    let mut stage = Stage::new(processes, view, None, sites, planned_s, interruption());
-    let played = play(&mut stage, &site, options).await;
-    let (_, mut processes, _) = stage.end();
-    processes.stop_all(Duration::from_secs(8));
-    end_leftovers(processes.program(), &site.service_state());
+    let (mut results, mut skipped) = (Vec::new(), Vec::new());
+    let program = processes.program().to_owned();
+    let interrupted = interruption();
+    if options.healers.contains(&Healer::Theriac) {
+        let view = View::open(options.plain, 1);
+        let sites = vec![(site.clone(), false)];
+        let mut stage = Stage::new(processes, view, None, sites, planned_s, interrupted.clone());
+        let played = play(&mut stage, &site, options).await;
+        let (_, mut processes, _) = stage.end();
+        processes.stop_all(Duration::from_secs(8));
+        end_leftovers(&program, &site.service_state());
+        results.extend(played?);
+    }
+    for healer in options
+        .healers
+        .iter()
+        .copied()
+        .filter(|healer| *healer != Healer::Theriac)
+    {
+        let free = free_addresses(3).map_err(file("no free ports"))?;
+        let site = Site::new(&root, healer.name(), [free[0], free[1], free[2]]);
+        let place = rival::Place {
+            program: &program,
+            site: &site,
+            logs: &out.join("logs"),
+        };
+        let played = rival::play(healer, &place, options, interrupted.clone()).await;
+        end_leftovers(&program, &site.service_state());
+        match played? {
+            Ok(rows) => results.extend(rows),
+            Err(left_out) => skipped.push(left_out),
+        }
+    }
     let summary = Summary {
-        results: played?,
-        skipped: Vec::new(),
+        results,
+        skipped,
         started: rfc3339(std::time::SystemTime::now()),
         machine: machine(),
     };
@@ -224,15 +274,13 @@ async fn play(stage: &mut Stage, site: &Site, options: &Options) -> Result<Vec<R
         ));
     }
     let mut results = Vec::new();
-    for healer in &options.healers {
-        for fault in &options.faults {
-            let mut runs = Vec::new();
-            for number in 1..=options.runs {
-                runs.extend(once(stage, *fault, number).await?);
-            }
-            let lost_transactions = change_traffic(stage, site, results.len() as u64 + 1).await;
-            results.push(row(*fault, *healer, &runs, lost_transactions));
+    for fault in &options.faults {
+        let mut runs = Vec::new();
+        for number in 1..=options.runs {
+            runs.extend(once(stage, *fault, number).await?);
         }
+        let lost_transactions = change_traffic(stage, site, results.len() as u64 + 1).await;
+        results.push(row(*fault, Healer::Theriac, &runs, lost_transactions));
     }
     Ok(results)
 }
@@ -249,12 +297,35 @@ async fn once(stage: &mut Stage, fault: Fault, number: u32) -> Result<Option<Run
         .until(&doing, calm * 2, |_| Instant::now() >= begins)
         .await?;
     let course = trial::run(stage, 0, fault, HEAL_LIMIT).await?;
+    // So that failures that belong to this fault are all in.
+    let settled = Instant::now() + QUIET;
+    stage
+        .until(&doing, QUIET * 2, |_| Instant::now() >= settled)
+        .await?;
+    let since_began = Duration::try_from_secs_f64(stage.now_s()).unwrap_or_default();
+    let began_ms = unix_ms().saturating_sub(u64::try_from(since_began.as_millis()).unwrap_or(0));
     let measured = course.zip(stage.record.faults.last().cloned());
-    Ok(measured.map(|(Course { actions, harmful, .. }, record)| Run {
-        record,
-        actions,
-        harmful,
+    Ok(measured.map(|(Course { actions, harmful, .. }, record)| {
+        let after = Duration::try_from_secs_f64(record.injected_s).unwrap_or_default();
+        let injected_ms = began_ms + u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        let traffic = stage.cast[0].traffic.as_ref();
+        Run {
+            down_s: traffic.map(|traffic| down_s(&traffic.snapshot(), injected_ms)),
+            record,
+            actions,
+            harmful,
+        }
     }))
+}
+
+/// Seconds from an injection until the last request failed, by when it was due; 0 when none did.
+fn down_s(seen: &TrafficReport, injected_ms: u64) -> f64 {
+    let of_it = seen
+        .failures
+        .iter()
+        .filter(|failure| failure.unix_ms >= injected_ms);
+    let last = of_it.map(|failure| failure.unix_ms).max();
+    last.map_or(0.0, |last| (last - injected_ms) as f64 / 1e3)
 }
 
 /// Ends the load, gives the number of acknowledged writes that it could not read back, and begins another. The former has
@@ -276,12 +347,21 @@ fn row(fault: Fault, healer: Healer, runs: &[Run], lost_transactions: u64) -> Re
         runs: runs.len(),
         detect_s: of(&|run| run.record.detected_s),
         heal_s: of(&|run| run.record.healed_s),
+        down_s: of(&|run| run.down_s),
         failed_requests: of(&|run| Some(run.record.failed_requests as f64)),
         lost_transactions: (!runs.is_empty()).then_some(lost_transactions as f64),
         actions: of(&|run| Some(run.actions as f64)),
         harmful_actions: of(&|run| Some(run.harmful as f64)),
-        healed_runs: runs.iter().filter(|run| run.record.is_healed()).count(),
+        healed_runs: runs
+            .iter()
+            .filter(|run| match healer {
+                Healer::Theriac => run.record.is_healed(),
+                // What it verified, if anything, it does not say: the load generator's view stands for it.
+                Healer::Threshold | Healer::Monit => run.down_s.is_some(),
+            })
+            .count(),
         each_heal_s: runs.iter().map(|run| run.record.healed_s).collect(),
+        each_down_s: runs.iter().map(|run| run.down_s).collect(),
     }
 }
 
@@ -301,13 +381,22 @@ pub fn results(summary: &Summary) -> String {
         .iter()
         .map(|row| {
             let worst = row.each_heal_s.iter().flatten().copied().fold(0.0, f64::max);
+            // Only an edge says of itself when it noticed and when it had verified.
+            let own = |told: String| {
+                if row.healer == Healer::Theriac.name() {
+                    told
+                } else {
+                    "-".to_owned()
+                }
+            };
             vec![
                 row.fault.to_owned(),
                 row.healer.to_owned(),
                 format!("{} of {}", row.healed_runs, row.runs),
-                maybe_seconds(row.detect_s),
-                maybe_seconds(row.heal_s),
-                seconds(worst),
+                own(maybe_seconds(row.detect_s)),
+                own(maybe_seconds(row.heal_s)),
+                own(seconds(worst)),
+                maybe_seconds(row.down_s),
                 number(row.failed_requests),
                 number(row.lost_transactions),
                 number(row.harmful_actions),
@@ -321,11 +410,19 @@ pub fn results(summary: &Summary) -> String {
         "Detected",
         "Healthy",
         "Worst",
+        "Requests failed for",
         "Failed requests",
         "Lost writes",
         "Harm",
     ];
-    theriac_command::output::table(&header, &rows)
+    let mut told = theriac_command::output::table(&header, &rows);
+    for left_out in &summary.skipped {
+        told.push_str("\nleft out: ");
+        told.push_str(&left_out.fault);
+        told.push_str(": ");
+        told.push_str(&left_out.reason);
+    }
+    told
 }
 
 #[cfg(test)]
@@ -341,6 +438,7 @@ mod tests {
         };
         Run {
             record,
+            down_s: healed_s,
             actions: 1,
             harmful: 0,
         }
@@ -354,6 +452,12 @@ mod tests {
         assert_eq!(
             (healed.runs, healed.healed_runs, healed.failed_requests),
             (3, 2, Some(20.0))
+        );
+        let rival = row(Fault::Kill9, Healer::Monit, &runs, 0);
+        assert_eq!(
+            (rival.healed_runs, rival.down_s),
+            (2, Some(1.5)),
+            "by the load generator alone"
         );
         let json = serde_json::to_value(row(Fault::Hang, Healer::Theriac, &[run_of(None, 9)], 0)).unwrap();
         assert!(json["heal_s"].is_null() && json["detect_s"].is_null());
@@ -372,8 +476,9 @@ mod tests {
 
     #[test]
     fn other_healers_and_faults_are_refused_with_what_there_is() {
-        let monit = "monit".parse::<Healer>().unwrap_err().to_string();
-        assert!(monit.contains("only `theriac`"), "{monit}");
+        assert_eq!("monit".parse::<Healer>().unwrap(), Healer::Monit);
+        let other = "systemd".parse::<Healer>().unwrap_err().to_string();
+        assert!(other.contains("theriac, threshold, monit"), "{other}");
         let disk = "disk_full".parse::<Fault>().unwrap_err().to_string();
         assert!(disk.contains("kill9, hang"), "{disk}");
     }

@@ -40,11 +40,12 @@ fn results(page: &mut Page, summary: &Summary) {
             "Healed",
             "Detected after",
             "Healed after",
+            "Requests failed for",
             "Failed requests",
             "Lost writes",
             "Harmful actions",
         ],
-        &[1, 2, 3, 4, 5, 6],
+        &[1, 2, 3, 4, 5, 6, 7],
         summary.results.iter().map(|row| {
             vec![
                 format!(
@@ -55,6 +56,7 @@ fn results(page: &mut Page, summary: &Summary) {
                 format!("{} of {}", row.healed_runs, row.runs),
                 maybe_seconds(row.detect_s),
                 maybe_seconds(row.heal_s),
+                maybe_seconds(row.down_s),
                 number(row.failed_requests),
                 number(row.lost_transactions),
                 number(row.harmful_actions),
@@ -68,9 +70,9 @@ fn results(page: &mut Page, summary: &Summary) {
 fn each(page: &mut Page, summary: &Summary) {
     for row in summary.results.iter().filter(|row| !row.each_heal_s.is_empty()) {
         page.raw("<section>\n<h2>")
-            .text(format!("{}, every run", words(row.fault)))
+            .text(format!("{} under {}, every run", words(row.fault), row.healer))
             .raw("</h2>\n");
-        page.raw("<p class=\"note\">Time until verified healthy.</p>\n<div class=\"panel\">\n<dl class=\"reasons\">\n");
+        page.raw("<p class=\"note\">Time until the last request failed.</p>\n<div class=\"panel\">\n<dl class=\"reasons\">\n");
         bars(page, row);
         page.raw("</dl>\n</div>\n</section>\n");
     }
@@ -78,13 +80,13 @@ fn each(page: &mut Page, summary: &Summary) {
 
 fn bars(page: &mut Page, row: &ResultRow) {
     let longest = row
-        .each_heal_s
+        .each_down_s
         .iter()
         .flatten()
         .copied()
         .fold(f64::MIN_POSITIVE, f64::max);
-    for (index, healed_s) in row.each_heal_s.iter().enumerate() {
-        let share = healed_s.map_or(0.0, |healed_s| healed_s / longest * 100.0);
+    for (index, down_s) in row.each_down_s.iter().enumerate() {
+        let share = down_s.map_or(0.0, |down_s| down_s / longest * 100.0);
         page.raw("<div><dt>")
             .text(format!("run {}", index + 1))
             .raw("</dt>");
@@ -92,7 +94,7 @@ fn bars(page: &mut Page, row: &ResultRow) {
             "<dd class=\"track\"><i style=\"width:{share:.1}%\"></i></dd>"
         ));
         page.raw("<dd class=\"num\">")
-            .text(healed_s.map_or("not healed".to_owned(), seconds))
+            .text(down_s.map_or("not healed".to_owned(), seconds))
             .raw("</dd></div>\n");
     }
 }
@@ -109,12 +111,14 @@ mod tests {
             runs: 2,
             detect_s: Some(0.2),
             heal_s: Some(0.9),
+            down_s: Some(0.9),
             failed_requests: Some(12.0),
             lost_transactions: Some(0.0),
             actions: Some(1.0),
             harmful_actions: Some(0.0),
             healed_runs: 1,
             each_heal_s: vec![Some(0.9), None],
+            each_down_s: vec![Some(0.9), None],
         };
         let summary = Summary {
             results: vec![row],

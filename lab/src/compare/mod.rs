@@ -59,12 +59,26 @@ pub struct Args {
     /// Share of a one-channel recording that is fitted on; the rest is scored.
     #[arg(long, value_name = "SHARE", default_value_t = 0.15)]
     pub fit_share: f64,
-    /// False alarms per day that thresholds aim at.
-    #[arg(long, value_name = "N", default_value_t = 1.0)]
+    /// False alarms per day that thresholds aim at, 0.01 to 1000.
+    #[arg(long, value_name = "N", default_value_t = 1.0, value_parser = false_alarms)]
     pub false_alarms_per_day: f64,
+    /// VUS-PR too, as `evaluate` gives it with windows up to 100 rows: some seconds more for each detector.
+    #[arg(long)]
+    pub vus: bool,
     /// `human`, or `json` for the summary on standard output.
     #[arg(long, default_value = "human")]
     pub format: Format,
+}
+
+/// Longest buffer of VUS-PR, in rows: that of `evaluate`.
+const VUS_WINDOW: usize = 100;
+
+fn false_alarms(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "it is no number".to_owned())?;
+    (0.01..=1_000.0)
+        .contains(&number)
+        .then_some(number)
+        .ok_or_else(|| "it must be 0.01 to 1000".to_owned())
 }
 
 /// Why there is no comparison.
@@ -99,6 +113,9 @@ pub struct Measured {
     pub arm: Arm,
     /// Average precision of the scores, point by point; `None` without a labelled row.
     pub auc_pr: Option<f64>,
+    /// Volume under the range-aware precision-recall surface, with `--vus`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vus_pr: Option<f64>,
     /// What the alarms came to.
     #[serde(flatten)]
     pub alarms: Alarms,
@@ -119,6 +136,12 @@ pub struct Summary {
     pub auc_pr: f64,
     /// Recordings whose `auc_pr` is above that of the first detector.
     pub wins: usize,
+    /// Mean VUS-PR over the recordings with an event, with `--vus`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vus_pr: Option<f64>,
+    /// Recordings whose VUS-PR is above that of the first detector, with `--vus`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vus_wins: Option<usize>,
     /// Recordings with an event.
     pub of: usize,
     /// False alarms per day: mean over the recordings.
@@ -144,9 +167,12 @@ impl Compared {
     /// A table for people.
     pub fn table(&self) -> String {
         let row = |row: &Summary| {
+            let vus = row.vus_pr.zip(row.vus_wins);
             vec![
                 row.view.clone(),
                 row.arm.clone(),
+                vus.map_or_else(|| "-".to_owned(), |(vus, _)| format!("{vus:.3}")),
+                vus.map_or_else(|| "-".to_owned(), |(_, wins)| format!("{wins}/{}", row.of)),
                 format!("{:.3}", row.auc_pr),
                 format!("{}/{}", row.wins, row.of),
                 format!("{:.2}", row.false_alarms_per_day),
@@ -158,6 +184,8 @@ impl Compared {
         let heads = [
             "View",
             "Arm",
+            "VUS-PR",
+            "Wins",
             "AUC-PR",
             "Wins",
             "FA a day",
@@ -287,6 +315,8 @@ fn one(
     Ok(Measured {
         arm,
         auc_pr: average_precision(&recording.labels, &scores),
+        vus_pr: (args.vus && recording.labels.contains(&true))
+            .then(|| crate::evaluate::vus_pr(&recording.labels, &scores, VUS_WINDOW)),
         alarms: alarms(&recording.labels, &alarmed, recording.step),
         fit_seconds,
         score_microseconds,
@@ -304,15 +334,19 @@ fn summarise(
         if count > 0.0 { sum / count } else { f64::NAN }
     };
     let rates = || recordings.values().map(|m| m.alarms.false_alarms_per_day);
-    let won = |(name, measured): (&String, &Measured)| {
-        let other = first.get(name).and_then(|other| other.auc_pr);
-        measured.auc_pr.zip(other).is_some_and(|(own, other)| own > other)
+    let won = |(name, measured): (&String, &Measured), of: fn(&Measured) -> Option<f64>| {
+        let other = first.get(name).and_then(of);
+        of(measured).zip(other).is_some_and(|(own, other)| own > other)
     };
+    let wins = |of: fn(&Measured) -> Option<f64>| recordings.iter().filter(|pair| won(*pair, of)).count();
+    let measured_vus = recordings.values().any(|m| m.vus_pr.is_some());
     Summary {
         view: view.to_owned(),
         arm: arm.to_owned(),
         auc_pr: mean(&mut recordings.values().filter_map(|m| m.auc_pr)),
-        wins: recordings.iter().filter(|pair| won(*pair)).count(),
+        wins: wins(|m| m.auc_pr),
+        vus_pr: measured_vus.then(|| mean(&mut recordings.values().filter_map(|m| m.vus_pr))),
+        vus_wins: measured_vus.then(|| wins(|m| m.vus_pr)),
         of: recordings.values().filter(|m| m.auc_pr.is_some()).count(),
         false_alarms_per_day: mean(&mut rates()),
         false_alarms_per_day_worst: rates().fold(0.0, f64::max),
@@ -392,6 +426,7 @@ mod tests {
             network_steps: 0,
             fit_share: 0.15,
             false_alarms_per_day: 1.0,
+            vus: false,
             format: Format::Human,
         };
         let compared = run(&args).unwrap();

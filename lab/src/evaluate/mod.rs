@@ -191,6 +191,9 @@ pub struct Evaluation {
 
 /// Volume under the range-aware precision-recall surface of one machine over buffers of 0 to `window` samples; NaN where one of
 /// the classes is missing. Labels and scores are `[time]`.
+///
+/// # Panics
+/// When there are not as many labels as scores.
 pub fn vus_pr(labelled: &[bool], scores: &[f32], window: usize) -> f64 {
     let scores = scores.iter().map(|score| f64::from(*score)).collect();
     curves::Ranking::new(labelled.to_vec(), scores).volumes(window).1

@@ -198,6 +198,10 @@ impl Site {
                 keep: 2,
             }),
             checkpoint: None,
+            sessions: None,
+            space: None,
+            hook: None,
+            webhook: None,
             depends_on: Vec::new(),
             limits: edge::LimitSettings {
                 memory_bytes: Some(SERVICE_MEMORY_MAX),

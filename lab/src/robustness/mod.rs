@@ -15,13 +15,16 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 
-use std::io;
+use std::collections::BTreeSet;
+use std::io::{self, IsTerminal as _};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use theriac_aggregator::robust::{Options, RuleError, rule};
 use theriac_command::output::{self, Format};
 use theriac_model::detector::DetectorError;
 use theriac_model::global::GlobalError;
@@ -82,18 +85,18 @@ pub struct Args {
     /// Whether updates carry noise.
     #[arg(long, value_enum, default_value_t = Privacy::Block)]
     pub privacy: Privacy,
-    /// ε of one block, for the workload `smd`.
-    #[arg(long, value_name = "E", default_value_t = 4.0)]
-    pub epsilon: f64,
-    /// Hostile sites among those that train, for the workload `smd`.
-    #[arg(long, value_name = "F", default_value_t = 4)]
-    pub malicious: usize,
-    /// Only the one-step loss, not the detection: fast.
+    /// ε of one block, for the workload `smd` with noise [default: 4].
+    #[arg(long, value_name = "E")]
+    pub epsilon: Option<f64>,
+    /// Hostile sites among those that train, for the workload `smd` [default: 4].
+    #[arg(long, value_name = "F")]
+    pub malicious: Option<usize>,
+    /// Only the one-step loss, not the detection: fast; for the workload `smd`.
     #[arg(long)]
     pub loss_only: bool,
-    /// Rounds of the workload `synthetic`.
-    #[arg(long, value_name = "N", default_value_t = synthetic::ROUNDS, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    pub rounds: u32,
+    /// Rounds of the workload `synthetic` [default: 60].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub rounds: Option<u32>,
     /// Threads [default: one for each processor].
     #[arg(long, value_name = "T")]
     pub threads: Option<NonZeroUsize>,
@@ -115,6 +118,34 @@ pub enum RobustnessError {
     /// A number is out of range.
     #[error("--epsilon: {0}")]
     Unit(#[from] UnitError),
+    /// An option that the workload does not take.
+    #[error("--{option} says nothing about the workload {workload}: leave it out")]
+    Unused {
+        /// Without dashes.
+        option: &'static str,
+        /// The workload's name.
+        workload: &'static str,
+    },
+    /// A screen that does nothing there.
+    #[error("--rules: `{pipeline}`: {reason}")]
+    Idle {
+        /// The pipeline.
+        pipeline: String,
+        /// Why a part of it does nothing.
+        reason: &'static str,
+    },
+    /// A rule that cannot hold with so many sites.
+    #[error("--rules: `{pipeline}` of {sites} sites, {hostile} of them hostile: {source}")]
+    Rule {
+        /// The pipeline.
+        pipeline: String,
+        /// Sites that send.
+        sites: usize,
+        /// Hostile ones.
+        hostile: usize,
+        /// What the rule says.
+        source: RuleError,
+    },
     /// No noise is strong enough.
     #[error("--epsilon {0}: no noise reaches it; ask for more")]
     NoNoise(f64),
@@ -166,6 +197,9 @@ impl RobustnessError {
                 | Self::Pipeline(_)
                 | Self::Unit(_)
                 | Self::NoNoise(_)
+                | Self::Unused { .. }
+                | Self::Idle { .. }
+                | Self::Rule { .. }
                 | Self::TooFewSites { .. }
                 | Self::NoData
         )
@@ -228,7 +262,8 @@ enum Work {
 
 fn measure(args: &Args) -> Result<Table, RobustnessError> {
     let private = args.privacy == Privacy::Block;
-    let pipelines: Vec<Pipeline> = if args.rules.is_empty() {
+    check_options(args)?;
+    let mut pipelines: Vec<Pipeline> = if args.rules.is_empty() {
         default_pipelines(args.workload, private)
             .iter()
             .map(|name| name.parse())
@@ -239,7 +274,11 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
             .map(|name| name.parse())
             .collect::<Result<_, _>>()?
     };
-    let attacks: Vec<Option<Attack>> = if args.attacks.is_empty() {
+    // Twice the same is once.
+    let mut seen = BTreeSet::new();
+    pipelines.retain(|pipeline| seen.insert(*pipeline));
+    check_pipelines(args, &pipelines)?;
+    let mut attacks: Vec<Option<Attack>> = if args.attacks.is_empty() {
         std::iter::once(None)
             .chain(Attack::all().into_iter().map(Some))
             .collect()
@@ -253,8 +292,13 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
         };
         args.attacks.iter().map(parse).collect::<Result<_, _>>()?
     };
+    let mut seen = BTreeSet::new();
+    attacks.retain(|attack| seen.insert(*attack));
     let work = match args.workload {
-        Workload::Synthetic => Work::Synthetic(Synthetic::new(private, args.rounds)?),
+        Workload::Synthetic => {
+            let rounds = args.rounds.unwrap_or(synthetic::ROUNDS);
+            Work::Synthetic(Synthetic::new(private, rounds)?)
+        }
         Workload::Smd => {
             let data = args.data.as_ref().ok_or(RobustnessError::NoData)?;
             let depth = if args.loss_only {
@@ -262,15 +306,28 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
             } else {
                 Depth::Detection
             };
-            let epsilon = private.then_some(args.epsilon);
-            Work::Recorded(Box::new(Recorded::new(data, epsilon, args.malicious, 1, depth)?))
+            let epsilon = private.then_some(args.epsilon.unwrap_or(EPSILON));
+            let recorded = Recorded::new(data, epsilon, hostile(args), 1, depth)?;
+            for pipeline in &pipelines {
+                check_rule(pipeline, recorded.senders(), hostile(args), private)?;
+            }
+            Work::Recorded(Box::new(recorded))
         }
     };
     let total = (pipelines.len() * attacks.len()) as u64 * args.seeds;
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} (left: {eta})")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::new(total).with_style(style);
-    let done = || bar.inc(1);
+    let counted = AtomicU64::new(0);
+    let in_a_terminal = io::stderr().is_terminal();
+    let done = || {
+        bar.inc(1);
+        let count = counted.fetch_add(1, Ordering::Relaxed) + 1;
+        // A log gets a line for each twentieth.
+        if !in_a_terminal && (count * 20) / total > ((count - 1) * 20) / total {
+            eprintln!("{count} of {total} done");
+        }
+    };
     let mut entries: Vec<Entry> = Vec::new();
     for seed in 1..=args.seeds {
         let values = match &work {
@@ -299,10 +356,123 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
             }
         }
         // What there is so far, in case it is ended.
-        table::write(&args.out, &entries)?;
+        table::write(&args.out, &entries, &provenance(args, seed))?;
     }
     bar.finish_and_clear();
     Ok(Table { entries })
+}
+
+/// ε of one block where none is asked for.
+const EPSILON: f64 = 4.0;
+/// Hostile machines where no number is asked for.
+const MALICIOUS: usize = 4;
+
+fn hostile(args: &Args) -> usize {
+    match args.workload {
+        Workload::Smd => args.malicious.unwrap_or(MALICIOUS),
+        Workload::Synthetic => synthetic::HOSTILE,
+    }
+}
+
+/// Options that say nothing about the workload are a mistake.
+fn check_options(args: &Args) -> Result<(), RobustnessError> {
+    let given: &[(&'static str, bool)] = match args.workload {
+        Workload::Synthetic => &[
+            ("data", args.data.is_some()),
+            ("epsilon", args.epsilon.is_some()),
+            ("malicious", args.malicious.is_some()),
+            ("loss-only", args.loss_only),
+        ],
+        Workload::Smd => &[
+            ("rounds", args.rounds.is_some()),
+            ("epsilon", args.epsilon.is_some() && args.privacy == Privacy::Off),
+        ],
+    };
+    let workload = match args.workload {
+        Workload::Smd => "smd",
+        Workload::Synthetic => "synthetic",
+    };
+    match given.iter().find(|(_, given)| *given) {
+        Some((option, _)) => Err(RobustnessError::Unused { option, workload }),
+        None => Ok(()),
+    }
+}
+
+fn check_pipelines(args: &Args, pipelines: &[Pipeline]) -> Result<(), RobustnessError> {
+    for pipeline in pipelines {
+        let idle = match args.workload {
+            Workload::Synthetic if pipeline.vet => {
+                Some("vet+ looks at moments, and this workload sends weight changes")
+            }
+            Workload::Smd if pipeline.memory => Some("ema+ is a mean over rounds, and this workload has one"),
+            _ => None,
+        };
+        if let Some(reason) = idle {
+            let pipeline = pipeline.to_string();
+            return Err(RobustnessError::Idle { pipeline, reason });
+        }
+        if args.workload == Workload::Synthetic {
+            check_rule(
+                pipeline,
+                synthetic::SITES,
+                hostile(args),
+                args.privacy == Privacy::Block,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// A rule that no round can end with gives no figure.
+fn check_rule(
+    pipeline: &Pipeline,
+    sites: usize,
+    hostile: usize,
+    private: bool,
+) -> Result<(), RobustnessError> {
+    let options = Options {
+        private,
+        ..Options::default()
+    };
+    let made = rule(pipeline.rule, pipeline.rule.withstands(hostile), &options);
+    made.and_then(|rule| rule.check(sites))
+        .map_err(|source| RobustnessError::Rule {
+            pipeline: pipeline.to_string(),
+            sites,
+            hostile,
+            source,
+        })
+}
+
+/// How a table came about, for its head.
+fn provenance(args: &Args, seeds: u64) -> String {
+    let work = match args.workload {
+        Workload::Smd => format!(
+            "recorded machines, each in turn new, {} of the others hostile, one round of moments",
+            hostile(args)
+        ),
+        Workload::Synthetic => format!(
+            "a made fleet of {} sites, {} hostile, {} rounds of weight changes",
+            synthetic::SITES,
+            synthetic::HOSTILE,
+            args.rounds.unwrap_or(synthetic::ROUNDS)
+        ),
+    };
+    let noise = match (args.privacy, args.workload) {
+        (Privacy::Off, _) => "no noise".to_owned(),
+        (Privacy::Block, Workload::Smd) => {
+            format!(
+                "noise of epsilon {} for one block",
+                args.epsilon.unwrap_or(EPSILON)
+            )
+        }
+        (Privacy::Block, Workload::Synthetic) => "noise as long as the clipping norm".to_owned(),
+    };
+    format!(
+        "theriac-lab {} robustness: {work}; {noise}; seeds 1 to {seeds}. Ratio to the mean of the honest sites alone, 1 is as good: mean over the seeds, \
+         in brackets the worst. An aggregator's f: it shrinks by copies, not by refused updates.",
+        env!("CARGO_PKG_VERSION")
+    )
 }
 
 /// The mean, and what is shipped.
@@ -310,7 +480,7 @@ fn default_pipelines(workload: Workload, private: bool) -> &'static [&'static st
     match (workload, private) {
         (Workload::Smd, true) => &["mean", "vet+law+copies+caf"],
         (Workload::Smd, false) => &["mean", "vet+nnm+trimmed_mean"],
-        (Workload::Synthetic, true) => &["ema+mean", "law+copies+ema+caf"],
+        (Workload::Synthetic, true) => &["mean", "law+copies+caf"],
         (Workload::Synthetic, false) => &["mean", "dedup+nnm+trimmed_mean"],
     }
 }

@@ -1,18 +1,21 @@
 //! What stands between the updates of a round and its result, by name: screens, then a rule, as in `vet+law+copies+caf`.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use theriac_aggregator::copies::copies;
-use theriac_aggregator::robust::{MatrixRows, Options, RuleError, RuleName, rule};
+use theriac_aggregator::average::{Mean, SiteAverage};
+use theriac_aggregator::copies::{Copies, copies};
+use theriac_aggregator::robust::{MatrixRows, Options, PayloadRows, Row, RuleError, RuleName, rule};
 use theriac_aggregator::validate::{RawUpdate, validate_with};
 use theriac_aggregator::vet::Screens;
 use theriac_protocol::compress::encode_f32;
 use theriac_protocol::message::{AnnounceV1, Encoding, PrivacyClaimV1, UpdateV1};
 use theriac_protocol::units::{Delta, Digest, Epsilon, NodeId, UnitError};
 
-/// How much of the last rounds' mean an edge's exponential mean keeps.
-const MEMORY: f32 = 0.9;
+/// How much each round before counts in an edge's mean.
+const MEMORY: f64 = 0.9;
 
 /// Screens and a rule.
 #[expect(clippy::struct_excessive_bools, reason = "four switches, each of its own")]
@@ -24,7 +27,7 @@ pub struct Pipeline {
     pub law: bool,
     /// Of copies that share their noise one is kept.
     pub copies: bool,
-    /// Rules see each edge's exponential mean over the rounds.
+    /// Rules see the mean of each edge's last updates, weighted by their age, as an aggregator with `site_average` does.
     pub memory: bool,
     /// The rule.
     pub rule: RuleName,
@@ -96,13 +99,13 @@ pub struct Combined {
     pub refused: Vec<Option<&'static str>>,
 }
 
-/// Each edge's exponential mean, where a pipeline has one.
+/// The last updates of each edge with their rounds, newest last, where a pipeline takes means of them.
 #[derive(Debug, Clone, Default)]
-pub struct Memory(Vec<Option<Vec<f32>>>);
+pub struct Memory(Vec<VecDeque<(u64, Arc<Row>)>>);
 
 impl Pipeline {
-    /// What comes of these rows; `None` stands for one that did not come in time. At most `f` of all rows are hostile; those that are
-    /// stopped no longer count. `memory` is read, and the means after this round are given back.
+    /// What comes of these rows; `None` stands for one that did not come in time. At most `f` of the rows that pass validation
+    /// are hostile; copies no longer count. `memory` is read, and the means after this round are given back.
     pub fn combine(
         &self,
         rows: &[Option<Vec<f32>>],
@@ -126,45 +129,61 @@ impl Pipeline {
                 }
             })
             .collect();
+        // As at an aggregator: copies that are hostile for sure are of the f, a refusal proves nothing about the rest.
+        let mut found = Copies::default();
+        let left: Vec<usize> = (0..rows.len())
+            .filter(|index| refused[*index].is_none())
+            .collect();
         if self.copies {
             let noise = terms.noise_multiplier.value() * terms.clip_norm.value();
-            let left: Vec<usize> = (0..rows.len())
-                .filter(|index| refused[*index].is_none())
-                .collect();
             let values: Vec<&[f32]> = left.iter().filter_map(|index| rows[*index].as_deref()).collect();
-            for copy in copies(&MatrixRows::from_rows(&values).ok()?, noise) {
-                refused[left[copy]] = Some("copy");
-            }
+            found = copies(&MatrixRows::from_rows(&values).ok()?, noise);
         }
+        let (found, hostile) = found.in_force(self.rule, f, &Options::default(), left.len());
+        for (copy, _) in &found.removed {
+            refused[left[*copy]] = Some("copy");
+        }
+        let average = SiteAverage::new(MEMORY).unwrap_or(SiteAverage::OFF);
         let mut after = memory.clone();
-        after.0.resize(rows.len(), None);
-        let mut kept = Vec::new();
+        after.0.resize(rows.len(), VecDeque::new());
+        let mut kept: Vec<Row> = Vec::new();
         for (index, row) in rows.iter().enumerate() {
             let Some(row) = row.as_ref().filter(|_| refused[index].is_none()) else {
                 continue;
             };
-            if self.memory {
-                let zero = vec![0.0; row.len()];
-                let before = after.0[index].as_ref().unwrap_or(&zero);
-                let mean: Vec<f32> = before
-                    .iter()
-                    .zip(row)
-                    .map(|(before, row)| MEMORY * before + (1.0 - MEMORY) * row)
-                    .collect();
-                kept.push(mean.clone());
-                after.0[index] = Some(mean);
-            } else {
-                kept.push(row.clone());
+            let encoded = Row {
+                encoding: Encoding::F32,
+                payload: encode_f32(row).into(),
+            };
+            if !self.memory {
+                kept.push(encoded);
+                continue;
             }
+            let past = &mut after.0[index];
+            let age = |round: &u64| terms.round.0.saturating_sub(*round);
+            while past
+                .front()
+                .is_some_and(|(round, _)| age(round) >= average.rounds())
+            {
+                past.pop_front();
+            }
+            let mut mean = Mean::new(row.len());
+            mean.add(&encoded, 1.0, 1.0);
+            for (round, update) in past.iter().rev() {
+                mean.add(update, average.weight(age(round)), 1.0);
+            }
+            kept.push(mean.into_row());
+            past.push_back((terms.round.0, Arc::new(encoded)));
         }
-        let stopped = rows.len() - kept.len();
-        let hostile = f.saturating_sub(stopped).min(kept.len().saturating_sub(1) / 2);
-        let hostile = self.rule.withstands(hostile);
         let rule = rule(self.rule, hostile, &Options::default()).ok()?;
-        let values = rule.combine(&MatrixRows::from_rows(&kept).ok()?).ok()?.values;
+        let count = kept.len();
+        let values = rule
+            .combine(&PayloadRows::new(kept, terms.values).ok()?)
+            .ok()?
+            .values;
         let combined = Combined {
             values,
-            rows: kept.len(),
+            rows: count,
             refused,
         };
         Some((combined, after))

@@ -15,7 +15,7 @@ use theriac_model::detector::{Detector, FitOptions};
 use theriac_model::gate::{self, GateOutcome, Trial};
 use theriac_model::global::{GlobalModel, OwnLagWeights, moments_layout};
 use theriac_model::moments::{self, BLOCK_CLIP_NORM, BLOCK_ROWS};
-use theriac_privacy::accountant::noise_multiplier_for;
+use theriac_privacy::accountant::{SamplingRate, calibrated_noise_multiplier};
 use theriac_privacy::policy::PrivacyUnit;
 use theriac_protocol::message::{AnnounceV1, UpdateKind};
 use theriac_protocol::units::{Delta, Digest, Epsilon, L2Norm, ModelVersion, NoiseMultiplier, Round};
@@ -35,7 +35,12 @@ pub const STARTS: [usize; 2] = [120, 1000];
 const WINDOW: usize = 100;
 
 /// The poisons that are made once for each site and seed.
-const POISONS: [Kind; 3] = [Kind::PoisonNegate, Kind::PoisonShuffle, Kind::PoisonScale];
+const POISONS: [Kind; 4] = [
+    Kind::PoisonNegate,
+    Kind::PoisonShuffle,
+    Kind::PoisonScale,
+    Kind::PoisonScaleMild,
+];
 
 /// What is measured on the new machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +57,7 @@ pub struct Recorded {
     terms: AnnounceV1,
     noise: f32,
     /// Clipped sums of each site: honest, then of each of [`POISONS`].
-    sums: Vec<[Vec<f32>; 4]>,
+    sums: Vec<[Vec<f32>; 5]>,
     trials: Vec<Trial>,
     /// Detection volume of a new machine with a model, by machine, start and model.
     detected: Mutex<HashMap<(usize, usize, Digest), [f64; 2]>>,
@@ -101,9 +106,10 @@ impl Recorded {
         }
         let sigma = match epsilon {
             None => f64::MIN_POSITIVE,
-            Some(epsilon) => noise_multiplier_for(
+            Some(epsilon) => calibrated_noise_multiplier(
                 Epsilon::new(epsilon)?,
                 Delta::new(1e-6)?,
+                SamplingRate::FULL,
                 1,
                 PrivacyUnit::Block.sensitivity(UpdateKind::Moments),
             )
@@ -138,8 +144,8 @@ impl Recorded {
             .par_iter()
             .map(|site| {
                 let spoilt = POISONS.map(|kind| clipped(&site.poisoned(kind, seed), &fleet, Some(kind)));
-                let [a, b, c] = spoilt;
-                [clipped(site, &fleet, None), a, b, c]
+                let [a, b, c, d] = spoilt;
+                [clipped(site, &fleet, None), a, b, c, d]
             })
             .collect();
         let trials = fleet
@@ -201,6 +207,11 @@ impl Recorded {
         Ok(evaluate::vus_pr(&self.labels[site], &scores, WINDOW))
     }
 
+    /// Machines that send in each round: all but the new one.
+    pub fn senders(&self) -> usize {
+        self.sums.len().saturating_sub(1)
+    }
+
     /// Ratios to the honest-only oracle of one seed for every pair of a pipeline and an attack, in their order: attacks of the first
     /// pipeline, then of the second. `done` is called for each pair.
     ///
@@ -247,7 +258,7 @@ impl Recorded {
         &self,
         newcomer: usize,
         order: &[usize],
-        released: &[[Vec<f32>; 4]],
+        released: &[[Vec<f32>; 5]],
         seed: u64,
         pipeline: &Pipeline,
         attack: Option<Attack>,
@@ -281,14 +292,14 @@ impl Recorded {
         order
     }
 
-    fn rows(released: &[[Vec<f32>; 4]], sites: &[usize], which: usize) -> Vec<Vec<f32>> {
+    fn rows(released: &[[Vec<f32>; 5]], sites: &[usize], which: usize) -> Vec<Vec<f32>> {
         let mut sites = sites.to_vec();
         sites.sort_unstable();
         sites.iter().map(|site| released[*site][which].clone()).collect()
     }
 
     /// Every site's releases with this seed's noise.
-    fn released(&self, seed: u64) -> Vec<[Vec<f32>; 4]> {
+    fn released(&self, seed: u64) -> Vec<[Vec<f32>; 5]> {
         let noised = |site: usize, which: usize, sum: &Vec<f32>| {
             let mut noise = Gaussian::new(seed, Round(which as u64), site);
             sum.iter()
@@ -347,9 +358,12 @@ impl Recorded {
             &self.locals[newcomer][at],
             self.fleet.sites[newcomer].train.tail(rows),
         );
-        let free = self.volume(newcomer, &local.refit_with_global(&history, model)?)?;
+        let free = self.volume(
+            newcomer,
+            &local.refit_with_global(&history, model, local.options())?,
+        )?;
         let gated = if matches!(
-            gate::judge(local, &history, model).outcome,
+            gate::judge(local, &history, model, local.options()).outcome,
             GateOutcome::Accepted(_)
         ) {
             free

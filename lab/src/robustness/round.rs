@@ -7,7 +7,7 @@ use theriac_protocol::units::Round;
 use super::pipeline::{Combined, Memory, Pipeline};
 use crate::attack::{Attack, Kind, Scene};
 
-/// What a round is made of. Honest sites come first, hostile ones last.
+/// What a round is made of. Hostile sites come first by name: where a screen keeps the first of several, that is the worst case.
 #[derive(Debug, Clone, Copy)]
 pub struct Battle<'a> {
     /// The screens and the rule.
@@ -31,11 +31,10 @@ impl Battle<'_> {
         attack: Option<Attack>,
     ) -> Option<(Combined, Memory)> {
         let run = |hostile: &[Vec<f32>]| {
-            let rows: Vec<Option<Vec<f32>>> = honest
+            let rows: Vec<Option<Vec<f32>>> = hostile
                 .iter()
-                .cloned()
-                .map(Some)
-                .chain(hostile.iter().map(|row| sent(attack, row)))
+                .map(|row| sent(attack, row))
+                .chain(honest.iter().cloned().map(Some))
                 .collect();
             self.pipeline.combine(&rows, own.len(), self.terms, self.memory)
         };

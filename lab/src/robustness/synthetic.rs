@@ -99,6 +99,7 @@ impl World {
             Some(Kind::PoisonShuffle) => torn(rows, &mut StdRng::seed_from_u64(seed ^ site as u64)),
             Some(Kind::PoisonNegate) => times(-1.0),
             Some(Kind::PoisonScale) => times(poison::TARGET_FACTOR),
+            Some(Kind::PoisonScaleMild) => times(poison::TARGET_FACTOR_MILD),
             _ => rows.clone(),
         }
     }
@@ -170,7 +171,7 @@ impl Synthetic {
         done: &(dyn Fn() + Sync),
     ) -> Result<Vec<Vec<Value>>, RobustnessError> {
         let world = World::new(seed);
-        let mean: Pipeline = if self.noise > 0.0 { "ema+mean" } else { "mean" }.parse()?;
+        let mean: Pipeline = "mean".parse()?;
         let oracle = self.train(&world, seed, &mean, None, SITES - HOSTILE);
         let pairs: Vec<(&Pipeline, Option<Attack>)> = pipelines
             .iter()

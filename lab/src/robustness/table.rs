@@ -74,9 +74,9 @@ fn in_order<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     found
 }
 
-/// One table for each measure: an attack a row, a pipeline a column, mean over seeds and worst seed.
-pub fn markdown(entries: &[Entry]) -> String {
-    let mut text = String::new();
+/// One table for each measure under what it says of where they come from: an attack a row, a pipeline a column, mean over seeds and worst seed.
+pub fn markdown(entries: &[Entry], provenance: &str) -> String {
+    let mut text = format!("{provenance}\n\n");
     for measure in in_order(entries.iter().map(|entry| entry.measure)) {
         let (pipelines, attacks, cells) = grid(entries, measure);
         writeln!(text, "## {measure}\n\n| attack | {} |", pipelines.join(" | ")).ok();
@@ -96,9 +96,12 @@ pub fn markdown(entries: &[Entry]) -> String {
         text += &row("**worst attack**", &|pipeline| {
             let means = attacks
                 .iter()
+                .filter(|attack| **attack != super::NONE)
                 .filter_map(|attack| cells.get(&(pipeline, attack)))
                 .map(|entry| entry.mean());
-            format!("**{:.3}**", means.fold(f64::INFINITY, f64::min))
+            means
+                .reduce(f64::min)
+                .map_or_else(|| "-".to_owned(), |worst| format!("**{worst:.3}**"))
         });
         text.push('\n');
     }
@@ -142,7 +145,8 @@ pub fn heat_map(path: &Path, entries: &[Entry], measure: &str) -> Result<(), Rob
         let root = SVGBackend::new(path, size).into_drawing_area();
         root.fill(&WHITE)?;
         let font = ("sans-serif", 11);
-        let title = format!("{measure}: ratio to the honest-only oracle, mean over seeds");
+        let title =
+            format!("{measure}: ratio to the honest-only oracle, mean over seeds; red 0.5 and less, green 1");
         root.draw(&Text::new(title, (8, 8), ("sans-serif", 14)))?;
         for (column, pipeline) in (0..).zip(&pipelines) {
             let place = (LEFT + column * CELL.0 + 3, TOP - 16);
@@ -196,7 +200,7 @@ fn colour(ratio: f64) -> RGBColor {
 ///
 /// # Errors
 /// [`RobustnessError`]
-pub fn write(out: &Path, entries: &[Entry]) -> Result<(), RobustnessError> {
+pub fn write(out: &Path, entries: &[Entry], provenance: &str) -> Result<(), RobustnessError> {
     let write = |name: &str, text: String| {
         let path = out.join(name);
         fs::write(&path, text).map_err(|source| RobustnessError::Write { path, source })
@@ -206,7 +210,7 @@ pub fn write(out: &Path, entries: &[Entry]) -> Result<(), RobustnessError> {
         source,
     })?;
     write("robustness.csv", csv(entries))?;
-    write("robustness.md", markdown(entries))?;
+    write("robustness.md", markdown(entries, provenance))?;
     for measure in in_order(entries.iter().map(|entry| entry.measure)) {
         heat_map(&out.join(format!("{measure}.svg")), entries, measure)?;
     }
@@ -231,14 +235,14 @@ mod tests {
             entry("caf", "none", &[0.98, 1.0]),
         ];
         assert!(csv(&entries).contains("mean,ipm-1,loss,2,0.6000,0.5000,0.1414\n"));
-        let markdown = markdown(&entries);
+        let markdown = markdown(&entries, "from here");
         assert!(markdown.contains("| ipm-1 | 0.600 (0.500) | - |"), "{markdown}");
         assert!(
-            markdown.contains("| **worst attack** | **0.600** | **0.990** |"),
+            markdown.contains("| **worst attack** | **0.600** | - |"),
             "{markdown}"
         );
         let dir = tempfile::tempdir().unwrap();
-        write(dir.path(), &entries).unwrap();
+        write(dir.path(), &entries, "from here").unwrap();
         let svg = fs::read_to_string(dir.path().join("loss.svg")).unwrap();
         assert!(svg.contains("ipm-1") && svg.contains("0.600"), "{svg}");
     }

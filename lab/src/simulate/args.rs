@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Serialize;
-use theriac_aggregator::robust::RuleName;
+use theriac_aggregator::robust::{Options, RuleError, RuleName, rule};
 use theriac_command::output::Format;
 use theriac_model::detector::ROWS_MIN;
 use theriac_model::gradient::{GRADIENT_CLIP_NORM, JOB_ROUNDS};
-use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS, RECORD_CLIP_NORM};
-use theriac_privacy::accountant::noise_multiplier_for;
+use theriac_model::moments::{BLOCK_CLIP_NORM, BLOCK_ROWS};
+use theriac_privacy::accountant::{SamplingRate, calibrated_noise_multiplier};
 use theriac_privacy::policy::PrivacyUnit;
+use theriac_privacy::windows::{BlockWindows, RecordWindows, WINDOW_DEFAULT, WindowsError};
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{Delta, Epsilon, L2Norm, NoiseMultiplier, UnitError};
 
@@ -64,7 +65,7 @@ impl Recipe {
 pub enum Privacy {
     /// Nothing: no noise. For measurement; no edge can do this.
     Off,
-    /// One row of metrics.
+    /// One row of metrics: blocks of 60 rows are cut into windows, each clipped on its own.
     Record,
     /// Everything within one block of 60 rows.
     Block,
@@ -118,6 +119,12 @@ pub struct Args {
     /// What the noise of a site's updates hides.
     #[arg(long, value_enum, default_value_t = Privacy::Block)]
     pub privacy: Privacy,
+    /// Rows of one window with `--privacy record`, 11 to 60, as `record_window` of a policy [default: 60].
+    #[arg(long, value_name = "W")]
+    pub record_window: Option<u32>,
+    /// Rows from the beginning of one window to that of the next, as `record_stride` of a policy [default: `--record-window`].
+    #[arg(long, value_name = "S")]
+    pub record_stride: Option<u32>,
     /// Each site's ε over the whole run.
     #[arg(long, value_name = "E", default_value_t = 4.0)]
     pub epsilon: f64,
@@ -198,9 +205,20 @@ pub enum ArgsError {
         "--{0} of gradients need --recipe gradient and --privacy off: no clipping bounds what one block does to them"
     )]
     LocalSteps(&'static str),
+    /// A network is not trained in one place.
+    #[error("--mode central pools rows for moments and gradients: --recipe delta has no such form")]
+    CentralDelta,
     /// Too few rows to fit on.
     #[error("--cold-start must be at least {ROWS_MIN}, got {0}")]
     ColdStart(usize),
+    /// Windows that hold nothing, or that no block holds.
+    #[error("--record-window and --record-stride: {0}")]
+    Windows(WindowsError),
+    /// Windows of nothing.
+    #[error(
+        "--record-window and --record-stride need --privacy record and a recipe of blocks: nothing is cut into windows otherwise"
+    )]
+    NothingCut,
     /// No noise is strong enough.
     #[error("no noise reaches --epsilon {epsilon} at --delta {delta}: ask for a larger epsilon")]
     NoNoise {
@@ -225,6 +243,12 @@ pub enum ArgsError {
         /// Sites of one federation.
         sites: usize,
     },
+    /// The rule cannot hold, or needs a number that no option gives.
+    #[error("--rule: {0}")]
+    Rule(#[from] RuleError),
+    /// Nobody sends anything.
+    #[error("--attack: sites of --mode {0} send nothing that could be attacked")]
+    NothingSent(&'static str),
     /// Cold start and rounds need somebody else.
     #[error("{mode} training{cold} needs at least {needed} sites, found {found}; --mode local needs one")]
     TooFewSites {
@@ -254,9 +278,11 @@ pub struct Terms {
     pub epsilon: Epsilon,
     /// δ of it.
     pub delta: Delta,
-    /// Rows of one charged unit of time.
+    /// Rows of one block.
     pub block_rows: usize,
-    /// Clipping norm C of what a charged unit of time adds.
+    /// What blocks are cut into where one row is hidden.
+    pub windows: Option<BlockWindows>,
+    /// Clipping norm C of what a block adds.
     pub clip_norm: L2Norm,
     /// Noise multiplier σ.
     pub noise_multiplier: NoiseMultiplier,
@@ -288,45 +314,52 @@ impl Settings {
             return Err(ArgsError::ColdStart(*rows));
         }
         check_server(&args)?;
+        let cut = args.record_window.is_some() || args.record_stride.is_some();
+        if cut && (args.privacy != Privacy::Record || args.recipe == Recipe::Delta) {
+            return Err(ArgsError::NothingCut);
+        }
+        let (unit, windows) = match args.privacy {
+            Privacy::Off | Privacy::Block => (PrivacyUnit::Block, None),
+            Privacy::Record => (PrivacyUnit::Record, windows(&args)?),
+        };
+        let (clip_norm, releases) = match args.recipe {
+            // Every block is read once in the whole run, however many rounds there are.
+            Recipe::Moments => (BLOCK_CLIP_NORM, 1),
+            // Every round reads all rows again, so every round is charged to all of them.
+            Recipe::Gradient => (GRADIENT_CLIP_NORM, args.rounds()),
+            Recipe::Delta => (DELTA_CLIP_NORM, args.rounds()),
+        };
+        match args.mode {
+            Mode::Federated => {
+                let options = Options::for_round(args.rule, std::iter::empty(), args.privacy != Privacy::Off);
+                options.check(args.rule)?;
+            }
+            Mode::Local if args.attack.is_some() => return Err(ArgsError::NothingSent("local")),
+            Mode::Constant if args.attack.is_some() => return Err(ArgsError::NothingSent("constant")),
+            Mode::Central if args.attack.is_some() => return Err(ArgsError::NothingSent("central")),
+            Mode::Local | Mode::Constant | Mode::Central => {}
+        }
         let terms = match args.privacy {
             Privacy::Off => None,
-            Privacy::Block | Privacy::Record if args.recipe != Recipe::Moments => {
-                let unit = match args.privacy {
-                    Privacy::Record => PrivacyUnit::Record,
-                    Privacy::Off | Privacy::Block => PrivacyUnit::Block,
-                };
-                // Every round reads all rows again, so every round is charged to all of them.
-                Some(terms(
+            Privacy::Block | Privacy::Record => {
+                let sensitivity =
+                    windows.map_or(unit.sensitivity(args.recipe.kind()), BlockWindows::sensitivity);
+                let noise_multiplier =
+                    calibrated_noise_multiplier(epsilon, delta, SamplingRate::FULL, releases, sensitivity)
+                        .ok_or(ArgsError::NoNoise {
+                            epsilon: epsilon.value(),
+                            delta: delta.value(),
+                        })?;
+                Some(Terms {
                     unit,
-                    BLOCK_ROWS,
-                    match args.recipe {
-                        Recipe::Gradient => GRADIENT_CLIP_NORM,
-                        Recipe::Moments | Recipe::Delta => DELTA_CLIP_NORM,
-                    },
-                    (epsilon, delta),
-                    args.rounds(),
-                    args.recipe,
-                )?)
+                    epsilon,
+                    delta,
+                    block_rows: BLOCK_ROWS,
+                    windows,
+                    clip_norm: L2Norm::new(clip_norm)?,
+                    noise_multiplier,
+                })
             }
-            // Every unit is read once in the whole run, however many rounds there are.
-            Privacy::Block => Some(terms(
-                PrivacyUnit::Block,
-                BLOCK_ROWS,
-                BLOCK_CLIP_NORM,
-                (epsilon, delta),
-                1,
-                args.recipe,
-            )?),
-            // The release is made of single regression rows, each of norm at most C/3 = RECORD_CLIP_NORM/6: one record is part
-            // of six of them and so moves the sum by at most RECORD_CLIP_NORM = 2C, which is what the ledger charges.
-            Privacy::Record => Some(terms(
-                PrivacyUnit::Record,
-                1,
-                RECORD_CLIP_NORM / 2.0,
-                (epsilon, delta),
-                1,
-                args.recipe,
-            )?),
         };
         let malicious = args.malicious.zip(args.attack).filter(|(count, _)| *count > 0);
         let byzantine = args.byzantine.unwrap_or(malicious.map_or(0, |(count, _)| count));
@@ -375,6 +408,11 @@ impl Settings {
                 sites,
             });
         }
+        if self.args.mode == Mode::Federated {
+            let name = self.args.rule;
+            let options = Options::for_round(name, std::iter::empty(), self.terms.is_some());
+            rule(name, name.withstands(self.byzantine), &options)?.check(sites)?;
+        }
         Ok(())
     }
 }
@@ -391,6 +429,9 @@ fn check_server(args: &Args) -> Result<(), ArgsError> {
     if !(0.0..=1e6).contains(&args.proximal) {
         return refuse("proximal", "at least 0 and at most 1e6", args.proximal);
     }
+    if args.mode == Mode::Central && args.recipe == Recipe::Delta {
+        return Err(ArgsError::CentralDelta);
+    }
     let free = args.recipe == Recipe::Gradient && args.privacy == Privacy::Off;
     if args.proximal > 0.0 && !free {
         return Err(ArgsError::LocalSteps("proximal"));
@@ -401,28 +442,18 @@ fn check_server(args: &Args) -> Result<(), ArgsError> {
     Ok(())
 }
 
-fn terms(
-    unit: PrivacyUnit,
-    block_rows: usize,
-    clip_norm: f64,
-    (epsilon, delta): (Epsilon, Delta),
-    releases: u32,
-    recipe: Recipe,
-) -> Result<Terms, ArgsError> {
-    let sensitivity = unit.sensitivity(recipe.kind());
-    let noise_multiplier =
-        noise_multiplier_for(epsilon, delta, releases, sensitivity).ok_or(ArgsError::NoNoise {
-            epsilon: epsilon.value(),
-            delta: delta.value(),
-        })?;
-    Ok(Terms {
-        unit,
-        epsilon,
-        delta,
-        block_rows,
-        clip_norm: L2Norm::new(clip_norm)?,
-        noise_multiplier,
-    })
+/// How blocks are cut; a weight change is made of all rows at once, so nothing is cut for it.
+fn windows(args: &Args) -> Result<Option<BlockWindows>, ArgsError> {
+    if args.recipe == Recipe::Delta {
+        return Ok(None);
+    }
+    let window = args.record_window.unwrap_or(WINDOW_DEFAULT);
+    let stride = args.record_stride.unwrap_or(window);
+    let block_rows = u32::try_from(BLOCK_ROWS).unwrap_or(u32::MAX);
+    RecordWindows::new(window, stride)
+        .and_then(|windows| windows.in_block(block_rows))
+        .map(Some)
+        .map_err(ArgsError::Windows)
 }
 
 #[cfg(test)]
@@ -467,6 +498,16 @@ mod tests {
             (once / terms.noise_multiplier.value() - 2.0).abs() < 0.01 && (often / once - 3.0).abs() < 0.01,
             "deltas read everything every time: {once} {often}"
         );
+        let third = sigma("--privacy record --record-window 20");
+        assert!(
+            (terms.noise_multiplier.value() / third - 3.0).abs() < 0.01,
+            "{third}"
+        );
+        let overlapping = sigma("--privacy record --record-window 20 --record-stride 10");
+        assert!(
+            (overlapping / third - 3.0 * 2.0 / 5.0).abs() < 0.01,
+            "{overlapping}"
+        );
         let twenty = sigma("--recipe gradient");
         assert!((5.5..5.75).contains(&twenty), "{twenty}");
         assert!((sigma("--recipe gradient --rounds 5") / twenty - 0.5).abs() < 0.01);
@@ -486,6 +527,13 @@ mod tests {
             "--proximal 1",
             "--recipe gradient --local-steps 3",
             "--cold-start 60,19",
+            "--record-window 20",
+            "--record-stride 10 --privacy off",
+            "--record-window 20 --privacy record --recipe delta",
+            "--mode central --recipe delta",
+            "--privacy record --record-window 10",
+            "--privacy record --record-window 61",
+            "--privacy record --record-stride 0",
         ] {
             assert!(Settings::check(parse(line)).is_err(), "{line}");
         }

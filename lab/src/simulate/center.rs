@@ -1,15 +1,17 @@
 //! The aggregator of a simulated federation: the round machine, validation, the robust rule and the solve, without sockets and
 //! disks.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
-use theriac_aggregator::copies::Screened;
+use theriac_aggregator::combine::Decided;
+use theriac_aggregator::copies::{copies, rows_needed};
+use theriac_aggregator::evidence::Decision;
 use theriac_aggregator::robust::{
-    Combined, Options, PayloadRows, RowEvidence, Rows as _, Rule as _, RuleError, RuleName,
+    Combined, Options, PayloadRows, RowEvidence, Rows as _, RuleError, RuleName, rule,
 };
 use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, norm_bound, validate};
 use theriac_model::global::{GlobalError, GlobalModel, delta_layout, gradient_layout, moments_layout};
@@ -26,6 +28,7 @@ use theriac_protocol::units::{
 };
 
 use super::args::{DELTA_CLIP_NORM, Recipe, Settings};
+use super::quarantine::Quarantine;
 
 /// A row stands out when it is this many times as far from the rule's result as the median row.
 const OUTVOTED_DISTANCE: f64 = 3.0;
@@ -72,6 +75,10 @@ pub struct RoundRecord {
     pub contributors: Vec<NodeId>,
     /// Updates turned away.
     pub refused: Vec<Refused>,
+    /// Sites in quarantine, whose updates counted nothing.
+    pub quarantined: Vec<NodeId>,
+    /// Sites whose updates share their noise with another one's, and counted nothing.
+    pub screened: Vec<NodeId>,
     /// Sites that took no part.
     pub declined: Vec<Refused>,
     /// What the rule saw.
@@ -109,6 +116,7 @@ pub struct Center {
     records: Vec<RoundRecord>,
     /// What the rule made of the last round.
     combined: Option<Vec<f32>>,
+    quarantine: Quarantine,
 }
 
 impl Center {
@@ -155,6 +163,7 @@ impl Center {
             byzantine: 0,
             deadline: DEADLINE,
             pause: Duration::ZERO,
+            late_updates: false,
             rounds_max: Some(settings.args.rounds().into()),
             terms: terms.clone(),
         };
@@ -195,6 +204,7 @@ impl Center {
             releases: 0,
             records: Vec::new(),
             combined: None,
+            quarantine: Quarantine::new(settings.terms.is_some(), settings.byzantine),
         })
     }
 
@@ -336,6 +346,10 @@ impl Center {
                     };
                     self.machine.handle(now, input);
                 }
+                Output::StoreLate { node, round, .. } => {
+                    // Not asked for: `late_updates` is off.
+                    self.machine.handle(now, Input::StoreFailed { node, round });
+                }
                 Output::Receipt {
                     node,
                     round,
@@ -368,9 +382,10 @@ impl Center {
                     round,
                     version,
                     digest,
-                    members,
+                    members: _,
                 } => {
-                    self.publish(now, round, version, digest, members.len());
+                    let contributors = self.records.last().map_or(0, |record| record.contributors.len());
+                    self.publish(now, round, version, digest, contributors);
                     self.machine.handle(now, Input::Published { round });
                 }
                 Output::Abort { round, reason } => {
@@ -431,19 +446,30 @@ impl Center {
             .iter()
             .filter_map(|(node, _)| self.stored.get(node))
             .collect();
-        // Whoever was refused is no longer among the rows, so fewer hostile ones are left. A site that is both, for a second
-        // update, still counts.
-        let refused: BTreeSet<&NodeId> = self
-            .records
-            .last()
-            .into_iter()
-            .flat_map(|record| &record.refused)
-            .map(|refused| &refused.site)
-            .filter(|site| members.iter().all(|(node, _)| node != *site))
+        let (decisions, byzantine) = self.decisions(&updates)?;
+        let of = |decision: Decision| -> Vec<&ValidatedUpdate> {
+            let of = updates.iter().zip(&decisions);
+            let of = of.filter(|(_, (found, _))| *found == decision);
+            of.map(|(update, _)| *update).collect()
+        };
+        let nodes = |decision: Decision| -> Vec<NodeId> {
+            of(decision).iter().map(|update| update.node().clone()).collect()
+        };
+        let (quarantined, screened) = (nodes(Decision::Quarantined), nodes(Decision::Screened));
+        let contributors = nodes(Decision::Combined);
+        let combined = self.combine(&of(Decision::Combined), byzantine)?;
+        let refused = self.records.last().into_iter().flat_map(|record| &record.refused);
+        let refused = refused.map(|refused| (refused.site.clone(), refused.reason));
+        let refused = refused
+            .filter(|(site, _)| members.iter().all(|(node, _)| node != site))
             .collect();
-        let combined = self.combine(&updates, refused.len())?;
+        if let Some(terms) = &self.open {
+            self.quarantine
+                .observe(terms, &updates, (&decisions, byzantine), &combined, refused)?;
+        }
+        let sites = contributors.len();
         let next = match self.recipe {
-            Recipe::Moments => self.solved(&combined.values, members.len())?,
+            Recipe::Moments => self.solved(&combined.values, sites)?,
             Recipe::Gradient => self.stepped(&combined.values)?,
             Recipe::Delta => self.moved(&combined.values)?,
         };
@@ -454,30 +480,60 @@ impl Center {
         let mut distances: Vec<f64> = combined.evidence.iter().map(|row| row.distance).collect();
         let middle = distances.len() / 2;
         let median = *distances.select_nth_unstable_by(middle, f64::total_cmp).1;
-        let evidence = members
+        let evidence = contributors
             .iter()
             .zip(combined.evidence)
-            .map(|((site, _), row)| Evidence {
+            .map(|(site, row)| Evidence {
                 site: site.clone(),
                 row,
                 outvoted: row.distance > OUTVOTED_DISTANCE * median,
             });
         let evidence: Vec<Evidence> = evidence.collect();
-        let contributors = members.iter().map(|(node, _)| node.clone()).collect();
-        self.record(|record| (record.evidence, record.contributors) = (evidence, contributors));
+        self.record(|record| {
+            (record.evidence, record.contributors) = (evidence, contributors);
+            (record.quarantined, record.screened) = (quarantined, screened);
+        });
         Ok((self.header.version.next(), digest))
     }
 
-    /// Screen for copies and rule over updates in the order of their nodes, `refused` of all having been stopped before.
-    fn combine(&self, updates: &[&ValidatedUpdate], refused: usize) -> Result<Combined<f32>, RuleError> {
+    /// What is decided about each update before the rule sees any, as at an aggregator: who is in quarantine, then what the screen for copies takes out of the others.
+    /// With it how many hostile ones the rule withstands among those that count.
+    fn decisions(&self, updates: &[&ValidatedUpdate]) -> Result<(Vec<Decided>, usize), RuleError> {
+        let options = Options::for_round(self.rule, std::iter::empty(), self.private);
+        let needed = rows_needed(self.rule, self.byzantine, &options, updates.len());
+        let mut decisions: Vec<Decided> = self
+            .quarantine
+            .left_out(updates, needed)
+            .into_iter()
+            .map(|out| {
+                let decision = if out {
+                    Decision::Quarantined
+                } else {
+                    Decision::Combined
+                };
+                (decision, None)
+            })
+            .collect();
+        let counted: Vec<usize> = (0..updates.len())
+            .filter(|at| decisions[*at].0 == Decision::Combined)
+            .collect();
+        let rows = counted.iter().map(|at| updates[*at].row()).collect();
+        let noise = self.terms.noise_multiplier.value() * self.terms.clip_norm.value();
+        let found = copies(&PayloadRows::new(rows, self.terms.values)?, noise);
+        let (found, withstood) = found.in_force(self.rule, self.byzantine, &options, counted.len());
+        for (copy, of) in found.removed {
+            let of = updates[counted[of]].node();
+            decisions[counted[copy]] = (Decision::Screened, Some(format!("it shares its noise with {of}")));
+        }
+        Ok((decisions, withstood))
+    }
+
+    /// The rule over updates in the order of their nodes.
+    fn combine(&self, updates: &[&ValidatedUpdate], byzantine: usize) -> Result<Combined<f32>, RuleError> {
         let digests = updates.iter().map(|update| &update.header().payload_digest);
         let options = Options::for_round(self.rule, digests, self.private);
         let rows = updates.iter().map(|update| update.row()).collect();
-        // As many as these rows can withstand, as at the aggregator.
-        let most = updates.len().saturating_sub(1) / 2;
-        let byzantine = self.byzantine.saturating_sub(refused).min(most);
-        let noise = self.terms.noise_multiplier.value() * self.terms.clip_norm.value();
-        let rule = Screened::new(self.rule, byzantine, &options, noise)?;
+        let rule = rule(self.rule, byzantine, &options)?;
         let rows = PayloadRows::new(rows, self.terms.values)?;
         rule.check(rows.count())?;
         rule.combine(&rows)
@@ -486,14 +542,17 @@ impl Center {
     /// What the rule would make of the open round if these were its updates; `None` without a round or a result. Colluders ask this.
     pub fn trial(&self, updates: Vec<RawUpdate>) -> Option<Vec<f32>> {
         let terms = self.open.as_ref()?;
-        let all = updates.len();
         let mut valid: Vec<ValidatedUpdate> = updates
             .into_iter()
             .filter_map(|update| validate(update, terms).ok())
             .collect();
         valid.sort_by(|a, b| a.node().cmp(b.node()));
         let valid: Vec<&ValidatedUpdate> = valid.iter().collect();
-        let combined = self.combine(&valid, all - valid.len());
+        let (decisions, byzantine) = self.decisions(&valid).ok()?;
+        let counted = valid.iter().zip(&decisions);
+        let counted = counted.filter(|(_, (decision, _))| *decision == Decision::Combined);
+        let counted: Vec<&ValidatedUpdate> = counted.map(|(update, _)| *update).collect();
+        let combined = self.combine(&counted, byzantine);
         combined.ok().map(|combined| combined.values)
     }
 

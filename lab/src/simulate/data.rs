@@ -7,12 +7,13 @@ use std::sync::OnceLock;
 
 use rayon::prelude::*;
 use theriac_model::feature::FeatureSchema;
-use theriac_model::global::moments_layout;
+use theriac_model::global::{OwnLagWeights, moments_layout};
 use theriac_model::gradient::{BlockRows, LocalDescent};
 use theriac_model::io::{ReadError, read_series};
 use theriac_model::linear::FullWeights;
 use theriac_model::moments::{self, BLOCK_ROWS};
 use theriac_model::series::Series;
+use theriac_privacy::windows::BlockWindows;
 use theriac_protocol::units::NodeId;
 
 use crate::attack::{Kind, poison};
@@ -140,25 +141,68 @@ impl Site {
         steps: u32,
         proximal: f32,
     ) -> Vec<f32> {
-        let descent = self.descent.get_or_init(|| {
+        self.equations(schema).descend(weights, steps, proximal)
+    }
+
+    /// All rows of those blocks as equations of the full linear model.
+    pub fn equations(&self, schema: &FeatureSchema) -> &LocalDescent {
+        self.descent.get_or_init(|| {
             let mut descent = LocalDescent::new(schema.channels());
             self.block_rows(schema)
                 .iter()
                 .for_each(|block| descent.add(block));
             descent
-        });
-        descent.descend(weights, steps, proximal)
+        })
     }
 
-    /// Moments of the single regression rows within `rows`, each clipped for the unit of one record; the first ten of
-    /// the range only serve as lags.
-    pub fn records(&self, schema: &FeatureSchema, rows: &Range<usize>, clip_norm: f64) -> Vec<Vec<f32>> {
-        let part = self.train.slice(rows.clone());
-        moments::record_rows(&moments::public_values(schema, &part), part.rows(), clip_norm)
+    /// Publicly scaled rows of every window of a block, `[row, channel]`; none for a block that is not there.
+    fn windows(&self, schema: &FeatureSchema, block: u64, windows: BlockWindows) -> Vec<Vec<f32>> {
+        let first = usize::try_from(block)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(BLOCK_ROWS);
+        let row = |row: u32| usize::try_from(row).unwrap_or(usize::MAX);
+        if first.saturating_add(BLOCK_ROWS) > self.train.rows() {
+            return Vec::new();
+        }
+        (0..windows.count())
+            .map(|window| {
+                let begin = first + row(window * windows.stride());
+                let rows = self.train.slice(begin..begin + row(windows.window()));
+                moments::public_values(schema, &rows)
+            })
+            .collect()
+    }
+
+    /// Moments of every window of these blocks.
+    pub fn window_moments(
+        &self,
+        schema: &FeatureSchema,
+        blocks: &[u64],
+        windows: BlockWindows,
+    ) -> Vec<Vec<f32>> {
+        let rows = usize::try_from(windows.window()).unwrap_or(usize::MAX);
+        let cut = blocks
+            .iter()
+            .flat_map(|block| self.windows(schema, *block, windows));
+        cut.map(|values| moments::block(&values, rows)).collect()
+    }
+
+    /// The same as rows that gradients are taken of.
+    pub fn window_rows(
+        &self,
+        schema: &FeatureSchema,
+        blocks: &[u64],
+        windows: BlockWindows,
+    ) -> Vec<BlockRows> {
+        let rows = usize::try_from(windows.window()).unwrap_or(usize::MAX);
+        let cut = blocks
+            .iter()
+            .flat_map(|block| self.windows(schema, *block, windows));
+        cut.map(|values| BlockRows::new(&values, rows)).collect()
     }
 
     /// Ids of the charged units of round `round` (from 0) of `rounds`: an equal part of what there is, in the order of
-    /// time, disjoint from those of every other round. Blocks, or rows when a unit is one row.
+    /// time, disjoint from those of every other round.
     pub fn units(&self, block_rows: usize, round: u64, rounds: u64) -> Range<u64> {
         let all = (self.train.rows() / block_rows.max(1)) as u64;
         let at = |round: u64| all * round.min(rounds) / rounds.max(1);
@@ -264,8 +308,24 @@ pub fn pooled<'a>(sites: impl IntoIterator<Item = &'a Site>, schema: &FeatureSch
     sum
 }
 
+/// The full linear model of all rows of some sites in one place, leaning on the public constant with `lambda`.
+pub fn pooled_linear<'a>(
+    sites: impl IntoIterator<Item = &'a Site>,
+    schema: &FeatureSchema,
+    lambda: f64,
+) -> Option<FullWeights> {
+    let constant = OwnLagWeights::public_constant(schema.channels());
+    let mut equations = LocalDescent::new(schema.channels());
+    for site in sites {
+        equations.merge(site.equations(schema));
+    }
+    equations.least_squares(&FullWeights::of_own_lag(&constant), lambda)
+}
+
 #[cfg(test)]
 mod tests {
+    use theriac_privacy::windows::RecordWindows;
+
     use super::*;
 
     fn site(rows: usize) -> Site {
@@ -285,13 +345,16 @@ mod tests {
     }
 
     #[test]
-    fn records_of_different_rounds_share_no_row() {
-        let site = site(100);
-        assert_eq!((site.units(1, 0, 2), site.units(1, 1, 2)), (0..50, 50..100));
-        assert_eq!(
-            site.records(&FeatureSchema::recorded("t", 1), &(0..50), 6.0)
-                .len(),
-            40
+    fn windows_lie_inside_their_blocks() {
+        let site = site(130);
+        let windows = RecordWindows::new(25, 20).unwrap().in_block(60).unwrap();
+        let schema = FeatureSchema::recorded("t", 1);
+        assert_eq!(windows.count(), 2);
+        assert_eq!(site.window_moments(&schema, &[0, 1], windows).len(), 4);
+        assert_eq!(site.window_rows(&schema, &[1], windows).len(), 2);
+        assert!(
+            site.window_moments(&schema, &[2], windows).is_empty(),
+            "no whole block"
         );
     }
 

@@ -76,6 +76,8 @@ pub struct Settled {
     pub detector: Option<Detector>,
     /// What its gate decided last.
     pub verdict: Option<GateVerdict>,
+    /// By which figures.
+    pub reason: Option<String>,
     /// ε spent; `None` without noise.
     pub epsilon: Option<f64>,
 }
@@ -137,6 +139,7 @@ fn settled(member: Member<'_>) -> Settled {
         epsilon: member.epsilon(),
         detector: member.detector.map(|(detector, _)| detector),
         verdict: member.verdict,
+        reason: member.reason,
     }
 }
 

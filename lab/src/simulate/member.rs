@@ -18,8 +18,9 @@ use theriac_model::series::Series;
 use theriac_model::train;
 use theriac_privacy::ledger::{Ledger, LedgerError, ReleasePlan, ReservationId, Reserved};
 use theriac_privacy::noise::ExactGaussian;
-use theriac_privacy::policy::{Policy, PolicyError, PrivacyUnit};
+use theriac_privacy::policy::{Policy, PolicyError};
 use theriac_privacy::update::{LocalUpdate, UpdateError};
+use theriac_privacy::windows::BlockWindows;
 use theriac_protocol::compress::{decode_range, encode_f32};
 use theriac_protocol::message::{
     AnnounceV1, DeclineReason, Encoding, GateVerdict, ModelV1, PrivacyClaimV1, UpdateKind, UpdateV1,
@@ -76,6 +77,8 @@ pub struct Member<'a> {
     pub detector: Option<(Detector, Arc<Series>)>,
     /// What its gate decided last.
     pub verdict: Option<GateVerdict>,
+    /// By which figures it did.
+    pub reason: Option<String>,
     /// The published model that came last: its header, and its values when they fit the layout.
     pub model: Option<(ModelV1, Option<GlobalModel>)>,
     ledger: Option<Ledger>,
@@ -121,6 +124,7 @@ impl<'a> Member<'a> {
             outbox: None,
             detector: None,
             verdict: None,
+            reason: None,
             model: None,
             ledger,
             rng: ChaCha20Rng::from_seed(seed.into()),
@@ -162,8 +166,9 @@ impl<'a> Member<'a> {
             .filter(|kind| kind.is_poison());
         let spoilt = poison.map(|kind| self.site.poisoned(kind, settings.args.seed));
         let site = spoilt.as_ref().unwrap_or(self.site);
-        let read_units = |unit: PrivacyUnit, blocks: &[u64]| {
-            let mut units = read_units(site, schema, unit, blocks, announce);
+        let windows = settings.terms.and_then(|terms| terms.windows);
+        let read_units = |blocks: &[u64]| {
+            let mut units = read_units(site, schema, blocks, windows);
             if let Some(kind) = poison {
                 for unit in &mut units {
                     poison::moments(kind, unit);
@@ -174,11 +179,10 @@ impl<'a> Member<'a> {
         let (header, payload) = match &mut self.ledger {
             None => {
                 let blocks: Vec<u64> = ids.collect();
-                unprotected(announce, &read_units(PrivacyUnit::Block, &blocks))?
+                unprotected(announce, &read_units(&blocks))?
             }
             Some(ledger) => {
-                let plan = plan(announce, ledger, ids.collect());
-                let unit = ledger.policy().unit();
+                let plan = plan(announce, ledger, ids.collect(), windows);
                 let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
                     Ok(Reserved::Fresh(reservation)) => reservation,
                     // Nothing is lost in this link, so nothing is trained twice.
@@ -186,8 +190,7 @@ impl<'a> Member<'a> {
                     Err(error) => return Ok(Err(error.decline_reason())),
                 };
                 let id = reservation.id();
-                let read = |blocks: &[u64]| read_units(unit, blocks);
-                let local = LocalUpdate::moments(reservation, announce.layout_digest, read)?;
+                let local = LocalUpdate::moments(reservation, announce.layout_digest, read_units)?;
                 release(local, (ledger, id), announce, &mut self.rng)?
             }
         };
@@ -214,7 +217,12 @@ impl<'a> Member<'a> {
         let spoilt = poison.map(|kind| self.site.poisoned(kind, settings.args.seed));
         let site = spoilt.as_ref().unwrap_or(self.site);
         let blocks = site.block_rows(schema);
+        let windows = settings.terms.and_then(|terms| terms.windows);
         let read = |ids: &[u64]| {
+            if let Some(windows) = windows {
+                let rows = site.window_rows(schema, ids, windows);
+                return rows.iter().map(|rows| point.gradient(rows)).collect();
+            }
             ids.iter()
                 .filter_map(|id| blocks.get(usize::try_from(*id).ok()?))
                 .map(|block| point.gradient(block))
@@ -233,7 +241,7 @@ impl<'a> Member<'a> {
                 None => unprotected(announce, &read(&ids))?,
             },
             Some(ledger) => {
-                let plan = plan(announce, ledger, ids);
+                let plan = plan(announce, ledger, ids, windows);
                 let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
                     Ok(Reserved::Fresh(reservation)) => reservation,
                     Ok(Reserved::AlreadyCharged { .. }) => return Ok(Err(DeclineReason::BudgetSpent)),
@@ -271,7 +279,7 @@ impl<'a> Member<'a> {
         let (header, payload) = match &mut self.ledger {
             None => unprotected(announce, &[change()])?,
             Some(ledger) => {
-                let plan = plan(announce, ledger, Vec::new());
+                let plan = plan(announce, ledger, Vec::new(), None);
                 let reservation = match ledger.reserve(plan, Timestamp(announce.round.0)) {
                     Ok(Reserved::Fresh(reservation)) => reservation,
                     Ok(Reserved::AlreadyCharged { .. }) => return Ok(Err(DeclineReason::BudgetSpent)),
@@ -324,7 +332,9 @@ impl<'a> Member<'a> {
             (None | Some((_, None)), _) => GateVerdict::NonFinite,
             (Some((_, Some(_))), None) => GateVerdict::Accepted,
             (Some((_, Some(model))), Some((detector, rows))) => {
-                match gate::judge(detector, rows, model).outcome {
+                let judged = gate::judge(detector, rows, model, detector.options());
+                self.reason = judged.evidence.map(|evidence| evidence.to_string());
+                match judged.outcome {
                     GateOutcome::Accepted(accepted) => {
                         *detector = *accepted;
                         GateVerdict::Accepted
@@ -381,7 +391,12 @@ fn unclipped(announce: &AnnounceV1, values: &[f32]) -> Result<(UpdateV1, Bytes),
 }
 
 /// What is charged for a round.
-fn plan(announce: &AnnounceV1, ledger: &Ledger, blocks: Vec<u64>) -> ReleasePlan {
+fn plan(
+    announce: &AnnounceV1,
+    ledger: &Ledger,
+    blocks: Vec<u64>,
+    windows: Option<BlockWindows>,
+) -> ReleasePlan {
     ReleasePlan {
         round: announce.round,
         nonce: announce.nonce,
@@ -389,6 +404,7 @@ fn plan(announce: &AnnounceV1, ledger: &Ledger, blocks: Vec<u64>) -> ReleasePlan
         values: announce.values,
         block_span: ledger.policy().block_span(),
         blocks,
+        windows,
         sampling_rate: 1.0,
         steps: 1,
         clip_norm: announce.clip_norm,
@@ -409,32 +425,20 @@ fn release(
     Ok(compressed.into_message(announce.base_digest, announce.blocks_max))
 }
 
-/// The vectors of the charged units, unclipped by the block's norm.
+/// The vectors of the charged blocks or of their windows, unclipped.
 fn read_units(
     site: &Site,
     schema: &FeatureSchema,
-    unit: PrivacyUnit,
     ids: &[u64],
-    announce: &AnnounceV1,
+    windows: Option<BlockWindows>,
 ) -> Vec<Vec<f32>> {
-    let index = |id: &u64| usize::try_from(*id).unwrap_or(usize::MAX);
-    match (unit, ids) {
-        (PrivacyUnit::Block, ids) => {
-            let blocks = site.blocks(schema);
-            ids.iter()
-                .filter_map(|id| blocks.get(index(id)).cloned())
-                .collect()
-        }
-        (PrivacyUnit::Record, [first, .., last]) => {
-            // Announced is half of what one record can move.
-            site.records(
-                schema,
-                &(index(first)..index(last) + 1),
-                2.0 * announce.clip_norm.value(),
-            )
-        }
-        (PrivacyUnit::Record | PrivacyUnit::Node, _) => Vec::new(),
+    if let Some(windows) = windows {
+        return site.window_moments(schema, ids, windows);
     }
+    let blocks = site.blocks(schema);
+    ids.iter()
+        .filter_map(|id| blocks.get(usize::try_from(*id).ok()?).cloned())
+        .collect()
 }
 
 /// The same update with these values, written exactly.
@@ -450,8 +454,15 @@ fn exact(header: UpdateV1, values: &[f32]) -> (UpdateV1, Bytes) {
 
 fn open_ledger(site: &Site, terms: &Terms, settings: &Settings, dir: &Path) -> Result<Ledger, MemberError> {
     let span = settings.step.as_secs() * terms.block_rows as u64;
+    let windows = terms.windows.map_or_else(String::new, |windows| {
+        format!(
+            "record_window = {}\nrecord_stride = {}\n",
+            windows.window(),
+            windows.stride()
+        )
+    });
     let policy = Policy::parse(&format!(
-        "site = \"{}\"\nunit = \"{}\"\nblock = \"{span}s\"\nepsilon = {:?}\ndelta = {:?}\nnoise_multiplier_min = 1e-3\nmechanisms = [\"{}\"]\nblock_releases_max = {}\n",
+        "{windows}site = \"{}\"\nunit = \"{}\"\nblock = \"{span}s\"\nepsilon = {:?}\ndelta = {:?}\nnoise_multiplier_min = 1e-3\nmechanisms = [\"{}\"]\nblock_releases_max = {}\n",
         site.name,
         terms.unit,
         terms.epsilon.value(),

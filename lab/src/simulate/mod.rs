@@ -19,6 +19,7 @@ pub mod federation;
 mod hostile;
 pub mod link;
 pub mod member;
+mod quarantine;
 pub mod run;
 pub mod summary;
 mod words;

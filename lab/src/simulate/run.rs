@@ -13,8 +13,10 @@ use theriac_model::detector::{
     Detector, DetectorError, FitOptions, ModelFileError, Provenance, WARM_UP_ROWS,
 };
 use theriac_model::global::{GlobalError, GlobalModel, OwnLagWeights};
+use theriac_model::gradient::Descent;
 use theriac_model::io::{write_npy_f32, write_npy_u8};
 use theriac_model::moments;
+use theriac_model::ridge::LAMBDA_PRIOR;
 use theriac_model::series::Series;
 use theriac_model::threshold::{AlarmState, Verdict};
 use theriac_protocol::message::GateVerdict;
@@ -22,7 +24,7 @@ use theriac_protocol::units::{Delta, NodeId, UnitError};
 
 use super::args::{Args, ArgsError, Mode, Recipe, Settings};
 use super::center::{Center, verdict_word};
-use super::data::{DataError, Fleet, Site, load, pooled};
+use super::data::{DataError, Fleet, Site, load, pooled, pooled_linear};
 use super::federation::{self, FederationError, Outcome, Settled};
 use super::member::{Member, MemberError};
 use super::summary::{FederationReport, SiteReport, summary};
@@ -242,7 +244,7 @@ impl<'a> Run<'a> {
         let schema = &self.fleet.schema;
         let sites = self.fleet.sites.par_iter();
         match self.settings.args.recipe {
-            Recipe::Moments if self.settings.terms.is_none_or(|terms| terms.block_rows > 1) => {
+            Recipe::Moments if self.settings.terms.is_none_or(|terms| terms.windows.is_none()) => {
                 sites.for_each(|site| _ = site.blocks(schema));
             }
             Recipe::Gradient => sites.for_each(|site| _ = site.block_rows(schema)),
@@ -262,13 +264,23 @@ impl<'a> Run<'a> {
         let channels = schema.channels();
         let model = |without: Option<&NodeId>| {
             let sites = self.fleet.sites.iter().filter(|site| Some(&site.name) != without);
+            if self.settings.args.recipe == Recipe::Gradient {
+                let initial = GlobalModel::initial(channels, self.settings.args.seed);
+                return match pooled_linear(sites, schema, LAMBDA_PRIOR) {
+                    Some(weights) => initial.with_descent(&Descent::begin(weights)),
+                    None => Err(GlobalError::NonFinite { index: 0 }),
+                };
+            }
             let weights = moments::solve(&pooled(sites, schema), 1, 0.0, moments::BLOCK_CLIP_NORM, channels);
             GlobalModel::initial(channels, self.settings.args.seed).with_own_lag(&weights)
         };
         self.fleet
             .sites
             .par_iter()
-            .for_each(|site| _ = site.blocks(schema));
+            .for_each(|site| match self.settings.args.recipe {
+                Recipe::Gradient => _ = site.equations(schema),
+                Recipe::Moments | Recipe::Delta => _ = site.blocks(schema),
+            });
         let cold = !self.settings.args.cold_start.is_empty();
         if !cold {
             self.save_global(&model(None)?, &Provenance::default())?;
@@ -277,7 +289,7 @@ impl<'a> Run<'a> {
             let (local, rows) = self.local(site)?;
             let model = model(cold.then_some(&site.name))?;
             let fitted = local
-                .refit_with_global(&rows, &model)
+                .refit_with_global(&rows, &model, local.options())
                 .map_err(|source| failed(site, source))?;
             self.score(site, &fitted, None, None)
         };
@@ -420,7 +432,11 @@ impl<'a> Run<'a> {
         if settled.verdict == Some(GateVerdict::Accepted) {
             detector.set_provenance(provenance(outcome, settled.epsilon, self.settings));
         }
-        let report = self.score(site, &detector, settled.verdict, Some(outcome))?;
+        let scored = self.score(site, &detector, settled.verdict, Some(outcome))?;
+        let report = SiteReport {
+            gate_reason: settled.reason.clone(),
+            ..scored
+        };
         let delta = settled
             .epsilon
             .and(self.settings.terms)
@@ -475,6 +491,7 @@ impl<'a> Run<'a> {
             alarms: raised,
             alarms_per_day: if days > 0.0 { raised as f64 / days } else { 0.0 },
             gate,
+            gate_reason: None,
             epsilon: None,
             delta: None,
             bytes_up_per_round: mean(|traffic| traffic.up),
@@ -513,6 +530,7 @@ fn provenance(outcome: &Outcome, epsilon: Option<f64>, settings: &Settings) -> P
         .filter(|_| epsilon.is_some())
         .map(|terms| Delta::value(terms.delta));
     Provenance {
+        model_digest: header.payload_digest.to_string(),
         model_version: header.version.0,
         round: header.round.0,
         rule: header.rule.clone(),

@@ -124,6 +124,8 @@ pub struct SiteReport {
     pub alarms_per_day: f64,
     /// What its gate said of the global model; `null` when there was none.
     pub gate: Option<&'static str>,
+    /// The figures that decided; `null` where there were none.
+    pub gate_reason: Option<String>,
     /// ε that it spent; `null` without noise or federation.
     pub epsilon: Option<f64>,
     /// δ of that.
@@ -190,6 +192,7 @@ pub fn summary(
         "bytes_down_per_site_round": mean(traffic.iter().map(|t| t.down).sum()),
         "privacy": {
             "unit": args.privacy,
+            "windows": terms.and_then(|terms| terms.windows),
             "noise_multiplier": terms.map(|terms| terms.noise_multiplier),
             "clip_norm": terms.map(|terms| terms.clip_norm),
             "epsilon": federations.iter().flat_map(|f| f.epsilon.values()).flatten().copied().reduce(f64::max),

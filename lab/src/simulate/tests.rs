@@ -6,8 +6,10 @@ use clap::Parser;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use theriac_model::detector::Detector;
+use theriac_model::global::OwnLagWeights;
 use theriac_model::gradient::LocalDescent;
 use theriac_model::io::{NpyArray, read_npy, write_npy_f32};
+use theriac_model::linear::FullWeights;
 
 use super::*;
 
@@ -257,16 +259,11 @@ fn with_noise_copies_and_riders_are_told_from_sites() {
     assert_eq!(summary["refusals"], serde_json::json!({ "implausible": 2 }));
     recorded.simulate("mimic", "--attack mimic --malicious 2 --rule mean");
     let round = &recorded.rounds("mimic")[0];
-    let trimmed: Vec<f64> = round["evidence"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|evidence| evidence["trimmed_share"].as_f64().unwrap())
-        .collect();
-    // Both mimics and their victim are one group, of which the first by name stays.
+    let of = |name: &str| round[name].as_array().unwrap().len();
+    // Both mimics and their victim are one group, of which the first by name stays; the others are in no sum and no number of sites.
     assert_eq!(
-        trimmed.iter().filter(|share| **share > 0.99).count(),
-        2,
+        (of("screened"), of("contributors"), of("evidence")),
+        (2, 3, 3),
         "{round}"
     );
 }
@@ -416,6 +413,19 @@ fn a_federation_of_gradients_comes_close_to_the_central_ridge() {
     };
     let (few, many) = (slope("few"), slope("many"));
     assert!(many < 0.05 * few, "{many} against {few}");
+
+    // `--mode central` solves for the same weights at once, but for how much it leans on the public constant.
+    recorded.simulate("central", "--recipe gradient --mode central --privacy off");
+    let central = Detector::load(&recorded.out("central").join("model"), "a").unwrap();
+    let pooled = |lambda| super::data::pooled_linear(&fleet.sites, &fleet.schema, lambda).unwrap();
+    assert_eq!(central.options().full_prior, Some(pooled(1000.0)));
+    let constant = FullWeights::of_own_lag(&OwnLagWeights::public_constant(CHANNELS));
+    let size = |weights: &FullWeights| {
+        let gradient = equations.descend(weights, 1, 0.0);
+        gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt()
+    };
+    let (began, solved) = (size(&constant), size(&pooled(0.0)));
+    assert!(solved < 1e-3 * began, "{solved} of {began}");
 }
 
 #[test]

@@ -15,10 +15,12 @@ type Rounds<'a> = BTreeMap<&'a str, BTreeMap<&'a str, BTreeSet<u64>>>;
 pub(super) fn words(summary: &Value, sites: &BTreeMap<NodeId, SiteReport>) -> String {
     let mut lines = vec![site_table(sites)];
     let gates = gates(sites);
-    if !gates.is_empty() {
+    if summary["federations"].as_u64().is_some_and(|count| count > 0) {
         lines.push(String::new());
         lines.push(rounds(summary));
         lines.push(privacy(summary));
+    }
+    if !gates.is_empty() {
         lines.push(format!("gate: {gates}"));
     }
     if let Some(attack) = summary.get("attack").filter(|attack| !attack.is_null()) {
@@ -51,7 +53,7 @@ fn site_table(sites: &BTreeMap<NodeId, SiteReport>) -> String {
     table(&heads, &rows)
 }
 
-/// `12 accepted, 1 worse_on_tail (c)`: every word with how many sites, those that kept the model out by name.
+/// `12 accepted, 1 worse_on_tail (c)`: every word with how many sites, those that kept the model out by name, with the figures that decided.
 fn gates(sites: &BTreeMap<NodeId, SiteReport>) -> String {
     let mut by_word = BTreeMap::<&str, Vec<&str>>::new();
     for (site, report) in sites {
@@ -59,12 +61,21 @@ fn gates(sites: &BTreeMap<NodeId, SiteReport>) -> String {
             by_word.entry(gate).or_default().push(site.as_str());
         }
     }
+    let by_name = |name: &str| {
+        let mut all = sites.iter();
+        all.find(|(site, _)| site.as_str() == name)
+            .and_then(|(_, report)| report.gate_reason.clone())
+    };
     let part = |(word, sites): (&str, Vec<&str>)| {
         if word == "accepted" {
-            format!("{} {word}", sites.len())
-        } else {
-            format!("{} {word} ({})", sites.len(), sites.join(", "))
+            return format!("{} {word}", sites.len());
         }
+        let site = |name: &&str| match by_name(name) {
+            Some(reason) => format!("{name}: {reason}"),
+            None => (*name).to_owned(),
+        };
+        let sites: Vec<String> = sites.iter().map(site).collect();
+        format!("{} {word} ({})", sites.len(), sites.join("; "))
     };
     by_word.into_iter().map(part).collect::<Vec<_>>().join(", ")
 }
@@ -82,8 +93,13 @@ fn rounds(summary: &Value) -> String {
     } else {
         refusals.join(", ")
     };
+    let why = if count("rounds_aborted") > 0 {
+        " (rounds.jsonl says why)"
+    } else {
+        ""
+    };
     format!(
-        "rounds: {} published, {} aborted, in {} federation(s); updates refused: {refused}",
+        "rounds: {} published, {} aborted{why}, in {} federation(s); updates refused: {refused}",
         count("rounds"),
         count("rounds_aborted"),
         count("federations"),
@@ -164,6 +180,7 @@ mod tests {
             alarms: 1,
             alarms_per_day: 1.2,
             gate: Some(gate),
+            gate_reason: Some("as it came 9.00 times".to_owned()),
             epsilon: Some(3.5),
             delta: Some(1e-6),
             bytes_up_per_round: None,
@@ -190,9 +207,9 @@ mod tests {
         });
         let told = words(&summary, &sites);
         for line in [
-            "rounds: 2 published, 1 aborted, in 1 federation(s); updates refused: 1 norm",
+            "rounds: 2 published, 1 aborted (rounds.jsonl says why), in 1 federation(s); updates refused: 1 norm",
             "privacy: epsilon at most 3.50 spent by a site at delta 1e-6, unit block",
-            "gate: 1 accepted, 1 worse_on_tail (b)",
+            "gate: 1 accepted, 1 worse_on_tail (b: as it came 9.00 times)",
             "attack: sign-flip by a, c",
             "caught: a (outvoted in rounds 1, 2)",
             "not caught: c",

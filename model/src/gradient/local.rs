@@ -51,6 +51,35 @@ impl LocalDescent {
         self.rows += rows as f64;
     }
 
+    /// Adds all rows of `other`.
+    ///
+    /// # Panics
+    /// When the other has other channels.
+    pub fn merge(&mut self, other: &Self) {
+        assert_eq!(other.channels, self.channels, "both have the same channels");
+        self.gram += &other.gram;
+        self.cross += &other.cross;
+        self.rows += other.rows;
+    }
+
+    /// The weights of least squared loss over all rows plus `lambda / 2 · ‖W − toward‖²`, in whitened coordinates: what rounds of gradients without
+    /// clipping lead to. `None` when the equations are not positive definite, as with `lambda` 0 and fewer rows than weights.
+    ///
+    /// # Panics
+    /// When the weights are for other channels.
+    pub fn least_squares(&self, toward: &FullWeights, lambda: f64) -> Option<FullWeights> {
+        let start = self.whitening.stretch(toward.values(), self.channels);
+        let start = DMatrix::from_vec(self.channels, self.channels * LAG_COUNT + 1, start);
+        let mut gram = self.gram.map(f64::from);
+        for i in 0..gram.nrows() {
+            gram[(i, i)] += lambda;
+        }
+        let target = (self.cross.map(f64::from) + start.map(f64::from) * lambda).transpose();
+        let solved = gram.cholesky()?.solve(&target).transpose().map(narrow);
+        let weights = self.whitening.shrink(solved.as_slice(), self.channels);
+        FullWeights::new(self.channels, weights).ok()
+    }
+
     /// `steps` steps of length [`RATE`] from `weights` on the mean loss plus `proximal / 2 · ‖W − weights‖²` (`FedProx`, Li et al. 2020), in whitened
     /// coordinates. What comes out is the way that was gone, divided by the length of a step and times the rows: for one step the sum of
     /// the rows' gradients, `[5C + 1, C]`, so that a centre that steps by [`RATE`] without momentum averages the sites' weights

@@ -11,6 +11,9 @@ use time::format_description::well_known::Rfc3339;
 use super::{ReadError, Recording};
 use crate::series::Series;
 
+/// 100 000 000 000 seconds, the year 5138: more is a time in milliseconds, which would make a minute a day.
+const TIME_MAX_MS: u64 = 100_000_000_000_000;
+
 /// Reads a table. Rows must be in the order of time; equal times are taken.
 pub(super) fn read_csv(path: &Path, file: impl Read) -> Result<Recording, ReadError> {
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(file);
@@ -29,6 +32,11 @@ pub(super) fn read_csv(path: &Path, file: impl Read) -> Result<Recording, ReadEr
         let time = cells.next().and_then(time_ms).ok_or_else(|| {
             refuse("the time is neither RFC 3339 (2024-01-31T12:00:00Z) nor Unix seconds".to_owned())
         })?;
+        if time > TIME_MAX_MS {
+            return Err(refuse(
+                "the time lies beyond the year 5000: Unix seconds are expected, not milliseconds".to_owned(),
+            ));
+        }
         if times.last().is_some_and(|last| *last > time) {
             return Err(refuse("the time goes back: sort the rows by time".to_owned()));
         }
@@ -59,6 +67,12 @@ fn names(path: &Path, header: &StringRecord) -> Result<Vec<String>, ReadError> {
     let names: Vec<String> = header.iter().skip(1).map(str::to_owned).collect();
     if names.is_empty() {
         return Err(refuse("the header names no column besides the time".to_owned()));
+    }
+    if header.iter().skip(1).all(|cell| cell.parse::<f64>().is_ok()) {
+        return Err(refuse(
+            "the first line names its columns by numbers alone, so the header is missing: time, then one name per metric"
+                .to_owned(),
+        ));
     }
     let mut seen = BTreeSet::new();
     match names.iter().find(|name| !seen.insert(name.as_str())) {

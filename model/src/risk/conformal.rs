@@ -1,10 +1,10 @@
-//! Intervals that hold what they promise: split conformal on the error of the time to failure, its level adapted online.
+//! Intervals that hold what they promise: split conformal on the error of the time to failure.
 //!
 //! The score of a row is `|T − t̂| / (σ̂ + floor)`, with the time to failure `T`, its estimate `t̂` and the model's own
 //! standard deviation `σ̂`. The interval is `t̂ ± q(σ̂ + floor)`, `q` the `⌈(n + 1)(1 − α)⌉`-th smallest score of rows that the
 //! model was not fitted on (Papadopoulos et al., 2002; Lei et al., 2018). It covers `1 − α` of new rows that are like those; when they
 //! are not, [`AdaptiveLevel`] moves α by what was missed (Gibbs and Candès, *Adaptive conformal inference under
-//! distribution shift*, 2021, equation 2).
+//! distribution shift*, 2021, equation 2). The lab measures what that buys; an edge, which sees too few failures to move a level, keeps α.
 
 use serde::{Deserialize, Serialize};
 

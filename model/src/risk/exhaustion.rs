@@ -10,8 +10,14 @@ use std::collections::VecDeque;
 
 use super::{Abstain, Chance, Horizon, LeadTime, RiskError};
 
-/// Points of the longest window.
-const POINTS: usize = 180;
+/// Points of the longest window, at least; more where the shortest horizon asks for them.
+const POINTS: f64 = 180.0;
+/// Points within the shortest horizon, at least, so that a line can be drawn through it.
+const POINTS_SHORTEST: f64 = 12.0;
+/// Points kept at most, in 70 kB.
+const POINTS_MAX: f64 = 4_320.0;
+/// How many times as long as the shortest horizon the longest may be: the points of both come from one track.
+pub const HORIZON_RATIO_MAX: u32 = 360;
 /// Most points of one line: their pairs are all looked at.
 const LINE_POINTS_MAX: usize = 60;
 /// Fewest points of a line.
@@ -36,6 +42,7 @@ const FALL: f64 = 0.2;
 pub struct Track {
     horizons: Vec<Horizon>,
     step_s: f64,
+    points_max: usize,
     points: VecDeque<(f64, f64)>,
     /// The point that is being gathered.
     open: Option<Bucket>,
@@ -45,6 +52,8 @@ pub struct Track {
 
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
+    /// Which place on the grid of steps.
+    cell: f64,
     begin_s: f64,
     last_s: f64,
     sum: f64,
@@ -137,18 +146,30 @@ impl Limit {
 }
 
 impl Track {
-    /// Nothing seen yet. The longest horizon decides how long is remembered: as long as it looks ahead, in 180 points.
+    /// Nothing seen yet. The longest horizon decides how long is remembered: as long as it looks ahead. A point is a 180th of it, or a twelfth of
+    /// the shortest horizon where that is less.
     ///
     /// # Errors
-    /// [`RiskError::Edges`] unless there is a horizon and they ascend.
+    /// [`RiskError::Edges`] unless there is a horizon, they ascend, and the longest is at most [`HORIZON_RATIO_MAX`] times the shortest.
     pub fn new(horizons: &[Horizon]) -> Result<Self, RiskError> {
         let ascending = horizons.windows(2).all(|pair| pair[0] < pair[1]);
-        let (Some(longest), true) = (horizons.last(), ascending) else {
+        let (Some(shortest), Some(longest), true) = (horizons.first(), horizons.last(), ascending) else {
             return Err(RiskError::Edges);
         };
+        if longest.seconds() > f64::from(HORIZON_RATIO_MAX) * shortest.seconds() * (1.0 + 1e-9) {
+            return Err(RiskError::Edges);
+        }
+        let wanted = (POINTS_SHORTEST * longest.seconds() / shortest.seconds()).clamp(POINTS, POINTS_MAX);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "within 180 and 4 320"
+        )]
+        let points_max = wanted.ceil() as usize;
         Ok(Self {
             horizons: horizons.to_vec(),
-            step_s: longest.seconds() / POINTS as f64,
+            step_s: longest.seconds() / wanted,
+            points_max,
             points: VecDeque::new(),
             open: None,
             latest: None,
@@ -168,14 +189,14 @@ impl Track {
         {
             self.restart();
         }
-        if self
-            .open
-            .is_some_and(|open| now_s - open.begin_s + 1e-9 >= self.step_s)
-        {
+        // On a fixed grid: were a point a step after the one before, samples a little closer than a step would make points two samples apart.
+        let cell = ((now_s + 1e-9) / self.step_s).floor();
+        if self.open.is_some_and(|open| open.cell < cell) {
             self.close();
         }
         self.latest = Some((now_s, share));
         let open = self.open.get_or_insert(Bucket {
+            cell,
             begin_s: now_s,
             last_s: now_s,
             sum: 0.0,
@@ -241,7 +262,7 @@ impl Track {
     fn close(&mut self) {
         let Some(bucket) = self.open.take() else { return };
         let now_s = bucket.last_s;
-        if self.points.len() == POINTS + 1 {
+        if self.points.len() == self.points_max + 1 {
             self.points.pop_front();
         }
         let middle = f64::midpoint(bucket.begin_s, bucket.last_s);
@@ -625,6 +646,65 @@ mod tests {
             Track::new(&[seconds(9), seconds(5)]),
             Err(RiskError::Edges)
         ));
+    }
+
+    #[test]
+    fn every_allowed_pair_of_horizons_and_interval_has_a_line_for_each() {
+        let horizons = |list: &[u64]| -> Vec<Horizon> {
+            list.iter()
+                .map(|s| Horizon::new(Duration::from_secs(*s)).unwrap())
+                .collect()
+        };
+        for (list, interval_ms) in [
+            (&[60, 3_600][..], 1_000_u32),
+            (&[60, 300, 1_800], 1_000),
+            (&[240, 86_400], 1_000),
+            (&[300, 900], 15_000),
+            (&[120, 900], 15_000),
+            (&[480, 900], 60_000),
+            (&[1, 360], 100),
+            (&[1], 125),
+            (&[86_400], 60_000),
+        ] {
+            let mut track = Track::new(&horizons(list)).unwrap();
+            let longest = u32::try_from(*list.last().unwrap()).unwrap();
+            let (rows, interval) = (1_500 * longest / interval_ms, f64::from(interval_ms) / 1000.0);
+            let mut said = 0;
+            for row in 0..rows {
+                let now_s = f64::from(row) * interval;
+                track.push(now_s, 0.2 + 0.3 * f64::from(row) / f64::from(rows));
+                if row > rows - rows / 6 {
+                    let chances = track.extrapolate().unwrap().chances;
+                    assert!(
+                        chances.iter().all(Result::is_ok),
+                        "{list:?} at {interval} s, row {row}: {chances:?}"
+                    );
+                    said += 1;
+                }
+            }
+            assert!(said > 0);
+        }
+        assert!(matches!(Track::new(&horizons(&[1, 361])), Err(RiskError::Edges)));
+        // Every interval that eight samples of the shortest horizon allow, and a clock that is a little off each time.
+        for tenths in 1..=75_u32 {
+            let mut track = Track::new(&Horizon::DEFAULT).unwrap();
+            let interval = f64::from(tenths) / 10.0;
+            let rows = 15_000 / tenths;
+            for row in 0..rows {
+                let jitter = 0.002 * (f64::from(row * 7 % 11) / 5.0 - 1.0);
+                track.push(
+                    f64::from(row) * interval + jitter,
+                    0.2 + 0.3 * f64::from(row) / f64::from(rows),
+                );
+                if row > rows / 2 {
+                    let chances = track.extrapolate().unwrap().chances;
+                    assert!(
+                        chances.iter().all(Result::is_ok),
+                        "every {interval} s, row {row}: {chances:?}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use theriac_protocol::message::UpdateKind;
 
-use super::{DescentError, clipped};
+use super::{DescentError, UnitSum};
 use crate::accountant::{Rho, SamplingRate};
 use crate::ledger::Reservation;
 use crate::noise::{NoiseError, NoiseMechanism, release};
@@ -35,8 +35,9 @@ impl SampledDescent {
         if plan.kind != UpdateKind::Delta || plan.blocks.is_empty() {
             return Err(DescentError::NoBlocks);
         }
-        // One record can turn its block's whole gradient around, which is not what it was charged for.
-        if reservation.unit() != PrivacyUnit::Block {
+        // Without windows one record can turn its block's whole gradient around, which is not what it was charged for.
+        let windows = reservation.unit() == PrivacyUnit::Record && plan.windows.is_some();
+        if reservation.unit() != PrivacyUnit::Block && !windows {
             return Err(DescentError::Unit {
                 unit: reservation.unit(),
             });
@@ -66,23 +67,29 @@ impl SampledDescent {
         mechanism: &dyn NoiseMechanism,
         read: impl FnOnce(&[u64]) -> Vec<Vec<f32>>,
     ) -> Result<Vec<f32>, DescentError> {
+        self.step_each(mechanism, |drawn, sum| sum.add_all(&read(drawn)))
+    }
+
+    /// The same for models whose gradients do not all fit into memory: `read` gives one after the other to the sum.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_each(
+        &mut self,
+        mechanism: &dyn NoiseMechanism,
+        read: impl FnOnce(&[u64], &mut UnitSum),
+    ) -> Result<Vec<f32>, DescentError> {
         let plan = self.reservation.plan();
         if self.left() == 0 {
             return Err(DescentError::Exhausted { steps: plan.steps });
         }
         self.made += 1;
-        let values = plan.values as usize;
         let drawn = self.sampler.draw(plan.blocks.len());
         let drawn: Vec<u64> = drawn.into_iter().map(|index| plan.blocks[index]).collect();
-        let gradients = read(&drawn);
-        if gradients.len() > drawn.len() || gradients.iter().any(|gradient| gradient.len() != values) {
-            return Err(DescentError::WrongShape {
-                found: drawn.len(),
-                values,
-            });
-        }
         let noise = plan.noise_multiplier;
-        let sum = clipped(&gradients, values, plan.clip_norm, noise);
+        let mut sum = UnitSum::new(plan, drawn.len(), noise);
+        read(&drawn, &mut sum);
+        let sum = sum.finish(drawn.len())?;
         let sensitivity = self.reservation.sensitivity();
         let noisy = release(mechanism, &sum, sensitivity, Rho::gaussian(sensitivity, noise))?;
         #[expect(
@@ -105,6 +112,7 @@ mod tests {
     use crate::ledger::{Ledger, ReleasePlan, Reserved};
     use crate::noise::{ExactGaussian, FixedNoise};
     use crate::policy::Policy;
+    use crate::windows::RecordWindows;
 
     const POLICY: &str = "site = \"site-a\"\nepsilon = 100\nsteps_max = 10000\nnoise_multiplier_min = 0.5\n\
                           mechanisms = [\"moments\", \"delta\"]";
@@ -123,21 +131,26 @@ mod tests {
         let node = policy.site().clone();
         let path = folder.path().join("ledger.log");
         let mut ledger = Ledger::open(&path, &node, policy, Timestamp(0)).unwrap();
-        let plan = ReleasePlan {
-            round: Round(1),
-            nonce: 1,
+        let plan = plan(1, kind, sigma, rate, steps, units);
+        match ledger.reserve(plan, Timestamp(0)).unwrap() {
+            Reserved::Fresh(reservation) => (folder, reservation),
+            Reserved::AlreadyCharged { .. } => panic!("charged before"),
+        }
+    }
+
+    fn plan(round: u64, kind: UpdateKind, sigma: f64, rate: f64, steps: u32, units: u64) -> ReleasePlan {
+        ReleasePlan {
+            round: Round(round),
+            nonce: round,
             kind,
             values: 2,
             block_span: Duration::from_hours(1),
             blocks: (100..100 + units).collect(),
+            windows: None,
             sampling_rate: rate,
             steps,
             clip_norm: L2Norm::new(1.0).unwrap(),
             noise_multiplier: NoiseMultiplier::new(sigma).unwrap(),
-        };
-        match ledger.reserve(plan, Timestamp(0)).unwrap() {
-            Reserved::Fresh(reservation) => (folder, reservation),
-            Reserved::AlreadyCharged { .. } => panic!("charged before"),
         }
     }
 
@@ -153,17 +166,76 @@ mod tests {
             let refused = SampledDescent::new(reservation);
             assert!(matches!(refused, Err(DescentError::NoBlocks)), "{refused:?}");
         }
-        let (_folder, reservation) = reserved("record", UpdateKind::Delta, 2.0, 0.5, 1, 3);
-        let refused = SampledDescent::new(reservation);
+    }
+
+    /// Where one record can turn its block's whole gradient around nothing is charged; where blocks are cut into windows, their part.
+    #[test]
+    fn a_record_is_hidden_by_sampled_steps_only_where_blocks_are_cut_into_windows() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = format!("unit = \"record\"\nrecord_window = 20\nrecord_stride = 10\n{POLICY}");
+        let policy = Policy::parse(&text).unwrap();
+        let node = policy.site().clone();
+        let windows = policy.record_windows().unwrap().in_block(60).unwrap();
+        let mut ledger = Ledger::open(&folder.path().join("l"), &node, policy, Timestamp(0)).unwrap();
+        let plan = |round, windows| ReleasePlan {
+            windows,
+            ..plan(round, UpdateKind::Delta, 1.0, 0.5, 40, 8)
+        };
+        assert!(ledger.reserve(plan(1, None), Timestamp(0)).is_err());
+        let other = RecordWindows::new(30, 30).unwrap().in_block(60).unwrap();
         assert!(
-            matches!(
-                refused,
-                Err(DescentError::Unit {
-                    unit: PrivacyUnit::Record
-                })
-            ),
-            "{refused:?}"
+            ledger.reserve(plan(1, Some(other)), Timestamp(0)).is_err(),
+            "not the policy's"
         );
+        let Reserved::Fresh(reservation) = ledger.reserve(plan(1, Some(windows)), Timestamp(0)).unwrap()
+        else {
+            panic!("charged before")
+        };
+        assert!((reservation.sensitivity() - 2.0 / 5.0).abs() < 1e-12);
+        let mut descent = SampledDescent::new(reservation).unwrap();
+        // Five windows a block, each of norm 1/5 at most; the longest mean has norm 1.
+        while descent.left() > 0 {
+            let came = Cell::new(0);
+            let mean = descent.step_each(&FixedNoise(0.0), |drawn, sum| {
+                came.set(drawn.len());
+                for _ in 0..5 * drawn.len() {
+                    sum.add(&[9.0, 0.0]);
+                }
+            });
+            let expected = came.get() as f64 / 4.0;
+            assert!((f64::from(mean.unwrap()[0]) - expected).abs() < 1e-5);
+        }
+    }
+
+    /// Gradients come one after the other, so a model may have many values: none is kept.
+    #[test]
+    fn a_large_model_is_trained_with_one_gradient_in_memory() {
+        const VALUES: usize = 200_000;
+        let folder = tempfile::tempdir().unwrap();
+        let policy = Policy::parse(POLICY).unwrap();
+        let node = policy.site().clone();
+        let mut ledger = Ledger::open(&folder.path().join("l"), &node, policy, Timestamp(0)).unwrap();
+        let large = ReleasePlan {
+            values: u32::try_from(VALUES).unwrap(),
+            ..plan(1, UpdateKind::Delta, 1.0, 0.5, 2, 6)
+        };
+        let Reserved::Fresh(reservation) = ledger.reserve(large, Timestamp(0)).unwrap() else {
+            panic!("charged before")
+        };
+        let mut descent = SampledDescent::new(reservation).unwrap();
+        let mut gradient = vec![0.0_f32; VALUES];
+        let mean = descent.step_each(&ExactGaussian, |drawn, sum| {
+            for block in drawn {
+                gradient.fill(*block as f32);
+                sum.add(&gradient);
+            }
+        });
+        let mean = mean.unwrap();
+        // Noise of σC/qn = 1/3 on each value; the signal, of norm 1 for each unit, is far below it.
+        let deviation = (mean.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / VALUES as f64).sqrt();
+        assert!((deviation * 3.0 - 1.0).abs() < 0.02, "{deviation}");
+        let short = descent.step_each(&ExactGaussian, |_, sum| sum.add(&[1.0]));
+        assert!(matches!(short, Err(DescentError::WrongShape { .. })), "{short:?}");
     }
 
     #[test]

@@ -131,6 +131,16 @@ impl BlockCharges {
         losses
     }
 
+    /// The first of these blocks that was read most often, and how often.
+    pub(crate) fn most_releases(&self, blocks: RangeInclusive<u64>) -> (u64, u32) {
+        let first = (*blocks.start(), self.of(*blocks.start()).releases);
+        let inside = self
+            .runs
+            .range(blocks)
+            .map(|(start, run)| (*start, run.charge.releases));
+        inside.fold(first, |most, next| if next.1 > most.1 { next } else { most })
+    }
+
     /// Runs of blocks with the same charge, ascending.
     pub(crate) fn runs(&self) -> impl Iterator<Item = (RangeInclusive<u64>, &Charge)> {
         self.runs
@@ -237,6 +247,8 @@ mod tests {
                     let entry = plain.entry(block).or_default();
                     *entry = (entry.0 + rho, entry.1 + 1);
                 }
+                let most = (first..=first + length).map(|block| runs.of(block).releases).max().unwrap_or(0);
+                prop_assert_eq!(runs.most_releases(first..=first + length).1, most);
                 for block in 0..90 {
                     let (rho, releases) = plain.get(&block).copied().unwrap_or_default();
                     let Charge { loss, releases: found } = runs.of(block);

@@ -1,12 +1,13 @@
 //! A ledger as a report carries it: out of the file, and back for the verifier.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use theriac_protocol::units::{Digest, Timestamp};
 
 use super::chain;
 use super::open::{check_known, check_owner, check_policy, read_file, replay};
-use super::record::{Charge, Record, Seal};
+use super::record::{Charge, PolicyNote, Record, Seal};
 use super::state::PolicySeen;
 use super::{KnownHead, Ledger, LedgerError, State};
 use crate::policy::Policy;
@@ -71,14 +72,7 @@ impl Ledger {
 
 /// What the verifier looks at in a record, besides counting it.
 pub(crate) enum ReadRecord {
-    Policy {
-        hash: Digest,
-        text: Option<String>,
-        signature: Option<String>,
-    },
-    Charge {
-        policy: Digest,
-    },
+    Policy(PolicyNote),
     Sealed(Seal),
     Other,
 }
@@ -88,9 +82,25 @@ pub(crate) struct Replayed {
     pub(crate) state: State,
     pub(crate) heads: Vec<Digest>,
     pub(crate) records: Vec<ReadRecord>,
+    /// Charges of the first format under a policy whose text no record holds: held to nothing but their own terms.
+    pub(crate) unheld: u64,
 }
 
-/// Computes every head anew and counts every record; the index of the first that does not fit, and why.
+/// The policies whose texts the records hold, wherever they stand, by the texts' own hashes. What does not parse is found where the records are looked at.
+fn texts(exported: &[ExportedRecord]) -> BTreeMap<Digest, Policy> {
+    let text = |record: &ExportedRecord| match serde_json::from_str(&record.body) {
+        Ok(Record::Policy(note)) => note.text,
+        _ => None,
+    };
+    let policies = exported.iter().filter_map(text);
+    let policies = policies.filter_map(|text| Policy::parse_any(&text).ok());
+    policies.map(|policy| (policy.hash(), policy)).collect()
+}
+
+/// Computes every head anew, holds every charge to the policy that was in force, and counts every record; the index of the first that does not fit, and why.
+///
+/// A policy's text may stand after the charges under it, since old builds did not write it down: so texts are collected first, and a charge is held to the text of its own
+/// policy. Charges of the first format alone may be under a policy without any.
 pub(crate) fn replay_exported(
     version: u32,
     exported: &[ExportedRecord],
@@ -101,30 +111,47 @@ pub(crate) fn replay_exported(
         state: State::default(),
         heads: Vec::with_capacity(exported.len()),
         records: Vec::with_capacity(exported.len()),
+        unheld: 0,
     };
+    let texts = texts(exported);
+    let mut in_force: Option<Digest> = None;
     for (index, ExportedRecord { body, head: told }) in exported.iter().enumerate() {
         head = chain::seal(head, body.as_bytes());
         if head.to_string() != *told {
             return Err((index, format!("its head is {head}, the report says {told}")));
         }
         let wrong = |what: &str| (index, what.to_owned());
+        let record = serde_json::from_str(body).map_err(|_| wrong("it does not parse"))?;
+        let beyond = |error| (index, format!("it goes beyond the policy in force: {error}"));
+        let under = |policy: &Digest| {
+            if in_force == Some(*policy) {
+                Ok(texts.get(policy))
+            } else {
+                Err(wrong("it was charged under another policy than the one in force"))
+            }
+        };
+        match &record {
+            Record::Policy(note) => in_force = Some(note.hash),
+            Record::Charge(charge) => {
+                // Texts are written down for as long as there are charges of this format.
+                let policy = under(&charge.policy)?
+                    .ok_or_else(|| wrong("it was charged under a policy whose text no record holds"))?;
+                replayed.state.kept(policy, charge).map_err(beyond)?;
+            }
+            Record::Reserve(charged) => match under(&charged.policy)? {
+                Some(policy) => replayed.state.kept_first(policy, charged).map_err(beyond)?,
+                None => replayed.unheld += 1,
+            },
+            _ => {}
+        }
         replayed.state.take(body.as_bytes()).map_err(wrong)?;
         replayed.heads.push(head);
-        let record = serde_json::from_str(body).map_err(|_| wrong("it does not parse"))?;
         replayed.records.push(match record {
-            Record::Policy(note) => ReadRecord::Policy {
-                hash: note.hash,
-                text: note.text,
-                signature: note.signature,
-            },
-            Record::Reserve(charged) => ReadRecord::Charge {
-                policy: charged.policy,
-            },
-            Record::Charge(charge) => ReadRecord::Charge {
-                policy: charge.policy,
-            },
+            Record::Policy(note) => ReadRecord::Policy(note),
             Record::Sealed(seal) => ReadRecord::Sealed(seal),
-            Record::Genesis(_) | Record::Released { .. } => ReadRecord::Other,
+            Record::Genesis(_) | Record::Reserve(_) | Record::Charge(_) | Record::Released { .. } => {
+                ReadRecord::Other
+            }
         });
     }
     Ok(replayed)

@@ -34,14 +34,14 @@ use theriac_protocol::units::{Delta, Digest, Epsilon, Timestamp};
 use self::chain::Chain;
 pub(crate) use self::charges::Charge as BlockCharge;
 pub use self::error::{LedgerError, ReserveError};
-pub(crate) use self::export::{ReadRecord, replay_exported};
-pub(crate) use self::record::Charge;
+pub(crate) use self::export::{ReadRecord, Replayed, replay_exported};
 use self::record::Record;
 pub use self::record::Seal;
+pub(crate) use self::record::{Charge, PolicyNote};
 pub use self::reservation::{BLOCKS_MAX, ReleasePlan, Reservation, ReservationId, Reserved, VALUES_MAX};
-use self::state::Owner;
-pub(crate) use self::state::State;
+pub(crate) use self::state::{Owner, State};
 use crate::accountant::Rho;
+use crate::noise::{NoEntropy, SecureSource};
 use crate::policy::{Period, Policy};
 use crate::report::Status;
 
@@ -165,7 +165,12 @@ impl Ledger {
         if let Some(&payload_digest) = self.state.reservations.get(&id) {
             return Ok(Reserved::AlreadyCharged { id, payload_digest });
         }
-        let charge = self.state.charge_of(&self.policy, &plan, now)?;
+        let mut charge = self.state.charge_of(&self.policy, &plan, now)?;
+        charge.salt = Some(salt().map_err(|source| LedgerError::Io {
+            path: self.path.clone(),
+            action: "draw a salt for",
+            source: io::Error::other(source),
+        })?);
         let sensitivity = charge.sensitivity;
         let rho = Rho::gaussian(sensitivity, plan.noise_multiplier);
         self.append(&Record::Charge(Box::new(charge)))?;
@@ -321,6 +326,12 @@ impl Ledger {
             }
         })
     }
+}
+
+/// 128 random bits, 32 hexadecimal digits: heads are told, and all else in a charge but the blocks and the millisecond can be guessed.
+fn salt() -> Result<String, NoEntropy> {
+    let mut source = SecureSource::from_system()?;
+    Ok(format!("{:016x}{:016x}", source.bits(), source.bits()))
 }
 
 #[cfg(test)]

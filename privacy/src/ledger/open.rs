@@ -115,6 +115,10 @@ impl Ledger {
                 .truncate(read.length)
                 .and_then(|()| storage.sync())
                 .map_err(io_error(path, "repair"))?;
+        } else {
+            // What was read may be in memory only: a process that was killed before its sync leaves bytes that a power failure takes back. Nothing is made
+            // of them, or told of, before they are durable.
+            storage.sync().map_err(io_error(path, "sync"))?;
         }
         let mut ledger = Self {
             path: path.to_owned(),

@@ -19,6 +19,7 @@ pub(crate) fn check(
 ) -> Result<Vec<(u64, u64)>, ReserveError> {
     allowed(policy, plan)?;
     well_formed(policy.unit(), plan)?;
+    windowed(policy, plan)?;
     if let Some(&block) = plan.blocks.iter().find(|block| is_too_old(policy, **block, now)) {
         return Err(ReserveError::BlockTooOld { block });
     }
@@ -54,6 +55,31 @@ fn allowed(policy: &Policy, plan: &ReleasePlan) -> Result<(), ReserveError> {
             expected_ms,
             found_ms,
         });
+    }
+    Ok(())
+}
+
+/// Windows are the policy's, and of blocks that are named.
+fn windowed(policy: &Policy, plan: &ReleasePlan) -> Result<(), ReserveError> {
+    let Some(windows) = plan.windows else {
+        return if policy.unit() == PrivacyUnit::Record
+            && plan.kind == UpdateKind::Delta
+            && !plan.blocks.is_empty()
+        {
+            Err(ReserveError::BadPlan(
+                "steps on single blocks hide a record only where blocks are cut into windows",
+            ))
+        } else {
+            Ok(())
+        };
+    };
+    if policy.record_windows() != Some(windows.of_any_block()) {
+        return Err(ReserveError::BadPlan("the windows are not those of the policy"));
+    }
+    if plan.blocks.is_empty() {
+        return Err(ReserveError::BadPlan(
+            "windows are cut from blocks that the plan names",
+        ));
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use super::state::reads_everything;
 use super::{ReleasePlan, ReservationId};
 use crate::accountant::{RdpCurve, Rho};
 use crate::policy::{Period, Policy, PrivacyUnit};
+use crate::windows::BlockWindows;
 
 /// One entry of the ledger. **A kind that was shipped is never changed**: ledgers outlive builds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -98,6 +99,9 @@ pub(crate) struct Charge {
     pub(crate) values: u32,
     /// First and last id of each run of blocks; empty when every block is charged.
     pub(crate) blocks: Vec<(u64, u64)>,
+    /// The windows that each block was cut into; absent: one vector for each block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) windows: Option<BlockWindows>,
     pub(crate) clip_norm: L2Norm,
     pub(crate) noise_multiplier: NoiseMultiplier,
     pub(crate) sampling_rate: f64,
@@ -111,6 +115,9 @@ pub(crate) struct Charge {
     #[serde(with = "hex")]
     pub(crate) policy: Digest,
     pub(crate) at: Timestamp,
+    /// 128 random bits in hexadecimal, so that nobody who is told the chain's head finds by trying which blocks were charged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) salt: Option<String>,
 }
 
 /// A counter-signature of the aggregator.
@@ -142,7 +149,7 @@ pub(crate) struct Terms {
 impl Terms {
     pub(crate) fn of(plan: &ReleasePlan, unit: PrivacyUnit) -> Self {
         Self {
-            sensitivity: sensitivity(unit, plan.kind, plan.blocks.len()),
+            sensitivity: sensitivity(unit, plan.kind, plan.blocks.len(), plan.windows),
             sigma: plan.noise_multiplier.value(),
             sampling_rate: plan.sampling_rate,
             steps: plan.steps,
@@ -159,9 +166,11 @@ impl Terms {
 }
 
 /// Sensitivity of one step in multiples of C. Where a weight change names its blocks, every unit's gradient was clipped on its own; where
-/// it does not, one vector was made of all data.
-fn sensitivity(unit: PrivacyUnit, kind: UpdateKind, blocks: usize) -> f64 {
-    if kind == UpdateKind::Delta && !reads_everything(unit, kind, blocks) {
+/// it does not, one vector was made of all data. Windows say it themselves.
+fn sensitivity(unit: PrivacyUnit, kind: UpdateKind, blocks: usize, windows: Option<BlockWindows>) -> f64 {
+    if let Some(windows) = windows {
+        windows.sensitivity()
+    } else if kind == UpdateKind::Delta && !reads_everything(unit, kind, blocks) {
         1.0
     } else {
         unit.sensitivity(kind)
@@ -179,10 +188,11 @@ pub(crate) struct Counted {
 }
 
 impl Charged {
-    /// Whether the written ρ is the one that sensitivity and noise give, and the runs ascend.
-    pub(crate) fn check(self) -> Result<Counted, &'static str> {
+    /// Whether the written ρ is the one that sensitivity and noise give, the sensitivity is not below the unit's, and the runs ascend.
+    pub(crate) fn check(self, unit: PrivacyUnit) -> Result<Counted, &'static str> {
         let rho = Rho::gaussian(self.sensitivity, self.noise_multiplier).value();
-        let consistent = (self.rho / rho - 1.0).abs() < 1e-9 && self.sensitivity > 0.0;
+        let consistent =
+            (self.rho / rho - 1.0).abs() < 1e-9 && self.sensitivity >= unit.sensitivity(self.kind);
         if !consistent || !ascends(&self.blocks) || self.blocks.is_empty() != (self.kind == UpdateKind::Delta)
         {
             return Err(INCONSISTENT);
@@ -212,14 +222,22 @@ impl Charge {
     /// Whether the written loss is `expected`, the one that the terms give, and the terms are possible.
     pub(crate) fn check(self, expected: &Loss) -> Result<Counted, &'static str> {
         let named = usize::from(!self.blocks.is_empty());
-        let sensitive = self.sensitivity.to_bits() == sensitivity(self.unit, self.kind, named).to_bits();
+        let expected_sensitivity = sensitivity(self.unit, self.kind, named, self.windows);
+        let sensitive = self.sensitivity.to_bits() == expected_sensitivity.to_bits();
+        let windowed = self.windows.is_none() || (self.unit == PrivacyUnit::Record && named > 0);
         let sampled = self.sampling_rate > 0.0 && self.sampling_rate <= 1.0 && self.steps > 0;
         let placed = if self.unit == PrivacyUnit::Node {
             named == 0
         } else {
             named > 0 || reads_everything(self.unit, self.kind, named)
         };
-        if !(expected.agrees_with(&self.rdp) && sensitive && sampled && placed && ascends(&self.blocks)) {
+        if !(expected.agrees_with(&self.rdp)
+            && sensitive
+            && windowed
+            && sampled
+            && placed
+            && ascends(&self.blocks))
+        {
             return Err(INCONSISTENT);
         }
         Ok(Counted {

@@ -7,6 +7,7 @@ use theriac_protocol::units::{Digest, L2Norm, NoiseMultiplier, Round};
 
 use crate::accountant::Rho;
 use crate::policy::PrivacyUnit;
+use crate::windows::BlockWindows;
 
 /// One release that is wanted. Everything in here is public: it comes from the announcement and from the clock.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,6 +25,8 @@ pub struct ReleasePlan {
     /// Ids (Unix time / span) of the blocks that will be read, strictly ascending, at most [`BLOCKS_MAX`].
     /// Empty for a [`UpdateKind::Delta`] that is one vector made of all the node's data; every block is charged then.
     pub blocks: Vec<u64>,
+    /// Unit `record`: the windows that each block is cut into, which must be the policy's; each gives one vector. `None`: one vector for each block.
+    pub windows: Option<BlockWindows>,
     /// Poisson sampling rate q of one step, above 0, at most 1; 1: every unit is in every step.
     pub sampling_rate: f64,
     /// Steps T, at least 1; all are charged at once.
@@ -94,6 +97,11 @@ impl Reservation {
 }
 
 impl ReleasePlan {
+    /// Vectors that one block may add, each clipped to C over this number.
+    pub fn vectors_per_block(&self) -> u32 {
+        self.windows.map_or(1, BlockWindows::count)
+    }
+
     /// The name that its reservation would have.
     pub fn id(&self) -> ReservationId {
         ReservationId {

@@ -7,7 +7,7 @@ use theriac_protocol::units::{Delta, Digest, NodeId, Timestamp};
 
 use super::charges::BlockCharges;
 use super::loss::Loss;
-use super::record::{Charge, Counted, Genesis, PolicyNote, Record, Seal, Terms};
+use super::record::{Charge, Charged, Counted, Genesis, PolicyNote, Record, Seal, Terms};
 use super::{ReleasePlan, ReservationId, ReserveError, Spent, plan};
 use crate::accountant::RdpEpsilon;
 use crate::policy::{Period, Policy, PrivacyUnit};
@@ -32,6 +32,8 @@ pub(crate) struct State {
     /// The last counter-signature of the aggregator.
     pub(crate) seal: Option<Seal>,
     pub(crate) reservations: BTreeMap<ReservationId, Option<Digest>>,
+    /// Whether a charge of the second format was counted: the first is not written any more.
+    renyi: bool,
     /// The last terms and their loss: charges in a row mostly have the same.
     memo: Option<(Terms, Loss)>,
 }
@@ -125,10 +127,17 @@ impl State {
             Record::Genesis(genesis) => self.begin(genesis)?,
             _ if self.owner.is_none() => return Err("the first record is missing"),
             Record::Policy(note) => self.note_policy(&note)?,
-            Record::Reserve(charged) => self.charge(charged.check()?)?,
+            Record::Reserve(_) if self.renyi => {
+                return Err("a charge of the first format after one of the second");
+            }
+            Record::Reserve(charged) => {
+                let unit = self.owner.as_ref().map_or(PrivacyUnit::Block, |owner| owner.unit);
+                self.charge(charged.check(unit)?)?;
+            }
             Record::Charge(charge) => {
                 let counted = self.check(*charge)?;
                 self.charge(counted)?;
+                self.renyi = true;
             }
             Record::Sealed(seal) => self.keep_seal(seal)?,
             Record::Released {
@@ -269,6 +278,7 @@ impl State {
             unit: policy.unit(),
             values: plan.values,
             blocks,
+            windows: plan.windows,
             clip_norm: plan.clip_norm,
             noise_multiplier: plan.noise_multiplier,
             sampling_rate: plan.sampling_rate,
@@ -278,7 +288,80 @@ impl State {
             period,
             policy: policy.hash(),
             at,
+            salt: None,
         })
+    }
+
+    /// Whether the policy let this charge be made at this place.
+    pub(crate) fn kept(&self, policy: &Policy, charge: &Charge) -> Result<(), ReserveError> {
+        let plan = ReleasePlan {
+            round: charge.round,
+            nonce: charge.nonce,
+            kind: charge.kind,
+            values: charge.values,
+            block_span: policy.block_span(),
+            blocks: charge.blocks.iter().map(|(first, _)| *first).collect(),
+            windows: charge.windows,
+            sampling_rate: charge.sampling_rate,
+            steps: charge.steps,
+            clip_norm: charge.clip_norm,
+            noise_multiplier: charge.noise_multiplier,
+        };
+        self.borne(policy, &plan, &charge.blocks, charge.at)?;
+        if charge.period != self.period_at(policy, charge.at) {
+            return Err(ReserveError::BadPlan(
+                "it is charged to another period than its time's",
+            ));
+        }
+        self.covered(policy, &charge.blocks, &charge.terms().loss(), charge.period)
+    }
+
+    /// The same for a charge of the first format: one step of whole blocks, in zCDP. It counts in the period that is under way.
+    pub(crate) fn kept_first(&self, policy: &Policy, charge: &Charged) -> Result<(), ReserveError> {
+        let plan = ReleasePlan {
+            round: charge.round,
+            nonce: charge.nonce,
+            kind: charge.kind,
+            values: charge.values,
+            block_span: policy.block_span(),
+            blocks: charge.blocks.iter().map(|(first, _)| *first).collect(),
+            windows: None,
+            sampling_rate: 1.0,
+            steps: 1,
+            clip_norm: charge.clip_norm,
+            noise_multiplier: charge.noise_multiplier,
+        };
+        self.borne(policy, &plan, &charge.blocks, charge.at)?;
+        self.covered(policy, &charge.blocks, &Loss::zcdp(charge.rho), self.period_index)
+    }
+
+    /// Whether the policy allowed such a charge of these blocks at this place, whatever it cost. The plan names one block of each run: the oldest, which is what
+    /// can be too old.
+    fn borne(
+        &self,
+        policy: &Policy,
+        plan: &ReleasePlan,
+        blocks: &[(u64, u64)],
+        at: Timestamp,
+    ) -> Result<(), ReserveError> {
+        plan::check(policy, plan, at)?;
+        if let Some(releases_max) = policy.releases_max().filter(|max| self.releases >= *max) {
+            return Err(ReserveError::ReleasesSpent {
+                releases: self.releases,
+                releases_max,
+            });
+        }
+        for (first, last) in blocks {
+            let (block, releases) = self.lifetime.blocks.most_releases(*first..=*last);
+            if releases >= policy.block_releases_max() {
+                return Err(ReserveError::BlockAlreadyCharged {
+                    block,
+                    releases,
+                    releases_max: policy.block_releases_max(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Those of the plan's blocks that could bear it now: charged less often than the policy allows, and within its ε afterwards.
@@ -357,9 +440,10 @@ impl State {
             let touched = blocks
                 .iter()
                 .flat_map(|(first, last)| account.blocks.losses_in(*first..=*last));
+            // Blocks that it does not name lose nothing by it: where a stricter policy came after they were charged, they keep no others back.
             touched
                 .map(|block| epsilon(node.plus(&block)))
-                .fold(account.epsilon(policy), larger)
+                .fold(epsilon(node.clone()), larger)
         };
         let (epsilon_after, epsilon_limit) = (after.epsilon, policy.epsilon());
         // Not `>`: what is not a number must refuse.

@@ -120,6 +120,7 @@ fn plan(round: u64, blocks: impl IntoIterator<Item = u64>, sigma: f64) -> Releas
         values: 4,
         block_span: HOUR,
         blocks: blocks.into_iter().collect(),
+        windows: None,
         sampling_rate: 1.0,
         steps: 1,
         clip_norm: L2Norm::new(1.0).unwrap(),
@@ -1097,4 +1098,102 @@ fn power_failures_lose_no_charge_that_reserve_had_returned_for() {
         bytes = after.bytes();
     }
     assert!(returned.len() > 2, "nothing was ever charged");
+}
+
+/// A process that was killed between a write and its sync leaves bytes that only memory holds. Whoever opens the ledger then tells its head to others, so
+/// they must be durable by then.
+#[test]
+fn what_is_told_of_an_opened_ledger_survives_a_power_failure() {
+    let policy = policy("");
+    let disk = new_disk(&policy);
+    let mut ledger = disk.open(&policy).unwrap();
+    let before = disk.bytes().len();
+    let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+    let bytes = disk.bytes();
+    let killed = ForgetfulDisk::default();
+    {
+        let mut state = killed.0.lock().unwrap();
+        state.durable = bytes[..before].to_vec();
+        state.pending = bytes[before..].to_vec();
+        state.calls_left = 100;
+    }
+    let path = std::path::Path::new("ledger.log");
+    let storage = Box::new(killed.clone());
+    let opened =
+        Ledger::take_over(path, policy.site(), policy.clone(), storage, &bytes, Timestamp(5)).unwrap();
+    let known = opened.known_head();
+    drop(opened);
+    let durable = killed.0.lock().unwrap().durable.clone();
+    assert!(Disk::with(durable).open(&policy).unwrap().holds(&known));
+}
+
+/// A stricter policy refuses blocks that lost more than it allows, and those alone: others lose nothing by their loss.
+#[test]
+fn a_stricter_policy_keeps_fresh_blocks_going() {
+    let first = policy("block_releases_max = 9");
+    let disk = new_disk(&first);
+    let mut ledger = disk.open(&first).unwrap();
+    let _ = fresh(ledger.reserve(plan(1, [1], 1.3), Timestamp(1)));
+    let spent = ledger.spent().epsilon;
+    assert!(spent > 3.5, "{spent}");
+    let stricter = policy("version = 2\nepsilon = 2\nblock_releases_max = 9");
+    let mut ledger = disk.open(&stricter).unwrap();
+    let mild = |round, blocks: &[u64]| plan(round, blocks.iter().copied(), 4.6);
+    assert_eq!(ledger.affordable(&mild(2, &[1, 2]), Timestamp(2)), [2]);
+    let refused = ledger.reserve(mild(2, &[1, 2]), Timestamp(2)).unwrap_err();
+    assert!(matches!(refused, ReserveError::BudgetSpent { .. }), "{refused}");
+    let _ = fresh(ledger.reserve(mild(3, &[2]), Timestamp(3)));
+    assert!(
+        close(ledger.spent().epsilon, spent),
+        "the old block's loss is still the figure"
+    );
+    assert_eq!(disk.open(&stricter).unwrap().spent(), ledger.spent());
+}
+
+/// Heads are told to the aggregator; nobody finds by trying what was charged under them.
+#[test]
+fn no_two_ledgers_with_the_same_charges_have_the_same_head() {
+    let policy = policy("");
+    let head = || {
+        let mut ledger = new_disk(&policy).open(&policy).unwrap();
+        let _ = fresh(ledger.reserve(plan(1, [1], 2.0), Timestamp(1)));
+        ledger.known_head().head
+    };
+    assert_ne!(head(), head());
+}
+
+/// The unit of one record: what windows a block is cut into follows from the policy, is on record, and gives the charge.
+#[test]
+fn windows_are_charged_their_part_and_are_those_of_the_policy() {
+    use crate::windows::RecordWindows;
+
+    let record = policy("unit = \"record\"\nrecord_window = 20\nepsilon = 20");
+    let disk = new_disk(&record);
+    let mut ledger = disk.open(&record).unwrap();
+    let windows = |window, stride, rows| RecordWindows::new(window, stride).unwrap().in_block(rows).ok();
+    let cut = |round, windows| ReleasePlan {
+        windows,
+        ..plan(round, [round], 1.0)
+    };
+    let reservation = fresh(ledger.reserve(cut(1, windows(20, 20, 3_600)), Timestamp(1)));
+    assert!(close(reservation.sensitivity(), 1.0 / 180.0));
+    assert!(close(
+        ledger.spent().epsilon,
+        epsilon(&Loss::gaussian(1.0 / 180.0, 1.0, 1.0, 1))
+    ));
+    for other in [windows(20, 10, 3_600), windows(30, 30, 3_600)] {
+        let refused = ledger.reserve(cut(2, other), Timestamp(2)).unwrap_err();
+        assert!(matches!(refused, ReserveError::BadPlan(_)), "{refused}");
+    }
+    // Whole vectors of blocks may turn around: twice C.
+    let whole = fresh(ledger.reserve(cut(3, None), Timestamp(3)));
+    assert!(close(whole.sensitivity(), 2.0));
+    assert_eq!(disk.open(&record).unwrap().spent(), ledger.spent());
+    let block = policy("");
+    let mut ledger = new_disk(&block).open(&block).unwrap();
+    assert!(
+        ledger
+            .reserve(cut(1, windows(20, 20, 3_600)), Timestamp(1))
+            .is_err()
+    );
 }

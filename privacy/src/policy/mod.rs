@@ -19,6 +19,7 @@ use theriac_protocol::units::{Delta, Digest, Epsilon, NodeId, NoiseMultiplier};
 
 pub use self::period::Period;
 use self::signed::{PolicySignature, SignatureError, signature_path};
+use crate::windows::{RecordWindows, WINDOW_DEFAULT, WINDOW_MAX, WINDOW_MIN};
 
 /// What the guarantee hides: neighbouring data sets differ by one unit, present or absent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,8 +29,8 @@ pub enum PrivacyUnit {
     Block,
     /// One sample of one node.
     ///
-    /// Clipping bounds a whole block, so one sample can move its block's vector from one point of the
-    /// clipping ball to any other: sensitivity 2C, four times the ρ of [`PrivacyUnit::Block`].
+    /// Blocks are cut into windows ([`crate::windows`]), each clipped to its part of C: a sample moves the sum by at most m/n·C. Where a release has
+    /// one vector for each block instead, one sample can move that from one point of the clipping ball to any other: sensitivity 2C.
     Record,
     /// Everything that one site ever contributes. Only a trusted centre promises it (see [`crate::central`]); an edge has no policy with it.
     Node,
@@ -39,7 +40,8 @@ impl PrivacyUnit {
     /// Sensitivity of a release in multiples of the clipping norm C, under add or remove one unit.
     ///
     /// - [`UpdateKind::Moments`] and [`UpdateKind::Gradient`], block unit: a block adds one vector of norm at most C to the sum: 1.
-    /// - The same, record unit: a sample replaces one such vector by another: 2.
+    /// - The same, record unit, without windows: a sample replaces one such vector by another: 2. With windows it is
+    ///   [`BlockWindows::sensitivity`](crate::windows::BlockWindows::sensitivity).
     /// - [`UpdateKind::Delta`]: one vector of norm at most C is made of *all* the node's data, so any change
     ///   replaces it by another: 2, whatever the unit, and every block is charged.
     /// - node unit: a site adds one vector of norm at most C to the centre's sum: 1.
@@ -123,10 +125,17 @@ struct RawPolicy {
     /// The node that this policy is for; must equal the node's name. No default: a policy copied to another
     /// node must not be taken by accident.
     site: NodeId,
-    /// `"block"` or `"record"`. Default `"block"`. A record is protected by four times the charge (see
-    /// [`PrivacyUnit`]), so the same ε needs twice the noise.
+    /// `"block"` or `"record"`. Default `"block"`. A record costs a part of a block's noise (see [`crate::windows`]) and hides less.
     #[serde(default = "unit")]
     unit: PrivacyUnit,
+    /// Only with unit `"record"`: samples of one window, which is clipped as a whole. Default 60, range 11 to 86 400, at most the samples of a
+    /// block. Too short: a window says little, and the aggregator's vet may turn what comes of it down. Too long: few windows, more noise for the same ε.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    record_window: Option<u32>,
+    /// Only with unit `"record"`: samples from the beginning of one window to that of the next. Default `record_window`, range 1 to 86 400. Shorter: a
+    /// sample takes part in more windows, and each is charged. Longer: samples between windows are not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    record_stride: Option<u32>,
     /// Two data sets are neighbours when one has one unit more. Only `"add_or_remove"` (the default) is known; written out so
     /// that the officer signs it.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -264,6 +273,14 @@ impl Policy {
         self.raw.unit
     }
 
+    /// How blocks are cut into windows; `None` unless the unit is a record.
+    pub fn record_windows(&self) -> Option<RecordWindows> {
+        let raw = &self.raw;
+        let window = raw.record_window.unwrap_or(WINDOW_DEFAULT);
+        let windows = RecordWindows::new(window, raw.record_stride.unwrap_or(window)).ok();
+        windows.filter(|_| raw.unit == PrivacyUnit::Record)
+    }
+
     /// Length of one block. A block's id is its Unix time divided by this length, so blocks are aligned to UTC.
     pub fn block_span(&self) -> Duration {
         self.raw.block
@@ -382,6 +399,25 @@ impl RawPolicy {
             humantime::format_duration(self.block).to_string(),
             "blocks are the unit that is protected, and are counted in milliseconds",
         )?;
+        for (key, value, fewest, range_words) in [
+            ("record_window", self.record_window, WINDOW_MIN, "11 to 86400"),
+            ("record_stride", self.record_stride, 1, "1 to 86400"),
+        ] {
+            range(
+                value.is_none_or(|value| (fewest..=WINDOW_MAX).contains(&value)),
+                key,
+                range_words,
+                value.unwrap_or_default().to_string(),
+                "a window holds a value and its ten lags, and the next one begins later",
+            )?;
+            range(
+                value.is_none() || self.unit == PrivacyUnit::Record,
+                key,
+                "absent unless unit = \"record\"",
+                value.unwrap_or_default().to_string(),
+                "whole blocks are not cut",
+            )?;
+        }
         range(
             self.epsilon.value() <= EPSILON_MAX,
             "epsilon",
@@ -450,7 +486,7 @@ impl RawPolicy {
         range(
             !self.mechanisms.is_empty(),
             "mechanisms",
-            "a list of \"moments\" and \"delta\"",
+            "a list of \"moments\", \"gradient\" and \"delta\"",
             "[]".to_owned(),
             "an empty list forbids every release; remove the federation section of edge.toml instead",
         )
@@ -616,6 +652,8 @@ mod tests {
             "sampling_rate_max",
             "steps_max",
             "retention",
+            "record_window",
+            "record_stride",
         ];
         for key in left_out {
             raw.as_object_mut().unwrap().insert(key.into(), 1.into());
@@ -640,6 +678,21 @@ mod tests {
         assert!((policy.noise_multiplier_min().value() - 0.7).abs() < 1e-15);
         assert_eq!((policy.block_releases_max(), policy.releases_max()), (1, None));
         assert!(policy.allows(UpdateKind::Moments) && !policy.allows(UpdateKind::Delta));
+    }
+
+    #[test]
+    fn records_are_cut_into_windows_side_by_side_unless_the_policy_says_otherwise() {
+        let windows = |line: &str| with(line).unwrap().record_windows();
+        assert_eq!(windows("unit = \"block\""), None);
+        assert_eq!(windows("unit = \"record\""), RecordWindows::new(60, 60).ok());
+        assert_eq!(
+            windows("unit = \"record\"\nrecord_window = 30"),
+            RecordWindows::new(30, 30).ok()
+        );
+        assert_eq!(
+            windows("unit = \"record\"\nrecord_window = 30\nrecord_stride = 10"),
+            RecordWindows::new(30, 10).ok()
+        );
     }
 
     #[test]
@@ -669,6 +722,11 @@ mod tests {
             "mechanisms = []",
             "mechanisms = [\"none\"]",
             "unit = \"off\"",
+            "record_window = 10",
+            "record_window = 60",
+            "record_stride = 60",
+            "unit = \"record\"\nrecord_window = 86401",
+            "unit = \"record\"\nrecord_stride = 0",
             "neighbouring = \"replace\"",
             "period = \"week\"",
             "version = 0",
@@ -685,7 +743,7 @@ mod tests {
             let refused = with(bad);
             assert!(refused.is_err(), "`{bad}` was taken");
             let message = refused.unwrap_err().to_string();
-            let key = bad.split('=').next().unwrap().trim();
+            let key = bad.lines().last().unwrap().split('=').next().unwrap().trim();
             assert!(
                 message.contains(key),
                 "`{bad}`: the message does not name the key: {message}"
@@ -714,6 +772,7 @@ mod tests {
             "block = \"2h\"",
             "releases_max = 9",
             "unit = \"record\"",
+            "unit = \"record\"\nrecord_stride = 60",
             "version = 2",
             "period = \"month\"",
             "sampling_rate_max = 0.5",

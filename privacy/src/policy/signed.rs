@@ -41,6 +41,8 @@ pub enum Subject {
     Healing,
     /// The digest of a privacy report.
     Report,
+    /// One planned action on a service: an approval.
+    Approval,
 }
 
 /// A signature over a policy's text, with the key that made it.
@@ -248,7 +250,7 @@ impl FromStr for PolicySignature {
         let [title, key, signature] = lines[..] else {
             return Err(SignatureError::Format);
         };
-        let subject = [Subject::Privacy, Subject::Healing]
+        let subject = [Subject::Privacy, Subject::Healing, Subject::Approval]
             .into_iter()
             .find(|subject| subject.title() == title)
             .ok_or(SignatureError::Format)?;
@@ -314,6 +316,7 @@ impl Subject {
             Self::Privacy => "theriac privacy policy signature v1",
             Self::Healing => "theriac healing policy signature v1",
             Self::Report => "theriac privacy report signature v1",
+            Self::Approval => "theriac approval signature v1",
         }
     }
 
@@ -322,6 +325,7 @@ impl Subject {
             Self::Privacy => b"theriac privacy policy v1\n\0",
             Self::Healing => b"theriac healing policy v1\n\0",
             Self::Report => b"theriac privacy report v1\n\0",
+            Self::Approval => b"theriac approval v1\n\0",
         };
         [prefix, text.as_bytes()].concat()
     }

@@ -94,7 +94,7 @@ fn figures(html: &mut String, status: &Status) -> fmt::Result {
         status.releases,
         status
             .releases_max
-            .map_or_else(|| "none".to_owned(), |most| most.to_string()),
+            .map_or_else(|| "no limit".to_owned(), |most| most.to_string()),
         if status.exhausted {
             "<p class=\"alarm\">The budget is spent: this node refuses every further release.</p>"
         } else {
@@ -117,6 +117,7 @@ fn policy(html: &mut String, status: &Status) -> fmt::Result {
             "ε per unit and period",
             format!("{} at δ = {:e}", digits(status.epsilon_limit), status.delta),
         ),
+        ("protected unit", unit(status)),
         (
             "noise multiplier σ",
             format!("at least {}", status.noise_multiplier_min),

@@ -14,7 +14,7 @@ use theriac_protocol::units::{Digest, NodeId};
 use super::document::{ASSUMPTIONS, Document, FORMAT, block_runs};
 use super::{Status, json};
 use crate::ledger::loss::ORDERS;
-use crate::ledger::{KnownHead, ReadRecord, Seal, State, replay_exported};
+use crate::ledger::{KnownHead, Owner, PolicyNote, ReadRecord, Replayed, Seal, State, replay_exported};
 use crate::policy::Policy;
 use crate::policy::signed::{PolicyPublicKey, PolicySignature, SignatureError};
 
@@ -60,6 +60,8 @@ pub struct Verified {
     pub records: u64,
     /// Charges among them.
     pub releases: u64,
+    /// Charges of the first format, under a policy whose text no record holds: they follow from their own terms and are counted, but what allowed them is not known.
+    pub releases_unheld: u64,
     /// Records up to the last counter-signature that is signed with a trusted key, or a consistent one.
     pub sealed_records: u64,
     /// Whether the key of the counter-signatures is one that the verifier trusts.
@@ -163,7 +165,7 @@ pub fn verify(text: &str, trust: &Trust<'_>) -> Result<Verified, VerifyError> {
     let state = &replayed.state;
     let node = state.owner.as_ref().map(|owner| owner.node.clone());
     let node = node.ok_or_else(|| VerifyError::Format("it holds no records".to_owned()))?;
-    let policy = check_policies(&replayed.records, trust)?;
+    let policy = check_policies(&replayed, trust)?;
     let (sealed_records, seals_trusted) = check_seals(&replayed.records, &replayed.heads, &node, trust)?;
     check_known(&replayed.heads, trust)?;
     let spent = state.spent(&policy, &replayed.heads);
@@ -173,6 +175,7 @@ pub fn verify(text: &str, trust: &Trust<'_>) -> Result<Verified, VerifyError> {
         node,
         records: spent.records,
         releases: spent.releases,
+        releases_unheld: replayed.unheld,
         sealed_records,
         seals_trusted,
         policy_signer: policy.signature().map(|by| by.key.to_string()),
@@ -251,24 +254,19 @@ fn check_whole(report: &Document, trust: &Trust<'_>) -> Result<Option<String>, V
     Ok(Some(signature.key.to_string()))
 }
 
-/// Every policy that was ever in force: its text has the hash that charges name, and its signature holds. Gives the last.
-fn check_policies(records: &[ReadRecord], trust: &Trust<'_>) -> Result<Policy, VerifyError> {
+/// Every policy that was ever in force and has a text: it has the hash that charges name, and its signature holds. Gives the last.
+fn check_policies(replayed: &Replayed, trust: &Trust<'_>) -> Result<Policy, VerifyError> {
     let mut last: Option<Policy> = None;
-    for (index, record) in records.iter().enumerate() {
+    for (index, record) in replayed.records.iter().enumerate() {
         let wrong = |what: String| VerifyError::Policy { index, what };
         match record {
-            ReadRecord::Policy {
-                hash,
-                text,
-                signature,
-            } => {
+            ReadRecord::Policy(note) => {
                 // Old builds did not write the text down; a newer record follows as soon as the edge has been started once.
-                let Some(text) = text else { continue };
+                let Some(text) = &note.text else { continue };
                 let policy = Policy::parse_any(text).map_err(|error| wrong(error.to_string()))?;
-                if policy.hash() != *hash {
-                    return Err(wrong("its text has another hash".to_owned()));
-                }
-                let signature = signature
+                check_note(note, &policy, replayed.state.owner.as_ref()).map_err(wrong)?;
+                let signature = note
+                    .signature
                     .as_deref()
                     .map(str::parse::<PolicySignature>)
                     .transpose();
@@ -285,18 +283,52 @@ fn check_policies(records: &[ReadRecord], trust: &Trust<'_>) -> Result<Policy, V
                     (None, None) => policy,
                 });
             }
-            ReadRecord::Charge { policy } => {
-                if last.as_ref().is_some_and(|last| last.hash() != *policy) {
-                    let what = "it was charged under another policy than the one in force".to_owned();
-                    return Err(VerifyError::Record { index, what });
-                }
-            }
             ReadRecord::Sealed(_) | ReadRecord::Other => {}
         }
     }
     last.ok_or_else(|| {
         VerifyError::Format("no record holds a policy's text; start the edge once with this build".to_owned())
     })
+}
+
+/// Whether what a record says of a policy is what its text says, and the ledger is of the node, unit and block length that it promises.
+fn check_note(note: &PolicyNote, policy: &Policy, owner: Option<&Owner>) -> Result<(), String> {
+    let differs = |what: &str| Err(format!("its {what} is not the one of its text"));
+    if policy.hash() != note.hash {
+        return Err("its text has another hash".to_owned());
+    }
+    if note.epsilon.value().to_bits() != policy.epsilon().value().to_bits() {
+        return differs("epsilon");
+    }
+    if note.delta.value().to_bits() != policy.delta().value().to_bits() {
+        return differs("delta");
+    }
+    if note.version != policy.version() {
+        return differs("version");
+    }
+    if note.period != policy.period() {
+        return differs("period");
+    }
+    let Some(owner) = owner else {
+        return Err("no record says whose ledger it is".to_owned());
+    };
+    if owner.node != *policy.site() {
+        return Err(format!(
+            "it is for {}, the ledger is of {}",
+            policy.site(),
+            owner.node
+        ));
+    }
+    let block_ms = u64::try_from(policy.block_span().as_millis()).unwrap_or(u64::MAX);
+    if (owner.unit, owner.block_ms) != (policy.unit(), block_ms) {
+        return Err(format!(
+            "it promises to hide a {} of {block_ms} ms, the ledger counts a {} of {} ms",
+            policy.unit(),
+            owner.unit,
+            owner.block_ms
+        ));
+    }
+    Ok(())
 }
 
 /// Records that are counter-signed, and whether with a trusted key.

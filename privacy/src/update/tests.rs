@@ -38,6 +38,7 @@ fn plan(round: u64, kind: UpdateKind, blocks: impl IntoIterator<Item = u64>, val
         values,
         block_span: Duration::from_hours(1),
         blocks: blocks.into_iter().collect(),
+        windows: None,
         sampling_rate: 1.0,
         steps: 1,
         clip_norm: L2Norm::new(10.0).unwrap(),

@@ -75,6 +75,13 @@ impl Applying {
                 }
                 Stage::Judging(_) | Stage::Fetching { .. } => context.ignore(Ignored::UnexpectedAnswer),
             },
+            Input::Held { version } => match self.stage {
+                Stage::Judging(model) if model.version == version => {
+                    context.held(model);
+                    return self.go_on(context, now);
+                }
+                Stage::Judging(_) | Stage::Fetching { .. } => context.ignore(Ignored::UnexpectedAnswer),
+            },
             Input::Refusal(refusal) => return self.refused(context, now, &refusal),
             Input::Receipt(_) => context.ignore(Ignored::ReceiptUnknown),
             Input::Trained { round, .. } => context.trained_in_vain(round, None),

@@ -27,7 +27,9 @@ impl Idle {
             Input::Refusal(_) => context.ignore(Ignored::RefusalElsewhere),
             Input::Model { .. } => context.ignore(Ignored::ModelUnexpected),
             Input::Trained { round, .. } => context.trained_in_vain(round, None),
-            Input::CannotTrain { .. } | Input::Judged { .. } => context.ignore(Ignored::UnexpectedAnswer),
+            Input::CannotTrain { .. } | Input::Judged { .. } | Input::Held { .. } => {
+                context.ignore(Ignored::UnexpectedAnswer);
+            }
         }
         self.settle(context)
     }

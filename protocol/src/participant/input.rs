@@ -44,7 +44,14 @@ pub enum Input {
         /// Why.
         reason: DeclineReason,
     },
-    /// Answer to [`Output::Judge`](super::Output::Judge).
+    /// Answer to [`Output::Judge`](super::Output::Judge): the model can be used and is held. Whether it is used is nobody else's business, and
+    /// neither is how long that takes to find out: what the gate decides depends on the host's rows, and everything said after a
+    /// [`Judged`](Self::Judged) waits for it. So an edge answers thus at once, and judges behind closed doors.
+    Held {
+        /// The model.
+        version: ModelVersion,
+    },
+    /// Answer to [`Output::Judge`](super::Output::Judge): a verdict to tell. An edge gives only those that depend on no row of its own.
     Judged {
         /// The model.
         version: ModelVersion,

@@ -266,7 +266,8 @@ impl Context {
                 self.ignore(Ignored::NotWelcomed);
                 return None;
             }
-            Input::Trained { .. } | Input::CannotTrain { .. } | Input::Judged { .. } => {}
+            Input::Trained { .. } | Input::CannotTrain { .. } | Input::Judged { .. } | Input::Held { .. } => {
+            }
         }
         Some(input)
     }
@@ -358,6 +359,12 @@ impl Context {
         if at_hand != Some(round) {
             self.output(Output::DropOutbox { round });
         }
+    }
+
+    /// A model is held; nothing is said of it.
+    fn held(&mut self, model: BaseModel) {
+        self.model = model;
+        self.no_longer_wanted(model.version);
     }
 
     fn judged(&mut self, model: BaseModel, verdict: GateVerdict) {

@@ -30,7 +30,8 @@ pub enum Output {
         /// Which.
         version: ModelVersion,
     },
-    /// Store the model that has just come, run the gate, answer [`Input::Judged`](super::Input::Judged).
+    /// Hold the model that has just come and answer, without a look at any row, [`Input::Held`](super::Input::Held) or
+    /// [`Input::Judged`](super::Input::Judged).
     Judge {
         /// Which.
         version: ModelVersion,

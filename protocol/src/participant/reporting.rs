@@ -71,7 +71,9 @@ impl Reporting {
             Input::Closed(_) => context.ignore(Ignored::ClosedElsewhere),
             Input::Model { .. } => context.ignore(Ignored::ModelUnexpected),
             Input::Trained { round, .. } => context.trained_in_vain(round, Some(self.key.round)),
-            Input::CannotTrain { .. } | Input::Judged { .. } => context.ignore(Ignored::UnexpectedAnswer),
+            Input::CannotTrain { .. } | Input::Judged { .. } | Input::Held { .. } => {
+                context.ignore(Ignored::UnexpectedAnswer);
+            }
         }
         self.settle(context)
     }

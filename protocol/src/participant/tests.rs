@@ -530,6 +530,22 @@ fn round_on_a_base_that_is_not_held_waits_for_the_model() {
 }
 
 #[test]
+fn a_held_model_is_built_on_at_once_and_nothing_is_said_of_it() {
+    let mut participant = welcomed();
+    give(&mut participant, published(1, 5));
+    give(&mut participant, model_header(5));
+    assert_eq!(give(&mut participant, Input::Announce(announce(2, 5))), []);
+    let held = Input::Held {
+        version: ModelVersion(5),
+    };
+    // The round's answer follows without a word about the model, and without waiting for anything that looks at rows.
+    assert_eq!(give(&mut participant, held.clone()), [train(2, 5)]);
+    assert_eq!(participant.status().model, model(5));
+    assert_eq!(give(&mut participant, held), [], "once");
+    assert_eq!(participant.counters().ignored[&Ignored::UnexpectedAnswer], 1);
+}
+
+#[test]
 fn round_announced_while_judging_waits_for_the_gate() {
     let mut participant = welcomed();
     give(&mut participant, published(1, 5));

@@ -61,7 +61,7 @@ impl Training {
             Input::Receipt(_) => context.ignore(Ignored::ReceiptUnknown),
             Input::Refusal(_) => context.ignore(Ignored::RefusalElsewhere),
             Input::Model { .. } => context.ignore(Ignored::ModelUnexpected),
-            Input::Judged { .. } => context.ignore(Ignored::UnexpectedAnswer),
+            Input::Judged { .. } | Input::Held { .. } => context.ignore(Ignored::UnexpectedAnswer),
         }
         Phase::Training(self)
     }

@@ -23,6 +23,8 @@ pub(super) struct Collecting {
     declined: BTreeSet<NodeId>,
     /// Sent something that was refused for good, and nothing valid since.
     refused: BTreeSet<NodeId>,
+    /// Those of them that no honest node can be.
+    faulty: BTreeSet<NodeId>,
     /// The deadline has passed; only what is on its way to the disk is waited for.
     over: bool,
 }
@@ -38,6 +40,7 @@ impl Collecting {
             stored: BTreeMap::new(),
             declined: BTreeSet::new(),
             refused: BTreeSet::new(),
+            faulty: BTreeSet::new(),
             over: false,
         }
     }
@@ -51,6 +54,7 @@ impl Collecting {
             stored,
             declined,
             refused,
+            faulty,
             remaining,
         } = open;
         let missing = || {
@@ -69,6 +73,7 @@ impl Collecting {
             stored,
             declined,
             refused,
+            faulty,
             over: false,
         }
     }
@@ -105,7 +110,7 @@ impl Collecting {
                 round,
                 reason: _,
             } => self.declines(context, node, round),
-            Input::Refused { node, round } => self.is_refused(context, node, round),
+            Input::Refused { node, round, faulty } => self.is_refused(context, node, round, faulty),
             Input::Stored { node, round } => self.is_stored(context, node, round),
             Input::StoreFailed { node, round } => {
                 if round == self.round && self.storing.remove(&node).is_some() {
@@ -132,6 +137,7 @@ impl Collecting {
         if !self.storing.is_empty() || !(self.over || complete) {
             return Phase::Collecting(self);
         }
+        context.stops_collecting(self.round, self.nonce);
         if quorum {
             Phase::Aggregating(Aggregating::begin(context, self.round, self.stored))
         } else {
@@ -144,12 +150,12 @@ impl Collecting {
         }
     }
 
-    /// At most f refused nodes stand in for updates: more of them would let fewer than f + 1 nodes make a model.
+    /// At most f faulty nodes stand in for updates: more of them would let fewer than f + 1 nodes make a model.
     fn has_quorum(&self, context: &Context) -> bool {
         let (stored, f) = (self.stored.len(), context.config.byzantine);
-        let refused = self.refused.len().min(f);
-        let majority = (f - refused).saturating_mul(2).saturating_add(1);
-        stored.saturating_add(refused) >= context.quorum() && stored >= majority
+        let faulty = self.faulty.len().min(f);
+        let majority = (f - faulty).saturating_mul(2).saturating_add(1);
+        stored.saturating_add(faulty) >= context.quorum() && stored >= majority
     }
 
     /// The deadline; `None` once it has passed and only the disk is waited for.
@@ -239,7 +245,7 @@ impl Collecting {
         }
     }
 
-    fn is_refused(&mut self, context: &mut Context, node: NodeId, round: Round) {
+    fn is_refused(&mut self, context: &mut Context, node: NodeId, round: Round, faulty: bool) {
         let has_update = self.stored.contains_key(&node) || self.storing.contains_key(&node);
         if round != self.round || self.over || has_update {
             return context.ignore(Ignored::RefusalOutOfTurn);
@@ -247,7 +253,8 @@ impl Collecting {
         if let Some(awaited) = &mut self.awaited {
             awaited.remove(&node);
         }
-        if !self.refused.insert(node) {
+        let is_new = faulty && self.faulty.insert(node.clone());
+        if !self.refused.insert(node) && !is_new {
             context.ignore(Ignored::RefusalOutOfTurn);
         }
     }
@@ -264,6 +271,7 @@ impl Collecting {
             awaited.remove(&node);
         }
         self.refused.remove(&node);
+        self.faulty.remove(&node);
         self.stored.insert(node.clone(), payload_digest);
         context.output(Output::Receipt {
             node,

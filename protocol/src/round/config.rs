@@ -41,13 +41,16 @@ pub struct RoundTerms {
 pub struct RoundConfig {
     /// Fewest updates that make a model, at least 1 (0 counts as 1). Rounds open only while as many nodes are admitted.
     pub quorum: usize,
-    /// Number f of faulty nodes that the rule withstands; 0 for a rule that withstands none. Up to f nodes whose update was refused
-    /// count towards the quorum: they are of the f, so what is left needs to withstand fewer. The driver lowers the rule's f likewise.
+    /// Number f of faulty nodes that the rule withstands; 0 for a rule that withstands none. Up to f nodes whose update was refused for what no
+    /// honest node sends count towards the quorum: they are of the f, so what is left needs to withstand fewer.
     pub byzantine: usize,
     /// Time from a round's opening to its end at the latest.
     pub deadline: Duration,
     /// Time from a round's end to the next one's opening at the earliest.
     pub pause: Duration,
+    /// Whether an update for the round that ended last is still stored, until the next one stops collecting; see
+    /// [`Output::StoreLate`](super::Output::StoreLate). Otherwise it is refused as `round_closed`.
+    pub late_updates: bool,
     /// No round with a higher number than this is opened; `None`: no end.
     pub rounds_max: Option<u64>,
     /// The terms of every round.
@@ -72,6 +75,8 @@ pub struct OpenRound {
     pub declined: BTreeSet<NodeId>,
     /// Nodes whose update was refused and that have none stored.
     pub refused: BTreeSet<NodeId>,
+    /// Those of them whose update no honest node sends.
+    pub faulty: BTreeSet<NodeId>,
     /// What is left of the deadline.
     pub remaining: Duration,
 }

@@ -45,6 +45,8 @@ pub enum Input {
         node: NodeId,
         /// The round it named.
         round: Round,
+        /// Whether no honest node sends such a thing: then it stands in for an update, as one of the f.
+        faulty: bool,
     },
     /// Answer to [`Output::Store`](super::Output::Store): the update is durable.
     Stored {

@@ -21,8 +21,11 @@
 //! - A round ends when every node that was told of it and has not left since has reported, declined or been refused, and the quorum is met;
 //!   at the deadline with the quorum it ends as well, and without it publishes nothing. No slow, silent, early,
 //!   late, repeated or foreign message moves that deadline.
-//! - Up to f nodes whose update was refused count towards the quorum, so that f hostile nodes cannot stop the rounds.
+//! - Up to f nodes whose update was refused for what no honest node sends count towards the quorum. One that was refused for another reason may be honest
+//!   and counts as a silent one.
 //! - An update on its way to the disk at the deadline is waited for: what is stored and what is published are the same set.
+//! - With [`RoundConfig::late_updates`] an update for the round that ended last, one a node, is stored apart from that round until the next one stops
+//!   collecting. It ends, delays and completes no round.
 //! - A node's first durable update counts. The same bytes again get the same receipt, other bytes are refused.
 //!
 //! The driver calls [`handle`](RoundMachine::handle) or [`handle_timeout`](RoundMachine::handle_timeout), then empties
@@ -35,6 +38,7 @@ mod collecting;
 mod config;
 mod idle;
 mod input;
+mod late;
 mod output;
 mod publishing;
 mod status;
@@ -52,6 +56,7 @@ use self::aggregating::Aggregating;
 use self::closed::{Aborting, Closed};
 use self::collecting::Collecting;
 use self::idle::{Idle, Opening};
+use self::late::Late;
 use self::publishing::Publishing;
 use crate::message::{AnnounceV1, ClosedV1};
 use crate::refusal::{RefusalCode, RoundOutcome};
@@ -93,6 +98,8 @@ impl RoundMachine {
                 self.context.ignore(Ignored::MembershipUnchanged);
             }
             Input::Stop => self.context.stopping = true,
+            Input::Stored { node, round } if self.context.late_is_stored(node, *round) => return,
+            Input::StoreFailed { node, round } if self.context.late_failed(node, *round) => return,
             _ => {}
         }
         self.advance(|phase, context| phase.handle(context, now, input));
@@ -221,6 +228,8 @@ struct Context {
     stopping: bool,
     /// The durable updates of the round that ended last: a node that missed its receipt still gets it.
     before: Option<(Round, BTreeMap<NodeId, Digest>)>,
+    /// Updates that came after their round's end.
+    late: Late,
     outputs: VecDeque<Output>,
     counters: RoundCounters,
 }
@@ -245,6 +254,7 @@ impl Context {
             admitted: BTreeSet::new(),
             stopping: false,
             before: None,
+            late: Late::default(),
             outputs: VecDeque::new(),
             counters: RoundCounters::default(),
         }
@@ -310,8 +320,9 @@ impl Context {
         let Offer {
             node,
             round,
+            nonce,
+            base_digest,
             payload_digest,
-            ..
         } = offer;
         let before = self.before.as_ref().map(|(round, stored)| (*round, stored));
         let known = at_hand
@@ -321,6 +332,13 @@ impl Context {
         match known.and_then(|(_, stored)| stored.get(&node)) {
             Some(first) if *first == payload_digest => self.repeat_receipt(node, round, payload_digest),
             Some(_) => self.refuse(node, round, RefusalCode::Duplicate),
+            None if self.late.takes(round) => self.offer_late(Offer {
+                node,
+                round,
+                nonce,
+                base_digest,
+                payload_digest,
+            }),
             None if round <= self.last => self.refuse(node, round, RefusalCode::RoundClosed),
             None => self.refuse(node, round, RefusalCode::RoundUnknown),
         }

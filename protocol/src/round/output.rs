@@ -40,6 +40,16 @@ pub enum Output {
         /// Of which bytes.
         payload_digest: Digest,
     },
+    /// Make an update durable that came after its round had ended, apart from those of the round: it is no part of what the round publishes,
+    /// and the next round may use it. Then answer [`Input::Stored`](super::Input::Stored) or [`Input::StoreFailed`](super::Input::StoreFailed).
+    StoreLate {
+        /// Whose.
+        node: NodeId,
+        /// Of which round.
+        round: Round,
+        /// Of which bytes.
+        payload_digest: Digest,
+    },
     /// Tell a node that its update is durable; also said again for a repeated identical one.
     Receipt {
         /// Whom.

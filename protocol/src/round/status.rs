@@ -55,6 +55,8 @@ pub struct RoundCounters {
     pub rounds_aborted: u64,
     /// Updates handed to the store.
     pub updates_taken: u64,
+    /// Updates handed to the store after their round's end.
+    pub updates_late: u64,
     /// Updates that became durable.
     pub updates_stored: u64,
     /// Identical updates answered with the receipt again.

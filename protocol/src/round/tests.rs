@@ -18,6 +18,7 @@ fn config() -> RoundConfig {
         deadline: DEADLINE,
         pause: PAUSE,
         rounds_max: None,
+        late_updates: false,
         terms: RoundTerms {
             kind: UpdateKind::Moments,
             values: 180,
@@ -564,7 +565,33 @@ fn refusal_of(name: &str) -> Input {
     Input::Refused {
         node: node(name),
         round: Round(1),
+        faulty: true,
     }
+}
+
+#[test]
+fn refused_node_that_may_be_honest_counts_as_a_silent_one() {
+    let mut machine = RoundMachine::new(withstands_one(), base(), Round(0), SEED, at(0));
+    for name in ["a", "b", "c"] {
+        machine.handle(at(0), Input::Admitted { node: node(name) });
+    }
+    machine.handle(at(0), Input::Opened { round: Round(1) });
+    outputs(&mut machine);
+    let refusal = |faulty| Input::Refused {
+        node: node("c"),
+        round: Round(1),
+        faulty,
+    };
+    give(&mut machine, 1, refusal(false));
+    report(&mut machine, "a", 1);
+    assert_eq!(
+        report(&mut machine, "b", 2),
+        [receipt("b", 2)],
+        "two of three, f = 1"
+    );
+    // What no honest node sends makes it one of the f.
+    let out = give(&mut machine, 2, refusal(true));
+    assert!(matches!(&out[..], [Output::Aggregate { .. }]), "{out:?}");
 }
 
 #[test]
@@ -633,6 +660,7 @@ fn more_refused_nodes_than_the_rule_withstands_do_not_replace_updates() {
 fn resumed_round_remembers_whom_it_refused() {
     let open_round = OpenRound {
         refused: BTreeSet::from([node("liar")]),
+        faulty: BTreeSet::from([node("liar")]),
         ..open(&["a", "b", "liar"], &[("a", 1), ("b", 2)], 20)
     };
     let mut machine = RoundMachine::resume(withstands_one(), open_round, SEED, at(100));
@@ -648,6 +676,7 @@ fn open(cohort: &[&str], stored: &[(&str, u8)], remaining: u64) -> OpenRound {
         stored: members(stored).into_iter().collect(),
         declined: BTreeSet::new(),
         refused: BTreeSet::new(),
+        faulty: BTreeSet::new(),
         remaining: Duration::from_secs(remaining),
     }
 }
@@ -769,6 +798,7 @@ fn every_input_is_taken_in_every_phase() {
             Input::Refused {
                 node: node.clone(),
                 round: foreign,
+                faulty: true,
             },
             Input::Stored {
                 node: node.clone(),
@@ -860,4 +890,133 @@ fn every_input_is_taken_in_every_phase() {
         );
         assert_eq!(machine.status().phase, name, "none of it moves {name:?}");
     }
+}
+
+fn takes_late() -> RoundMachine {
+    let config = RoundConfig {
+        late_updates: true,
+        ..config()
+    };
+    let mut machine = RoundMachine::new(config, base(), Round(0), SEED, at(0));
+    for name in ["a", "b", "c", "d"] {
+        machine.handle(at(0), Input::Admitted { node: node(name) });
+    }
+    machine.handle(at(0), Input::Opened { round: Round(1) });
+    outputs(&mut machine);
+    for (name, fill) in [("a", 1), ("b", 2)] {
+        give(&mut machine, 1, update(name, fill));
+        give(&mut machine, 1, stored(name));
+    }
+    machine.handle_timeout(at(30));
+    assert!(matches!(outputs(&mut machine)[..], [Output::Aggregate { .. }]));
+    machine
+}
+
+fn late(name: &str, fill: u8) -> Output {
+    Output::StoreLate {
+        node: node(name),
+        round: Round(1),
+        payload_digest: digest(fill),
+    }
+}
+
+/// The machine collects its second round.
+fn next_round(machine: &mut RoundMachine) {
+    let aggregated = Input::Aggregated {
+        round: Round(1),
+        version: ModelVersion(5),
+        digest: digest(5),
+    };
+    give(machine, 31, aggregated);
+    give(machine, 31, Input::Published { round: Round(1) });
+    machine.handle_timeout(at(36));
+    assert!(matches!(outputs(machine)[..], [Output::Open { .. }]));
+    give(machine, 36, Input::Opened { round: Round(2) });
+    assert_eq!(machine.status().phase, PhaseName::Collecting);
+}
+
+#[test]
+fn late_update_is_stored_once_apart_from_its_round_until_the_next_one_stops_collecting() {
+    let mut machine = takes_late();
+    assert_eq!(give(&mut machine, 31, update("c", 3)), [late("c", 3)]);
+    assert_eq!(give(&mut machine, 31, update("c", 3)), [], "it is on its way");
+    assert_eq!(
+        give(&mut machine, 31, update("c", 9)),
+        refused("c", RefusalCode::Duplicate)
+    );
+    assert_eq!(give(&mut machine, 31, stored("c")), [receipt("c", 3)]);
+    assert_eq!(machine.status().stored, 2, "the round is what it was");
+    assert_eq!(give(&mut machine, 31, update("a", 1)), [receipt("a", 1)]);
+    assert_eq!(
+        give(&mut machine, 31, update("a", 9)),
+        refused("a", RefusalCode::Duplicate)
+    );
+    next_round(&mut machine);
+    assert_eq!(give(&mut machine, 37, update("c", 3)), [receipt("c", 3)]);
+    assert_eq!(
+        give(&mut machine, 37, update("c", 9)),
+        refused("c", RefusalCode::Duplicate)
+    );
+    assert_eq!(give(&mut machine, 37, update("d", 4)), [late("d", 4)]);
+    let status = machine.status();
+    assert_eq!(
+        (status.round, status.stored),
+        (Round(2), 0),
+        "nobody has reported in it"
+    );
+    let failed = Input::StoreFailed {
+        node: node("d"),
+        round: Round(1),
+    };
+    assert_eq!(
+        give(&mut machine, 37, failed),
+        refused("d", RefusalCode::StorageFull)
+    );
+    machine.handle_timeout(at(66));
+    assert!(
+        matches!(outputs(&mut machine)[..], [Output::Abort { .. }]),
+        "late updates make no quorum"
+    );
+    assert_eq!(
+        give(&mut machine, 67, update("d", 4)),
+        refused("d", RefusalCode::RoundClosed)
+    );
+    assert_eq!(machine.counters().updates_late, 2);
+}
+
+#[test]
+fn late_update_with_another_nonce_or_base_is_refused_by_its_reason() {
+    let mut machine = takes_late();
+    next_round(&mut machine);
+    let offer = |nonce, base_digest| Input::Update {
+        node: node("c"),
+        round: Round(1),
+        nonce,
+        base_digest,
+        payload_digest: digest(3),
+    };
+    let nonce = nonce_of(Round(1));
+    assert_eq!(
+        give(&mut machine, 37, offer(nonce ^ 1, base().digest)),
+        refused("c", RefusalCode::WrongNonce)
+    );
+    // The base of the second round is no base of the first.
+    assert_eq!(
+        give(&mut machine, 37, offer(nonce, digest(5))),
+        refused("c", RefusalCode::WrongBase)
+    );
+    assert_eq!(
+        give(&mut machine, 37, offer(nonce, base().digest)),
+        [late("c", 3)]
+    );
+}
+
+#[test]
+fn late_update_that_becomes_durable_after_the_next_round_still_gets_its_receipt() {
+    let mut machine = takes_late();
+    assert_eq!(give(&mut machine, 31, update("c", 3)), [late("c", 3)]);
+    next_round(&mut machine);
+    machine.handle_timeout(at(66));
+    assert!(matches!(outputs(&mut machine)[..], [Output::Abort { .. }]));
+    assert_eq!(give(&mut machine, 67, stored("c")), [receipt("c", 3)]);
 }

@@ -15,7 +15,9 @@ use theriac_protocol::refusal::RefusalCode;
 
 use crate::samples::{self, Message};
 
-const KINDS: [u16; 15] = [
+const KINDS: [u16; 17] = [
+    kind::LEDGER_SEAL_V1,
+    kind::GUARANTEE_V1,
     kind::HELLO_V1,
     kind::UPDATE_V1,
     kind::DECLINE_V1,

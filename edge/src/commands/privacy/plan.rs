@@ -12,6 +12,7 @@ use theriac_command::problem::Problem;
 use theriac_model::global::{delta_layout, moments_layout};
 use theriac_privacy::planner::{Candidate, Goal, Plan, recommended};
 use theriac_privacy::policy::PrivacyUnit;
+use theriac_privacy::windows::{BlockWindows, RecordWindows, WINDOW_DEFAULT, WindowsError};
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{Delta, Epsilon};
 
@@ -34,6 +35,15 @@ pub(in crate::commands) struct PlanArguments {
     /// What is hidden: everything within one block, or one sample.
     #[arg(long, value_enum, default_value_t = UnitName::Block)]
     unit: UnitName,
+    /// Time between two samples; with `--unit record`.
+    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
+    interval: Duration,
+    /// Samples of one window, as `record_window` of the policy; with `--unit record`.
+    #[arg(long, default_value_t = WINDOW_DEFAULT)]
+    record_window: u32,
+    /// Samples from the beginning of one window to that of the next, as `record_stride` of the policy; with `--unit record` [default: `--record-window`].
+    #[arg(long)]
+    record_stride: Option<u32>,
     /// Channels of the model.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     channels: u16,
@@ -41,7 +51,7 @@ pub(in crate::commands) struct PlanArguments {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Steps of gradient training on all blocks.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, allow_negative_numbers = true)]
     steps: u64,
     /// Expected blocks of one step of sampled training.
     #[arg(long, default_value_t = 64)]
@@ -66,6 +76,8 @@ struct Answer {
     epsilon: f64,
     delta: f64,
     unit: PrivacyUnit,
+    /// How far one unit moves a release, in multiples of C.
+    sensitivity: f64,
     blocks: u64,
     blocks_per_release: u64,
     plans: Vec<Plan>,
@@ -116,7 +128,10 @@ impl PlanArguments {
             epsilon,
             delta,
             blocks: blocks / u64::from(self.rounds),
-            sensitivity: unit.sensitivity(UpdateKind::Moments),
+            sensitivity: match unit {
+                PrivacyUnit::Record => self.windows().map_err(|error| wrong(&error))?.sensitivity(),
+                PrivacyUnit::Block | PrivacyUnit::Node => unit.sensitivity(UpdateKind::Moments),
+            },
             noise_multiplier_min: self.noise_multiplier_min,
         };
         if goal.blocks == 0 {
@@ -142,6 +157,7 @@ impl PlanArguments {
             epsilon: epsilon.value(),
             delta: delta.value(),
             unit,
+            sensitivity: goal.sensitivity,
             blocks,
             blocks_per_release: goal.blocks,
             recommended: recommended(&plans).map(|plan| plan.name),
@@ -149,6 +165,21 @@ impl PlanArguments {
             plans,
             refused,
         })
+    }
+
+    /// How the policy would cut a block.
+    fn windows(&self) -> Result<BlockWindows, WindowsError> {
+        let rows = self
+            .block
+            .as_nanos()
+            .checked_div(self.interval.as_nanos())
+            .unwrap_or(0);
+        let rows = u32::try_from(rows).unwrap_or(u32::MAX);
+        RecordWindows::new(
+            self.record_window,
+            self.record_stride.unwrap_or(self.record_window),
+        )?
+        .in_block(rows)
     }
 
     fn candidates(&self, blocks: u64) -> [Candidate; 4] {
@@ -164,7 +195,7 @@ impl PlanArguments {
                 batch: None,
             },
             Candidate {
-                name: "network, full batch",
+                name: "network, full batch (library)",
                 values: network,
                 steps: self.steps,
                 batch: None,
@@ -176,7 +207,7 @@ impl PlanArguments {
                 batch: None,
             },
             Candidate {
-                name: "network, sampled",
+                name: "network, sampled (library)",
                 values: network,
                 steps: sampled,
                 batch: Some(self.batch),
@@ -192,6 +223,18 @@ impl PlanArguments {
                 "delta {:e} is more than a tenth of one over {} blocks ({most:.1e}): the promise is weak",
                 goal.delta.value(),
                 goal.blocks
+            ));
+        }
+        // 14 400 samples in memory by default, and 200 000 at the most, besides two turns of slack; the block that is being filled is not over.
+        let held = |samples: u128| {
+            (self.interval.as_nanos() * samples / self.block.as_nanos().max(1)).saturating_sub(1)
+        };
+        if u128::from(goal.blocks) > held(14_400) {
+            warnings.push(format!(
+                "one release reads at most the {} whole blocks that an edge holds in memory with the default sampling.history_rows ({} with the largest), and \
+                 rounds.blocks_max of them: cut the history into more --rounds",
+                held(14_400),
+                held(200_000)
             ));
         }
         if self.epsilon > 10.0 {
@@ -210,8 +253,8 @@ impl fmt::Display for Answer {
         };
         writeln!(
             f,
-            "hides {hidden}, epsilon {} at delta {:e}, {} blocks, {} for each release\n",
-            self.epsilon, self.delta, self.blocks, self.blocks_per_release
+            "hides {hidden}, which moves a release by {:.4} C at most; epsilon {} at delta {:e}, {} blocks, {} for each release\n",
+            self.sensitivity, self.epsilon, self.delta, self.blocks, self.blocks_per_release
         )?;
         let header = [
             "",
@@ -226,12 +269,12 @@ impl fmt::Display for Answer {
         let row = |plan: &Plan| {
             vec![
                 plan.name.to_owned(),
-                format!("{:.3}", plan.noise_multiplier),
+                format!("{:.3}", plan.noise_multiplier_shown()),
                 format!("{:.4}", plan.sampling_rate),
                 plan.steps.to_string(),
                 plan.values.to_string(),
-                format!("{:.3}", plan.epsilon_rdp),
-                format!("{:.3}", plan.epsilon_pld),
+                digits(plan.epsilon_rdp),
+                digits(plan.epsilon_pld),
                 format!("{:.3}", plan.noise_to_clip),
             ]
         };
@@ -243,6 +286,10 @@ impl fmt::Display for Answer {
         for plan in &self.plans {
             writeln!(f, "{}: {}", plan.name, plan.verdict.words())?;
         }
+        writeln!(
+            f,
+            "(library): no round offers it; the loops are in theriac-privacy"
+        )?;
         for refused in &self.refused {
             writeln!(f, "{}: {}", refused.name, refused.reason)?;
         }
@@ -257,6 +304,15 @@ impl fmt::Display for Answer {
                  larger epsilon"
             ),
         }
+    }
+}
+
+/// Three decimals, or as many as a small number needs.
+fn digits(value: f64) -> String {
+    if value > 0.0 && value < 0.1 {
+        format!("{value:.2e}")
+    } else {
+        format!("{value:.3}")
     }
 }
 

@@ -12,7 +12,7 @@ use theriac_command::output::Output;
 use theriac_command::problem::Problem;
 use theriac_privacy::ledger::{KnownHead, Ledger, Seal};
 use theriac_privacy::policy::signed::PolicyPublicKey;
-use theriac_privacy::report::{SealCheck, Trust, Verified, page, verify};
+use theriac_privacy::report::{SealCheck, Trust, Verified, VerifyError, page, verify};
 use theriac_protocol::message::LedgerSealV1;
 use theriac_protocol::units::{NodeId, Timestamp};
 
@@ -70,11 +70,9 @@ pub(super) fn report<W: Write>(
             path: opening::policy_path(&config, &dir),
         })
     })?;
-    let mut document = Ledger::report(&dir.ledger(), &policy, known.as_ref(), now())
+    let document = Ledger::report(&dir.ledger(), &policy, known.as_ref(), now())
         .map_err(|error| Problem::from(Barred::Ledger(error)))?;
-    if let Some(key) = opening::own_key(&dir).map_err(Problem::from)? {
-        document = document.signed(&key);
-    }
+    let document = document.signed(&opening::report_key(&dir).map_err(Problem::from)?);
     if let Some(path) = &arguments.html {
         let html = page(&document)
             .ok_or_else(|| Problem::failed("TH-E0341", "the page cannot be made of this report"))?;
@@ -118,8 +116,12 @@ pub(super) fn verify_report<W: Write>(
         known: arguments.known,
         seals: &seals,
     };
-    let verified = verify(&text, &trust).map_err(|error| {
-        Problem::failed("TH-E0342", error).hint("keep the file as evidence and ask the site for its ledger")
+    let verified = verify(&text, &trust).map_err(|error| match error {
+        VerifyError::Format(_) => Problem::failed("TH-E0342", error)
+            .hint("name the file that `theriac-edge privacy report --output FILE` wrote; if this is it, it was damaged or changed"),
+        error => {
+            Problem::failed("TH-E0342", error).hint("keep the file as evidence and ask the site for its ledger")
+        }
     })?;
     output.result(&verified, human(&verified)).map_err(unprinted)?;
     Ok(ExitCode::SUCCESS)
@@ -160,6 +162,7 @@ fn human(verified: &Verified) -> String {
         node,
         records,
         releases,
+        releases_unheld,
         sealed_records,
         epsilon,
         epsilon_pld,
@@ -169,9 +172,13 @@ fn human(verified: &Verified) -> String {
         ..
     } = verified;
     let signer = verified.policy_signer.as_deref().unwrap_or("nobody");
+    let unheld = match releases_unheld {
+        0 => String::new(),
+        unheld => format!(" ({unheld} of an old format are held to no policy: no record holds its text)"),
+    };
     format!(
         "every figure follows from the records\n  node         {node}\n  epsilon      {epsilon:.4} of {epsilon_limit} at delta {delta:e} in the \
-         period ({epsilon_pld:.4} by PLD), {epsilon_unit_lifetime:.4} ever, for the most charged unit\n  records      {records}, {releases} charges\n  policy       signed \
+         period ({epsilon_pld:.4} by PLD), {epsilon_unit_lifetime:.4} ever, for the most charged unit\n  records      {records}, {releases} charges{unheld}\n  policy       signed \
          by {signer}, {}\n  counter-signed {sealed_records} records, {}\n  made by      {}",
         trusted(
             verified.policy_trusted,

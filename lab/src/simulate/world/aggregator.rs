@@ -156,6 +156,7 @@ impl Aggregator {
             byzantine: 0,
             deadline: config.deadline,
             pause: config.pause,
+            late_updates: false,
             rounds_max: None,
             terms: terms(),
         };
@@ -239,6 +240,7 @@ impl World {
             stored: store.updates_of(round).into_iter().collect(),
             declined: BTreeSet::new(),
             refused: BTreeSet::new(),
+            faulty: BTreeSet::new(),
             remaining: row.deadline.since(now),
         });
         let last = store
@@ -473,6 +475,12 @@ impl World {
                 round,
                 payload_digest: digest,
             } => self.store(node, round, digest),
+            Output::StoreLate { node, round, .. } => {
+                // Not asked for: `late_updates` is off.
+                let (delay, life) = (self.millis(1..=20), self.aggregator.life);
+                let input = Input::StoreFailed { node, round };
+                self.later(delay, Event::AggregatorAnswer { life, input });
+            }
             Output::Receipt {
                 node,
                 round,

@@ -1,0 +1,308 @@
+//! A program of the operator's own as an action: an argument vector, no shell, an environment of its own, bounded time and output.
+//!
+//! | | |
+//! |---|---|
+//! | precondition | the class is one for which the hook is configured, and the policy allows it |
+//! | effect | what the program does; it is told which service, incident and intent |
+//! | undo | the program's own |
+//! | verified by | the service, as after any other action; the exit code only says whether the program did its part |
+//!
+//! The intent's number is the idempotency key: a program that is called again with the same one was called already, as long as the edge's
+//! store is kept; numbers begin anew when it is lost.
+//!
+//! It has done its part when it exits with 0. What it leaves running goes on; its output is read for [`DRAIN_MAX`] after the exit, and then
+//! the pipe is closed: a daemon that it starts must write elsewhere.
+
+use std::collections::BTreeMap;
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::process::Command;
+use tokio::time::timeout;
+
+/// What is run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hook {
+    /// Program (an absolute path) and arguments, passed as they are.
+    pub argv: Vec<String>,
+    /// Its environment beside `PATH` and the `THERIAC_` variables; nothing is inherited.
+    pub env: BTreeMap<String, String>,
+    /// Longest time to its exit; then its whole process group is killed.
+    pub timeout: Duration,
+    /// Most bytes of its output that are kept.
+    pub output_bytes_max: usize,
+}
+
+/// What a hook or webhook is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Called {
+    /// The service.
+    pub service: String,
+    /// The incident's number.
+    pub incident: u64,
+    /// The intent's number: the same one never comes for two actions of one store.
+    pub intent: u64,
+    /// What the trouble is taken for.
+    pub class: crate::types::FaultClass,
+    /// When it was decided, which tells it from one with the same number after the store was lost.
+    pub decided_unix_ms: u64,
+    /// The diagnosis in words.
+    pub reason: String,
+}
+
+/// Why a program did not do its part.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HookError {
+    /// None is named.
+    #[error("the hook names no program")]
+    Empty,
+    /// It could not be run.
+    #[error("cannot run {program}: {source}")]
+    Spawn {
+        /// The program.
+        program: String,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// It took too long and was killed with everything in its group.
+    #[error("{program} took longer than {after:?} and was killed")]
+    Timeout {
+        /// The program.
+        program: String,
+        /// Its time.
+        after: Duration,
+    },
+    /// It ended with an error.
+    #[error("{program} ended with {status}: {said}")]
+    Failed {
+        /// The program.
+        program: String,
+        /// How it ended.
+        status: String,
+        /// What it said, cut.
+        said: String,
+    },
+}
+
+impl Hook {
+    /// Runs it. What it said, cut.
+    ///
+    /// # Errors
+    /// [`HookError`]: it counts as done with exit code 0 alone.
+    pub async fn run(&self, called: &Called) -> Result<String, HookError> {
+        let (program, arguments) = self.argv.split_first().ok_or(HookError::Empty)?;
+        let program = program.clone();
+        let mut command = Command::new(&program);
+        command
+            .args(arguments)
+            .env_clear()
+            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+            .envs(&self.env)
+            .env("THERIAC_SERVICE", &called.service)
+            .env("THERIAC_INCIDENT", called.incident.to_string())
+            .env("THERIAC_INTENT", called.intent.to_string())
+            .env("THERIAC_REASON", &called.reason)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true);
+        let mut child = command.spawn().map_err(|source| HookError::Spawn {
+            program: program.clone(),
+            source,
+        })?;
+        let group = child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(Pid::from_raw);
+        let (stdout, stderr, max) = (child.stdout.take(), child.stderr.take(), self.output_bytes_max);
+        let (mut said, mut err) = (Vec::new(), Vec::new());
+        let status = {
+            let reading =
+                async { tokio::join!(capped(stdout, max, &mut said), capped(stderr, max, &mut err)) };
+            tokio::pin!(reading);
+            let mut read = false;
+            let exited = async {
+                loop {
+                    tokio::select! {
+                        status = child.wait() => return status,
+                        _ = &mut reading, if !read => read = true,
+                    }
+                }
+            };
+            let status = timeout(self.timeout, exited).await;
+            // Whatever it started may keep the pipes open for as long as it likes.
+            if status.is_ok() && !read {
+                drop(timeout(DRAIN_MAX, reading).await);
+            }
+            status
+        };
+        let Ok(status) = status else {
+            // Not reaped yet, so the number is still its own. What it started in its group goes with it; what left the group is not
+            // ours to find.
+            if let Some(Err(error)) = group.map(|group| kill_process_group(group, Signal::KILL)) {
+                tracing::warn!(program, %error, "the hook's processes could not be killed");
+            }
+            drop(child.wait().await);
+            return Err(HookError::Timeout {
+                program,
+                after: self.timeout,
+            });
+        };
+        let status = status.map_err(|source| HookError::Spawn {
+            program: program.clone(),
+            source,
+        })?;
+        said.extend_from_slice(&err);
+        said.truncate(max);
+        let said = String::from_utf8_lossy(&said).trim().to_owned();
+        if status.success() {
+            Ok(format!("{program} did its part: {said}"))
+        } else {
+            Err(HookError::Failed {
+                program,
+                status: status.to_string(),
+                said,
+            })
+        }
+    }
+}
+
+/// Reads to the end, so that the program is never blocked, and keeps the first `max` bytes.
+async fn capped(pipe: Option<impl AsyncRead + Unpin>, max: usize, kept: &mut Vec<u8>) {
+    let Some(mut pipe) = pipe else { return };
+    let mut block = [0_u8; 1024];
+    while let Ok(read @ 1..) = pipe.read(&mut block).await {
+        let room = max.saturating_sub(kept.len());
+        kept.extend_from_slice(&block[..read.min(room)]);
+    }
+}
+
+/// Longest time that output is waited for after the exit.
+pub const DRAIN_MAX: Duration = Duration::from_millis(200);
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn called() -> Called {
+        Called {
+            service: "kv; touch /x".to_owned(),
+            incident: 3,
+            intent: 7,
+            class: crate::types::FaultClass::Hang,
+            decided_unix_ms: 1_700_000_000_000,
+            reason: "2 of the last 3 probes failed".to_owned(),
+        }
+    }
+
+    fn script(text: &str) -> Hook {
+        Hook {
+            argv: ["/bin/sh", "-c", text].map(str::to_owned).to_vec(),
+            env: BTreeMap::from([("COLOUR".to_owned(), "blue".to_owned())]),
+            timeout: Duration::from_secs(20),
+            output_bytes_max: 4096,
+        }
+    }
+
+    #[tokio::test]
+    async fn it_is_told_what_it_is_about_and_inherits_nothing() {
+        let said = script("env | sort | tr '\\n' ' '").run(&called()).await.unwrap();
+        for words in [
+            "THERIAC_SERVICE=kv; touch /x",
+            "THERIAC_INCIDENT=3",
+            "THERIAC_INTENT=7",
+            "COLOUR=blue",
+        ] {
+            assert!(said.contains(words), "{said}");
+        }
+        assert!(!said.contains("HOME=") && !said.contains("CARGO"), "{said}");
+    }
+
+    #[tokio::test]
+    async fn arguments_are_no_shell_text() {
+        let hook = Hook {
+            argv: ["/bin/echo", "$(id)", "; true", "`id`"]
+                .map(str::to_owned)
+                .to_vec(),
+            ..script("")
+        };
+        let said = hook.run(&called()).await.unwrap();
+        assert!(said.ends_with("$(id) ; true `id`"), "{said}");
+    }
+
+    #[tokio::test]
+    async fn failure_of_every_kind_is_said_and_is_no_success() {
+        let failed = script("echo no luck; exit 3")
+            .run(&called())
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            failed.contains("status: 3") && failed.contains("no luck"),
+            "{failed}"
+        );
+        let killed = script("kill -9 $$").run(&called()).await.unwrap_err().to_string();
+        assert!(killed.contains("signal: 9"), "{killed}");
+        let missing = Hook {
+            argv: vec!["/nowhere/hook".to_owned()],
+            ..script("")
+        };
+        assert!(matches!(
+            missing.run(&called()).await,
+            Err(HookError::Spawn { .. })
+        ));
+        let empty = Hook {
+            argv: Vec::new(),
+            ..script("")
+        };
+        assert!(matches!(empty.run(&called()).await, Err(HookError::Empty)));
+    }
+
+    #[tokio::test]
+    async fn time_and_output_are_bounded_and_its_children_go_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let pid = dir.path().join("pid");
+        // The child holds the pipe open, so waiting for the shell alone would wait for it.
+        let mut slow = script(&format!("sleep 600 & echo $! > {}; wait", pid.display()));
+        slow.timeout = Duration::from_secs(5);
+        let begun = Instant::now();
+        assert!(matches!(
+            slow.run(&called()).await,
+            Err(HookError::Timeout { .. })
+        ));
+        assert!(begun.elapsed() < Duration::from_secs(15));
+        let child: u32 = std::fs::read_to_string(pid).unwrap().trim().parse().unwrap();
+        let state = || std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+        while !state().is_empty() && !state().contains(") Z ") {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{}", state());
+            tokio::task::yield_now().await;
+        }
+        let loud = script("head -c 1000000 /dev/zero | tr '\\0' x")
+            .run(&called())
+            .await
+            .unwrap();
+        assert!(loud.len() < 4200, "{}", loud.len());
+    }
+
+    #[tokio::test]
+    async fn a_hook_is_done_when_it_exits_and_what_it_leaves_running_lives() {
+        let begun = Instant::now();
+        let said = script("echo started; sleep 600 & echo $!; exit 0")
+            .run(&called())
+            .await
+            .unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        assert!(said.contains("started"), "{said}");
+        let pid: i32 = said.split_whitespace().last().unwrap().parse().unwrap();
+        let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+        assert!(!command.is_empty(), "a dead one has none");
+        rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    }
+}
