@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use theriac_protocol::codec::{Encoded, encode_to_edge};
 use theriac_protocol::message::{
-    AnnounceV1, FEATURE_LEDGER_SEAL, HelloV1, ToAggregator, ToEdge, UpdateKind, UpdateV1,
+    AnnounceV1, FEATURE_LEDGER_SEAL, FEATURE_VALIDATOR, HelloV1, ToAggregator, ToEdge, UpdateKind, UpdateV1,
 };
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::NodeId;
@@ -168,6 +168,7 @@ impl Sessions {
             outbox,
             handle: session.handle().clone(),
             seals: hello.features.iter().any(|name| name == FEATURE_LEDGER_SEAL),
+            validates: hello.features.iter().any(|name| name == FEATURE_VALIDATOR),
         };
         let arrival = Box::new(arrival(node.clone(), link, protocol, &hello));
         let (reply, answer) = oneshot::channel();
@@ -376,6 +377,13 @@ impl Session {
                 self.tell(DriverInput::Declared {
                     node: self.peer.node().clone(),
                     guarantee: Box::new(guarantee),
+                })
+                .await
+            }
+            ToAggregator::Appraisal(appraisal) => {
+                self.tell(DriverInput::Appraised {
+                    node: self.peer.node().clone(),
+                    appraisal,
                 })
                 .await
             }

@@ -64,6 +64,12 @@ pub enum AdmitError {
         /// What the edge shows.
         offered: LedgerHead,
     },
+    /// It has begun a new ledger, and the fleet's floor wants an operator's leave for that.
+    #[error(
+        "the site was enrolled anew and began a new privacy ledger, which [privacy_floor] ledger_continuity refuses until an operator allows it: \
+         `theriac-aggregator sites show NAME` says what it had spent before, `sites allow-ledger NAME` takes the new one"
+    )]
+    NewLedger,
 }
 
 impl AdmitError {
@@ -72,7 +78,7 @@ impl AdmitError {
         match self {
             Self::Version { .. } => RefusalCode::UnsupportedVersion,
             Self::Profile { .. } | Self::Layout { .. } | Self::Feature { .. } => RefusalCode::LayoutMismatch,
-            Self::Ledger { .. } => RefusalCode::LedgerRollback,
+            Self::Ledger { .. } | Self::NewLedger => RefusalCode::LedgerRollback,
         }
     }
 }

@@ -116,6 +116,7 @@ mod tests {
                     state,
                     key_fingerprint: key,
                     ledger,
+                    ledger_unallowed: false,
                 },
             )])
         };

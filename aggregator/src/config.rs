@@ -5,6 +5,7 @@
 
 mod evidence;
 mod example;
+mod validation;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use theriac_privacy::central::CentralTerms;
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{L2Norm, NodeId, NoiseMultiplier};
 
+use crate::accumulate::Accumulate;
 use crate::average::SiteAverage;
 use crate::central::CentralNoiseSettings;
 use crate::evidence::reputation::QuarantineLimits;
@@ -27,6 +29,7 @@ use crate::layout::{LayoutError, ModelSpec};
 use crate::models::frame_bytes_max;
 use crate::robust::{Base, Options, RuleError, RuleName, rule};
 use crate::server_optimizer::ServerOptimizer;
+use crate::validation::{Missing, ValidationTerms};
 
 pub use evidence::{OptimizerSettings, QuarantineSettings};
 pub use example::example;
@@ -57,6 +60,18 @@ pub enum ConfigError {
         /// The configured rule.
         rule: RuleName,
     },
+    /// More updates than the rule can combine.
+    #[error(
+        "rounds.updates_max: rule `{rule}` compares every pair of updates and combines {limit} at most, {updates} are asked for (rounds.updates_max or rounds.quorum)"
+    )]
+    TooManyUpdates {
+        /// The configured rule.
+        rule: RuleName,
+        /// What is asked for.
+        updates: usize,
+        /// Most updates that the rule combines.
+        limit: usize,
+    },
 }
 
 impl ConfigError {
@@ -67,6 +82,9 @@ impl ConfigError {
             Self::CentralRule { .. } => {
                 "set rounds.rule = \"mean\", which withstands no hostile site, or central_noise.enabled = false".into()
             }
+            Self::TooManyUpdates { limit, .. } => format!(
+                "set rounds.updates_max = {limit} or fewer and a quorum below it, or a rule of coordinates: rounds.rule = \"trimmed_mean\""
+            ),
             Self::Value { .. } => {
                 "the comments in the file that `theriac-aggregator init` writes say unit, default and range of every key"
                     .into()
@@ -150,6 +168,10 @@ pub struct RoundSettings {
     /// privacy budget sooner; edges decline once it is spent.
     #[serde(with = "settings::duration")]
     pub pause: Duration,
+    /// Most updates that one round takes, `quorum` to 100 000: of more connected edges each round asks others, drawn at random. Default what the rule can combine, at most
+    /// 100 000: 2 048 for rules that compare pairs of updates, twice that after `"bucketing+"`. More than the rule can combine is refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub updates_max: Option<usize>,
     /// No round opens after this number; default none. For experiments.
     pub rounds_max: Option<u64>,
     /// Clipping norm C of what one block adds, above 0. Default with `"moments"` 4.8 for each row of a block after the first ten, in three digits (17 200
@@ -183,6 +205,28 @@ pub struct RoundSettings {
     /// in the update's place: 0 (off) to 0.99. Default 0. Too low: noise hides colluders. Too high: the model follows late.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub site_average: Option<f64>,
+    /// Whether a site's earlier releases of moments count beside the one at hand, whose blocks are others: the rule sees the mean of its last ones, and a site that sends
+    /// nothing in a round counts by those that it has sent. Default `true` with `"moments"`, unless `site_average` or noise of the centre is on, with which it is
+    /// not allowed. `false`: every round stands alone, and rounds of few blocks teach nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accumulate: Option<bool>,
+    /// Most releases of a site that count, 2 to 1 000, default 150. Too low: noise hides what few blocks say. Too high: the model follows late, and a
+    /// kilobyte a release is kept.
+    pub moments_keep: u32,
+    /// Releases of rounds that opened longer ago count no more, 1 min to 1 000 days, default `30days`. Too short: sites that come rarely teach little. Too long:
+    /// what hosts no longer do stays in the model.
+    #[serde(with = "settings::duration")]
+    pub moments_age: Duration,
+    /// Sites of the platform team's own that try each model before it is published, at most 16; default none. Their own configurations must say
+    /// `federation.validator = true`. One that finds the model worse on its rows than the one in force ends the round without a model.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub validators: Vec<String>,
+    /// Time for all of them to answer, 1 s to 1 h, default `30s`. Too short: slow ones are not heard. Too long: each round waits for one that is away.
+    #[serde(with = "settings::duration")]
+    pub validation_timeout: Duration,
+    /// What becomes of a model that none of them could tell anything about in time: `"hold"` (default: the round ends without one, so without validators there
+    /// is no progress) or `"publish"` (whoever keeps them from answering gets round them).
+    pub validation_missing: Missing,
 }
 
 impl RoundSettings {
@@ -229,6 +273,7 @@ impl Default for RoundSettings {
             quorum: 3,
             deadline: Duration::from_mins(2),
             pause: Duration::from_mins(10),
+            updates_max: None,
             rounds_max: None,
             clip_norm: None,
             noise_multiplier: None,
@@ -239,6 +284,12 @@ impl Default for RoundSettings {
             byzantine: 1,
             late_updates: None,
             site_average: None,
+            accumulate: None,
+            moments_keep: 150,
+            moments_age: days(30),
+            validators: Vec::new(),
+            validation_timeout: Duration::from_secs(30),
+            validation_missing: Missing::Hold,
         }
     }
 }
@@ -355,6 +406,8 @@ pub struct CheckedConfig {
     pub quarantine: QuarantineLimits,
     /// From the combined changes to the model's step.
     pub server_optimizer: ServerOptimizer,
+    /// Who tries a model before it is published; `None`: nobody.
+    pub validation: Option<ValidationTerms>,
 }
 
 /// Terms of a round after the check.
@@ -368,6 +421,8 @@ pub struct CheckedRounds {
     pub deadline: Duration,
     /// Time between rounds.
     pub pause: Duration,
+    /// Most updates in one round.
+    pub updates_max: usize,
     /// Last round.
     pub rounds_max: Option<u64>,
     /// C.
@@ -388,6 +443,8 @@ pub struct CheckedRounds {
     pub late_updates: bool,
     /// How much of a site's earlier updates the rule sees.
     pub site_average: SiteAverage,
+    /// How much of a site's earlier releases of moments is added.
+    pub accumulate: Accumulate,
 }
 
 /// Loads and checks: the file, then the environment. Opens no port and touches no data directory.
@@ -440,6 +497,7 @@ impl Settings {
             LayoutError::Dimension { .. } => wrong("model.dimension", error.to_string()),
             _ => wrong("model.profile", error.to_string()),
         })?;
+        let validation = self.check_validation()?;
         let limits = check_limits(self.limits)?;
         let mut rounds = check_rounds(&self.rounds)?;
         let central_noise = self.central_noise.check(rounds.rule)?;
@@ -459,7 +517,11 @@ impl Settings {
             if self.rounds.site_average.is_some_and(|keep| keep > 0.0) {
                 return Err(wrong("rounds.site_average", CENTRAL_NEEDS_ONE.into()));
             }
+            if self.rounds.accumulate == Some(true) {
+                return Err(wrong("rounds.accumulate", CENTRAL_NEEDS_ONE.into()));
+            }
             (rounds.late_updates, rounds.site_average) = (false, SiteAverage::OFF);
+            rounds.accumulate = Accumulate::OFF;
         }
         if rounds.site_average.rounds() > limits.rounds_kept {
             let (need, got) = (rounds.site_average.rounds(), limits.rounds_kept);
@@ -507,6 +569,7 @@ impl Settings {
             limits,
             privacy_floor: check_floor(self.privacy_floor)?,
             central_noise,
+            validation,
         })
     }
 }
@@ -582,6 +645,7 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
         let reason = format!("{keep} is outside 0 to {}", SiteAverage::KEEP_MAX);
         wrong("rounds.site_average", reason)
     })?;
+    let accumulate = accumulated(rounds, site_average)?;
     // A round's options but for the seed, which only bucketing takes: the check is that of the rounds to come.
     let options = Options::for_round(rounds.rule, std::iter::empty(), true);
     let combined = rule(rounds.rule, rounds.byzantine, &options);
@@ -624,6 +688,7 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
         quorum: rounds.quorum,
         deadline: rounds.deadline,
         pause: rounds.pause,
+        updates_max: check_updates_max(rounds)?,
         rounds_max: rounds.rounds_max,
         clip_norm,
         noise_multiplier,
@@ -634,7 +699,63 @@ fn check_rounds(rounds: &RoundSettings) -> Result<CheckedRounds, ConfigError> {
         byzantine: rounds.byzantine,
         late_updates: rounds.late_updates.unwrap_or(true),
         site_average,
+        accumulate,
     })
+}
+
+/// What of a site's earlier releases is added, unless every round stands alone.
+fn accumulated(rounds: &RoundSettings, site_average: SiteAverage) -> Result<Accumulate, ConfigError> {
+    count("rounds.moments_keep", rounds.moments_keep.into(), 2, 1_000)?;
+    let minute = Duration::from_mins(1);
+    span("rounds.moments_age", rounds.moments_age, minute, days(1_000))?;
+    let (moments, averaged) = (
+        rounds.kind == RoundKind::Moments,
+        site_average != SiteAverage::OFF,
+    );
+    match rounds.accumulate {
+        Some(true) if !moments => Err(wrong(
+            "rounds.accumulate",
+            "only moments of different blocks add up: leave it out with another rounds.kind".into(),
+        )),
+        Some(true) if averaged => Err(wrong(
+            "rounds.accumulate",
+            "rounds.site_average weighs a site's earlier updates already: set one of the two".into(),
+        )),
+        Some(false) => Ok(Accumulate::OFF),
+        _ if !moments || averaged => Ok(Accumulate::OFF),
+        _ => Ok(Accumulate {
+            keep: rounds.moments_keep,
+            age_ms: u64::try_from(rounds.moments_age.as_millis()).unwrap_or(u64::MAX),
+        }),
+    }
+}
+
+/// A round of more updates than the rule can combine would end without a model, each time.
+fn check_updates_max(rounds: &RoundSettings) -> Result<usize, ConfigError> {
+    const MOST: usize = 100_000;
+    let limit = rounds.rule.rows_max();
+    let got = rounds.updates_max.unwrap_or(limit.min(MOST));
+    if got > limit {
+        return Err(ConfigError::TooManyUpdates {
+            rule: rounds.rule,
+            updates: got,
+            limit,
+        });
+    }
+    if got < rounds.quorum && rounds.updates_max.is_none() {
+        return Err(ConfigError::TooManyUpdates {
+            rule: rounds.rule,
+            updates: rounds.quorum,
+            limit,
+        });
+    }
+    count(
+        "rounds.updates_max",
+        got as u64,
+        rounds.quorum as u64,
+        MOST as u64,
+    )?;
+    Ok(got)
 }
 
 fn check_limits(limits: LimitSettings) -> Result<LimitSettings, ConfigError> {
@@ -737,7 +858,27 @@ mod tests {
 
     #[test]
     fn refuses_values_out_of_range_and_names_key_and_value() {
-        let cases: [(&str, &str, &str); 18] = [
+        let cases: [(&str, &str, &str); 22] = [
+            (
+                "federation = \"demo\"\n[rounds]\nmoments_keep = 1",
+                "rounds.moments_keep",
+                "1 is outside 2 to 1000",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nkind = \"delta\"\naccumulate = true",
+                "rounds.accumulate",
+                "only moments",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nsite_average = 0.5\naccumulate = true",
+                "rounds.accumulate",
+                "set one of the two",
+            ),
+            (
+                "federation = \"demo\"\n[rounds]\nrule = \"mean\"\naccumulate = true\n[central_noise]\nenabled = true\nclip_norm = 1.0\nsites = 9",
+                "rounds.accumulate",
+                "central_noise bounds",
+            ),
             (
                 "federation = \"demo\"\n[quarantine]\nenter_below = 0.7",
                 "quarantine.enter_below",
@@ -888,6 +1029,34 @@ mod tests {
             assert!(load(rule, quorum).is_ok(), "{rule}");
         }
         assert!(load("best", 5).is_err());
+    }
+
+    #[test]
+    fn a_round_never_takes_more_updates_than_its_rule_can_combine() {
+        let load = |rounds: &str| load_text(&format!("federation = \"demo\"\n[rounds]\n{rounds}"), &[]);
+        let most = |rounds: &str| load(rounds).unwrap().rounds.updates_max;
+        assert_eq!(most(""), 2_048);
+        assert_eq!(most("rule = \"bucketing+caf\"\nquorum = 7"), 4_096);
+        assert_eq!(most("rule = \"trimmed_mean\""), 100_000);
+        assert_eq!(most("updates_max = 50"), 50);
+        for rounds in ["updates_max = 2049", "quorum = 3000"] {
+            let error = load(rounds).unwrap_err();
+            assert!(
+                error.to_string().starts_with("rounds.updates_max: rule `caf`"),
+                "{error}"
+            );
+            assert!(
+                error.hint().contains("2048") && error.hint().contains("trimmed_mean"),
+                "{}",
+                error.hint()
+            );
+        }
+        assert!(
+            load("updates_max = 2")
+                .unwrap_err()
+                .to_string()
+                .contains("rounds.updates_max")
+        );
     }
 
     #[test]

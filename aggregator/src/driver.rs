@@ -6,6 +6,7 @@
 
 mod carry_out;
 mod link;
+mod panel;
 mod work;
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use theriac_audit::leaf::AuditEvent;
-use theriac_protocol::message::{AnnounceV1, DeclineReason, GuaranteeV1, UpdateV1};
+use theriac_protocol::message::{AnnounceV1, AppraisalV1, DeclineReason, GuaranteeV1, UpdateV1};
 use theriac_protocol::refusal::{AbortReason, RefusalCode};
 use theriac_protocol::round::{Input, PhaseName, RoundConfig, RoundMachine, RoundTerms};
 use theriac_protocol::units::{Digest, Moment, NodeId, Round};
@@ -35,6 +36,7 @@ use crate::store::records::{self, LedgerHead, Registry};
 use crate::store::rounds::{self, RoundRule, StoredUpload};
 use crate::store::{Store, StoreError, Urgency};
 use crate::validate::ValidatedUpdate;
+use crate::validation::ValidationTerms;
 
 pub(crate) use link::refusal;
 pub use link::{Arrival, Link, OUTBOX_MAX};
@@ -103,6 +105,8 @@ pub(crate) enum DriverInput {
         round: Round,
         code: RefusalCode,
     },
+    /// A site says what a candidate does on its rows.
+    Appraised { node: NodeId, appraisal: AppraisalV1 },
     /// A node takes no part.
     Declined {
         node: NodeId,
@@ -132,6 +136,8 @@ pub struct DriverStatus {
     pub quorum: usize,
     /// Noise of the centre and what it has spent; `None`: off.
     pub central: Option<CentralStatus>,
+    /// What validators made of the last candidate, in words; `None`: none was asked since the start.
+    pub validation: Option<String>,
 }
 
 /// Shared views that the driver keeps up to date.
@@ -176,6 +182,12 @@ pub(crate) struct Driver {
     /// With what a round is combined.
     plan: RoundPlan,
     candidate: Option<work::Computed>,
+    /// Who tries a model before it is published; `None`: nobody.
+    validation_terms: Option<ValidationTerms>,
+    /// A model at its validators.
+    waiting: Option<panel::Waiting>,
+    /// What they made of the model of the round that ends for it.
+    turned_down: Option<panel::TurnedDown>,
     /// Another model is being put in force: until that is done nothing of what the machine asks for is carried out, and nothing new is taken.
     rolling: bool,
     opened_at: Option<Instant>,
@@ -216,6 +228,7 @@ impl Driver {
             deadline: rounds.deadline,
             pause: rounds.pause,
             late_updates: rounds.late_updates,
+            updates_max: rounds.updates_max,
             rounds_max: rounds.rounds_max,
             terms,
         };
@@ -253,6 +266,7 @@ impl Driver {
             aborted: found.outcomes.1,
             quorum: rounds.quorum,
             central: central_status,
+            validation: None,
         }));
         let ledgers = found
             .registry
@@ -298,8 +312,12 @@ impl Driver {
                 central_noise: config.central_noise.is_some(),
                 late_updates: rounds.late_updates,
                 site_average: rounds.site_average,
+                accumulate: rounds.accumulate,
             },
             candidate: None,
+            validation_terms: config.validation.clone(),
+            waiting: None,
+            turned_down: None,
             rolling: false,
             work: JoinSet::new(),
             status: Arc::clone(&status),
@@ -308,6 +326,7 @@ impl Driver {
             late_terms,
         };
         driver.heed_budget();
+        driver.heed_validators();
         Ok((
             driver,
             Views {
@@ -329,7 +348,9 @@ impl Driver {
         self.pump(None);
         loop {
             let rolling = self.rolling;
-            let deadline = self.machine.poll_timeout().filter(|_| !rolling);
+            let waiting = self.waiting.as_ref().map(panel::Waiting::timeout);
+            let deadline = [self.machine.poll_timeout(), waiting].into_iter().flatten().min();
+            let deadline = deadline.filter(|_| !rolling);
             let deadline = deadline.map(|moment| self.start + moment.0);
             let timer = async {
                 match deadline {
@@ -350,6 +371,7 @@ impl Driver {
                     let now = self.now();
                     self.machine.handle_timeout(now);
                     self.pump(None);
+                    self.conclude_validation();
                 }
                 changed = changes.changed() => if changed.is_ok() {
                     self.refresh();
@@ -371,6 +393,7 @@ impl Driver {
                 self.machine.handle(now, Input::Refused { node, round, faulty });
                 self.pump(None);
             }
+            DriverInput::Appraised { node, appraisal } => self.appraised(&node, &appraisal),
             DriverInput::Declared { node, guarantee } => self.declared(node, *guarantee),
             DriverInput::Update {
                 node,

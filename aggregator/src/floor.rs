@@ -35,6 +35,10 @@ pub struct FloorSettings {
     /// Public keys, `thpk1_…`, one of which must have signed the site's policy. Default none: any key will do.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub signers: Vec<String>,
+    /// Whether a site that enrols again with another key, which begins a new ledger at zero, is kept out until an operator allows that. Default `false`: it is taken, and
+    /// what it had spent before is shown beside it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub ledger_continuity: bool,
 }
 
 /// See [`FloorSettings::period_min`]; a longer one is stricter.
@@ -134,9 +138,13 @@ pub enum FloorError {
 }
 
 impl FloorSettings {
-    /// Whether anything is asked at all.
+    /// Whether anything is asked of what a site declares.
     pub fn is_set(&self) -> bool {
-        *self != Self::default()
+        let declared = Self {
+            ledger_continuity: false,
+            ..self.clone()
+        };
+        declared != Self::default()
     }
 
     /// Whether a site with this guarantee may take part.
@@ -227,6 +235,7 @@ mod tests {
             noise_multiplier_min: Some(0.7),
             signed: true,
             signers: vec!["thpk1_11".to_owned(), "thpk1_00".to_owned()],
+            ledger_continuity: false,
         }
     }
 

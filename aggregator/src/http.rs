@@ -20,7 +20,7 @@ use crate::driver::DriverStatus;
 use crate::metrics::{Buffer, Direction, Metrics, Outcome, ProcessUse, text};
 use crate::page::render;
 use crate::status::Status;
-use crate::store::{Store, StoreError, evidence, history, rounds};
+use crate::store::{Store, StoreError, evidence, history, rounds, sums};
 
 /// Rounds in one answer, at most.
 const ROUNDS_MAX: u32 = 1_000;
@@ -107,11 +107,17 @@ async fn metrics(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response 
         return foreign();
     }
     page.refresh();
-    let counted = page
-        .store
-        .read(|connection| Ok((evidence::reputations(connection)?, evidence::count(connection)?)));
+    let counted = page.store.read(|connection| {
+        let records = evidence::count(connection)?;
+        Ok((
+            evidence::reputations(connection)?,
+            records,
+            sums::count(connection)?,
+        ))
+    });
     match counted.await {
-        Ok((reputations, count)) => {
+        Ok((reputations, count, kept)) => {
+            page.metrics.kept_releases.set(kept);
             let inside = reputations.values().filter(|site| site.is_quarantined()).count();
             page.metrics
                 .quarantined

@@ -165,7 +165,13 @@ pub fn init(options: InitOptions) -> Result<Initialised, InitError> {
     let token = match site {
         Some(site) => Some((
             site.clone(),
-            create_token(&mut database, aggregators.fingerprint(), &site, tokens::LIFETIME)?,
+            create_token(
+                &mut database,
+                aggregators.fingerprint(),
+                &site,
+                tokens::LIFETIME,
+                false,
+            )?,
         )),
         None => None,
     };
@@ -225,7 +231,7 @@ fn fill(database: &mut Database, config: &CheckedConfig, hosts: &[String]) -> Re
     })
 }
 
-/// Makes a token for one site; only its hash is kept.
+/// Makes a token for one site; only its hash is kept. `new_ledger` as in [`tokens::create`].
 ///
 /// # Errors
 /// [`StoreError`].
@@ -234,10 +240,11 @@ pub fn create_token(
     authority_fingerprint: [u8; 32],
     site: &NodeId,
     lifetime: Duration,
+    new_ledger: bool,
 ) -> Result<JoinToken, StoreError> {
     let token = JoinToken::generate(authority_fingerprint)
         .map_err(|error| StoreError::Conflict(format!("no token could be made: {error}")))?;
-    database.write(|work| tokens::create(work, &token, site, lifetime))?;
+    database.write(|work| tokens::create(work, &token, site, lifetime, new_ledger))?;
     Ok(token)
 }
 
@@ -264,8 +271,9 @@ pub fn enrol_directly(dir: &std::path::Path, nodes: &[NodeId]) -> Result<Vec<Ide
         ));
     }
     Database::open(&dir)?.write(|work| {
-        rows.into_iter()
-            .try_for_each(|(node, key, certificate, end)| records::enrol(work, node, key, certificate, end))
+        rows.into_iter().try_for_each(|(node, key, certificate, end)| {
+            records::enrol(work, node, key, certificate, end, false)
+        })
     })?;
     Ok(identities)
 }

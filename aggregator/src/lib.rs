@@ -17,6 +17,7 @@
 //! Start at [`init()`] (a data directory with authorities, identity and configuration), [`config::load`] and [`serve()`].
 
 pub mod accept;
+pub mod accumulate;
 pub mod admit;
 pub mod audit;
 pub mod authenticate;
@@ -46,6 +47,7 @@ pub mod server_optimizer;
 pub mod status;
 pub mod store;
 pub mod validate;
+pub mod validation;
 pub mod vet;
 
 pub use init::{InitOptions, Initialised, enrol_directly, init};

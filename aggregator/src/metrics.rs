@@ -69,6 +69,8 @@ pub struct Metrics {
     pub quarantined: Gauge,
     /// Records of decisions that are kept.
     pub decision_records: Gauge<u64, AtomicU64>,
+    /// Releases of moments that are kept because they count in later rounds, or may be needed to do a round again.
+    pub kept_releases: Gauge<u64, AtomicU64>,
     /// Sessions closed because their edge took messages too slowly.
     pub slow_readers: Counter,
     /// Attempts to write that failed and were tried again.
@@ -91,6 +93,8 @@ pub struct Metrics {
     pub audit_leaves: Gauge<u64, AtomicU64>,
     /// 1 while the disk is full.
     pub storage_full: Gauge,
+    /// Candidates that validators were asked about, by what came of it.
+    pub validations: Family<Outcome, Counter>,
     /// Time left on the aggregator's certificate.
     pub certificate_left: Gauge<f64, AtomicU64>,
     /// ε that the central noise has spent on every site; 0 while it is off.
@@ -121,6 +125,7 @@ impl Metrics {
             quarantine_held: Counter::default(),
             quarantined: Gauge::default(),
             decision_records: Gauge::default(),
+            kept_releases: Gauge::default(),
             slow_readers: Counter::default(),
             store_retries: Counter::default(),
             bytes: Family::default(),
@@ -132,6 +137,7 @@ impl Metrics {
             commits: Counter::default(),
             audit_leaves: Gauge::default(),
             storage_full: Gauge::default(),
+            validations: Family::default(),
             certificate_left: Gauge::default(),
             central_epsilon: Gauge::default(),
             central_epsilon_limit: Gauge::default(),
@@ -156,6 +162,8 @@ impl Metrics {
             m.refusals.clone(),
         );
         registry.register("declines", "Rounds declined by reason", m.declines.clone());
+        let help = "Candidates that validators were asked about, by what came of it";
+        registry.register("validations", help, m.validations.clone());
         registry.register("enrolments", "Enrolments by outcome", m.enrolments.clone());
         let help = "Sessions of one identity from two addresses at a time";
         registry.register("identity_alarms", help, m.identity_alarms.clone());
@@ -175,6 +183,8 @@ impl Metrics {
         registry.register("quarantined_sites", "Sites in quarantine", m.quarantined.clone());
         let help = "Records of decisions that are kept";
         registry.register("decision_records", help, m.decision_records.clone());
+        let help = "Releases of moments that are kept because they count in later rounds";
+        registry.register("kept_releases", help, m.kept_releases.clone());
         registry.register(
             "slow_readers",
             "Sessions closed because they read too slowly",

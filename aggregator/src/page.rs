@@ -48,6 +48,9 @@ pub(crate) fn render(status: &Status, rounds: &[RoundRow], decisions: &[Record])
     if status.storage != "ok" {
         page.push_str("<p class=\"bad\">the disk is full: make room on the volume of data_dir</p>");
     }
+    if let Some(validation) = &status.validation {
+        let _written = write!(page, "<p>Validation, {}</p>", escape(validation));
+    }
     let inside: Vec<&SiteStatus> = status
         .sites
         .iter()
@@ -96,6 +99,7 @@ fn sites(page: &mut String, sites: &[SiteStatus]) {
         "accepted",
         "refused",
         "epsilon",
+        "former ledgers",
     ];
     head(page, "Sites", &columns);
     for site in sites.iter().take(SITES_MAX) {
@@ -111,7 +115,7 @@ fn sites(page: &mut String, sites: &[SiteStatus]) {
         let _written = write!(
             page,
             "<tr><td{class}>{}</td><td>{}</td><td>{}</td><td class=\"n\">{:.3}</td><td>{decision}</td>\
-             <td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td></tr>",
+             <td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td>{}</td></tr>",
             escape(&site.name),
             escape(&site.state),
             if site.connected { "yes" } else { "no" },
@@ -120,9 +124,31 @@ fn sites(page: &mut String, sites: &[SiteStatus]) {
             site.refused,
             site.epsilon
                 .map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}")),
+            escape(&former(site)),
         );
     }
     page.push_str("</tbody></table></div>");
+}
+
+/// What was spent under the name before its present ledger.
+fn former(site: &SiteStatus) -> String {
+    let mut said: Vec<String> = site
+        .former_ledgers
+        .iter()
+        .map(|former| {
+            let epsilon = former
+                .epsilon
+                .map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}"));
+            format!(
+                "a new ledger began on {}, the former one had spent ε {epsilon}",
+                crate::commands::day(former.ended_unix_ms)
+            )
+        })
+        .collect();
+    if site.ledger_unallowed {
+        said.push("not allowed by an operator so far".to_owned());
+    }
+    said.join("; ")
 }
 
 fn last_round(page: &mut String, decisions: &[Record]) {
@@ -130,6 +156,7 @@ fn last_round(page: &mut String, decisions: &[Record]) {
         return;
     };
     let title = format!("Decisions of round {}", first.round);
+    let behind = words::all_behind(decisions);
     head(
         page,
         &title,
@@ -138,7 +165,7 @@ fn last_round(page: &mut String, decisions: &[Record]) {
     for record in decisions.iter().take(SITES_MAX) {
         let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
         let features = record.features.as_ref();
-        let class = if matches!(record.decision, Decision::Combined) && record.findings.is_empty() {
+        let class = if record.weight > 0 && record.findings.is_empty() {
             ""
         } else {
             " class=\"bad\""
@@ -159,6 +186,13 @@ fn last_round(page: &mut String, decisions: &[Record]) {
         );
     }
     page.push_str("</tbody></table></div>");
+    if let Some(behind) = behind {
+        let _written = write!(
+            page,
+            "<p>Behind the model of this round: {}.</p>",
+            escape(&behind)
+        );
+    }
 }
 
 fn list(page: &mut String, rounds: &[RoundRow]) {

@@ -10,6 +10,7 @@ use theriac_protocol::message::{Encoding, UpdateKind};
 use theriac_protocol::round::RoundTerms;
 use theriac_protocol::units::Digest;
 
+use crate::accumulate::Depth;
 use crate::layout::ModelSpec;
 use crate::robust::{Combined, PayloadRows, Row, RowEvidence, Rows as _, Rule, RuleError};
 use crate::server_optimizer::{NotFinite, OptimizerState, ServerOptimizer};
@@ -85,7 +86,7 @@ pub fn next_model(
 /// Combines `rows` (ordered by node) under `rule` and applies the result to the base model. CPU work: call it off the async
 /// threads.
 ///
-/// - Moments: the rule over the sites' sums, times the number of sites, solved for own-lag weights.
+/// - Moments: the rule over the sites' sums, times the number of sites (and of the releases behind each), solved for own-lag weights.
 /// - Delta: base plus the optimiser's step for the combined delta.
 /// - Gradient: a step of the full linear model from the base, with the momentum that the base carries; see
 ///   [`theriac_model::gradient`].
@@ -101,10 +102,10 @@ pub fn next_model_with(
     optimizer: &ServerOptimizer,
     memory: Option<&OptimizerState>,
 ) -> Result<Candidate, PublishError> {
-    next_model_of(spec, terms, base, rows, rule, (optimizer, memory), 1.0)
+    next_model_of(spec, terms, base, rows, rule, (optimizer, memory), Depth::ONE)
 }
 
-/// As [`next_model_with`], of rows whose noise is `noise_ratio` (above 0, at most 1) times that of one update, such as means of a site's updates.
+/// As [`next_model_with`], of rows that are means of a site's updates: with less noise than one update, and of moments with as many releases behind them.
 ///
 /// # Errors
 /// [`PublishError`].
@@ -115,7 +116,7 @@ pub fn next_model_of(
     rows: Vec<Row>,
     rule: &dyn Rule,
     server: (&ServerOptimizer, Option<&OptimizerState>),
-    noise_ratio: f64,
+    depth: Depth,
 ) -> Result<Candidate, PublishError> {
     let rows = PayloadRows::new(rows, terms.values)?;
     rule.check(rows.count())?;
@@ -125,8 +126,15 @@ pub fn next_model_of(
     }
     let sites = rows.count();
     drop(rows);
-    let sigma = noise_ratio * terms.noise_multiplier.value();
-    apply(spec, terms, base, combined, (sites, sigma), server)
+    let sigma = depth.sigma(terms.noise_multiplier.value());
+    apply(
+        spec,
+        terms,
+        base,
+        combined,
+        (sites, depth.releases, sigma),
+        server,
+    )
 }
 
 /// As [`next_model`] for the rule `mean` with noise of the centre: what comes of the rows is (ε, δ)-differentially private for each whole site, as the charge says.
@@ -170,7 +178,7 @@ pub fn next_private_model(
         terms,
         base,
         combined,
-        (sites, deviation),
+        (sites, 1.0, deviation),
         (optimizer, memory),
     )
 }
@@ -195,13 +203,13 @@ fn evidence_of(rows: &PayloadRows, combined: &[f32]) -> Vec<RowEvidence> {
     (0..rows.count()).map(&mut of).collect()
 }
 
-/// Applies combined values of so many sites to the base; `sigma`: noise of one site's sum in multiples of the round's clipping norm.
+/// Applies combined values of so many sites, each the mean of so many releases, to the base; `sigma`: noise of one site's sum in multiples of the round's clipping norm.
 fn apply(
     spec: &ModelSpec,
     terms: &RoundTerms,
     base: &[u8],
     combined: Combined<f32>,
-    (sites, sigma): (usize, f64),
+    (sites, releases, sigma): (usize, f64, f64),
     (optimizer, memory): (&ServerOptimizer, Option<&OptimizerState>),
 ) -> Result<Candidate, PublishError> {
     let Combined { values, evidence, .. } = combined;
@@ -213,7 +221,7 @@ fn apply(
     };
     let next = match (terms.kind, spec.channels()) {
         (UpdateKind::Moments, Some(channels)) => {
-            let sum = times(&values, sites);
+            let sum = times(&values, sites as f64 * releases);
             let weights = moments::solve(&sum, sites, sigma, terms.clip_norm.value(), channels);
             GlobalModel::from_values(channels, base)?
                 .without_linear()
@@ -271,12 +279,12 @@ fn decode_base(spec: &ModelSpec, payload: &[u8]) -> Result<Vec<f32>, PublishErro
     Ok(base)
 }
 
-fn times(values: &[f32], sites: usize) -> Vec<f32> {
+fn times(values: &[f32], count: f64) -> Vec<f32> {
     #[expect(
         clippy::cast_possible_truncation,
         reason = "the product is rounded once, here"
     )]
-    let product = |value: &f32| (f64::from(*value) * sites as f64) as f32;
+    let product = |value: &f32| (f64::from(*value) * count) as f32;
     values.iter().map(product).collect()
 }
 

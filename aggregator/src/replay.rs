@@ -4,15 +4,20 @@ use std::collections::BTreeMap;
 
 use rusqlite::Connection;
 use serde::Serialize;
-use theriac_protocol::units::{Digest, NodeId, Round};
+use theriac_audit::checkpoint::LogPublicKey;
+use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
 
+use crate::accumulate::Behind;
 use crate::combine::{RoundInputs, Seen, Which};
 use crate::evidence::reputation::Reputation;
 use crate::evidence::{Closing, Decision, RULE_VERSION, Record, RoundAccount, StoredRow, conclude};
 use crate::layout::ModelSpec;
 use crate::store::blob::BlobStore;
 use crate::store::evidence::{self, ChainError, RoundPlan};
+use crate::store::heads::{self, Checked, TreeError};
+use crate::store::validation::{self, Recorded};
 use crate::store::{StoreError, history, models};
+use crate::validation::Tried;
 
 /// Why a round was not found to be what its records say.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +45,15 @@ pub enum ReplayError {
     /// The records are not as they were written.
     #[error("tampered: {0}")]
     Chain(#[from] ChainError),
+    /// The audit log is not what was signed, or does not say what the round's rows say.
+    #[error("tampered: {0}")]
+    Tree(#[from] TreeError),
+    /// The recorded words of validators give another decision than the one on record, or are about another model.
+    #[error("different: the validators' words on record {what}")]
+    Validation {
+        /// In what.
+        what: String,
+    },
     /// The model differs.
     #[error("different: the round gives model {found}, model {version} on record is {expected}")]
     Model {
@@ -93,8 +107,9 @@ impl From<StoreError> for ReplayError {
 pub struct Replayed {
     /// The round.
     pub round: u64,
-    /// The model that it made.
-    pub model_version: u64,
+    /// The model that it made; absent when its validators turned it down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_version: Option<u64>,
     /// SHA-256 of it, from the record and from the replay.
     pub model_digest: String,
     /// Updates that counted.
@@ -105,10 +120,19 @@ pub struct Replayed {
     pub records: usize,
     /// Records of the whole chain whose hashes fit.
     pub chain: u64,
+    /// Leaves of the audit log that were held to their hashes and to the signed heads.
+    pub leaves: u64,
+    /// Leaves under the first signed head that covers those of the round's end; absent: none is stored yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signed_head: Option<u64>,
+    /// What validators said of the model, and what came of it again; absent: nobody was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<String>,
 }
 
-/// Does round `round` again and compares: the chain of records and what the audit log says of it, every payload's digest, the decision about
-/// every row, the model's bits, every figure, and what each site earned.
+/// Does round `round` again and compares: the chain of records, the audit log and its signed heads (`key` is the log's), every payload's digest, the decision about
+/// every row, the model's bits, every figure, what each site earned, and what validators' words came to. A round whose model its validators turned down is
+/// done up to that model.
 ///
 /// # Errors
 /// [`ReplayError`]; see [`ReplayError::is_impossible`].
@@ -116,15 +140,24 @@ pub fn replay(
     connection: &Connection,
     blobs: &BlobStore,
     spec: &ModelSpec,
+    key: &LogPublicKey,
     round: Round,
 ) -> Result<Replayed, ReplayError> {
     let detail = history::detail(connection, round)?;
+    let validated = validation::of_round(connection, round)?;
     let Some(version) = detail.round.published else {
+        if let Some(recorded) = validated {
+            return turned_down(connection, blobs, spec, key, round, recorded);
+        }
         let why = format!("round {round} gave no model ({})", detail.round.state);
         return Err(ReplayError::Nothing(why));
     };
-    let chain = evidence::check_chain(connection, round)??;
-    let Some(plan) = evidence::plan(connection, round)? else {
+    let model = models::model(connection, ModelVersion(version))?;
+    let plan = evidence::plan(connection, round)?;
+    // A store of before there were records has none, and no leaf of them.
+    let Held { chain, leaves, head } =
+        held_to_the_log(connection, key, round, Some(model.digest), plan.is_some())?;
+    let Some(plan) = plan else {
         let why = format!(
             "round {round} has no records: they were deleted after limits.records_kept rounds, or it is older than they"
         );
@@ -143,11 +176,17 @@ pub fn replay(
         );
         return Err(ReplayError::Nothing(why));
     }
-    let records: BTreeMap<String, Record> = evidence::of_round(connection, round)?
+    let (carried, others): (Vec<Record>, Vec<Record>) = evidence::of_round(connection, round)?
         .into_iter()
         .filter(|record| record.decision != Decision::Late)
-        .map(|record| (record.site.clone(), record))
-        .collect();
+        .partition(|record| record.decision == Decision::Carried);
+    let by_site = |records: Vec<Record>| -> BTreeMap<String, Record> {
+        records
+            .into_iter()
+            .map(|record| (record.site.clone(), record))
+            .collect()
+    };
+    let (carried, records) = (by_site(carried), by_site(others));
     let mut earned = BTreeMap::new();
     for (site, record) in &records {
         let node = NodeId::new(site.clone()).map_err(|_| differs(site, "name"))?;
@@ -173,6 +212,21 @@ pub fn replay(
         );
         return Err(ReplayError::Pruned(why));
     }
+    let fewer = |site: &NodeId, found: Option<Behind>| {
+        let record = records
+            .get(site.as_str())
+            .filter(|record| record.behind.is_some());
+        let written = record.or_else(|| carried.get(site.as_str()));
+        written.and_then(|record| record.behind) > found
+    };
+    let stored = inputs.stored.iter().zip(&inputs.seen);
+    let mut rows = stored
+        .map(|(site, seen)| (&site.node, seen.behind))
+        .chain(inputs.carried.iter().map(|row| (&row.node, Some(row.behind))));
+    if rows.any(|(site, found)| fewer(site, found)) {
+        let why = format!("round {round} {RELEASES_DELETED}");
+        return Err(ReplayError::Pruned(why));
+    }
     let base = models::model(connection, inputs.announce.base_version)?;
     if base.digest != inputs.announce.base_digest {
         return Err(ReplayError::Model {
@@ -184,7 +238,6 @@ pub fn replay(
     let result = inputs
         .run(spec, None)
         .map_err(|error| ReplayError::NoModel(error.to_string()))?;
-    let model = models::model(connection, theriac_protocol::units::ModelVersion(version))?;
     if model.digest != result.candidate.digest {
         return Err(ReplayError::Model {
             version,
@@ -209,30 +262,174 @@ pub fn replay(
         .filter(|row| row.decision == Decision::Combined)
         .count();
     let left_out = measured - combined;
-    let again = concluded_again(connection, round, &plan, result.account, &records)?;
+    let again = concluded_again(connection, round, &plan, result.account, (&records, &carried))?;
+    let of = |decision| {
+        if decision == Decision::Carried {
+            &carried
+        } else {
+            &records
+        }
+    };
     for record in &again {
-        let written = records
+        let written = of(record.decision)
             .get(&record.site)
             .ok_or_else(|| differs(&record.site, "existence"))?;
         if let Some(what) = difference(written, record) {
             return Err(differs(&record.site, what));
         }
     }
-    if let Some(site) = records
-        .keys()
-        .find(|site| again.iter().all(|record| record.site != **site))
-    {
-        return Err(differs(site, "existence"));
+    for written in records.values().chain(carried.values()) {
+        let is_again = |record: &Record| {
+            let both = [record.decision, written.decision];
+            let alike = both.iter().all(|of| *of == Decision::Carried) || !both.contains(&Decision::Carried);
+            record.site == written.site && alike
+        };
+        if !again.iter().any(is_again) {
+            return Err(differs(&written.site, "existence"));
+        }
     }
+    let validation = validated
+        .map(|recorded| decided_again(&recorded, model.digest, true))
+        .transpose()?;
     Ok(Replayed {
         round: round.0,
-        model_version: version,
+        model_version: Some(version),
         model_digest: model.digest.to_string(),
         combined,
         left_out,
+        records: records.len() + carried.len(),
+        chain,
+        leaves,
+        signed_head: head,
+        validation,
+    })
+}
+
+/// Why a round with earlier releases cannot be done again.
+const RELEASES_DELETED: &str = "added releases of earlier rounds, of which some were deleted after their time in rounds.moments_keep, rounds.moments_age and limits.rounds_kept";
+
+/// What a round's place in chain and log was held against.
+struct Held {
+    chain: u64,
+    leaves: u64,
+    head: Option<u64>,
+}
+
+/// Reads chain and log as they are at one moment: beside a server that ends rounds, one table would else be read before an end and the next one after it.
+fn held_to_the_log(
+    connection: &Connection,
+    key: &LogPublicKey,
+    round: Round,
+    model: Option<Digest>,
+    recorded: bool,
+) -> Result<Held, ReplayError> {
+    let begun = connection
+        .is_autocommit()
+        .then(|| connection.unchecked_transaction());
+    let _snapshot = begun.transpose().map_err(StoreError::from)?;
+    let chain = evidence::check_chain(connection, round)??;
+    let Checked { leaves, head, .. } = heads::check(connection, key, round, model, recorded)??;
+    Ok(Held { chain, leaves, head })
+}
+
+/// A round that ended without a model because of its validators: its candidate from the stored updates, and the decision from their recorded words.
+fn turned_down(
+    connection: &Connection,
+    blobs: &BlobStore,
+    spec: &ModelSpec,
+    key: &LogPublicKey,
+    round: Round,
+    recorded: Recorded,
+) -> Result<Replayed, ReplayError> {
+    let Held { chain, leaves, head } = held_to_the_log(connection, key, round, None, true)?;
+    let plan = recorded.plan.clone();
+    if plan.rule_version != RULE_VERSION {
+        let found = plan.rule_version;
+        return Err(ReplayError::OtherProgram {
+            round: round.0,
+            found,
+        });
+    }
+    if plan.central_noise {
+        let why = format!("the candidate of round {round} holds noise of the centre, which is kept nowhere");
+        return Err(ReplayError::Nothing(why));
+    }
+    let records = evidence::of_round(connection, round)?;
+    let mut earned = BTreeMap::new();
+    for record in &records {
+        let node = NodeId::new(record.site.clone()).map_err(|_| differs(&record.site, "name"))?;
+        earned.insert(node, record.before);
+    }
+    let none = &mut BTreeMap::new();
+    // A round that publishes nothing takes no late update in, so those that it tried still wait.
+    let which = Which::Tried(&recorded.validation.behind);
+    let inputs = RoundInputs::load(connection, blobs, round, plan, &earned, none, which)?;
+    let rows = inputs.stored.iter().map(|row| &row.node);
+    if !rows.eq(&recorded.validation.rows) {
+        let why = format!(
+            "round {round} tried late updates of sites of which one is not active any more, or others have come since"
+        );
+        return Err(ReplayError::Nothing(why));
+    }
+    let stored = inputs.stored.iter().zip(&inputs.seen);
+    let stored = stored.map(|(row, seen)| (&row.node, seen.behind));
+    let carried = inputs.carried.iter().map(|row| (&row.node, Some(row.behind)));
+    let found: BTreeMap<&NodeId, Option<Behind>> = stored.chain(carried).collect();
+    let is_short = |tried: &Tried| found.get(&tried.site).copied().flatten() < Some(tried.behind);
+    if recorded.validation.behind.iter().any(is_short) {
+        let why = format!("round {round} {RELEASES_DELETED}");
+        return Err(ReplayError::Pruned(why));
+    }
+    let result = inputs
+        .run(spec, None)
+        .map_err(|error| ReplayError::NoModel(error.to_string()))?;
+    let measured = result.account.rows.len();
+    let counted = |row: &&crate::evidence::RowAccount| row.decision == Decision::Combined;
+    let combined = result.account.rows.iter().filter(counted).count();
+    let digest = result.candidate.digest;
+    let validation = decided_again(&recorded, digest, false)?;
+    Ok(Replayed {
+        round: round.0,
+        model_version: None,
+        model_digest: digest.to_string(),
+        combined,
+        left_out: measured - combined,
         records: records.len(),
         chain,
+        leaves,
+        signed_head: head,
+        validation: Some(validation),
     })
+}
+
+/// Holds a validation to the candidate that the replay gives, to its leaf, and to the decision that its words come to; in words.
+fn decided_again(recorded: &Recorded, candidate: Digest, published: bool) -> Result<String, ReplayError> {
+    let Recorded {
+        validation, audited, ..
+    } = recorded;
+    let wrong = |what: String| ReplayError::Validation { what };
+    if validation.candidate != candidate.to_string() {
+        let of = &validation.candidate;
+        return Err(wrong(format!(
+            "are about model {of}, the round gives {candidate}"
+        )));
+    }
+    if !audited {
+        return Err(wrong("are not those of the audit log".into()));
+    }
+    let again = validation.decided_again();
+    if again != validation.decision || again.publishes() != published {
+        let (again, said) = (again.word(), validation.decision.word());
+        let end = if published {
+            "was published"
+        } else {
+            "was not published"
+        };
+        return Err(wrong(format!(
+            "come to `{again}`, the record says `{said}`, and the model {end}"
+        )));
+    }
+    Ok(validation.words())
 }
 
 /// The records of the round, concluded again from its account, from who else was asked, and from what each site had earned by the record before.
@@ -241,7 +438,7 @@ fn concluded_again(
     round: Round,
     plan: &RoundPlan,
     account: RoundAccount,
-    records: &BTreeMap<String, Record>,
+    (records, carried): (&BTreeMap<String, Record>, &BTreeMap<String, Record>),
 ) -> Result<Vec<Record>, ReplayError> {
     let before = evidence::earned_before(connection, round)?;
     let mut earned = BTreeMap::new();
@@ -258,6 +455,10 @@ fn concluded_again(
         }
         earned.insert(node, record.before);
     }
+    for (site, record) in carried {
+        let node = NodeId::new(site.clone()).map_err(|_| differs(site, "name"))?;
+        earned.entry(node).or_insert(record.before);
+    }
     // Whether a site that took no part held a place in the quarantine depends on what the registry said of it then, which is not on record.
     let outsider = before
         .iter()
@@ -272,9 +473,11 @@ fn concluded_again(
     let absent = evidence::absent(connection, round)?;
     let (mut again, _) = conclude(&closing, account, absent, &mut earned);
     for record in &mut again {
-        if let Some(written) = records.get(&record.site) {
+        let is_carried = record.decision == Decision::Carried;
+        let written = if is_carried { carried } else { records };
+        if let Some(written) = written.get(&record.site) {
             record.previous.clone_from(&written.previous);
-            if outsider {
+            if outsider && !is_carried {
                 record.after.quarantined_since = written.after.quarantined_since;
                 record.held = written.held;
             }
@@ -294,6 +497,7 @@ fn difference(written: &Record, again: &Record) -> Option<&'static str> {
         (written.findings == again.findings, "finding"),
         (written.verdict == again.verdict, "verdict"),
         (written.stale == again.stale, "staleness"),
+        (written.behind == again.behind, "number of releases in its mean"),
         (
             written.averaged == again.averaged,
             "number of updates in its mean",

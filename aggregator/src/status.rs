@@ -11,8 +11,9 @@ use theriac_protocol::units::NodeId;
 use crate::central::CentralStatus;
 use crate::driver::DriverStatus;
 use crate::evidence::reputation::Reputation;
+use crate::store::ledgers::FormerLedger;
 use crate::store::records::{self, SiteRow};
-use crate::store::{StoreError, evidence, history, models, rounds, word};
+use crate::store::{StoreError, evidence, history, models, rounds, validation, word};
 
 /// `/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -57,6 +58,9 @@ pub struct Status {
     /// Noise of the centre and what it has spent; absent: off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub central_noise: Option<CentralStatus>,
+    /// What validators made of the last candidate; absent: none was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<String>,
     /// Every enrolled site.
     pub sites: Vec<SiteStatus>,
 }
@@ -102,6 +106,42 @@ pub struct SiteStatus {
     pub ledger_records: u64,
     /// Head of the last of them.
     pub ledger_head: String,
+    /// Ledgers that the name had under earlier keys, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former_ledgers: Vec<FormerLedgerStatus>,
+    /// Whether the present ledger was begun after another one, which no operator has allowed so far.
+    #[serde(default)]
+    pub ledger_unallowed: bool,
+}
+
+/// See [`SiteStatus::former_ledgers`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FormerLedgerStatus {
+    /// When its key was enrolled.
+    pub began_unix_ms: u64,
+    /// When another key took its place.
+    pub ended_unix_ms: u64,
+    /// Its counter-signed records.
+    pub records: u64,
+    /// Head of the last of them.
+    pub head: String,
+    /// ε spent, as the last update under it claimed.
+    pub epsilon: Option<f64>,
+    /// δ of it.
+    pub delta: Option<f64>,
+}
+
+impl From<FormerLedger> for FormerLedgerStatus {
+    fn from(former: FormerLedger) -> Self {
+        Self {
+            began_unix_ms: former.began.0,
+            ended_unix_ms: former.ended.0,
+            records: former.head.records,
+            head: former.head.head.to_string(),
+            epsilon: former.epsilon,
+            delta: former.delta,
+        }
+    }
 }
 
 /// See [`SiteStatus::guarantee`].
@@ -168,6 +208,12 @@ impl SiteStatus {
             last_decision_round: None,
             ledger_records: row.ledger.records,
             ledger_head: row.ledger.head.to_string(),
+            former_ledgers: row
+                .former_ledgers
+                .into_iter()
+                .map(FormerLedgerStatus::from)
+                .collect(),
+            ledger_unallowed: row.ledger_unallowed,
         }
     }
 
@@ -249,6 +295,8 @@ impl Status {
             cpu_seconds: 0.0,
             storage: "ok".into(),
             central_noise: None,
+            validation: validation::newest(connection)?
+                .map(|validation| format!("round {}: {}", validation.round, validation.words())),
             sites: sites
                 .into_iter()
                 .map(|row| SiteStatus::new(row, false).with_standing(&standings))
@@ -269,6 +317,9 @@ impl Status {
         self.rounds_aborted = driver.aborted;
         self.quorum = driver.quorum;
         self.central_noise.clone_from(&driver.central);
+        if driver.validation.is_some() {
+            self.validation.clone_from(&driver.validation);
+        }
         self.missing = match driver.phase {
             PhaseName::Idle => driver.quorum.saturating_sub(driver.connected.len()),
             _ => 0,

@@ -123,17 +123,30 @@ pub fn look(
     let channels = usize::try_from(terms.values).unwrap_or(usize::MAX) / MOMENTS_PER_CHANNEL;
     let sums = Sums::of(encoding, payload, channels);
     if screens.vet {
-        sums.squares(noise)?;
-        // Single rows are centred on the mean of their own lags, which leaves nothing of the other two sums.
-        if usize::try_from(terms.block_rows).is_ok_and(|rows| rows > LAG_MAX) {
-            sums.vet(noise)?;
-            sums.structure(noise)?;
-        }
+        sums.series(noise, terms)?;
     }
     if screens.noise_law {
         sums.noise_law(noise)?;
     }
     Ok(())
+}
+
+/// The vet on the mean of a site's releases, whose noise is `noise_ratio` (above 0, at most 1) times that of one of them. The noise law is for single releases.
+///
+/// # Errors
+/// The first [`Finding`] outside its bound.
+pub fn look_at_mean(
+    encoding: Encoding,
+    payload: &[u8],
+    terms: &AnnounceV1,
+    noise_ratio: f64,
+) -> Result<(), Finding> {
+    if terms.kind != UpdateKind::Moments {
+        return Ok(());
+    }
+    let channels = usize::try_from(terms.values).unwrap_or(usize::MAX) / MOMENTS_PER_CHANNEL;
+    let noise = noise_ratio * terms.noise_multiplier.value() * terms.clip_norm.value();
+    Sums::of(encoding, payload, channels).series(noise, terms)
 }
 
 /// What is looked at of all channels together.
@@ -200,6 +213,17 @@ impl Sums {
                 self.excess += excess.max(0.0).powi(2);
             }
         }
+    }
+
+    /// Whether they can be those of a series.
+    fn series(&self, noise: f64, terms: &AnnounceV1) -> Result<(), Finding> {
+        self.squares(noise)?;
+        // Single rows are centred on the mean of their own lags, which leaves nothing of the other two sums.
+        if usize::try_from(terms.block_rows).is_ok_and(|rows| rows > LAG_MAX) {
+            self.vet(noise)?;
+            self.structure(noise)?;
+        }
+        Ok(())
     }
 
     /// Noise moves a root of a sum of squares by at most its own norm, which for `n` independent values of standard deviation

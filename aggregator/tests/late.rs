@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use theriac_aggregator::accumulate::Depth;
 use theriac_aggregator::average::SiteAverage;
 use theriac_aggregator::combine::{RoundInputs, RoundResult, Which};
 use theriac_aggregator::config::{CheckedConfig, ModelSettings, RoundKind, RoundSettings, Settings};
@@ -24,6 +25,7 @@ use theriac_aggregator::store::records;
 use theriac_aggregator::store::rounds::{self, RoundRule};
 use theriac_aggregator::store::{Database, StoreError, late, wall_clock};
 use theriac_aggregator::{InitOptions, enrol_directly, init};
+use theriac_audit::checkpoint::LogKey;
 use theriac_audit::leaf::SiteStanding;
 use theriac_protocol::compress::encode_f32;
 use theriac_protocol::message::{AnnounceV1, Encoding, PrivacyClaimV1, UpdateV1};
@@ -81,6 +83,7 @@ impl Hand {
                 central_noise: false,
                 late_updates: true,
                 site_average: SiteAverage::new(average).unwrap(),
+                accumulate: theriac_aggregator::accumulate::Accumulate::OFF,
             },
             config,
             ledger: 0,
@@ -258,14 +261,19 @@ impl Hand {
         let rule = rule(RuleName::MEAN, 0, &Options::default()).unwrap();
         let server = (&ServerOptimizer::default(), None);
         let (spec, terms) = (&self.config.model, self.terms());
-        let expected = next_model_of(spec, &terms, &base, rows, &*rule, server, noise_ratio).unwrap();
+        let depth = Depth {
+            noise_ratio,
+            ..Depth::ONE
+        };
+        let expected = next_model_of(spec, &terms, &base, rows, &*rule, server, depth).unwrap();
         let found = models::current_model(read).unwrap();
         assert_eq!(found.digest, expected.digest, "{:?}", terms.kind);
     }
 
     fn replay(&self, round: u64) -> Result<usize, ReplayError> {
         let (read, blobs) = (self.database.read(), self.database.blobs());
-        replay(read, blobs, &self.config.model, Round(round)).map(|done| done.combined)
+        let key = LogKey::from_seed("theriac/demo", &[7; 32]).unwrap().public();
+        replay(read, blobs, &self.config.model, &key, Round(round)).map(|done| done.combined)
     }
 }
 

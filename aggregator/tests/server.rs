@@ -694,9 +694,14 @@ async fn expired_token_is_refused() {
     let mut centre = Centre::start(|settings| settings.rounds.quorum = 1).await;
     let fingerprint = centre.token.aggregator_authority_fingerprint;
     let site = NodeId::new("late").unwrap();
-    let token =
-        theriac_aggregator::init::create_token(&mut centre.database(), fingerprint, &site, Duration::ZERO)
-            .unwrap();
+    let token = theriac_aggregator::init::create_token(
+        &mut centre.database(),
+        fingerprint,
+        &site,
+        Duration::ZERO,
+        false,
+    )
+    .unwrap();
     let endpoint = bind_client(&Limits::default()).unwrap();
     let address = centre.running.as_ref().unwrap().addresses().join_listen;
     let csr = PendingIdentity::generate().unwrap().csr_der().unwrap();

@@ -48,7 +48,7 @@ fn enrol(dir: &DataDir, names: &[&str]) {
     for name in names {
         let key = Digest::of(name.as_bytes()).0;
         database
-            .write(|work| records::enrol(work, &node(name), key, key, end))
+            .write(|work| records::enrol(work, &node(name), key, key, end, false))
             .unwrap();
     }
 }
@@ -281,7 +281,7 @@ fn revoked_key_stays_revoked_and_a_new_key_begins_a_new_ledger() {
     let mut database = Database::open(&dir).unwrap();
     let token = theriac_certs::JoinToken::generate([1; 32]).unwrap();
     database
-        .write(|work| tokens::create(work, &token, &node("a"), tokens::LIFETIME))
+        .write(|work| tokens::create(work, &token, &node("a"), tokens::LIFETIME, false))
         .unwrap();
     let mut set = |state| database.write(|work| records::set_standing(work, &node("a"), state, "test"));
     set(SiteStanding::Suspended).unwrap();
@@ -293,7 +293,7 @@ fn revoked_key_stays_revoked_and_a_new_key_begins_a_new_ledger() {
     assert!(matches!(set(SiteStanding::Active), Err(StoreError::Conflict(_))));
     let end = theriac_protocol::units::Timestamp(0);
     let revoked = records::registry(database.read()).unwrap()[&node("a")].key_fingerprint;
-    let mut again = |key| database.write(|work| records::enrol(work, &node("a"), key, key, end));
+    let mut again = |key| database.write(|work| records::enrol(work, &node("a"), key, key, end, false));
     assert!(matches!(again(revoked), Err(StoreError::Conflict(_))));
     again([9; 32]).unwrap();
     // Not with a newer key in force either.

@@ -110,6 +110,20 @@ pub enum AuditEvent {
         #[serde(with = "hex")]
         head: Digest,
     },
+    /// Sites of the platform team's own tried a model before its publication.
+    CandidateValidated {
+        /// The round.
+        round: Round,
+        /// SHA-256 of the model's payload.
+        #[serde(with = "hex")]
+        digest: Digest,
+        /// Whether it was published after that.
+        published: bool,
+        /// One word: `passed`, `worse`, `unvalidated` or `held`.
+        decision: String,
+        /// What each of them said.
+        answers: Vec<ValidatorAnswer>,
+    },
     /// A site's gate judged a model.
     ModelGate {
         /// The model.
@@ -125,6 +139,18 @@ pub enum AuditEvent {
         #[serde(with = "hex")]
         config_digest: Digest,
     },
+}
+
+/// What a validator said of a candidate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValidatorAnswer {
+    /// Who.
+    pub node: NodeId,
+    /// One word: `not_worse`, `worse`, `cannot_tell` or `silent`.
+    pub opinion: String,
+    /// Residual with the candidate over that with the model in force, in thousandths; 0 where nothing was said of it.
+    pub ratio_permille: u32,
 }
 
 /// A site's standing.
@@ -329,6 +355,17 @@ pub(crate) mod tests {
                 version: ModelVersion(1),
                 node: node(),
                 verdict: GateVerdict::Accepted,
+            },
+            AuditEvent::CandidateValidated {
+                round: Round(3),
+                digest: digest(8),
+                published: false,
+                decision: "worse".to_owned(),
+                answers: vec![ValidatorAnswer {
+                    node: node(),
+                    opinion: "worse".to_owned(),
+                    ratio_permille: 1_234,
+                }],
             },
             AuditEvent::ConfigChanged {
                 config_digest: digest(7),

@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::num::NonZeroU32;
+use std::path::Path;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor};
@@ -13,8 +14,9 @@ use theriac_benches::Numbers;
 use theriac_model::global::GlobalModel;
 use theriac_model::private_train::{DenseLayer, DenseNetwork, UnitGradients};
 use theriac_privacy::descent::{NoisyDescent, UnitSum};
+use theriac_privacy::factors::{LayerFactors, UnitFactors};
 use theriac_privacy::ledger::{Ledger, ReleasePlan, Reserved};
-use theriac_privacy::noise::{ExactGaussian, add_exact_noise};
+use theriac_privacy::noise::{ExactGaussian, FixedNoise, NoiseMechanism, add_exact_noise};
 use theriac_privacy::policy::Policy;
 use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{L2Norm, NoiseMultiplier, Round, Timestamp};
@@ -92,35 +94,11 @@ fn noise(turns: usize) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// A step of [`NoisyDescent`]: each unit clipped and cut to the grid in whole numbers, checked in 128 bits, added; noise; the mean. The gradients are there
-/// already; their copies are not counted.
+/// A step of [`NoisyDescent`] to which gradients come as vectors: each unit clipped and cut to the grid in whole numbers, checked in 128 bits, added; noise; the mean. The
+/// gradients are there already; their copies are not counted.
 fn whole_numbers(units: u64, values: u32, turns: usize, numbers: &mut Numbers) -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
-    let policy = Policy::parse("site = \"site-a\"\nepsilon = 100.0\n")?;
-    let mut ledger = Ledger::open(
-        &folder.path().join("l"),
-        policy.site(),
-        policy.clone(),
-        Timestamp(1),
-    )?;
-    let plan = ReleasePlan {
-        round: Round(1),
-        nonce: 1,
-        kind: UpdateKind::Moments,
-        values,
-        block_span: Duration::from_hours(1),
-        blocks: (0..units).collect(),
-        windows: None,
-        sampling_rate: 1.0,
-        steps: 1,
-        clip_norm: L2Norm::new(1.0)?,
-        noise_multiplier: NoiseMultiplier::new(1.28)?,
-    };
-    let Reserved::Fresh(reservation) = ledger.reserve(plan, Timestamp(1))? else {
-        return Err("charged before".into());
-    };
-    let steps = NonZeroU32::new(u32::try_from(turns + turns / 10)?).ok_or("no turns")?;
-    let mut descent = NoisyDescent::new(reservation, steps)?;
+    let mut descent = descent(&folder.path().join("l"), units, values, 1.0, turns + turns / 10)?;
     // One at a time, as a large model's gradients come; eight different ones.
     let gradients: Vec<Vec<f32>> = (0..8).map(|_| numbers.signed(values as usize)).collect();
     let mut times = Vec::new();
@@ -139,6 +117,38 @@ fn whole_numbers(units: u64, values: u32, turns: usize, numbers: &mut Numbers) -
     Ok(())
 }
 
+/// Charged steps on so many units.
+fn descent(
+    path: &Path,
+    units: u64,
+    values: u32,
+    clip_norm: f64,
+    steps: usize,
+) -> Result<NoisyDescent, Box<dyn Error>> {
+    let policy = Policy::parse("site = \"site-a\"\nepsilon = 100.0\n")?;
+    let mut ledger = Ledger::open(path, policy.site(), policy.clone(), Timestamp(1))?;
+    let plan = ReleasePlan {
+        round: Round(1),
+        nonce: 1,
+        kind: UpdateKind::Moments,
+        values,
+        block_span: Duration::from_hours(1),
+        blocks: (0..units).collect(),
+        windows: None,
+        sampling_rate: 1.0,
+        steps: 1,
+        clip_norm: L2Norm::new(clip_norm)?,
+        noise_multiplier: NoiseMultiplier::new(1.28)?,
+    };
+    let Reserved::Fresh(reservation) = ledger.reserve(plan, Timestamp(1))? else {
+        return Err("charged before".into());
+    };
+    let steps = NonZeroU32::new(u32::try_from(steps)?).ok_or("no turns")?;
+    Ok(NoisyDescent::new(reservation, steps)?)
+}
+
+/// Turns of a plain step and of steps of [`NoisyDescent`] on the same rows: forward and backward pass, clipped in whole numbers ([`theriac_privacy::factors`]), without
+/// noise, with it, and on blocks of 16 rows; each with the move of the weights.
 fn steps(
     name: &str,
     network: &DenseNetwork,
@@ -152,16 +162,34 @@ fn steps(
     let gradients = |rows: usize| UnitGradients::new(network.trace(&input, &target)?, rows);
     let norms = gradients(1)?.norms()?;
     // About half of the units are clipped.
-    let clip = norms.iter().sum::<f32>() / norms.len() as f32;
+    let clip = f64::from(norms.iter().sum::<f32>() / norms.len() as f32);
+    let (warm, values) = (turns / 10, u32::try_from(network.parameters())?);
+    let folder = tempfile::tempdir()?;
+    let descent = |name: &str, units: u64, clip: f64| {
+        descent(&folder.path().join(name), units, values, clip, turns + warm)
+    };
+    let units = BATCH as u64;
+    let mut private = descent("private", units, clip)?;
+    let mut noised = descent("noised", units, clip)?;
+    let mut blocks = descent("blocks", units / 16, 16.0 * clip)?;
+    let step = |descent: &mut NoisyDescent, noise: &dyn NoiseMechanism, rows: usize| {
+        timed(|| {
+            let gradients = gradients(rows)?;
+            let mut added = Ok(());
+            let mean = descent.step_each(noise, |_, sum| added = add(&gradients, sum))?;
+            added?;
+            Ok(network.step(&mean, RATE)?)
+        })
+    };
     let mut times: [Vec<Duration>; 4] = Default::default();
-    for turn in 0..turns + turns / 10 {
+    for turn in 0..turns + warm {
         let taken = [
             timed(|| Ok(network.step(&mean(&gradients(1)?.sum()?), RATE)?))?,
-            timed(|| Ok(network.step(&mean(&gradients(1)?.clipped_sum(clip)?.sum), RATE)?))?,
-            timed(|| Ok(network.step(&noised(&gradients(1)?.clipped_sum(clip)?.sum, clip)?, RATE)?))?,
-            timed(|| Ok(network.step(&mean(&gradients(16)?.clipped_sum(16.0 * clip)?.sum), RATE)?))?,
+            step(&mut private, &FixedNoise(0.0), 1)?,
+            step(&mut noised, &ExactGaussian, 1)?,
+            step(&mut blocks, &FixedNoise(0.0), 16)?,
         ];
-        if turn >= turns / 10 {
+        if turn >= warm {
             times
                 .iter_mut()
                 .zip(taken)
@@ -179,24 +207,25 @@ fn steps(
     Ok(())
 }
 
-fn mean(sum: &[f32]) -> Vec<f32> {
-    sum.iter().map(|x| x / BATCH as f32).collect()
+/// Gives the units of a pass to the sum.
+fn add(gradients: &UnitGradients, sum: &mut UnitSum) -> Result<(), Box<dyn Error>> {
+    gradients.with_factors(|layers| {
+        let layers: Vec<_> = layers
+            .iter()
+            .map(|layer| LayerFactors {
+                inputs: layer.inputs,
+                errors: layer.errors,
+                bias: layer.bias,
+                range_log2: layer.range_log2,
+            })
+            .collect();
+        sum.add_factors(&UnitFactors::new(&layers, gradients.units(), gradients.rows())?);
+        Ok(())
+    })?
 }
 
-/// The book-kept sum of floats on the grid of σ = 1, with exact noise, divided by the batch: the arithmetic of a private step as other libraries make it. **No
-/// charge covers it** (`docs/privacy.md`, private training, says why); what the ledger charges for is timed by [`whole_numbers`].
-fn noised(sum: &[f32], clip_norm: f32) -> Result<Vec<f32>, Box<dyn Error>> {
-    let step = f64::from(clip_norm) / 1_048_576.0;
-    #[expect(clippy::cast_possible_truncation, reason = "cut to the grid")]
-    let mut steps: Vec<i64> = sum.iter().map(|x| (f64::from(*x) / step) as i64).collect();
-    add_exact_noise(&mut steps)?;
-    let scale = step / BATCH as f64;
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "noised values in single precision"
-    )]
-    let mean = steps.into_iter().map(|x| (x as f64 * scale) as f32).collect();
-    Ok(mean)
+fn mean(sum: &[f32]) -> Vec<f32> {
+    sum.iter().map(|x| x / BATCH as f32).collect()
 }
 
 fn timed<T>(work: impl FnOnce() -> Result<T, Box<dyn Error>>) -> Result<Duration, Box<dyn Error>> {

@@ -14,10 +14,12 @@ use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
 use theriac_heal::checkpoint::store::{Checkpoint, CheckpointError, CheckpointStore, free_bytes};
 use theriac_heal::executor::clock;
 use theriac_heal::incident::Input;
+use tokio::sync::Notify;
 
 use crate::config::StateSettings;
 use crate::metrics::{kind as kind_of, service as label};
-use crate::postgres::{is_postgres, source};
+use crate::offsite::{OffsiteSettings, Pusher};
+use crate::postgres::{is_postgres, needs_proof, source};
 use crate::pressure::Pressure;
 use crate::service::{ServiceContext, open_checkpoints, schedule_limits, state_check};
 use crate::state_dir::write_durably;
@@ -56,43 +58,69 @@ pub enum TakerError {
 pub async fn run(
     context: ServiceContext,
     settings: StateSettings,
+    offsite: Option<OffsiteSettings>,
     store: Store,
     storage: StorageWatch,
-    mut shutdown: Shutdown,
+    shutdown: Shutdown,
 ) -> Result<(), TakerError> {
-    let mut taker = Taker::open(context, settings, store, storage)?;
-    let known = taker.list().await?;
-    taker.latest_bytes = known.first().map_or(0, |latest| latest.bytes);
-    if !known.is_empty() {
-        // How much the service worked since is not known; it is well now, or it is not copied.
-        taker.schedule.found(Duration::ZERO);
+    let taker = Taker::open(context, settings, store, storage)?;
+    // Beside it: a slow store must not delay the next checkpoint.
+    let pusher = offsite.map(|offsite| {
+        Pusher::new(
+            offsite,
+            taker.context.clone(),
+            Arc::clone(&taker.checkpoints),
+            Arc::clone(&taker.new_one),
+        )
+    });
+    let pushing = async {
+        match pusher {
+            Some(pusher) => pusher.run().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        taken = Box::pin(taker.run(shutdown)) => taken,
+        () = Box::pin(pushing) => Ok(()),
     }
-    taker.show(known).await;
-    let first_at = Instant::now() + FIRST_AFTER.min(taker.settings.interval);
-    let ask_every = taker.settings.interval.min(ASK_AGAIN_EVERY);
-    let mut ask_due = Instant::now() + ask_every;
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(LOOK_EVERY.min(taker.settings.interval)) => {}
-            () = shutdown.wait() => return Ok(()),
+}
+
+impl Taker {
+    async fn run(mut self, mut shutdown: Shutdown) -> Result<(), TakerError> {
+        let taker = &mut self;
+        let known = taker.list().await?;
+        taker.latest_bytes = known.first().map_or(0, |latest| latest.bytes);
+        if !known.is_empty() {
+            // How much the service worked since is not known; it is well now, or it is not copied.
+            taker.schedule.found(Duration::ZERO);
         }
-        let now = Instant::now();
-        if !taker.context.shared.corrupt.load(Ordering::Relaxed) {
-            ask_due = now + ask_every;
-        } else if now >= ask_due {
-            taker.ask_again().await;
-            ask_due = Instant::now() + ask_every;
-        }
-        taker.follow();
-        if !taker.possible() {
-            continue;
-        }
-        let moment = clock::now().monotonic;
-        match taker.schedule.decide(moment, &taker.room()) {
-            Verdict::Take(Why::First) if now < first_at => {}
-            Verdict::Take(why) => taker.take(why).await,
-            Verdict::Skip(refusal) => taker.skip(refusal),
-            Verdict::Wait { .. } => {}
+        taker.show(known).await;
+        let first_at = Instant::now() + FIRST_AFTER.min(taker.settings.interval);
+        let ask_every = taker.settings.interval.min(ASK_AGAIN_EVERY);
+        let mut ask_due = Instant::now() + ask_every;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_EVERY.min(taker.settings.interval)) => {}
+                () = shutdown.wait() => return Ok(()),
+            }
+            let now = Instant::now();
+            if !taker.context.shared.corrupt.load(Ordering::Relaxed) {
+                ask_due = now + ask_every;
+            } else if now >= ask_due {
+                taker.ask_again().await;
+                ask_due = Instant::now() + ask_every;
+            }
+            taker.follow();
+            if !taker.possible() {
+                continue;
+            }
+            let moment = clock::now().monotonic;
+            match taker.schedule.decide(moment, &taker.room()) {
+                Verdict::Take(Why::First) if now < first_at => {}
+                Verdict::Take(why) => taker.take(why).await,
+                Verdict::Skip(refusal) => taker.skip(refusal),
+                Verdict::Wait { .. } => {}
+            }
         }
     }
 }
@@ -111,6 +139,8 @@ struct Taker {
     unsound: bool,
     store: Store,
     storage: StorageWatch,
+    /// Told after each checkpoint.
+    new_one: Arc<Notify>,
 }
 
 impl Taker {
@@ -126,7 +156,7 @@ impl Taker {
                 &context.dir,
                 &context.shared.name,
                 &settings,
-                is_postgres(&context.shared.config),
+                needs_proof(&context.shared.config),
             )?),
             check: state_check(&settings),
             schedule: match read_learned(&context) {
@@ -140,6 +170,7 @@ impl Taker {
             settings,
             store,
             storage,
+            new_one: Arc::default(),
         })
     }
 
@@ -239,6 +270,7 @@ impl Taker {
                 self.told = None;
                 self.latest_bytes = taken.bytes;
                 self.keep_learned();
+                self.new_one.notify_one();
                 if matches!(why, Why::Risk { .. }) {
                     tracing::info!(service, sequence = taken.sequence, %why, "checkpoint taken ahead of a failure");
                 } else {
@@ -382,9 +414,12 @@ async fn off_the_async_threads<T: Send + 'static>(
 mod tests {
     use theriac_model::risk::{Chance, Horizon, Risk, RiskVersion};
 
+    use theriac_heal::checkpoint::offsite::OffsiteKey;
+
     use super::*;
     use crate::config::EdgeConfig;
     use crate::metrics::Metrics;
+    use crate::offsite::{OffsiteRecord, fetch, note_drill};
     use crate::service::ServiceShared;
     use crate::state_dir::StateDir;
     use crate::status::Board;
@@ -459,6 +494,89 @@ mod tests {
         assert!(reason.contains("a failure of memory is near"), "{reason}");
         let learned = read_learned(&taker.context).unwrap();
         assert!(learned.cost_s.is_some(), "what one costs is kept");
+    }
+
+    #[tokio::test]
+    async fn a_store_that_is_away_costs_only_the_copy_which_is_made_when_it_is_back() {
+        let (mut taker, root) = taker();
+        let remote = root.path().join("remote");
+        let settings = OffsiteSettings {
+            url: format!("file://{}", remote.display()),
+            key_file: root.path().join("key"),
+            name: Some("a".to_owned()),
+            keep: 3,
+        };
+        OffsiteKey::create(&settings.key_file).unwrap();
+        let pusher = Pusher::new(
+            settings.clone(),
+            taker.context.clone(),
+            Arc::clone(&taker.checkpoints),
+            Arc::clone(&taker.new_one),
+        );
+        let dir = taker.context.dir.clone();
+        let counted = |taker: &Taker, word| taker.context.metrics.offsite.get_or_create(&kind_of(word)).get();
+        assert!(pusher.push().await, "nothing to copy yet");
+        taker.take(Why::First).await;
+        assert!(!pusher.push().await);
+        let record = OffsiteRecord::read(&dir, "kv");
+        assert!(record.failure.unwrap().contains("remote") && record.copies.is_empty());
+        let local = taker.list().await.unwrap();
+        assert_eq!((local.len(), counted(&taker, "failed")), (1, 1));
+        std::fs::create_dir(&remote).unwrap();
+        assert!(pusher.push().await && pusher.push().await);
+        let record = OffsiteRecord::read(&dir, "kv");
+        assert!(record.holds(&local[0]) && record.failure.is_none());
+        assert_eq!(
+            counted(&taker, "stored"),
+            1,
+            "the same checkpoint is not sent twice"
+        );
+        let (store, fetched) = fetch(&settings, "kv", None, &root.path().join("empty"))
+            .await
+            .unwrap();
+        assert_eq!((store.list().unwrap().len(), fetched.bytes), (1, local[0].bytes));
+        // Emptied: the record alone is not believed.
+        std::fs::remove_dir_all(remote.join("a")).unwrap();
+        assert!(pusher.push().await);
+        assert_eq!(counted(&taker, "stored"), 2);
+        // A part rots, and a drill says so: the part is sent anew, though its size is right.
+        let part = std::fs::read_dir(remote.join("a/kv/parts")).unwrap().next();
+        let part = part.unwrap().unwrap().path();
+        let mut bytes = std::fs::read(&part).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&part, bytes).unwrap();
+        let drill = async |name: &str| fetch(&settings, "kv", None, &root.path().join(name)).await;
+        assert!(pusher.push().await, "nobody knows yet");
+        let damaged = drill("first").await.unwrap_err();
+        note_drill(&dir, "kv", 1, Err(&damaged)).unwrap();
+        assert!(pusher.push().await);
+        drill("second").await.unwrap();
+        let record = OffsiteRecord::read(&dir, "kv");
+        assert!(
+            !record.suspect && !record.drill.unwrap().good,
+            "the verdict stays"
+        );
+    }
+
+    #[test]
+    fn changes_of_one_record_at_the_same_time_are_all_kept() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(&root.path().join("s")).unwrap();
+        std::fs::create_dir_all(dir.checkpoints()).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..25 {
+                        OffsiteRecord::change(&dir, "kv", |record| {
+                            let word = record.failure.get_or_insert_default();
+                            word.push('x');
+                        })
+                        .unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(OffsiteRecord::read(&dir, "kv").failure.unwrap().len(), 100);
     }
 
     #[test]

@@ -13,15 +13,26 @@ use serde::{Deserialize, Serialize};
 use theriac_command::settings::{self, SettingsError};
 use theriac_heal::executor::webhook::{self, WebhookUrl};
 use theriac_heal::policy::{HealPolicy, HealingSection, NodeBudget};
-use theriac_heal::types::FaultClass;
+use theriac_heal::types::{ActionKind, FaultClass};
 use theriac_model::arm::Arm;
 use theriac_model::risk::Horizon;
 use theriac_model::risk::exhaustion::{HORIZON_RATIO_MAX, Limit};
 use theriac_privacy::policy::signed::PolicyPublicKey;
 use theriac_protocol::units::NodeId;
 
+pub use self::cgroup::CgroupSettings;
+pub use self::kubernetes::KubernetesSettings;
+pub use self::proxy::ProxySettings;
+pub use self::systemd::SystemdSettings;
+use crate::offsite::OffsiteSettings;
 use crate::postgres::{CheckpointSettings, SessionSettings};
 use crate::probe::Probe;
+
+mod cgroup;
+mod kubernetes;
+mod proxy;
+mod systemd;
+mod targets;
 
 /// A horizon holds at least so many samples: a line needs six points, and the last of them is still being gathered.
 const HORIZON_SAMPLES_MIN: u32 = 8;
@@ -75,6 +86,8 @@ pub struct EdgeSettings {
     pub healing_budget: NodeBudget,
     /// A signed policy of healing.
     pub healing_policy: HealingPolicySettings,
+    /// Where copies of valid checkpoints go, away from this host. Default: nowhere.
+    pub offsite: Option<OffsiteSettings>,
     /// Services that this edge starts, watches and restarts: one `[[service]]` table each, at most 16.
     pub service: Vec<ServiceSettings>,
 }
@@ -225,6 +238,10 @@ pub struct FederationSettings {
     pub policy_key: Option<PolicyPublicKey>,
     /// Takes published models but sends nothing. Default `false`.
     pub receive_only: bool,
+    /// Says to the aggregator, when asked, whether a model that is not published yet forecasts this host's rows worse than the one in force. Default `false`. Only
+    /// for an edge of those who run the aggregator: the answers depend on its rows, they are charged to no budget, and no guarantee covers them. They are
+    /// asked for only where the aggregator's `rounds.validators` names this edge.
+    pub validator: bool,
     /// First wait before a new attempt to connect, default `1s`, 50 ms to 1 min. Each attempt waits a random time that
     /// doubles up to `retry_max`. Too short floods a recovering aggregator.
     #[serde(with = "settings::duration")]
@@ -257,6 +274,7 @@ impl Default for FederationSettings {
             privacy_policy: None,
             policy_key: None,
             receive_only: false,
+            validator: false,
             retry_base: Duration::from_secs(1),
             retry_max: Duration::from_mins(1),
             local_steps: 20,
@@ -276,6 +294,18 @@ pub struct HealingPolicySettings {
     pub keys: Vec<PolicyPublicKey>,
     /// So many different ones of `keys` must have signed, 1 to their number. Default 1.
     pub need: usize,
+}
+
+impl HealingPolicySettings {
+    /// So many people have to sign before what stands against a service is lifted: as many as a policy, where there are keys; else 0, for the
+    /// word of somebody at the host.
+    pub fn lifted_by(&self) -> u32 {
+        if self.keys.is_empty() {
+            0
+        } else {
+            u32::try_from(self.need.max(1)).unwrap_or(u32::MAX)
+        }
+    }
 }
 
 impl Default for HealingPolicySettings {
@@ -342,6 +372,14 @@ pub struct ServiceSettings {
     /// When the sessions of a PostgreSQL server are in trouble, and which may be touched. Without
     /// it they are looked at, and a person is told: none is touched.
     pub sessions: Option<SessionSettings>,
+    /// What clients connect to instead of the service itself. Optional.
+    pub proxy: Option<ProxySettings>,
+    /// Groups of processes that may be bounded for its sake. Optional.
+    pub cgroup: Option<CgroupSettings>,
+    /// A unit that systemd runs for it. Optional.
+    pub systemd: Option<SystemdSettings>,
+    /// A deployment of Kubernetes beside it. Optional.
+    pub kubernetes: Option<KubernetesSettings>,
     /// Names of the supervised services that this one calls. Default none. While one of them is down this one is not restarted for
     /// not answering, and `incidents why` says which to look at first. A missing name hides a cause, a wrong one blames a bystander.
     #[serde(default)]
@@ -615,6 +653,8 @@ pub struct EdgeConfig {
     pub healing_budget: NodeBudget,
     /// Checked `[healing_policy]`.
     pub healing_policy: HealingPolicySettings,
+    /// Checked `[offsite]`.
+    pub offsite: Option<OffsiteSettings>,
     /// Checked services.
     pub services: Vec<ServiceConfig>,
 }
@@ -663,6 +703,14 @@ pub struct ServiceConfig {
     pub other_states: Vec<PathBuf>,
     /// What its sessions may be touched for.
     pub sessions: Option<SessionSettings>,
+    /// What stands before it.
+    pub proxy: Option<ProxySettings>,
+    /// Groups of processes that may be bounded for its sake.
+    pub cgroup: Option<CgroupSettings>,
+    /// A unit that systemd runs for it.
+    pub systemd: Option<SystemdSettings>,
+    /// A deployment of Kubernetes beside it.
+    pub kubernetes: Option<KubernetesSettings>,
     /// Names of services that it calls, each one supervised here.
     pub depends_on: Vec<String>,
     /// Resident memory at which it fails, where that is known.
@@ -742,6 +790,9 @@ impl EdgeConfig {
             .healing_budget
             .check()
             .map_err(|error| wrong("healing_budget", error))?;
+        if let Some((key, reason)) = settings.offsite.as_ref().and_then(OffsiteSettings::wrong) {
+            return Err(wrong(key, reason));
+        }
         let services = check_services(settings.service, &settings.healing)?;
         check_space(&services, &state_dir.path)?;
         Ok(Self {
@@ -754,6 +805,7 @@ impl EdgeConfig {
             http: settings.http,
             healing_budget,
             healing_policy: check_policy(settings.healing_policy)?,
+            offsite: settings.offsite,
             services,
         })
     }
@@ -979,6 +1031,8 @@ fn check_services(
         services.push(service);
     }
     check_dependencies(&services)?;
+    proxy::check_all(&services)?;
+    cgroup::check_all(&services)?;
     let states: Vec<Option<PathBuf>> = services
         .iter()
         .map(|service| service.state.as_ref().map(|state| state.dir.clone()))
@@ -1210,6 +1264,11 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
         .flat_map(|webhook| webhook.classes.clone())
         .collect();
     healing.session_actions = service.sessions.is_some();
+    healing.target_digests = targets::digests(&service);
+    if let Some((field, reason)) = wrong_hands(&service, healing.action_timeout) {
+        return Err(wrong(key(field), reason));
+    }
+    healing.configured = configured(&service);
     Ok(ServiceConfig {
         name,
         healing,
@@ -1227,9 +1286,44 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
         space: service.space,
         other_states: Vec::new(),
         sessions: service.sessions,
+        proxy: service.proxy,
+        cgroup: service.cgroup,
+        systemd: service.systemd,
+        kubernetes: service.kubernetes,
         depends_on: service.depends_on,
         memory_limit,
     })
+}
+
+fn wrong_hands(service: &ServiceSettings, action_timeout: Duration) -> Option<(&'static str, String)> {
+    let proxy = service
+        .proxy
+        .as_ref()
+        .and_then(|proxy| proxy.wrong(action_timeout));
+    let (systemd, kubernetes) = (service.systemd.as_ref(), service.kubernetes.as_ref());
+    proxy
+        .or_else(|| service.cgroup.as_ref().and_then(CgroupSettings::wrong))
+        .or_else(|| systemd.and_then(|systemd| systemd.wrong(action_timeout)))
+        .or_else(|| kubernetes.and_then(|kubernetes| kubernetes.wrong(action_timeout)))
+}
+
+/// Actions that are configured for some classes, the gentlest first.
+fn configured(service: &ServiceSettings) -> BTreeMap<FaultClass, Vec<ActionKind>> {
+    let bounds = service.cgroup.as_ref().map(CgroupSettings::configured);
+    let drain = service
+        .proxy
+        .as_ref()
+        .map(|proxy| (ActionKind::Drain, proxy.drain_on.clone()));
+    let units = service.systemd.as_ref().map(SystemdSettings::configured);
+    let pods = service.kubernetes.as_ref().map(KubernetesSettings::configured);
+    let mut rungs: BTreeMap<FaultClass, Vec<ActionKind>> = BTreeMap::new();
+    let all = [bounds, units, pods].into_iter().flatten().flatten();
+    for (action, classes) in all.chain(drain) {
+        for class in classes {
+            rungs.entry(class).or_default().push(action);
+        }
+    }
+    rungs
 }
 
 /// `["3s", "12s"]`
@@ -1283,11 +1377,9 @@ pub fn example() -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use theriac_heal::types::ActionKind;
-
     use super::*;
 
-    fn check_text(text: &str) -> Result<EdgeConfig, ConfigError> {
+    pub(super) fn check_text(text: &str) -> Result<EdgeConfig, ConfigError> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("edge.toml");
         std::fs::write(&path, text).unwrap();

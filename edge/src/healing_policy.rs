@@ -9,6 +9,7 @@ use theriac_command::settings::{self, SettingsError};
 use theriac_heal::policy::evaluate::{self, RulingRecord};
 use theriac_heal::policy::file::{FileError, PolicyFile};
 use theriac_heal::policy::{HealPolicy, NodeBudget};
+use theriac_heal::standing::Reinstated;
 use theriac_heal::types::ActionKind;
 use theriac_privacy::policy::signed::{
     PolicyPublicKey, PolicySignature, SignatureError, Subject, signature_path,
@@ -274,6 +275,28 @@ impl Rulings {
     /// # Errors
     /// When the file cannot be read or written.
     pub fn append(&self, record: &RulingRecord) -> std::io::Result<()> {
+        self.add(|previous| {
+            serde_json::to_vec(&RulingRecord {
+                previous,
+                ..record.clone()
+            })
+        })
+    }
+
+    /// Appends that a person lifted what stood against a service, in the same chain.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub fn append_reinstated(&self, record: &Reinstated) -> std::io::Result<()> {
+        self.add(|previous| {
+            serde_json::to_vec(&Reinstated {
+                previous,
+                ..record.clone()
+            })
+        })
+    }
+
+    fn add(&self, line: impl FnOnce(String) -> serde_json::Result<Vec<u8>>) -> std::io::Result<()> {
         let mut file = self.open()?;
         let size = cut_torn(&mut file)?;
         let last = match last_line(&mut file, size)? {
@@ -288,11 +311,7 @@ impl Rulings {
                 Err(error) => return Err(error),
             },
         };
-        let record = RulingRecord {
-            previous: last.as_deref().map(evaluate::line_digest).unwrap_or_default(),
-            ..record.clone()
-        };
-        let mut line = serde_json::to_vec(&record)?;
+        let mut line = line(last.as_deref().map(evaluate::line_digest).unwrap_or_default())?;
         line.push(b'\n');
         if size > 0 && size + line.len() as u64 > self.bytes_max {
             std::fs::rename(&self.path, self.older())?;

@@ -10,6 +10,7 @@
 //! loopback, logs and incidents carry scores and channel names, never samples. The aggregator is optional: without it,
 //! or with a hostile one, detection and healing go on as before.
 
+mod bounds;
 pub mod checkpoints;
 pub mod client;
 pub mod commands;
@@ -21,10 +22,14 @@ pub mod history;
 pub mod http;
 mod level;
 mod logs;
+pub mod memory;
 pub mod metrics;
+pub mod offsite;
 pub mod postgres;
 pub mod pressure;
 pub mod probe;
+pub mod proxy;
+mod reinstate;
 pub mod respond;
 pub mod risk;
 mod run;

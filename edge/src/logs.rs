@@ -1,5 +1,6 @@
 //! The rate of errors in a service's own output, with the shape of the most frequent one. Shapes hold words alone: whatever has a digit, a
-//! quote, a path or anything but letters in it is taken out, so that no value of a user is kept.
+//! quote, a path or anything but letters in it is taken out. A value that is a plain word, such as a name or a passphrase in a line of an
+//! error, looks like any other word and stays: shapes are kept with the incident, on the node.
 //!
 //! After the first step of Drain (He et al., ICWS 2017): tokens that look like parameters are replaced; lines are grouped by what is left.
 

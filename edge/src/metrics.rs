@@ -32,6 +32,15 @@ pub struct ServiceHorizon {
     pub horizon: String,
 }
 
+/// One proxied service and what became of a request.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ServiceOutcome {
+    /// Its name.
+    pub service: String,
+    /// One of five words.
+    pub outcome: String,
+}
+
 /// A gauge of real numbers.
 pub type Real = Gauge<f64, AtomicU64>;
 
@@ -59,8 +68,15 @@ pub struct Metrics {
     pub incidents: Family<Kind, Counter>,
     pub actions: Family<Kind, Counter>,
     pub verdicts: Family<Kind, Counter>,
+    pub proxy_requests: Family<ServiceOutcome, Counter>,
+    pub proxy_retries: Family<Service, Counter>,
+    pub proxy_held: Family<Service, Counter>,
+    pub proxy_in_hand: Family<Service, Gauge>,
+    pub proxy_circuit: Family<Service, Gauge>,
     pub checkpoints: Family<Kind, Counter>,
     pub checkpoints_valid: Family<Service, Gauge>,
+    pub offsite: Family<Kind, Counter>,
+    pub offsite_copies: Family<Service, Gauge>,
     pub connected: Gauge,
     pub connect_attempts: Counter,
     pub bytes_sent: Counter,
@@ -70,6 +86,8 @@ pub struct Metrics {
     pub declines: Family<Kind, Counter>,
     pub rounds: Family<Kind, Counter>,
     pub gate_verdicts: Family<Kind, Counter>,
+    /// What a validator told of candidates, by word.
+    pub appraisals: Family<Kind, Counter>,
     pub model_version: Gauge,
     pub epsilon_spent: Real,
     /// ε of the most charged unit over all time.
@@ -123,8 +141,21 @@ impl Metrics {
                 "heal_verdicts",
                 "Verified outcomes of actions; harm is the one to alert on",
             ),
+            proxy_requests: r.add(
+                "proxy_requests",
+                "Requests (or connections) by outcome: answered, failed, drained, circuit_open, crowded",
+            ),
+            proxy_retries: r.add("proxy_retries", "Requests that the proxy asked a second time"),
+            proxy_held: r.add("proxy_held", "Requests that waited while the service restarted"),
+            proxy_in_hand: r.add("proxy_in_hand", "Requests (or connections) in hand"),
+            proxy_circuit: r.add(
+                "proxy_circuit",
+                "0 while the service is asked, 1 while one request finds out, 2 while it is not",
+            ),
             checkpoints: r.add("checkpoints", "Checkpoints attempted, by result"),
             checkpoints_valid: r.add("checkpoints_valid", "Complete checkpoints at hand"),
+            offsite: r.add("offsite", "Off-site copies attempted, by result"),
+            offsite_copies: r.add("offsite_copies", "Complete off-site copies at the last contact"),
             connected: r.add("connected", "1 while an aggregator has welcomed this edge"),
             connect_attempts: r.add("connect_attempts", "Attempts to connect"),
             bytes_sent: r.unit("sent", "Bytes sent to the aggregator", Unit::Bytes),
@@ -138,6 +169,7 @@ impl Metrics {
             declines: r.add("declines", "Rounds this edge took no part in, by reason"),
             rounds: r.add("rounds", "Rounds that closed while connected, by outcome"),
             gate_verdicts: r.add("gate_verdicts", "What the gate made of published models"),
+            appraisals: r.add("appraisals", "What this validator told of candidates"),
             model_version: r.add("model_version", "Published model in use as prior, 0 for none"),
             epsilon_spent: r.add(
                 "epsilon_spent",
@@ -211,6 +243,14 @@ pub fn kind(word: impl Into<String>) -> Kind {
 /// The label set of one service.
 pub fn service(name: impl Into<String>) -> Service {
     Service { service: name.into() }
+}
+
+/// The label set of one service and outcome.
+pub fn outcome(name: impl Into<String>, outcome: impl Into<String>) -> ServiceOutcome {
+    ServiceOutcome {
+        service: name.into(),
+        outcome: outcome.into(),
+    }
 }
 
 /// The label set of one service and horizon.

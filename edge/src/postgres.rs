@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theriac_command::settings;
+use theriac_heal::background::Background;
 use theriac_heal::checkpoint::kind::Source;
 use theriac_heal::checkpoint::postgres::workload::{Criteria, Template};
 use theriac_heal::checkpoint::postgres::{PostgresSource, ShadowSpec};
+use theriac_heal::checkpoint::redis::{Address, RedisSource};
+use theriac_heal::checkpoint::sqlite::SqliteSource;
 use theriac_heal::executor::postgres::{PostgresHands, SessionPolicy};
 use theriac_heal::executor::process::{Polite, ServiceSpec};
 use theriac_heal::postgres::PostgresError;
@@ -25,8 +28,17 @@ use crate::storage::FREE_MIN;
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointSettings {
     /// `"directory"` (default): the state directory is copied and `state.check` judges the copy. `"postgresql"`: `state.dir` is the
-    /// data directory of a PostgreSQL server; it is asked for a backup, and a second server proves it.
+    /// data directory of a PostgreSQL server; it is asked for a backup, and a second server proves it. `"redis"`: the working
+    /// directory of a Redis server without append-only file; it is asked for a snapshot, and a second server proves it. `"sqlite"`: a
+    /// directory with SQLite databases, which are copied while they are in use, and read whole.
     pub kind: CheckpointKind,
+    /// Where a Redis server listens: `unix:/PATH` or `HOST:PORT`, default `127.0.0.1:6379`.
+    pub address: String,
+    /// File with its password. Default none.
+    pub password_file: Option<PathBuf>,
+    /// Whether a row of a SQLite database that refers to none makes a copy bad. Default `true`; `false` for databases that never
+    /// enforced it.
+    pub foreign_keys: bool,
     /// Directory of the server's Unix socket, default `/var/run/postgresql`.
     pub socket_dir: PathBuf,
     /// The server's port, part of the socket's name. Default 5432.
@@ -42,8 +54,12 @@ pub struct CheckpointSettings {
     /// Most KiB a second that the backup reads, 32 to 1 048 576. Default: as fast as it goes. Lower spares the service and takes
     /// longer.
     pub max_rate_kib: Option<u32>,
-    /// How far backup and shadow stand back for the service, 0 to 19, default 10.
+    /// How far backup and shadow stand back for the services, 0 (not at all) to 19, default 10.
     pub nice: u8,
+    /// How long they run on time that nobody else wants, where control groups can be made; then with the weight of one service.
+    /// Default `8s`, 0 s to 24 h. Too short costs the services' latency on a busy host; too long comes too late before a failure.
+    #[serde(with = "settings::duration")]
+    pub patience: Duration,
     /// Longest time for the backup, and again for its proof. Default `10m`, 1 s to 24 h.
     #[serde(with = "settings::duration")]
     pub timeout: Duration,
@@ -157,6 +173,12 @@ impl SessionSettings {
     }
 }
 
+/// How far what is done with a service's checkpoints stands back for the host's services.
+pub(crate) fn standing_back(config: &ServiceConfig) -> Background {
+    let settings = config.checkpoint.clone().unwrap_or_default();
+    Background::new(i32::from(settings.nice), Some(settings.patience))
+}
+
 /// The hands on a server's sessions, and how often they look; `None` for a service that is no PostgreSQL server.
 pub(crate) fn session_hands(config: &ServiceConfig) -> Option<(PostgresHands, Duration)> {
     let checkpoint = config.checkpoint.as_ref().filter(|_| is_postgres(config))?;
@@ -202,6 +224,10 @@ pub enum CheckpointKind {
     Directory,
     /// By the server's own backup.
     Postgresql,
+    /// By the server's own snapshot.
+    Redis,
+    /// By SQLite's online backup.
+    Sqlite,
 }
 
 impl Default for CheckpointSettings {
@@ -215,6 +241,10 @@ impl Default for CheckpointSettings {
             work_dir: None,
             max_rate_kib: None,
             nice: 10,
+            patience: Duration::from_secs(8),
+            address: "127.0.0.1:6379".to_owned(),
+            password_file: None,
+            foreign_keys: true,
             timeout: Duration::from_mins(10),
             memory_bytes: 512 << 20,
             cpu_cores: 1.0,
@@ -234,7 +264,13 @@ impl CheckpointSettings {
     pub(crate) fn wrong(&self, state: Option<&StateSettings>) -> Option<(&'static str, String)> {
         let within = |duration: Duration, low: Duration, high: Duration| (low..=high).contains(&duration);
         let hour = Duration::from_hours(1);
-        let checks: [(bool, &'static str, &str); 11] = [
+        if self.kind == CheckpointKind::Redis
+            && let Err(words) = self.address.parse::<Address>()
+        {
+            return Some(("checkpoint.address", words));
+        }
+        let checks: [(bool, &'static str, &str); 12] = [
+            (self.patience <= 24 * hour, "checkpoint.patience", "is above 24h"),
             (
                 state.is_some(),
                 "checkpoint",
@@ -243,7 +279,7 @@ impl CheckpointSettings {
             (
                 self.kind == CheckpointKind::Directory || state.is_none_or(|state| state.check.is_empty()),
                 "state.check",
-                "is for kind = \"directory\"; a PostgreSQL copy is proved by its shadow: use checkpoint.invariants",
+                "is for kind = \"directory\"; other copies are proved by reading them: use checkpoint.invariants",
             ),
             (self.port != 0, "checkpoint.port", "0 is no port"),
             (
@@ -295,6 +331,14 @@ pub(crate) fn is_postgres(config: &ServiceConfig) -> bool {
         .is_some_and(|checkpoint| checkpoint.kind == CheckpointKind::Postgresql)
 }
 
+/// Whether its checkpoints count only with the proof of a shadow run.
+pub(crate) fn needs_proof(config: &ServiceConfig) -> bool {
+    config
+        .checkpoint
+        .as_ref()
+        .is_some_and(|checkpoint| checkpoint.kind != CheckpointKind::Directory)
+}
+
 /// How checkpoints of a service's state are taken. `for_command` works beside a running edge.
 ///
 /// # Errors
@@ -304,35 +348,68 @@ pub(crate) fn source(
     state: &StateSettings,
     for_command: bool,
 ) -> Result<Source, PostgresError> {
-    match config.checkpoint.as_ref().filter(|_| is_postgres(config)) {
-        Some(settings) => Ok(Source::Postgres(Box::new(postgres(
-            settings,
-            state,
-            for_command,
-        )?))),
-        None => Ok(Source::Directory {
+    let directory = || Source::Directory {
+        dir: state.dir.clone(),
+        check: state_check(state),
+    };
+    let Some(settings) = &config.checkpoint else {
+        return Ok(directory());
+    };
+    let work_dir = work_dir(settings, state, for_command);
+    let background = standing_back(config);
+    Ok(match settings.kind {
+        CheckpointKind::Directory => directory(),
+        CheckpointKind::Postgresql => {
+            Source::Postgres(Box::new(postgres(settings, state, work_dir, background)?))
+        }
+        CheckpointKind::Redis => Source::Redis(Box::new(RedisSource {
             dir: state.dir.clone(),
-            check: state_check(state),
-        }),
-    }
+            work_dir,
+            // Checked with the configuration.
+            address: settings
+                .address
+                .parse()
+                .unwrap_or_else(|_checked| Address::Tcp(settings.address.clone())),
+            password_file: settings.password_file.clone(),
+            timeout: settings.timeout,
+            free_bytes_min: FREE_MIN,
+            background,
+            memory_bytes: settings.memory_bytes,
+            cpu_cores: settings.cpu_cores,
+            invariants: settings.invariants.clone(),
+        })),
+        CheckpointKind::Sqlite => Source::Sqlite(Box::new(SqliteSource {
+            dir: state.dir.clone(),
+            work_dir,
+            timeout: settings.timeout,
+            free_bytes_min: FREE_MIN,
+            background,
+            foreign_keys: settings.foreign_keys,
+            invariants: settings.invariants.clone(),
+        })),
+    })
+}
+
+/// Beside the state, apart for a command that works beside a running edge.
+fn work_dir(settings: &CheckpointSettings, state: &StateSettings, for_command: bool) -> PathBuf {
+    let with = |path: &Path, suffix: &str| {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(suffix);
+        path.with_file_name(name)
+    };
+    let dir = settings
+        .work_dir
+        .clone()
+        .unwrap_or_else(|| with(&state.dir, ".shadow"));
+    if for_command { with(&dir, "-verify") } else { dir }
 }
 
 fn postgres(
     settings: &CheckpointSettings,
     state: &StateSettings,
-    for_command: bool,
+    work_dir: PathBuf,
+    background: Background,
 ) -> Result<PostgresSource, PostgresError> {
-    let beside = |suffix: &str| {
-        let mut name = state.dir.file_name().unwrap_or_default().to_owned();
-        name.push(suffix);
-        state.dir.with_file_name(name)
-    };
-    let mut work_dir = settings.work_dir.clone().unwrap_or_else(|| beside(".shadow"));
-    if for_command {
-        let mut name = work_dir.file_name().unwrap_or_default().to_owned();
-        name.push("-verify");
-        work_dir = work_dir.with_file_name(name);
-    }
     Ok(PostgresSource {
         binaries: PgBinaries::find_here()?,
         data_dir: state.dir.clone(),
@@ -340,7 +417,7 @@ fn postgres(
         target: target(settings, &state.dir),
         max_rate_kib: settings.max_rate_kib,
         backup_timeout: settings.timeout,
-        nice: i32::from(settings.nice),
+        background,
         free_bytes_min: FREE_MIN,
         shadow: ShadowSpec {
             timeout: settings.timeout,
@@ -429,10 +506,24 @@ mod tests {
         let good = load("kind = \"postgresql\"\nsocket_dir = \"/run/pg\"", state).unwrap();
         assert!(is_postgres(&good.services[0]));
         assert!(!is_postgres(&load("", state).unwrap().services[0]));
+        for kind in ["redis", "sqlite"] {
+            let other = load(&format!("kind = \"{kind}\""), state).unwrap();
+            assert!(needs_proof(&other.services[0]) && !is_postgres(&other.services[0]));
+        }
         for (checkpoint, state, word) in [
             ("kind = \"postgresql\"", "", "service.state"),
             ("kind = \"oracle\"", state, "oracle"),
             ("kind = \"postgresql\"\nnice = 20", state, "checkpoint.nice"),
+            (
+                "kind = \"redis\"\naddress = \"6379\"",
+                state,
+                "checkpoint.address",
+            ),
+            (
+                "kind = \"sqlite\"\npatience = \"2days\"",
+                state,
+                "checkpoint.patience",
+            ),
             (
                 "kind = \"postgresql\"\nmax_error = 1.5",
                 state,

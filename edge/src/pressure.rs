@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use theriac_heal::incident::PressureSeen;
 
@@ -123,6 +123,11 @@ impl Waits {
         }
     }
 
+    /// Whether the last look is `LOOK_EVERY` ago: a share of less time says little, and a look at many threads costs.
+    pub fn is_due(&self) -> bool {
+        self.at.is_none_or(|at| at.elapsed() >= LOOK_EVERY)
+    }
+
     /// Looks at the process and its descendants, and tells of the time since the last look. Without one before there is nothing to tell of
     /// processors.
     pub fn look(&mut self, leader: u32, well: bool) -> PressureSeen {
@@ -130,9 +135,15 @@ impl Waits {
         let elapsed = self.at.replace(now).map(|before| now - before);
         let mut after = BTreeMap::new();
         let mut in_disk = 0_u32;
+        let mut descriptors: Option<f64> = None;
         let mut processes = crate::sample::descendants_of(leader);
         processes.truncate(PROCESSES_MAX);
         for process in processes {
+            let share = descriptors_used(&process);
+            descriptors = match (descriptors, share) {
+                (Some(most), Some(share)) => Some(most.max(share)),
+                (known, share) => known.or(share),
+            };
             let Ok(tasks) = std::fs::read_dir(format!("/proc/{process}/task")) else {
                 continue;
             };
@@ -169,10 +180,28 @@ impl Waits {
             uses_cpu: grown(&|times| times.0).map(|cpu| (cpu / cores as f64).min(1.0)),
             crowd: self.clients.as_mut().and_then(|clients| clients.look(well)),
             host_io_full: Pressure::of_host().io_full,
+            descriptors,
         };
         self.before = after;
         seen
     }
+}
+
+/// Share of its limit of open files that a process has open; `None` where it may not be looked at.
+fn descriptors_used(process: &impl std::fmt::Display) -> Option<f64> {
+    let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).ok()?;
+    let limit = soft_limit(&limits)?;
+    let open = std::fs::read_dir(format!("/proc/{process}/fd")).ok()?.count();
+    Some(open as f64 / limit)
+}
+
+/// The soft limit of open files in `/proc/PID/limits`; `None` for `unlimited`.
+fn soft_limit(limits: &str) -> Option<f64> {
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))?;
+    let limit: f64 = line.split_ascii_whitespace().next()?.parse().ok()?;
+    (limit > 0.0).then_some(limit)
 }
 
 /// `/proc/PID/task/TID/schedstat`: nanoseconds on a processor, nanoseconds ready and waiting for one.
@@ -192,6 +221,8 @@ const PROCESSES_MAX: usize = 64;
 const THREADS_MAX: usize = 128;
 /// Looks over which threads that wait for the disk are counted.
 const DISK_LOOKS: usize = 4;
+/// Least time between two looks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Fewer clients are no crowd.
 const CLIENTS_MIN: f64 = 8.0;
 
@@ -220,6 +251,11 @@ mod tests {
         let mut waits = Waits::default();
         let first = waits.look(std::process::id(), true);
         assert_eq!((first.uses_cpu, first.waits_for_cpu), (None, None));
+        assert!(!waits.is_due(), "not twice within a second");
+        assert!(
+            first.descriptors.is_some_and(|share| share > 0.0 && share < 1.0),
+            "{first:?}"
+        );
         let begun = Instant::now();
         let mut sum = 0_u64;
         while begun.elapsed().as_millis() < 60 {
@@ -232,6 +268,19 @@ mod tests {
         assert!(waits_for_disk("7 (a) D) D 1 2") && !waits_for_disk("7 (a D) S 1 D"));
         assert_eq!(times("5 6 7\n"), Some((5, 6)));
         assert_eq!(times("5"), None);
+    }
+
+    #[test]
+    fn the_soft_limit_of_open_files_is_read() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max processes             unlimited            unlimited            processes \n\
+                      Max open files            1024                 524288               files     \n";
+        assert_eq!(soft_limit(limits), Some(1024.0));
+        assert_eq!(
+            soft_limit("Max open files            unlimited  unlimited  files\n"),
+            None
+        );
+        assert_eq!(soft_limit(""), None);
     }
 
     #[test]

@@ -11,7 +11,9 @@ use std::time::Duration;
 use theriac_heal::executor::clock;
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output};
 use theriac_heal::policy::{Autonomy, HealPolicy, HealingSection, NodeBudget, PolicyError};
-use theriac_heal::types::{FaultClass, Incident, IncidentId, IncidentState, Intent, Notice, Plan};
+use theriac_heal::types::{
+    FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Notice, Verdict,
+};
 use theriac_privacy::policy::signed::{PolicyPublicKey, PolicySignature, SignatureError, Subject};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
@@ -23,7 +25,7 @@ use crate::service::{Command, ServiceShared};
 use crate::state_dir::StateDir;
 use crate::status::Board;
 use crate::storage::StorageWatch;
-use crate::store::{Store, StoreError, Word};
+use crate::store::{REINSTATEMENT, Store, StoreError, Word};
 use crate::supervise::Shutdown;
 
 /// Time between two looks for what people approved.
@@ -61,8 +63,29 @@ pub struct Responder {
     pub new_normals: NewNormals,
     /// Where the stop switch and the log of rulings are.
     pub dir: StateDir,
+    /// What was told to be taken back already.
+    pub undone: Undone,
     /// Whose approvals count where a policy asks for signatures.
     pub keys: Vec<PolicyPublicKey>,
+    /// So many of them have to sign before what stands against a service is lifted; 0 for the word of somebody at the host.
+    pub lifted_by: u32,
+}
+
+/// Intents of reversible actions without effect, or with harm, that were told to be taken back; they outlive the task.
+#[derive(Debug, Clone, Default)]
+pub struct Undone(Arc<Mutex<BTreeSet<IntentId>>>);
+
+impl Undone {
+    /// Whether it is the first time.
+    fn first(&self, intent: IntentId) -> bool {
+        // Held for one insertion.
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = told.insert(intent);
+        while told.len() > UNSAVED_MAX {
+            told.pop_first();
+        }
+        first
+    }
 }
 
 /// Services, or the host, of which a person said that what their incident shows is normal now; cheap to clone.
@@ -152,6 +175,7 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
         },
     );
     responder.follow_switch(&mut machine);
+    responder.show_standing(&machine);
     responder.begin(&machine).await;
     let mut approvals = tokio::time::interval(APPROVALS_EVERY);
     approvals.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -202,11 +226,14 @@ impl Responder {
                 .collect(),
             clock_id: clock::clock_id(),
         };
-        if fresh {
+        let machine = if fresh {
             IncidentMachine::new(config)
         } else {
             IncidentMachine::restore(config, state, clock::now())
-        }
+        };
+        machine
+            .named(&self.board.status().node)
+            .reinstated_by(self.lifted_by)
     }
 
     /// Starts the services, but not where an open incident has a decision pending: there the machine is told how things
@@ -242,6 +269,7 @@ impl Responder {
                     changed = true;
                 }
                 Output::Updated(incident) => {
+                    self.take_back(&incident).await;
                     self.keep(&incident).await;
                     changed = true;
                 }
@@ -250,6 +278,7 @@ impl Responder {
                         .verdict
                         .map_or_else(|| "none".to_owned(), |verdict| verdict.to_string());
                     self.metrics.verdicts.get_or_create(&kind(word)).inc();
+                    self.take_back(&incident).await;
                     tracing::info!(
                         incident = incident.id.0,
                         service = incident.service,
@@ -265,6 +294,12 @@ impl Responder {
                         tracing::warn!(%error, "a ruling of the policy was not written down");
                     }
                 }
+                Output::Reinstated(record) => {
+                    changed = true;
+                    if let Err(error) = Rulings::of(&self.dir).append_reinstated(&record) {
+                        tracing::warn!(%error, "that a service was reinstated was not written down");
+                    }
+                }
                 Output::RecordIntent(intent) => self.record(machine, intent).await,
                 Output::Execute(intent) => {
                     self.metrics
@@ -278,10 +313,26 @@ impl Responder {
             }
         }
         if changed {
+            self.show_standing(machine);
             for (name, hand) in &self.hands {
                 show_trouble(&hand.shared, machine.open_incident(name));
             }
             self.keep_machine(machine).await;
+        }
+    }
+
+    /// What did not help, or harmed, does not stay until its time is over.
+    async fn take_back(&self, incident: &Incident) {
+        for action in &incident.actions {
+            let undone = matches!(action.verdict, Some(Verdict::NoEffect | Verdict::Harm));
+            let (id, kind) = (action.intent.id, action.intent.action);
+            if undone
+                && kind.ends_by_itself()
+                && self.undone.first(id)
+                && let Some(hand) = self.hands.get(&incident.service)
+            {
+                self.command(hand, Command::Undo(id)).await;
+            }
         }
     }
 
@@ -380,16 +431,17 @@ impl Responder {
     }
 
     async fn take_approvals(&self, machine: &mut IncidentMachine) {
-        if !machine
-            .open_incidents()
-            .any(|incident| !incident.state.is_closed())
-        {
+        if machine.open_incidents().next().is_none() && machine.standings().is_empty() {
             return;
         }
         match self.store.take_approvals().await {
             Ok(taken) => {
                 for word in taken {
                     let incident = word.incident;
+                    if incident == REINSTATEMENT {
+                        self.reinstate(machine, &word);
+                        continue;
+                    }
                     tracing::info!(incident = incident.0, approve = word.approve, "a person decided");
                     let input = if !word.approve {
                         Input::Deny { incident }
@@ -429,7 +481,7 @@ impl Responder {
             .and_then(|open| open.plan.as_ref());
         let checked = plan
             .ok_or_else(|| "there is no such plan".to_owned())
-            .and_then(|plan| signed_by(signature, plan, &self.keys));
+            .and_then(|plan| signed_by(signature, Subject::Approval, &plan.text(), &self.keys));
         match checked {
             Ok(key) => Some(Some(key)),
             Err(why) => {
@@ -459,8 +511,13 @@ impl Responder {
     }
 }
 
-/// The pinned key that signed exactly this plan.
-fn signed_by(signature: &str, plan: &Plan, keys: &[PolicyPublicKey]) -> Result<String, String> {
+/// The pinned key that signed exactly this text.
+pub(crate) fn signed_by(
+    signature: &str,
+    subject: Subject,
+    text: &str,
+    keys: &[PolicyPublicKey],
+) -> Result<String, String> {
     let signature: PolicySignature = signature
         .parse()
         .map_err(|error: SignatureError| error.to_string())?;
@@ -468,7 +525,7 @@ fn signed_by(signature: &str, plan: &Plan, keys: &[PolicyPublicKey]) -> Result<S
         return Err(format!("{} is not among healing_policy.keys", signature.key));
     }
     signature
-        .verify_text(Subject::Approval, &plan.text(), signature.key)
+        .verify_text(subject, text, signature.key)
         .map_err(|error| error.to_string())?;
     Ok(signature.key.to_string())
 }
@@ -514,7 +571,7 @@ fn notify(notice: &Notice) {
 
 #[cfg(test)]
 mod tests {
-    use theriac_heal::types::{ActionKind, When};
+    use theriac_heal::types::{ActionKind, Plan, When};
     use theriac_privacy::policy::signed::PolicyKey;
 
     use super::*;
@@ -565,7 +622,9 @@ mod tests {
             unsaved: Unsaved::default(),
             new_normals: NewNormals::default(),
             dir: dir.clone(),
+            undone: Undone::default(),
             keys: Vec::new(),
+            lifted_by: 0,
         };
         let new_normals = responder.new_normals.clone();
         let (storage, unsaved) = (responder.storage.clone(), responder.unsaved.clone());
@@ -743,9 +802,81 @@ mod tests {
         stage.finish().await;
     }
 
+    #[tokio::test]
+    async fn an_open_breaker_is_shown_and_once_a_person_lifts_it_the_start_is_tried_again() {
+        use theriac_heal::standing::Standing;
+        use theriac_heal::types::Outcome;
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        let failed = Outcome::Failed {
+            detail: "cannot run it".to_owned(),
+            running: false,
+        };
+        // Two attempts an incident: the first of the second one is the third failure in a row.
+        for attempts in [2, 1] {
+            stage.crash().await;
+            for _ in 0..attempts {
+                let Command::Execute(intent) = stage.next().await else {
+                    panic!("no action")
+                };
+                let (id, outcome) = (intent.id, failed.clone());
+                stage.events.send(Input::Executed { id, outcome }).await.unwrap();
+            }
+        }
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let standing = || {
+            stage
+                .board
+                .status()
+                .services
+                .first()
+                .map(|line| line.standing.clone())
+        };
+        let open = "the breaker of start is open after 3 failures in a row";
+        while standing() != Some(vec![open.to_owned()]) {
+            assert!(tokio::time::Instant::now() < deadline, "{:?}", standing());
+            tokio::task::yield_now().await;
+        }
+        let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
+        let stored = || {
+            let state = reader.machine().unwrap().unwrap();
+            Standing::of("a", "kv", &state.demoted, &state.breakers)
+        };
+        while stored().is_empty() {
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "the breaker is not stored"
+            );
+            tokio::task::yield_now().await;
+        }
+        let word = |plan: String, signature: Option<String>| Word {
+            incident: REINSTATEMENT,
+            approve: true,
+            plan: Some(plan),
+            signature,
+        };
+        // Of something else, and with a signature that does not count: neither lifts anything.
+        let eve = PolicyKey::from_seed(&[3; 32]);
+        let forged = eve
+            .sign_text(Subject::Reinstatement, &stored().text())
+            .to_string();
+        reader.decide(&word("0".repeat(64), None)).unwrap();
+        reader.decide(&word(stored().hash(), Some(forged))).unwrap();
+        reader.decide(&word(stored().hash(), None)).unwrap();
+        let Command::Execute(intent) = stage.next().await else {
+            panic!("no action")
+        };
+        assert_eq!(intent.action, ActionKind::Start);
+        let rulings = std::fs::read_to_string(stage.dir.rulings()).unwrap();
+        let lifted = rulings.lines().filter(|line| line.contains("\"lifted\""));
+        assert_eq!(lifted.count(), 1, "{rulings}");
+        stage.finish().await;
+    }
+
     #[test]
     fn an_approval_is_signed_by_a_pinned_key_over_exactly_this_plan() {
         let plan = Plan {
+            node: "site-a".to_owned(),
             incident: IncidentId(3),
             service: "kv".to_owned(),
             action: ActionKind::Restart,
@@ -759,7 +890,9 @@ mod tests {
         let keys = [ann.public()];
         let signed = |key: &PolicyKey, subject, plan: &Plan| key.sign_text(subject, &plan.text()).to_string();
         let good = signed(&ann, Subject::Approval, &plan);
-        assert_eq!(signed_by(&good, &plan, &keys), Ok(ann.public().to_string()));
+        let signed_by =
+            |signature: &str, plan: &Plan| signed_by(signature, Subject::Approval, &plan.text(), &keys);
+        assert_eq!(signed_by(&good, &plan), Ok(ann.public().to_string()));
         let other = Plan {
             action: ActionKind::Start,
             ..plan.clone()
@@ -770,7 +903,7 @@ mod tests {
             signed(&ann, Subject::Approval, &other),
             "nothing".to_owned(),
         ] {
-            assert!(signed_by(&bad, &plan, &keys).is_err(), "{bad}");
+            assert!(signed_by(&bad, &plan).is_err(), "{bad}");
         }
     }
 

@@ -31,7 +31,7 @@ use crate::store::{Store, StoreError};
 use crate::supervise::{Pace, Tasks, shutdown};
 use crate::update::Releaser;
 use crate::watch::{self, Watch};
-use crate::{HOST, Tamper, checkpoints};
+use crate::{HOST, Tamper, bounds, checkpoints, proxy};
 
 /// Observations that may wait for the incident machine.
 const EVENTS: usize = 512;
@@ -63,6 +63,16 @@ pub enum EdgeError {
     /// The policy of healing is refused.
     #[error(transparent)]
     HealingPolicy(#[from] HealingPolicyError),
+    /// The address of a proxy cannot be bound.
+    #[error("the proxy of `{service}` cannot listen on {address}: {source}")]
+    Proxy {
+        /// The service.
+        service: String,
+        /// The address.
+        address: SocketAddr,
+        /// The system's word.
+        source: std::io::Error,
+    },
     /// The page's address cannot be bound.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -93,6 +103,8 @@ impl From<EdgeError> for Problem {
             EdgeError::OtherName { enrolled, .. } => Self::config("TH-E0308", text).hint(format!(
                 "set node = \"{enrolled}\", or leave it out; another name needs another state_dir"
             )),
+            EdgeError::Proxy { .. } => Self::temporary("TH-E0385", text)
+                .hint("stop what uses the port, often the service itself, or set proxy.listen"),
             EdgeError::Listen { .. } => Self::temporary("TH-E0306", text)
                 .hint("stop what uses the port, or set http.listen (127.0.0.1:0 takes a free one)"),
         }
@@ -132,6 +144,7 @@ struct Edge {
     metrics: Arc<Metrics>,
     listener: Arc<TcpListener>,
     services: Vec<Arc<ServiceShared>>,
+    proxies: BTreeMap<String, Arc<TcpListener>>,
     lanes: Vec<Arc<LaneShared>>,
     client: Option<Client>,
 }
@@ -203,6 +216,19 @@ impl Edge {
                 })
             }
         };
+        bounds::undo_left(&dir, &config.services);
+        let mut proxies = BTreeMap::new();
+        for service in &services {
+            if let Some(settings) = &service.config.proxy {
+                let bound = TcpListener::bind(settings.listen).await;
+                let listener = bound.map_err(|source| EdgeError::Proxy {
+                    service: service.name.clone(),
+                    address: settings.listen,
+                    source,
+                })?;
+                proxies.insert(service.name.clone(), Arc::new(listener));
+            }
+        }
         let listener = bind(config.http.listen).await?;
         let address = listener.local_addr().map_err(|source| EdgeError::Listen {
             address: config.http.listen,
@@ -220,6 +246,7 @@ impl Edge {
             metrics,
             listener: Arc::new(listener),
             services,
+            proxies,
             lanes,
             client,
         })
@@ -261,7 +288,9 @@ impl Edge {
             unsaved: respond::Unsaved::default(),
             new_normals: new_normals.clone(),
             dir: self.dir.clone(),
+            undone: respond::Undone::default(),
             keys: self.config.healing_policy.keys.clone(),
+            lifted_by: self.config.healing_policy.lifted_by(),
         };
         tasks.spawn("respond", move |shutdown| {
             respond::run(responder.clone(), Arc::clone(&received), shutdown)
@@ -317,16 +346,29 @@ impl Edge {
             tasks.spawn(format!("service {}", shared.name), move |shutdown| {
                 service::own(own.clone(), Arc::clone(&received), shutdown)
             });
+            if let (Some(proxy), Some(listener)) = (&shared.proxy, self.proxies.get(&shared.name)) {
+                let (context, proxy, listener) = (context.clone(), Arc::clone(proxy), Arc::clone(listener));
+                tasks.spawn(format!("proxy {}", shared.name), move |shutdown| {
+                    proxy::run(
+                        context.clone(),
+                        Arc::clone(&proxy),
+                        Arc::clone(&listener),
+                        shutdown,
+                    )
+                });
+            }
             let probe = context.clone();
             tasks.spawn(format!("probe {}", shared.name), move |shutdown| {
                 service::watch(probe.clone(), shutdown)
             });
             if let Some(state) = shared.config.state.clone() {
+                let offsite = self.config.offsite.clone();
                 let (store, storage) = (self.store.clone(), self.storage.clone());
                 tasks.spawn(format!("checkpoint {}", shared.name), move |shutdown| {
                     checkpoints::run(
                         context.clone(),
                         state.clone(),
+                        offsite.clone(),
                         store.clone(),
                         storage.clone(),
                         shutdown,

@@ -1,5 +1,6 @@
 //! One supervised service: the task that owns its process, the task that probes it, and what others may know of it.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,19 +9,22 @@ use std::time::{Duration, Instant};
 use theriac_heal::checkpoint::schedule::Limits;
 use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
 use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLimits};
+use theriac_heal::executor::cgroup::Hierarchies;
+use theriac_heal::executor::clock;
 use theriac_heal::executor::hook::Hook;
 use theriac_heal::executor::postgres::PostgresHands;
 use theriac_heal::executor::process::{
     Leftover, OutputTo, ServiceExit, ServiceSpec, Supervisor, process_state,
 };
+use theriac_heal::executor::proxy::Proxy;
 use theriac_heal::executor::service::{ServiceHands, ServiceState};
 use theriac_heal::executor::space::{SpaceHands, room_needed};
 use theriac_heal::executor::webhook::{SECRET_BYTES_MIN, Webhook};
 use theriac_heal::incident::Input;
-use theriac_heal::types::FaultClass;
-use theriac_heal::types::{ActionKind, Intent};
+use theriac_heal::types::{ActionKind, FaultClass, Intent, IntentId, Outcome};
 use theriac_model::risk::Risk;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::{JoinError, JoinSet};
 
 use crate::config::{HookSettings, ProbeConfig, ServiceConfig, StateSettings, WebhookSettings};
 use crate::logs::LogWatch;
@@ -41,6 +45,8 @@ const CHECK_OUTPUT_BYTES_MAX: usize = 4 << 10;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Time before a webhook is tried again.
 pub(crate) const WEBHOOK_PAUSE: Duration = Duration::from_millis(500);
+/// Most bytes of a file with a webhook's secret that are read.
+const SECRET_FILE_BYTES_MAX: u64 = 64 << 10;
 /// Longest time for one look at a server's sessions.
 const SESSIONS_WITHIN: Duration = Duration::from_secs(2);
 /// Time between two of them right after an action or a failed probe.
@@ -71,6 +77,8 @@ pub struct ServiceShared {
     pub corrupt: AtomicBool,
     /// Held while its state is being copied or replaced, so that the two never meet.
     pub state_in_use: tokio::sync::Mutex<()>,
+    /// What stands before it.
+    pub proxy: Option<Arc<Proxy>>,
     pid: AtomicU32,
     answers: AtomicBool,
     hurry: Notify,
@@ -90,6 +98,7 @@ impl ServiceShared {
         let port = config.probe.as_ref().and_then(|probe| probe.url.tcp_port());
         Self {
             name: config.name.to_string(),
+            proxy: config.proxy.as_ref().map(|proxy| Proxy::new(proxy.spec())),
             config,
             disturbed: AtomicBool::new(false),
             unsound: AtomicBool::new(false),
@@ -146,6 +155,8 @@ pub enum Command {
     Execute(Intent),
     /// Find out what became of an intent before the restart of the edge, then report [`Input::Reconciled`].
     Reconcile(Intent),
+    /// Take back what a reversible action of that intent did.
+    Undo(IntentId),
     /// Start it unless it runs.
     Begin,
     /// Report [`Input::Exited`] when it does not run: an open incident decides what becomes of it.
@@ -182,18 +193,51 @@ pub async fn own(
     let mut commands = commands.lock().await;
     let mut hands = hands(&context)?;
     take_over(&context, &mut hands).await;
+    // What leaves the process alone may take minutes: it runs beside the loop, so that an exit and the signal to stop are heard meanwhile.
+    let mut beside: JoinSet<Outcome> = JoinSet::new();
+    let mut under_way: HashMap<tokio::task::Id, Intent> = HashMap::new();
+    // Also what an earlier run left in force.
+    let mut undo_at = hands.undo_due().await;
     loop {
+        let undo = async {
+            match undo_at {
+                Some(at) => tokio::time::sleep(at.saturating_sub(clock::now().monotonic)).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             // First of all: an exit must not wait for a command that would find it anyway.
             biased;
             exit = hands.supervisor.exited() => context.exited(exit).await,
+            Some(ended) = beside.join_next_with_id(), if !beside.is_empty() => {
+                undo_at = hands.undo_due().await;
+                let (id, outcome) = how_it_ended(ended, hands.supervisor.pid().is_some());
+                if let Some(intent) = under_way.remove(&id) {
+                    report(&context, &hands, &intent, outcome).await;
+                }
+            }
             command = commands.recv() => match command {
-                Some(command) => carry_out(&context, &mut hands, command).await,
+                Some(Command::Execute(intent)) if !intent.action.renews_process() => {
+                    context.acts(&intent);
+                    let hands = hands.beside();
+                    let meant = intent.clone();
+                    let task = beside.spawn(async move { hands.execute(&meant).await });
+                    under_way.insert(task.id(), intent);
+                }
+                Some(command) => {
+                    carry_out(&context, &mut hands, command).await;
+                    undo_at = hands.undo_due().await;
+                }
                 None => break,
             },
+            () = undo => undo_at = hands.undo_due().await,
             () = shutdown.wait() => break,
         }
     }
+    // Its intent is durable: the next run counts it as done and looks what became of it.
+    beside.shutdown().await;
+    // While nobody runs nobody would take it back. Work off the async threads cannot be ended: it finds the gate closed.
+    hands.undo_all();
     if context.shared.config.keep_running {
         tracing::info!(
             service = context.shared.name,
@@ -206,11 +250,24 @@ pub async fn own(
     Ok(())
 }
 
+/// A panic in the hands is a failure like any other: were it not told, its incident could neither close nor go on.
+fn how_it_ended(
+    ended: Result<(tokio::task::Id, Outcome), JoinError>,
+    running: bool,
+) -> (tokio::task::Id, Outcome) {
+    ended.unwrap_or_else(|error| {
+        tracing::error!(%error, "an action did not end");
+        let detail = error.to_string();
+        (error.id(), Outcome::Failed { detail, running })
+    })
+}
+
 async fn take_over(context: &ServiceContext, hands: &mut ServiceHands) {
     let service = context.shared.name.clone();
     match hands.supervisor.take_over().await {
         Ok(Leftover::Adopted { pid }) => {
             tracing::info!(service, pid, "took over the running service");
+            hands.place(pid);
             context.runs(pid, hands.supervisor.starts()).await;
         }
         Ok(Leftover::Cleared { processes }) => {
@@ -231,6 +288,7 @@ async fn take_over(context: &ServiceContext, hands: &mut ServiceHands) {
 async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: Command) {
     let shared = &context.shared;
     match command {
+        Command::Undo(intent) => hands.undo(intent.0).await,
         Command::Begin => begin(context, hands).await,
         Command::Look if hands.supervisor.pid().is_some() => {}
         Command::Look => {
@@ -254,10 +312,7 @@ async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: 
                 .await;
         }
         Command::Execute(intent) => {
-            tracing::info!(service = shared.name, intent = intent.id.0, action = %intent.action, "acting");
-            context
-                .board
-                .update_service(&shared.name, |line| "acting".clone_into(&mut line.state));
+            context.acts(&intent);
             // A copy of the state that is under way would see it change.
             let in_use = match intent.action {
                 ActionKind::RestoreAndStart => Some(shared.state_in_use.lock().await),
@@ -265,18 +320,28 @@ async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: 
             };
             let outcome = hands.execute(&intent).await;
             drop(in_use);
-            context.show(hands.supervisor.pid(), hands.supervisor.starts());
-            context
-                .tell(Input::Executed {
-                    id: intent.id,
-                    outcome,
-                })
-                .await;
-            shared.hurry.notify_one();
-            shared.look_now.notify_one();
-            shared.room_now.store(true, Ordering::Relaxed);
+            report(context, hands, &intent, outcome).await;
         }
     }
+}
+
+/// Tells the machine how an action ended, and has its effect looked for at once.
+async fn report(context: &ServiceContext, hands: &ServiceHands, intent: &Intent, mut outcome: Outcome) {
+    let shared = &context.shared;
+    // The process may have ended, or come back, while the action went on beside it.
+    if let Outcome::Failed { running, .. } = &mut outcome {
+        *running = hands.supervisor.pid().is_some();
+    }
+    context.show(hands.supervisor.pid(), hands.supervisor.starts());
+    context
+        .tell(Input::Executed {
+            id: intent.id,
+            outcome,
+        })
+        .await;
+    shared.hurry.notify_one();
+    shared.look_now.notify_one();
+    shared.room_now.store(true, Ordering::Relaxed);
 }
 
 /// The first start: state check, then the process.
@@ -297,6 +362,7 @@ async fn begin(context: &ServiceContext, hands: &mut ServiceHands) {
     }
     match hands.supervisor.start().await {
         Ok(pid) => {
+            hands.place(pid);
             context.runs(pid, hands.supervisor.starts()).await;
             context.shared.hurry.notify_one();
         }
@@ -313,6 +379,13 @@ async fn begin(context: &ServiceContext, hands: &mut ServiceHands) {
 }
 
 impl ServiceContext {
+    fn acts(&self, intent: &Intent) {
+        let name = &self.shared.name;
+        tracing::info!(service = name, intent = intent.id.0, action = %intent.action, "acting");
+        self.board
+            .update_service(name, |line| "acting".clone_into(&mut line.state));
+    }
+
     async fn exited(&self, exit: ServiceExit) {
         let status = match exit {
             ServiceExit::Code(code) => format!("exit code {code}"),
@@ -321,6 +394,10 @@ impl ServiceContext {
         };
         tracing::warn!(service = self.shared.name, status, "the service ended");
         self.shared.set_pid(None);
+        if let Some(proxy) = &self.shared.proxy {
+            // Whoever asks now may be answered by the next process.
+            proxy.hold();
+        }
         self.shared.answers.store(false, Ordering::Relaxed);
         self.board.update_service(&self.shared.name, |line| {
             "stopped".clone_into(&mut line.state);
@@ -497,6 +574,7 @@ async fn look_again_and_again(context: &ServiceContext) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut full = false;
+    let mut writable = false;
     let mut looks = 0_u32;
     let mut log = context.shared.config.output.clone().map(LogWatch::new);
     let space = space_hands(context);
@@ -523,6 +601,7 @@ async fn look_again_and_again(context: &ServiceContext) {
         }
         if looks.is_multiple_of(ROOM_LOOKS) || context.shared.room_now.swap(false, Ordering::Relaxed) {
             full = look_at_room(context, space.as_ref(), full).await;
+            writable = look_whether_writable(context, writable).await;
         }
         looks = looks.wrapping_add(1);
         let Some(pid) = context.shared.pid() else { continue };
@@ -544,6 +623,24 @@ fn has_ample_room(context: &ServiceContext) -> bool {
     };
     let size = found.f_blocks.saturating_mul(found.f_frsize);
     found.f_bavail.saturating_mul(found.f_frsize) >= 2 * room_needed(size)
+}
+
+/// Tells when the file system of the service's state, which could be written, is mounted read-only now, as after an error of the disk; and when
+/// it can be written again. Returns whether it was ever seen writable: one that never was is meant so.
+async fn look_whether_writable(context: &ServiceContext, was_writable: bool) -> bool {
+    let on = match &context.shared.config.state {
+        Some(state) => match rustix::fs::statvfs(&state.dir) {
+            Ok(found) => found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY),
+            Err(_) => return was_writable,
+        },
+        None => false,
+    };
+    // Also at the first look: an incident from before the edge's restart waits for it.
+    if was_writable || !on {
+        let service = context.shared.name.clone();
+        context.tell(Input::ReadOnly { service, on }).await;
+    }
+    was_writable || !on
 }
 
 /// Tells when the file system of the service's state has no room, or has room again. Returns whether it is full.
@@ -596,12 +693,15 @@ impl ServiceContext {
     /// What keeps its threads from running, while it has some.
     async fn tell_pressure(&self) {
         let Some(pid) = self.shared.pid() else { return };
-        let seen = self
-            .shared
-            .waits
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .look(pid, self.shared.answers.load(Ordering::Relaxed));
+        let shared = Arc::clone(&self.shared);
+        // Thousands of threads are thousands of small reads: not on the async threads, and not at every failed probe.
+        let looked = tokio::task::spawn_blocking(move || {
+            let mut waits = shared.waits.lock().unwrap_or_else(PoisonError::into_inner);
+            waits
+                .is_due()
+                .then(|| waits.look(pid, shared.answers.load(Ordering::Relaxed)))
+        });
+        let Ok(Some(seen)) = looked.await else { return };
         let service = self.shared.name.clone();
         self.tell(Input::Pressure { service, seen }).await;
     }
@@ -616,6 +716,9 @@ impl ServiceContext {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .record(ok, latency);
+        if let Some(proxy) = &shared.proxy {
+            proxy.note_probe(ok);
+        }
         let name = label(&shared.name);
         self.metrics.probes.get_or_create(&name).inc();
         if !ok {
@@ -652,7 +755,7 @@ fn hands(context: &ServiceContext) -> Result<ServiceHands, CheckpointError> {
                 &context.dir,
                 config.name.as_str(),
                 state,
-                crate::postgres::is_postgres(config),
+                crate::postgres::needs_proof(config),
             )?;
             Ok::<_, CheckpointError>(ServiceState {
                 dir: state.dir.clone(),
@@ -670,6 +773,28 @@ fn hands(context: &ServiceContext) -> Result<ServiceHands, CheckpointError> {
             .as_ref()
             .and_then(|settings| webhook(context, settings)),
         space: space_hands(context),
+        proxy: context.shared.proxy.clone(),
+        cgroup: config.cgroup.as_ref().map(|settings| {
+            let at = Hierarchies::read().unwrap_or_else(|error| {
+                tracing::warn!(service = config.name.as_str(), %error, "no control groups are seen");
+                Hierarchies::default()
+            });
+            settings.hands(at, context.dir.bounds_file(config.name.as_str()))
+        }),
+        #[cfg(feature = "systemd")]
+        systemd: config.systemd.as_ref().map(crate::config::SystemdSettings::hands),
+        #[cfg(feature = "kubernetes")]
+        kubernetes: config.kubernetes.as_ref().and_then(|settings| {
+            let hands = settings.hands();
+            if hands.is_none() {
+                let service = config.name.as_str();
+                tracing::error!(
+                    service,
+                    "no API server is named, neither in edge.toml nor by the cluster"
+                );
+            }
+            Some((hands?, format!("{}-{}", context.board.status().node, config.name)))
+        }),
         sessions: crate::postgres::session_hands(config)
             .filter(|_| config.sessions.is_some())
             .map(|(hands, _)| hands),
@@ -707,11 +832,26 @@ fn webhook(context: &ServiceContext, settings: &WebhookSettings) -> Option<Webho
 }
 
 fn read_secret(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read as _;
     use std::os::unix::fs::MetadataExt as _;
-    if std::fs::metadata(path)?.mode() & 0o077 != 0 {
+    // Opened once: what is checked is what is read, whatever is put in its place meanwhile.
+    let file = std::fs::File::open(path)?;
+    let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(std::io::Error::other("it is no file"));
+    }
+    if found.mode() & 0o077 != 0 {
         return Err(std::io::Error::other("others may read it: chmod 600"));
     }
-    let secret = std::fs::read(path)?.trim_ascii().to_vec();
+    let own = rustix::process::geteuid().as_raw();
+    if ![0, own].contains(&found.uid()) {
+        return Err(std::io::Error::other(
+            "it belongs to another user, who can change it",
+        ));
+    }
+    let mut secret = Vec::new();
+    file.take(SECRET_FILE_BYTES_MAX).read_to_end(&mut secret)?;
+    let secret = secret.trim_ascii().to_vec();
     if secret.len() < SECRET_BYTES_MIN {
         return Err(std::io::Error::other(format!(
             "it is shorter than {SECRET_BYTES_MIN} bytes"
@@ -775,3 +915,6 @@ pub(crate) fn state_check(state: &StateSettings) -> Option<StateCheck> {
         output_bytes_max: CHECK_OUTPUT_BYTES_MAX,
     })
 }
+
+#[cfg(test)]
+mod tests;

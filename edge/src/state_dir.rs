@@ -241,6 +241,36 @@ impl StateDir {
         self.root.join("healing.stopped")
     }
 
+    /// While it exists the proxy before that service turns new requests away.
+    pub fn drain_file(&self, service: &str) -> PathBuf {
+        self.root.join(format!("drained-{service}"))
+    }
+
+    /// What is to be undone for that service in groups of processes.
+    pub fn bounds_file(&self, service: &str) -> PathBuf {
+        self.root.join(format!("bounds-{service}.json"))
+    }
+
+    /// All of them, also of services that are not configured any more.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn bounds_files(&self) -> io::Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for entry in self.root.read_dir()? {
+            let path = entry?.path();
+            let name = path
+                .file_stem()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            let json = path.extension().is_some_and(|extension| extension == "json");
+            if json && name.starts_with("bounds-") {
+                found.push(path);
+            }
+        }
+        Ok(found)
+    }
+
     /// The highest version of the policy of healing that held here.
     pub fn healing_version(&self) -> PathBuf {
         self.root.join("healing.version")
@@ -249,6 +279,11 @@ impl StateDir {
     /// What the policy was asked and said.
     pub fn rulings(&self) -> PathBuf {
         self.root.join("rulings.jsonl")
+    }
+
+    /// What went off-site of a service's checkpoints.
+    pub fn offsite(&self, service: &str) -> PathBuf {
+        self.checkpoints().join(format!("{service}.offsite"))
     }
 
     /// What was learnt of when to take a service's checkpoints.

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use theriac_heal::types::Incident;
 use theriac_model::risk::Risk;
 
+use crate::proxy::ProxyStatus;
+
 /// Most incidents that the page shows; older ones are in the store.
 const INCIDENTS_SHOWN: usize = 200;
 
@@ -138,6 +140,12 @@ pub struct ServiceStatus {
     /// Its failure risk, one for each horizon; empty before the first sample.
     #[serde(default)]
     pub risk: Vec<RiskView>,
+    /// What stands against acting on it without a person, in words: demotions after harm, open breakers.
+    #[serde(default)]
+    pub standing: Vec<String>,
+    /// What stands before it; absent where clients come straight to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<ProxyStatus>,
 }
 
 /// The failure risk within one horizon.
@@ -210,10 +218,24 @@ pub struct IncidentView {
     pub healed_unix_ms: Option<u64>,
     /// The latest action; while the incident waits for approval, the one that would be approved.
     pub action: Option<String>,
+    /// Every action that was begun, in order.
+    #[serde(default)]
+    pub actions: Vec<ActionView>,
     /// What verification found.
     pub verdict: Option<String>,
     /// Why a person has to look.
     pub handed_over: Option<String>,
+}
+
+/// One action of an incident.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ActionView {
+    /// Which.
+    pub action: String,
+    /// When it began, milliseconds since the Unix epoch.
+    pub acted_unix_ms: u64,
+    /// What verification found.
+    pub verdict: Option<String>,
 }
 
 impl From<&Incident> for IncidentView {
@@ -237,6 +259,17 @@ impl From<&Incident> for IncidentView {
                 .recommended()
                 .or_else(|| incident.actions.last().map(|record| record.intent.action))
                 .map(|action| action.to_string()),
+            actions: incident
+                .actions
+                .iter()
+                .filter_map(|record| {
+                    Some(ActionView {
+                        action: record.intent.action.to_string(),
+                        acted_unix_ms: record.acted?.unix_ms,
+                        verdict: record.verdict.map(|verdict| verdict.to_string()),
+                    })
+                })
+                .collect(),
             verdict: incident.verdict.map(|verdict| verdict.to_string()),
             handed_over: incident.handed_over.clone(),
         }
@@ -323,8 +356,10 @@ impl Board {
             alarm: false,
             checkpoints: 0,
             checkpoint_failure: None,
+            standing: Vec::new(),
             checkpoint_reason: None,
             risk: Vec::new(),
+            proxy: None,
         };
         change(self.lock().services.entry(name.to_owned()).or_insert_with(fresh));
     }

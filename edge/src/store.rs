@@ -77,16 +77,19 @@ DROP TABLE outbox_1;
 CREATE TABLE ledger (id INTEGER PRIMARY KEY CHECK (id = 1), head TEXT NOT NULL, records INTEGER NOT NULL) STRICT;
 ";
 
-/// What a person decided about an incident.
+/// The number under which word is left that lifts what stands against a service: incidents begin at 1.
+pub const REINSTATEMENT: IncidentId = IncidentId(0);
+
+/// What a person decided about an incident; or, as [`REINSTATEMENT`], that what stands against a service is lifted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Word {
     /// The incident.
     pub incident: IncidentId,
     /// Approved, or denied.
     pub approve: bool,
-    /// Digest of the plan that was approved.
+    /// Digest of the plan that was approved, or of what stands and is lifted.
     pub plan: Option<String>,
-    /// A signature over the plan's text, as a signature file has it; `None` for the word of somebody at the host.
+    /// A signature over the text that the digest is of, as a signature file has it; `None` for the word of somebody at the host.
     pub signature: Option<String>,
 }
 
@@ -871,6 +874,7 @@ mod tests {
             causes: vec![("service_memory".to_owned(), 1.0).into()],
             hypotheses: Vec::new(),
             alternatives: Vec::new(),
+            would: None,
             plan: None,
             approved_by: std::collections::BTreeSet::new(),
             actions: Vec::new(),

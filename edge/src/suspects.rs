@@ -169,6 +169,7 @@ mod tests {
             causes: Vec::new(),
             hypotheses: Vec::new(),
             alternatives: Vec::new(),
+            would: None,
             plan: None,
             approved_by: std::collections::BTreeSet::new(),
             actions: Vec::new(),

@@ -20,6 +20,7 @@ use tokio::time::MissedTickBehavior;
 use crate::HOST;
 use crate::config::{DetectionSettings, SamplingSettings};
 use crate::detect::{Blame, FitEvent, Lane, LaneShared, RowVerdict, Signal, keep_detector};
+use crate::memory::MemoryCourse;
 use crate::metrics::{Metrics, at_horizon, kind, service as label};
 use crate::respond::NewNormals;
 use crate::risk::{HostRisk, RiskModel, ServiceRisk};
@@ -75,6 +76,7 @@ struct Row {
     normal: NewNormal,
     latest: Option<RowVerdict>,
     risk: Option<ServiceRisk>,
+    memory: Option<MemoryCourse>,
 }
 
 impl Row {
@@ -166,6 +168,10 @@ impl Watch {
                 normal: NewNormal::default(),
                 latest: None,
                 risk: risk.transpose()?,
+                memory: service
+                    .as_ref()
+                    .map(|service| MemoryCourse::new(service.config.memory_limit, self.sampling.interval))
+                    .transpose()?,
             })
         };
         self.lanes.iter().map(row).collect()
@@ -178,9 +184,15 @@ impl Watch {
             if let Some(risk) = &mut state.risk {
                 risk.restarted();
             }
+            if let Some(memory) = &mut state.memory {
+                memory.restarted();
+            }
         }
         state.pid = pid.or(state.pid);
         let reading = state.sampler.read(pid, tick.elapsed);
+        if let (Some(memory), Some(reading)) = (&mut state.memory, &reading) {
+            memory.push(tick.now_s, reading.memory_bytes, tick.host.memory_used);
+        }
         let probes = state
             .service
             .as_ref()
@@ -333,6 +345,12 @@ impl Watch {
                 let service = match blame {
                     Blame::Service => {
                         state.untold.service = false;
+                        if let Some(memory) = &state.memory {
+                            self.send(Input::Memory {
+                                service: name.clone(),
+                                seen: memory.seen(),
+                            });
+                        }
                         name
                     }
                     Blame::Host => {

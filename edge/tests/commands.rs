@@ -1189,3 +1189,71 @@ async fn an_approval_says_what_it_is_of_and_another_plan_than_the_one_meant_is_r
     let words = store.take_approvals().await.unwrap();
     assert_eq!((words.len(), words[0].plan.as_deref()), (1, Some(meant.as_str())));
 }
+
+#[tokio::test]
+async fn what_stands_against_a_service_is_listed_and_lifted_by_a_signature_over_exactly_it() {
+    use theriac_heal::breaker::Breaker;
+    use theriac_heal::incident::MachineState;
+    use theriac_heal::policy::RiskClass;
+    use theriac_heal::standing::{Demotion, Standing};
+    use theriac_heal::types::{ActionKind, When};
+    use theriac_privacy::policy::signed::{PolicyKey, PolicySignature, Subject};
+
+    let place = Place::new();
+    let ann = PolicyKey::from_seed(&[7; 32]);
+    std::fs::write(place.path("ann.key"), ann.to_text()).unwrap();
+    let text = format!(
+        "node = 'site-a'\nstate_dir = '{}'\n[healing_policy]\nkeys = ['{}']\n[[service]]\nname = 'kv'\nargv = ['/bin/true']\n",
+        place.text("state"),
+        ann.public()
+    );
+    std::fs::write(place.path("edge.toml"), text).unwrap();
+    let config = place.text("edge.toml");
+    let dir = StateDir::open(&place.path("state")).unwrap();
+    let store = theriac_edge::store::Store::open(&dir).unwrap();
+    let nothing = problem(&["actions", "reinstate", "kv", "--config", &config]).await;
+    assert_eq!(nothing.code, "TH-E0378", "{nothing}");
+    let state = MachineState {
+        demoted: vec![Demotion {
+            service: "kv".to_owned(),
+            class: RiskClass::R2,
+            at: When {
+                monotonic_ms: 5,
+                unix_ms: 1_700_000_000_000,
+            },
+        }],
+        breakers: vec![Breaker {
+            service: "kv".to_owned(),
+            action: ActionKind::Hook,
+            failures: 3,
+            at_ms: 5,
+            since_unix_ms: 1_700_000_000_000,
+        }],
+        ..MachineState::default()
+    };
+    store.save_machine(&state).await.unwrap();
+    let standing = Standing::of("site-a", "kv", &state.demoted, &state.breakers);
+    let listed = json(&["actions", "standing", "--config", &config]).await;
+    assert_eq!(listed, serde_json::json!([standing]));
+    let unsigned = problem(&["actions", "reinstate", "kv", "--config", &config]).await;
+    assert!(
+        unsigned.to_string().contains("1 of them have to sign"),
+        "{unsigned}"
+    );
+    assert!(store.take_approvals().await.unwrap().is_empty());
+    let key = place.text("ann.key");
+    let said = json(&["actions", "reinstate", "kv", "--key", &key, "--config", &config]).await;
+    assert_eq!(said["standing"], standing.hash().as_str());
+    let words = store.take_approvals().await.unwrap();
+    assert_eq!(words[0].incident, theriac_edge::store::REINSTATEMENT);
+    let signature: PolicySignature = words[0].signature.as_ref().unwrap().parse().unwrap();
+    signature
+        .verify_text(Subject::Reinstatement, &standing.text(), ann.public())
+        .unwrap();
+    assert!(
+        signature
+            .verify_text(Subject::Approval, &standing.text(), ann.public())
+            .is_err(),
+        "it is no approval"
+    );
+}

@@ -2,11 +2,14 @@
 //!
 //! | | counts as |
 //! |---|---|
-//! | verified as healed | right |
-//! | verified as without effect, or failed; declined by a person; trouble that went away while the action waited for approval | wrong |
+//! | verified as healed; in `observe`, a new process by other hands after which the service served | right |
+//! | verified as without effect, or failed; declined by a person; trouble that went away while the action waited for approval, or was only observed | wrong |
 //! | harm | harm, and wrong |
 //!
-//! What nobody could observe counts as nothing, and so does an action that was only written down: whether it would have helped is not known.
+//! What nobody could observe counts as nothing. So does an action that was only written down, unless it is a start or restart and what
+//! became of the trouble without it tells: of others it cannot be seen whether somebody else did them.
+//!
+//! A record is of the action as it was configured: with another program or address it begins anew.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +22,10 @@ pub struct Evidence {
     pub service: String,
     /// The action.
     pub action: ActionKind,
+    /// A digest of what people configured the action to be, see [`crate::policy::HealPolicy::target_digests`]; `None` where there is nothing
+    /// to configure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of: Option<String>,
     /// What came of it.
     pub counts: Counts,
 }

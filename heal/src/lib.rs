@@ -22,6 +22,8 @@
 //!    feed [`incident::Input::IntentDurable`].
 //! 4. On [`incident::Output::Execute`]: [`executor::service::ServiceHands::execute`], then feed [`incident::Input::Executed`].
 
+pub mod background;
+pub mod breaker;
 pub mod budget;
 pub mod checkpoint;
 pub mod evidence;
@@ -29,4 +31,5 @@ pub mod executor;
 pub mod incident;
 pub mod policy;
 pub mod postgres;
+pub mod standing;
 pub mod types;

@@ -72,6 +72,10 @@ pub enum FaultClass {
     ConnectionExhaustion,
     /// Many of its sessions wait behind one: that one is to let go, and a restart would throw out all.
     LockPileup,
+    /// It has as many files and connections open as it may: a restart closes them.
+    FdExhaustion,
+    /// The file system of its state could be written and cannot any more: a restart cannot help.
+    ReadOnlyFs,
     /// Something is wrong and the evidence names nothing that an action here would mend.
     Unknown,
 }
@@ -101,7 +105,7 @@ impl RestartHelps {
 
 impl FaultClass {
     /// Every class there is.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Crash,
         Self::Hang,
         Self::MemoryLeak,
@@ -114,6 +118,8 @@ impl FaultClass {
         Self::CpuStarvation,
         Self::ConnectionExhaustion,
         Self::LockPileup,
+        Self::FdExhaustion,
+        Self::ReadOnlyFs,
         Self::Unknown,
     ];
 
@@ -136,6 +142,8 @@ impl FaultClass {
             Self::CpuStarvation => "others have the processors",
             Self::ConnectionExhaustion => "its slots for clients are taken",
             Self::LockPileup => "many of its sessions wait behind one",
+            Self::FdExhaustion => "it has as many files open as it may",
+            Self::ReadOnlyFs => "its file system cannot be written any more",
             Self::Unknown => "something is wrong, and it is not known what",
         }
     }
@@ -143,7 +151,9 @@ impl FaultClass {
     /// Whether a restart mends it.
     pub fn restart_helps(self) -> RestartHelps {
         match self {
-            Self::Crash | Self::Hang | Self::MemoryLeak | Self::CpuContention => RestartHelps::Yes,
+            Self::Crash | Self::Hang | Self::MemoryLeak | Self::CpuContention | Self::FdExhaustion => {
+                RestartHelps::Yes
+            }
             Self::Corruption
             | Self::DiskFull
             | Self::Overload
@@ -151,7 +161,8 @@ impl FaultClass {
             | Self::DiskSlow
             | Self::CpuStarvation
             | Self::ConnectionExhaustion
-            | Self::LockPileup => RestartHelps::No,
+            | Self::LockPileup
+            | Self::ReadOnlyFs => RestartHelps::No,
             Self::Unknown => RestartHelps::Unknown,
         }
     }
@@ -189,6 +200,8 @@ impl FaultClass {
             Self::CpuStarvation => "cpu_starvation",
             Self::ConnectionExhaustion => "connection_exhaustion",
             Self::LockPileup => "lock_pileup",
+            Self::FdExhaustion => "fd_exhaustion",
+            Self::ReadOnlyFs => "read_only_fs",
             Self::Unknown => "unknown",
         }
     }
@@ -225,11 +238,31 @@ pub enum ActionKind {
     Hook,
     /// Move files that the policy's people listed as ones that can be made again to a quarantine on another file system.
     RelieveSpace,
+    /// Bound the processor time of a listed group of processes; taken back by itself.
+    ThrottleCpu,
+    /// Bound the memory of a listed group of processes; taken back by itself.
+    LimitMemory,
+    /// Stop a listed group of processes where it is; it goes on by itself.
+    Freeze,
+    /// Let what the service's proxy has in hand end and turn away what is new; taken back by itself.
+    Drain,
+    /// Have systemd restart a named unit.
+    RestartUnit,
+    /// Have systemd reload a named unit.
+    ReloadUnit,
+    /// Have systemd forget that a named unit failed.
+    ResetFailedUnit,
+    /// Have Kubernetes replace the pods of a named deployment, one after the other.
+    RolloutRestart,
+    /// Have Kubernetes run one more pod of a named deployment, up to a bound.
+    ScaleUp,
+    /// Have Kubernetes go back to the revision before of a named deployment.
+    RolloutUndo,
 }
 
 impl ActionKind {
     /// Every action there is.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 20] = [
         Self::Start,
         Self::Restart,
         Self::RestoreAndStart,
@@ -240,11 +273,29 @@ impl ActionKind {
         Self::Webhook,
         Self::Hook,
         Self::RelieveSpace,
+        Self::ThrottleCpu,
+        Self::LimitMemory,
+        Self::Freeze,
+        Self::Drain,
+        Self::RestartUnit,
+        Self::ReloadUnit,
+        Self::ResetFailedUnit,
+        Self::RolloutRestart,
+        Self::ScaleUp,
+        Self::RolloutUndo,
     ];
 
     /// Whether the service gets another process by it, so that what was seen of the former one says nothing any more.
     pub fn renews_process(self) -> bool {
         matches!(self, Self::Start | Self::Restart | Self::RestoreAndStart)
+    }
+
+    /// Whether it is taken back by itself after a time.
+    pub fn ends_by_itself(self) -> bool {
+        matches!(
+            self,
+            Self::ThrottleCpu | Self::LimitMemory | Self::Freeze | Self::Drain
+        )
     }
 
     /// The action as the contract's files spell it.
@@ -260,6 +311,16 @@ impl ActionKind {
             Self::Webhook => "webhook",
             Self::Hook => "hook",
             Self::RelieveSpace => "relieve_space",
+            Self::ThrottleCpu => "throttle_cpu",
+            Self::LimitMemory => "limit_memory",
+            Self::Freeze => "freeze",
+            Self::Drain => "drain",
+            Self::RestartUnit => "restart_unit",
+            Self::ReloadUnit => "reload_unit",
+            Self::ResetFailedUnit => "reset_failed_unit",
+            Self::RolloutRestart => "rollout_restart",
+            Self::ScaleUp => "scale_up",
+            Self::RolloutUndo => "rollout_undo",
         }
     }
 }
@@ -350,6 +411,9 @@ pub struct Intent {
 /// What a person approves: exactly this action for exactly this diagnosis under exactly these policies, until it expires.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
+    /// The node; empty in a plan of a build that did not name it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
     /// The incident.
     pub incident: IncidentId,
     /// The service.
@@ -370,13 +434,19 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The text that is signed: one line each, in this order. `session` stands only where one is to be touched.
+    /// The text that is signed: one line each, in this order. `node` is left out where it is empty, so that what was signed under an earlier
+    /// build stays signed; `session` stands only where one is to be touched.
     pub fn text(&self) -> String {
         let session = self.session.map_or_else(String::new, |session| {
             format!("session {} {:016x}\n", session.pid, session.birth)
         });
+        let node = if self.node.is_empty() {
+            String::new()
+        } else {
+            format!("node {}\n", self.node)
+        };
         format!(
-            "incident {}\nservice {}\naction {}\nclass {}\n{session}policy {}\nmade {}\nexpires {}\n",
+            "{node}incident {}\nservice {}\naction {}\nclass {}\n{session}policy {}\nmade {}\nexpires {}\n",
             self.incident,
             self.service,
             self.action,
@@ -488,6 +558,11 @@ pub enum Outcome {
         /// Whether the service's process runs now.
         running: bool,
     },
+    /// The executor did its part, and there was nothing left to touch, or too little came of it. The service's process was left alone.
+    Fruitless {
+        /// What it did and saw.
+        detail: String,
+    },
     /// Not carried out: the symptom had gone before the intent was durable.
     NotNeeded,
     /// The node stopped between intent and outcome; what became of it was found out by looking. What does not renew the process is not
@@ -556,6 +631,17 @@ impl fmt::Display for IncidentState {
     }
 }
 
+/// An action on the process that was written down and not done, because autonomy is `observe`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Would {
+    /// The action.
+    pub action: ActionKind,
+    /// When it was decided first.
+    pub at: When,
+    /// Whether the service got another process since, by other hands.
+    pub renewed: bool,
+}
+
 /// Everything that is recorded of one incident.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Incident {
@@ -593,6 +679,9 @@ pub struct Incident {
     pub hypotheses: Vec<Hypothesis>,
     /// What was considered at the latest decision.
     pub alternatives: Vec<Alternative>,
+    /// What autonomy `observe` kept from being done, where what became of the trouble without it tells something of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub would: Option<Would>,
     /// What waits for approval, or was approved last.
     #[serde(default)]
     pub plan: Option<Plan>,
@@ -649,6 +738,6 @@ pub enum NoticeKind {
     HandedToHuman,
     /// The incident that was handed over is still there.
     StillOpen,
-    /// An action did harm: until a person says otherwise the node no longer acts on this service by itself.
+    /// An action did harm: until a person says otherwise the node does nothing of that risk class to this service by itself.
     Demoted,
 }

@@ -75,7 +75,11 @@ impl Node {
                     self.machine.handle(clock::now(), answer);
                 }
                 Output::Closed(incident) => self.closed.push(incident),
-                Output::Opened(_) | Output::Updated(_) | Output::Notify(_) | Output::Ruled(_) => {}
+                Output::Opened(_)
+                | Output::Updated(_)
+                | Output::Notify(_)
+                | Output::Reinstated(_)
+                | Output::Ruled(_) => {}
             }
         }
     }
@@ -165,6 +169,12 @@ fn hands(dir: &Path) -> ServiceHands {
         space: None,
         hook: None,
         webhook: None,
+        proxy: None,
+        cgroup: None,
+        #[cfg(feature = "systemd")]
+        systemd: None,
+        #[cfg(feature = "kubernetes")]
+        kubernetes: None,
         supervisor: Supervisor::new(spec, dir.join("kv.json")),
         state: Some(ServiceState {
             dir: state,

@@ -263,6 +263,13 @@ fn when_the_dependency_serves_again_and_the_caller_does_not_it_is_the_callers_tu
     }
     assert!(world.executed.is_empty());
     world.probe("db", true);
+    assert!(
+        world.executed.is_empty(),
+        "what it did not answer meanwhile says nothing of itself"
+    );
+    for _ in 0..3 {
+        world.probe("app", false);
+    }
     assert_eq!(
         world.executed.first(),
         Some(&ActionKind::Restart),

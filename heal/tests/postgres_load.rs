@@ -12,6 +12,7 @@ mod support;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use support::Cluster;
+use theriac_heal::background::Background;
 use theriac_heal::executor::process::{OutputTo, Polite, ServiceExit, ServiceSpec, Supervisor};
 use theriac_heal::postgres::session::Session;
 
@@ -36,48 +37,59 @@ async fn a_checkpoint_under_load_is_proved_and_the_load_goes_on() {
     let store = cluster.store(1);
     let mut source = cluster.source(vec![balances]);
     source.shadow.requests = 800;
-    source.nice = number("THERIAC_PG_NICE").unwrap_or(10);
+    source.background = Background::new(
+        number("THERIAC_PG_NICE").unwrap_or(10),
+        Some(Duration::from_secs(number("THERIAC_PG_PATIENCE").unwrap_or(8))),
+    );
     source.max_rate_kib = number("THERIAC_PG_RATE");
     if let Some(cpu) = number("THERIAC_PG_CPU") {
         source.shadow.cpu_cores = cpu;
     }
+    // Transactions a second that come whether or not the last was answered.
+    let load_rate = number::<String>("THERIAC_PG_LOAD");
     let size = cluster.psql("select pg_size_pretty(sum(pg_database_size(oid))) from pg_database");
+    let mut ratios = Vec::new();
     for round in 0..rounds {
         let log = cluster.dir.path().join(format!("load-{round}"));
         std::fs::create_dir(&log).unwrap();
         cluster.owner.take(&log).unwrap();
         let prefix = log.join("l");
-        let mut load = cluster.pgbench(&[
-            "-c",
-            "8",
-            "-j",
-            "2",
-            "-T",
-            "100000",
-            "-l",
-            "--log-prefix",
-            prefix.to_str().unwrap(),
-        ]);
+        let mut arguments = vec!["-c", "8", "-j", "2", "-T", "100000", "-l", "--log-prefix"];
+        arguments.push(prefix.to_str().unwrap());
+        // Without it as fast as each is answered.
+        arguments.extend(load_rate.iter().flat_map(|rate| ["-R", rate.as_str()]));
+        let mut load = cluster.pgbench(&arguments);
         tokio::time::sleep(quiet).await;
         let signal = now_us();
         let begun = Instant::now();
         let valid = source.take(&store, 1).await.unwrap();
         let took = begun.elapsed();
         let end = now_us();
-        tokio::time::sleep(quiet).await;
+        // The same time without a checkpoint, so that both are judged over as many transactions.
+        let control = quiet.max(took);
+        tokio::time::sleep(control).await;
         rustix::process::kill_process(
             rustix::process::Pid::from_child(&load),
             rustix::process::Signal::INT,
         )
         .unwrap();
         load.wait().unwrap();
-        let span = quiet.as_micros();
         let latencies = read_log(&log);
+        let without: Vec<(u128, u64)> = latencies
+            .iter()
+            .copied()
+            .filter(|(at, _)| {
+                (signal - quiet.as_micros()..signal).contains(at)
+                    || (end..end + control.as_micros()).contains(at)
+            })
+            .collect();
         let (before, during, after) = (
-            summary(&latencies, signal - span, signal),
+            summary(&latencies, signal - quiet.as_micros(), signal),
             summary(&latencies, signal, end),
-            summary(&latencies, end, end + span),
+            summary(&latencies, end, end + control.as_micros()),
         );
+        let quiet_p99 = percentile(&without);
+        ratios.push((during.0 / quiet_p99, took.as_secs_f64()));
         println!(
             "round {round}: {size}, signal to valid {:.2} s; {:?}",
             took.as_secs_f64(),
@@ -87,9 +99,24 @@ async fn a_checkpoint_under_load_is_proved_and_the_load_goes_on() {
             println!("  {:<15} {:.2} s {}", check.name, check.seconds, check.detail);
         }
         println!(
-            "  p99 ms before {:.1}, during {:.1}, after {:.1}; tps {:.0}, {:.0}, {:.0}",
-            before.0, during.0, after.0, before.1, during.1, after.1
+            "  p99 ms before {:.1}, during {:.1}, after {:.1}; tps {:.0}, {:.0}, {:.0}; during against before and after {:+.0} %",
+            before.0,
+            during.0,
+            after.0,
+            before.1,
+            during.1,
+            after.1,
+            (during.0 / quiet_p99 - 1.0) * 100.0
         );
+        // Which part of it the clients notice.
+        let second = 1_000_000;
+        let parts: Vec<String> = (0..took.as_micros().div_ceil(second))
+            .map(|at| {
+                let from = signal + at * second;
+                format!("{:.1}", summary(&latencies, from, (from + second).min(end)).0)
+            })
+            .collect();
+        println!("  p99 ms of each second: {}", parts.join(" "));
         assert!(during.1 > 0.0, "the load stood still");
         // Shapes of what the load sent, with made-up values, single statements of its transaction among them.
         let workload = valid
@@ -106,6 +133,15 @@ async fn a_checkpoint_under_load_is_proved_and_the_load_goes_on() {
         );
         cluster.psql("checkpoint");
     }
+    let median = |mut of: Vec<f64>| {
+        of.sort_by(f64::total_cmp);
+        of[of.len() / 2]
+    };
+    println!(
+        "{rounds} rounds: p99 during a checkpoint against without, median {:+.0} %; signal to valid, median {:.2} s",
+        (median(ratios.iter().map(|(ratio, _)| *ratio).collect()) - 1.0) * 100.0,
+        median(ratios.iter().map(|(_, took)| *took).collect())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -210,15 +246,20 @@ fn read_log(dir: &std::path::Path) -> Vec<(u128, u64)> {
 
 /// 99th percentile in ms, and transactions a second.
 fn summary(log: &[(u128, u64)], from: u128, to: u128) -> (f64, f64) {
-    let mut taken: Vec<u64> = log
+    let taken: Vec<(u128, u64)> = log
         .iter()
+        .copied()
         .filter(|(end, _)| (from..to).contains(end))
-        .map(|(_, latency)| *latency)
         .collect();
+    (percentile(&taken), taken.len() as f64 * 1e6 / (to - from) as f64)
+}
+
+/// The 99th percentile of the latencies, nearest rank, in ms.
+fn percentile(log: &[(u128, u64)]) -> f64 {
+    let mut taken: Vec<u64> = log.iter().map(|(_, latency)| *latency).collect();
     taken.sort_unstable();
     let rank = (taken.len() * 99).div_ceil(100).max(1) - 1;
-    let p99 = taken.get(rank).copied().unwrap_or(0) as f64 / 1e3;
-    (p99, taken.len() as f64 * 1e6 / (to - from) as f64)
+    taken.get(rank).copied().unwrap_or(0) as f64 / 1e3
 }
 
 fn number<T: std::str::FromStr>(name: &str) -> Option<T> {

@@ -9,6 +9,7 @@
 //! - [`robustness`] measures rules against attacks.
 //! - [`evaluate`] measures anomaly scores against labels, from files.
 //! - [`causes`] measures how well root causes are found.
+//! - [`quiet`] counts what the healer does to nodes that need nothing, on recorded normal metrics.
 //! - [`schedule`] measures what a schedule of checkpoints wastes, on virtual time.
 //! - [`attack`] holds what a hostile edge does to the values it sends; [`hostile`] is such an edge.
 
@@ -21,6 +22,7 @@ pub mod evaluate;
 pub mod fleet;
 pub mod hostile;
 pub mod load;
+pub mod quiet;
 pub mod risk;
 pub mod robustness;
 pub mod schedule;

@@ -12,15 +12,15 @@ use theriac_command::problem::{self, Problem};
 use theriac_command::telemetry::{self, LogFormat};
 use theriac_edge::config::EdgeConfig;
 use theriac_lab::attack::{self, Attack};
-use theriac_lab::campaign::{self, Healer};
+use theriac_lab::campaign::{self, Healer, Plan, Trouble};
 use theriac_lab::causes::{self, CausesError};
 use theriac_lab::compare;
 use theriac_lab::demo;
 use theriac_lab::evaluate::{self, EvaluateError};
-use theriac_lab::fleet::fault::Fault;
 use theriac_lab::fleet::lifeline;
 use theriac_lab::hostile;
 use theriac_lab::load::{self, LoadError};
+use theriac_lab::quiet::{self, QuietError};
 use theriac_lab::risk;
 use theriac_lab::robustness;
 use theriac_lab::schedule::{self, ScheduleError};
@@ -51,7 +51,7 @@ enum Command {
         after_help = "Example: theriac-lab service --listen 127.0.0.1:8080 --control 127.0.0.1:8081 --state kv"
     )]
     Service(service::Args),
-    /// Repeats single faults on one edge and reports medians.
+    /// Brings real faults to services under load that Theriac, other healers and Theriac without its parts look after.
     #[command(
         after_help = "Example: theriac-lab campaign --faults kill9,hang --runs 10 --out theriac-campaign"
     )]
@@ -80,6 +80,9 @@ enum Command {
     /// Simulates when checkpoints are taken, and what that wastes, against Young/Daly and a fixed interval.
     #[command(after_help = "Example: theriac-lab schedule --mtbf 1h --costs 3.1,30 --runs 10")]
     Schedule(schedule::Args),
+    /// Counts actions that nobody needed: recorded normal metrics replayed through the edge's detector and a healer that acts.
+    #[command(after_help = "Example: theriac-lab quiet --data recorded")]
+    Quiet(quiet::Args),
     /// Fits several detectors on labelled recordings and measures them against each other.
     #[command(
         after_help = "Example: theriac-lab compare --data recorded --out comparison --views all,5min,even,odd"
@@ -108,6 +111,12 @@ enum Command {
     /// `service`, ending with its parent.
     #[command(name = "__service", hide = true)]
     SupervisedService(service::Args),
+    /// Takes a campaign back when the process that started this one is gone.
+    #[command(name = "__warden", hide = true)]
+    Warden {
+        /// What is to be taken back.
+        record: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -134,24 +143,33 @@ struct DemoArgs {
 
 #[derive(Debug, Args)]
 struct CampaignArgs {
-    /// Directory for report.html, summary.json and logs.
+    /// Directory for report.html, summary.json, table.md, runs.jsonl and logs.
     #[arg(long, default_value = "theriac-campaign")]
     out: PathBuf,
-    /// Which faults: `kill9`, `hang`, `memory_leak`, `cpu_hog`.
-    #[arg(long, value_delimiter = ',', default_value = "kill9,hang")]
-    faults: Vec<Fault>,
-    /// Who heals: `theriac`, `threshold`, `monit` (its Debian package).
-    #[arg(long, value_delimiter = ',', default_value = "theriac")]
+    /// Which faults, all that this machine can bring by default: `kill9`, `hang`, `memory_leak`, `cpu_hog`, `disk_full`, `disk_creep`,
+    /// `overload`, `dependency_down`; on PostgreSQL `pg_kill9`, `pg_hang`, `connection_exhaustion`, `connection_creep`, `lock_pileup`,
+    /// `pg_disk_full`.
+    #[arg(long, value_delimiter = ',', conflicts_with = "slice")]
+    faults: Vec<Trouble>,
+    /// Who heals, all by default: `theriac`, `without_prediction`, `without_diagnosis`, `threshold`, `monit` (its Debian package).
+    #[arg(long, value_delimiter = ',')]
     healers: Vec<Healer>,
     /// How often each fault comes.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000), conflicts_with = "slice")]
     runs: u32,
     /// Two runs of each.
-    #[arg(long, conflicts_with = "runs")]
+    #[arg(long, conflicts_with_all = ["runs", "slice"])]
     quick: bool,
-    /// Plain lines even on a terminal.
+    /// Three minutes for every change: nine faults once each under Theriac (or `--healers`). The exit code says whether kill -9, hangs,
+    /// full connections, pile-ups and full disks were healed, nothing was restarted that may not be, and no acknowledged write was lost.
     #[arg(long)]
-    plain: bool,
+    slice: bool,
+    /// Gives the order of the faults and the pauses between them: the same for every healer.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Goes on with the runs in `--out`, where the options are the same.
+    #[arg(long, conflicts_with = "slice")]
+    resume: bool,
     /// `human`, or `json` for the summary on standard output.
     #[arg(long, default_value = "human")]
     format: Format,
@@ -244,6 +262,7 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
         Command::Causes(args) => run_causes(args),
         Command::Risk(args) => run_risk(&args),
         Command::Schedule(args) => run_schedule(&args),
+        Command::Quiet(args) => run_quiet(&args),
         Command::Compare(args) => run_compare(args),
         Command::Robustness(args) => run_robustness(&args),
         Command::HostileEdge(args) => run_hostile(args),
@@ -251,6 +270,11 @@ fn run(command: Command) -> Result<ExitCode, Problem> {
             command: AttackCommand::List { format },
         } => list_attacks(format),
         Command::Edge(passed) => run_edge(passed),
+        Command::Warden { record } => match campaign::watch_over(&record) {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(error) => Err(Problem::failed("TH-E0805", error)
+                .hint("see what is mounted and runs in the folder of the campaign")),
+        },
         Command::Aggregator(passed) => {
             lifeline::follow_parent();
             let words = std::iter::once("theriac-aggregator".into()).chain(passed.arguments);
@@ -290,12 +314,24 @@ fn run_demo(args: DemoArgs) -> Result<ExitCode, Problem> {
 
 fn run_campaign(args: CampaignArgs) -> Result<ExitCode, Problem> {
     telemetry::init("warn", LogFormat::Human);
-    let options = campaign::Options {
-        faults: args.faults,
-        healers: args.healers,
-        runs: if args.quick { 2 } else { args.runs },
-        plain: args.plain || args.format == Format::Json,
-        out: args.out,
+    let or_all = |given: Vec<Healer>, all: &[Healer]| if given.is_empty() { all.to_vec() } else { given };
+    let options = if args.slice {
+        campaign::Options::slice(args.out, or_all(args.healers, &[Healer::Theriac]), args.seed)
+    } else {
+        campaign::Options {
+            plan: Plan {
+                faults: if args.faults.is_empty() {
+                    Trouble::ALL.to_vec()
+                } else {
+                    args.faults
+                },
+                healers: or_all(args.healers, &Healer::ALL),
+                runs: if args.quick { 2 } else { args.runs },
+                seed: args.seed,
+            },
+            out: args.out,
+            resume: args.resume,
+        }
     };
     let summary = runtime()?.block_on(campaign::run(&options)).map_err(|error| {
         let hint = format!(
@@ -305,11 +341,11 @@ fn run_campaign(args: CampaignArgs) -> Result<ExitCode, Problem> {
         Problem::failed("TH-E0805", error).hint(hint)
     })?;
     print(args.format, &summary, campaign::results(&summary))?;
-    let healed = summary
-        .results
-        .iter()
-        .all(|row| row.runs > 0 && row.healed_runs == row.runs);
-    Ok(if healed {
+    for short in &summary.shortfalls {
+        writeln!(std::io::stderr(), "fell short: {short}").ok();
+    }
+    let well = summary.shortfalls.is_empty() && !summary.interrupted && !summary.results.is_empty();
+    Ok(if well {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -396,6 +432,17 @@ fn run_schedule(args: &schedule::Args) -> Result<ExitCode, Problem> {
     let measured = schedule::run(args).map_err(|error| match error {
         ScheduleError::Option { .. } => Problem::usage("TH-E0850", error),
         error => Problem::failed("TH-E0851", error),
+    })?;
+    print(args.format, &measured, measured.table())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_quiet(args: &quiet::Args) -> Result<ExitCode, Problem> {
+    telemetry::init("error", LogFormat::Human);
+    let measured = quiet::run(args).map_err(|error| match error {
+        QuietError::Option { .. } => Problem::usage("TH-E0860", error),
+        error => Problem::failed("TH-E0861", error)
+            .hint("a recording is NAME.train.npy.gz in --data: rows of channels scaled to about 0..1"),
     })?;
     print(args.format, &measured, measured.table())?;
     Ok(ExitCode::SUCCESS)

@@ -73,6 +73,8 @@ pub struct Failure {
     pub unix_ms: u64,
     /// How it failed.
     pub kind: FailureKind,
+    /// Whether it was a write.
+    pub write: bool,
 }
 
 /// How a request failed.
@@ -192,7 +194,7 @@ async fn generate(shared: Arc<Shared>, rate: f64, mut stopped: watch::Receiver<(
         let due_ms = unix_ms();
         let (slot, write) = (random.random_range(0..SLOTS), random.random_bool(WRITE_SHARE));
         if under_way.len() >= UNDER_WAY_MAX {
-            shared.seen().failed(due_ms, FailureKind::Timeout);
+            shared.seen().failed(due_ms, FailureKind::Timeout, write);
             continue;
         }
         let task = shared.seen().plan(slot, write);
@@ -225,8 +227,8 @@ impl Shared {
                     {
                         seen.succeeded();
                     }
-                    Ok(_) => seen.failed(due_ms, FailureKind::WrongValue),
-                    Err(kind) => seen.failed(due_ms, kind),
+                    Ok(_) => seen.failed(due_ms, FailureKind::WrongValue, false),
+                    Err(kind) => seen.failed(due_ms, kind, false),
                 }
             }
         }
@@ -344,7 +346,7 @@ impl Seen {
                         *current += 1;
                     }
                 }
-                self.failed(due_ms, kind);
+                self.failed(due_ms, kind, true);
             }
         }
     }
@@ -354,7 +356,7 @@ impl Seen {
         self.report.ok += 1;
     }
 
-    fn failed(&mut self, due_ms: u64, kind: FailureKind) {
+    fn failed(&mut self, due_ms: u64, kind: FailureKind, write: bool) {
         self.report.requests += 1;
         self.report.failed += 1;
         *self.report.kinds.entry(kind).or_default() += 1;
@@ -362,6 +364,7 @@ impl Seen {
             self.report.failures.push(Failure {
                 unix_ms: due_ms,
                 kind,
+                write,
             });
         }
     }

@@ -267,7 +267,7 @@ fn squared_as_is(rows: &ScaledRows, channels: usize, forecast: impl Fn(&[f32], &
 }
 
 /// Own-lag weights as they came, without intercept.
-fn own_as_is(weights: &OwnLagWeights, lags: &[f32], out: &mut [f32]) {
+pub(crate) fn own_as_is(weights: &OwnLagWeights, lags: &[f32], out: &mut [f32]) {
     let channels = weights.channels();
     for (channel, out) in out.iter_mut().enumerate() {
         let own = weights.channel(channel).iter().enumerate();

@@ -19,6 +19,7 @@
 //! Arithmetic: inputs, weights and forecasts are `f32`; Gram matrices, solves, quantiles and the smoothing of
 //! the score are `f64`.
 
+pub mod appraisal;
 pub mod arm;
 pub mod call_graph;
 pub mod causes;

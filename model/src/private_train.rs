@@ -22,5 +22,5 @@ mod network;
 #[cfg(test)]
 mod tests;
 
-pub use self::clipped::{ClippedSum, Trace, UnitGradients};
+pub use self::clipped::{ClippedSum, Factors, Trace, UnitGradients};
 pub use self::network::{DenseLayer, DenseNetwork};

@@ -56,8 +56,15 @@ impl GridSum {
         }
     }
 
+    /// Adds a sum of units that were clipped elsewhere to [`Self::unit_norm_max`].
+    pub(crate) fn add_clipped(&mut self, steps: impl Iterator<Item = i64>) {
+        for (total, x) in self.sum.iter_mut().zip(steps) {
+            *total += x;
+        }
+    }
+
     /// ⌊K/parts⌋: the largest norm of one vector, in steps.
-    fn unit_norm_max(&self) -> i64 {
+    pub(crate) fn unit_norm_max(&self) -> i64 {
         self.grid.norm_max() / i64::from(self.parts)
     }
 

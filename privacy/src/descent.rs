@@ -6,6 +6,8 @@
 //! (composition of Gaussians). So one reservation with multiplier σ pays for T steps with `σ_T = σ√T`, and nothing else has to be
 //! charged.
 //!
+//! Gradients come as vectors ([`UnitSum::add`]) or, many times quicker and as exactly clipped, as products of two factors ([`UnitSum::add_factors`]).
+//!
 //! The reservation is consumed here and its steps are counted: one more than was charged is refused, before anything is read. Where
 //! the model goes with the noisy gradients (momentum, averages of iterates, step lengths) is post-processing.
 
@@ -18,6 +20,7 @@ use theriac_protocol::units::NoiseMultiplier;
 
 use crate::accountant::Rho;
 use crate::clip::GridSum;
+use crate::factors::{FactoredSum, UnitFactors};
 use crate::ledger::{ReleasePlan, Reservation};
 use crate::noise::{NoiseError, NoiseMechanism, release};
 use crate::policy::PrivacyUnit;
@@ -150,11 +153,15 @@ impl NoisyDescent {
     }
 }
 
-/// The gradients of one step, clipped and added one after the other: only one is in memory at a time, however many units and however many values
-/// there are.
+/// The gradients of one step, clipped and added one after the other ([`add`](Self::add)): only one is in memory at a time, however many units and however many values
+/// there are. Or all at once, as factors ([`add_factors`](Self::add_factors)): none is ever formed.
 #[derive(Debug)]
 pub struct UnitSum {
     sum: GridSum,
+    /// Units that came as factors; rounded to the grid of `sum` once, at the end.
+    factored: Option<FactoredSum>,
+    /// Units of the whole plan, drawn in this step or not: how units are added must not follow from how many were drawn.
+    charged: usize,
     left: usize,
     refused: bool,
 }
@@ -163,9 +170,12 @@ impl UnitSum {
     /// Of a step that reads so many of the plan's blocks.
     fn new(plan: &ReleasePlan, blocks: usize, noise: NoiseMultiplier) -> Self {
         let parts = plan.vectors_per_block();
+        let units = |blocks: usize| blocks.saturating_mul(usize::try_from(parts).unwrap_or(usize::MAX));
         Self {
             sum: GridSum::of_parts(plan.values as usize, plan.clip_norm, noise, parts),
-            left: blocks.saturating_mul(usize::try_from(parts).unwrap_or(usize::MAX)),
+            factored: None,
+            charged: units(plan.blocks.len()),
+            left: units(blocks),
             refused: false,
         }
     }
@@ -181,6 +191,27 @@ impl UnitSum {
         self.sum.add(gradient);
     }
 
+    /// Adds the next units, whose gradients are products of two factors ([`crate::factors`]): as exactly clipped, at the cost of one matrix product for all of them.
+    /// More units than were charged, or gradients of another length, add nothing and end the step with [`DescentError::WrongShape`].
+    pub fn add_factors(&mut self, units: &UnitFactors<'_>) {
+        if units.units() == 0 {
+            return;
+        }
+        if units.units() > self.left || units.values() != self.sum.len() {
+            self.refused = true;
+            return;
+        }
+        if self.factored.is_none() {
+            let (grid, norm_max) = (self.sum.grid(), self.sum.unit_norm_max());
+            self.factored = FactoredSum::new(grid, norm_max, self.sum.len(), self.charged);
+        }
+        self.left -= units.units();
+        match &mut self.factored {
+            Some(sum) => sum.add(units),
+            None => (0..units.units()).for_each(|unit| self.sum.add(&units.gradient(unit))),
+        }
+    }
+
     /// Adds each of them.
     fn add_all(&mut self, gradients: &[Vec<f32>]) {
         for gradient in gradients {
@@ -188,12 +219,15 @@ impl UnitSum {
         }
     }
 
-    fn finish(self, units: usize) -> Result<GridSum, DescentError> {
+    fn finish(mut self, units: usize) -> Result<GridSum, DescentError> {
         if self.refused {
             return Err(DescentError::WrongShape {
                 found: units,
                 values: self.sum.len(),
             });
+        }
+        if let Some(factored) = self.factored {
+            self.sum.add_clipped(factored.rounded());
         }
         Ok(self.sum)
     }
@@ -206,6 +240,7 @@ mod tests {
     use theriac_protocol::units::{L2Norm, Round, Timestamp};
 
     use super::*;
+    use crate::factors::LayerFactors;
     use crate::ledger::{Ledger, Reserved};
     use crate::noise::{ExactGaussian, FixedNoise};
     use crate::policy::Policy;
@@ -302,5 +337,67 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let refused = NoisyDescent::new(reservation(folder.path(), UpdateKind::Delta, 0), steps(2));
         assert!(matches!(refused, Err(DescentError::NoBlocks)), "{refused:?}");
+    }
+
+    /// Two inputs and a bias, one output: three values.
+    fn layer<'a>(inputs: &'a [f32], errors: &'a [f32]) -> [LayerFactors<'a>; 1] {
+        [LayerFactors {
+            inputs,
+            errors,
+            bias: true,
+            range_log2: 3,
+        }]
+    }
+
+    #[test]
+    fn steps_take_gradients_as_factors() {
+        let folder = tempfile::tempdir().unwrap();
+        let reservation = reservation(folder.path(), UpdateKind::Moments, 4);
+        let mut descent = NoisyDescent::new(reservation, steps(16)).unwrap();
+        // Gradients (4, 2, 2), cut to norm 2; (0, 0, 0.5); and one that is no number.
+        let (inputs, errors) = ([2.0, 1.0, 0.0, 0.0, 1.0, 1.0], [2.0, 0.5, f32::NAN]);
+        let mean = descent.step_each(&FixedNoise(0.0), |_, sum| {
+            sum.add_factors(&UnitFactors::new(&layer(&inputs, &errors), 3, 1).unwrap());
+            sum.add_factors(&UnitFactors::new(&layer(&[], &[]), 0, 1).unwrap());
+        });
+        let long = 2.0 / 6.0_f32.sqrt();
+        let expected = [2.0 * long, long, long + 0.5].map(|x| x / 4.0);
+        for (found, expected) in mean.unwrap().iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+        }
+        // Five units where four were charged; a vector and four units.
+        for vectors in [0, 1] {
+            let (inputs, errors) = (vec![0.1; 2 * (5 - vectors)], vec![0.1; 5 - vectors]);
+            let refused = descent.step_each(&FixedNoise(0.0), |_, sum| {
+                (0..vectors).for_each(|_| sum.add(&[0.1; 3]));
+                sum.add_factors(&UnitFactors::new(&layer(&inputs, &errors), 5 - vectors, 1).unwrap());
+            });
+            assert!(
+                matches!(refused, Err(DescentError::WrongShape { .. })),
+                "{refused:?}"
+            );
+        }
+        let narrow = descent.step_each(&FixedNoise(0.0), |_, sum| {
+            sum.add_factors(&UnitFactors::new(&layer(&[1.0], &[1.0]), 1, 1).unwrap());
+        });
+        assert!(
+            matches!(narrow, Err(DescentError::WrongShape { .. })),
+            "{narrow:?}"
+        );
+    }
+
+    /// So much noise that a unit has no more than three steps: there is no room for rounding, and gradients are formed one at a time.
+    #[test]
+    fn where_the_grid_is_too_coarse_factors_are_multiplied_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let reservation = reservation(folder.path(), UpdateKind::Moments, 2);
+        let sigma = NoiseMultiplier::new(300_000.0).unwrap();
+        let mut sum = UnitSum::new(reservation.plan(), 2, sigma);
+        sum.add_factors(&UnitFactors::new(&layer(&[2.0, 1.0, 0.0, 0.0], &[2.0, 9.0]), 2, 1).unwrap());
+        let mut expected = GridSum::new(3, L2Norm::new(2.0).unwrap(), sigma);
+        expected.add(&[4.0, 2.0, 2.0]);
+        expected.add(&[0.0, 0.0, 9.0]);
+        assert_eq!(sum.finish(2).unwrap().steps(), expected.steps());
+        assert!(expected.steps().iter().any(|x| *x != 0), "{:?}", expected.steps());
     }
 }

@@ -15,12 +15,13 @@
 //! The guarantee, with unit, adjacency, sensitivity and mechanism, is stated in [`policy`], [`clip`], [`noise`] and
 //! [`accountant`], each beside the code that must keep it.
 //!
-//! This crate knows neither sockets nor models: it sees flat vectors. It is the only one that names OpenDP.
+//! This crate knows neither sockets nor models: it sees flat vectors, or products of two factors that stand for them ([`factors`]). It is the only one that names OpenDP.
 
 pub mod accountant;
 pub mod central;
 pub mod clip;
 pub mod descent;
+pub mod factors;
 #[cfg(feature = "failpoints")]
 pub mod failpoint;
 mod grid;

@@ -115,6 +115,29 @@ impl Plan {
     pub fn noise_multiplier_shown(&self) -> f64 {
         (self.noise_multiplier * 1e3).ceil() / 1e3
     }
+
+    /// So many releases like this one, of other blocks each, added where they are combined: the noise of a sum grows with the root of their number and the signal with the number.
+    #[must_use]
+    pub fn added(&self, releases: u64) -> Self {
+        let noise_to_clip = self.noise_to_clip / (releases.max(1) as f64).sqrt();
+        Self {
+            noise_to_clip,
+            verdict: Verdict::of(noise_to_clip),
+            ..self.clone()
+        }
+    }
+
+    /// The fewest releases like this one whose sum trains.
+    pub fn releases_until_it_trains(&self) -> u64 {
+        let releases = (self.noise_to_clip / TRAINS_TO).powi(2).ceil().max(1.0);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "at least 1; beyond the range it is the largest number"
+        )]
+        let releases = releases as u64;
+        releases
+    }
 }
 
 impl Goal {
@@ -253,6 +276,22 @@ mod tests {
         assert_eq!(recommended(std::slice::from_ref(&alone)), None);
         let moments = goal(4.0, 2160).plan(&candidate(760, 1, None)).unwrap();
         assert_eq!(recommended(&[alone, moments.clone()]), Some(&moments));
+    }
+
+    /// Three hour blocks in memory, sixteen channels: hopeless alone, and the centre adds.
+    #[test]
+    fn few_blocks_train_after_as_many_releases_as_the_plan_says() {
+        let one = goal(4.0, 3).plan(&candidate(352, 1, None)).unwrap();
+        assert_eq!(one.verdict, Verdict::Hopeless, "{one:?}");
+        let needed = one.releases_until_it_trains();
+        assert!((60..68).contains(&needed), "{needed}: (1.27 √352 / 3)²");
+        assert_eq!(one.added(needed).verdict, Verdict::Trains);
+        assert_eq!(one.added(needed - 1).verdict, Verdict::Doubtful);
+        // As many blocks in one release have less noise: cutting a history costs the root of the number of parts.
+        let whole = goal(4.0, 3 * needed).plan(&candidate(352, 1, None)).unwrap();
+        let root = (needed as f64).sqrt();
+        assert!((one.added(needed).noise_to_clip / whole.noise_to_clip - root).abs() < 1e-9);
+        assert_eq!(whole.releases_until_it_trains(), 1);
     }
 
     #[test]

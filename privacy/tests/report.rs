@@ -741,6 +741,9 @@ fn the_page_says_the_statement_and_fetches_nothing() {
         "δ = 1e-6",
         &officer().public().to_string(),
         "privacy verify",
+        "<h2>Mechanisms</h2>",
+        "<td>moments</td>",
+        "of these different",
     ] {
         assert!(html.contains(said), "the page does not say {said}");
     }

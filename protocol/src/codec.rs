@@ -18,8 +18,9 @@ use serde::de::DeserializeOwned;
 
 use crate::frame::{FrameHeader, HEADER_BYTES, kind};
 use crate::message::{
-    AnnounceV1, ClosedV1, DeclineV1, Encoding, FetchModelV1, GoodbyeV1, GuaranteeV1, HelloV1, JoinReplyV1,
-    JoinRequestV1, LedgerSealV1, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateV1, VerdictV1, WelcomeV1,
+    AnnounceV1, AppraisalV1, CandidateV1, ClosedV1, DeclineV1, Encoding, FetchModelV1, GoodbyeV1,
+    GuaranteeV1, HelloV1, JoinReplyV1, JoinRequestV1, LedgerSealV1, ModelV1, ReceiptV1, ToAggregator, ToEdge,
+    UpdateV1, VerdictV1, WelcomeV1,
 };
 use crate::refusal::{RefusalCode, RefusalV1};
 
@@ -57,7 +58,9 @@ pub fn body_bytes_max(kind: u16, payload_bytes_max: u32) -> Option<u32> {
     #[expect(clippy::cast_possible_truncation, reason = "16,384")]
     const JOIN: u32 = JOIN_BYTES_MAX as u32;
     match kind {
-        kind::UPDATE_V1 | kind::MODEL_V1 => Some(payload_bytes_max.saturating_add(4 + PLAIN)),
+        kind::UPDATE_V1 | kind::MODEL_V1 | kind::CANDIDATE_V1 => {
+            Some(payload_bytes_max.saturating_add(4 + PLAIN))
+        }
         kind::JOIN_REQUEST_V1 | kind::JOIN_REPLY_V1 => Some(JOIN),
         kind::EDGE_GOODBYE_V1 => Some(0),
         kind::HELLO_V1
@@ -65,6 +68,7 @@ pub fn body_bytes_max(kind: u16, payload_bytes_max: u32) -> Option<u32> {
         | kind::FETCH_MODEL_V1
         | kind::VERDICT_V1
         | kind::GUARANTEE_V1
+        | kind::APPRAISAL_V1
         | kind::WELCOME_V1
         | kind::REFUSAL_V1
         | kind::ANNOUNCE_V1
@@ -88,6 +92,7 @@ pub fn encode_to_aggregator(message: &ToAggregator) -> Result<Encoded, CodecErro
         ToAggregator::FetchModel(fetch) => plain(kind::FETCH_MODEL_V1, fetch),
         ToAggregator::Verdict(verdict) => plain(kind::VERDICT_V1, verdict),
         ToAggregator::Guarantee(guarantee) => plain(kind::GUARANTEE_V1, guarantee),
+        ToAggregator::Appraisal(appraisal) => plain(kind::APPRAISAL_V1, appraisal),
         ToAggregator::Goodbye => frame(kind::EDGE_GOODBYE_V1, &[], &Bytes::new()),
     }
 }
@@ -106,6 +111,7 @@ pub fn decode_to_aggregator(kind: u16, body: Bytes) -> Result<ToAggregator, Code
         kind::FETCH_MODEL_V1 => read_plain(kind, &body).map(ToAggregator::FetchModel),
         kind::VERDICT_V1 => read_plain(kind, &body).map(ToAggregator::Verdict),
         kind::GUARANTEE_V1 => read_plain(kind, &body).map(ToAggregator::Guarantee),
+        kind::APPRAISAL_V1 => read_plain(kind, &body).map(ToAggregator::Appraisal),
         kind::EDGE_GOODBYE_V1 => consumed(kind, 0, body.len()).map(|()| ToAggregator::Goodbye),
         _ => Err(CodecError::UnsupportedKind { kind }),
     }
@@ -124,6 +130,7 @@ pub fn encode_to_edge(message: &ToEdge) -> Result<Encoded, CodecError> {
         ToEdge::Model(model, payload) => with_payload(kind::MODEL_V1, model, payload),
         ToEdge::Closed(closed) => plain(kind::CLOSED_V1, closed),
         ToEdge::Seal(seal) => plain(kind::LEDGER_SEAL_V1, seal),
+        ToEdge::Candidate(candidate, payload) => with_payload(kind::CANDIDATE_V1, candidate, payload),
         ToEdge::Goodbye(goodbye) => plain(kind::AGGREGATOR_GOODBYE_V1, goodbye),
     }
 }
@@ -143,6 +150,9 @@ pub fn decode_to_edge(kind: u16, body: Bytes) -> Result<ToEdge, CodecError> {
         }
         kind::CLOSED_V1 => read_plain(kind, &body).map(ToEdge::Closed),
         kind::LEDGER_SEAL_V1 => read_plain(kind, &body).map(ToEdge::Seal),
+        kind::CANDIDATE_V1 => {
+            read_with_payload(kind, body).map(|(header, payload)| ToEdge::Candidate(header, payload))
+        }
         kind::AGGREGATOR_GOODBYE_V1 => read_plain(kind, &body).map(ToEdge::Goodbye),
         _ => Err(CodecError::UnsupportedKind { kind }),
     }
@@ -383,6 +393,8 @@ impl Checked for DeclineV1 {}
 impl Checked for FetchModelV1 {}
 impl Checked for VerdictV1 {}
 impl Checked for RefusalV1 {}
+impl Checked for AppraisalV1 {}
+impl Checked for CandidateV1 {}
 impl Checked for AnnounceV1 {}
 impl Checked for ClosedV1 {}
 impl Checked for GoodbyeV1 {}

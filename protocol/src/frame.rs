@@ -38,6 +38,8 @@ pub mod kind {
     pub const VERDICT_V1: u16 = 0x0501;
     /// [`GuaranteeV1`](crate::message::GuaranteeV1), edge to aggregator.
     pub const GUARANTEE_V1: u16 = 0x0701;
+    /// [`AppraisalV1`](crate::message::AppraisalV1), edge to aggregator.
+    pub const APPRAISAL_V1: u16 = 0x0801;
     /// Goodbye of an edge; no body.
     pub const EDGE_GOODBYE_V1: u16 = 0x0601;
 
@@ -60,6 +62,8 @@ pub mod kind {
     pub const CLOSED_V1: u16 = 0x8601;
     /// [`LedgerSealV1`](crate::message::LedgerSealV1), aggregator to edge.
     pub const LEDGER_SEAL_V1: u16 = 0x8801;
+    /// [`CandidateV1`](crate::message::CandidateV1) and its payload, aggregator to edge.
+    pub const CANDIDATE_V1: u16 = 0x8901;
     /// [`GoodbyeV1`](crate::message::GoodbyeV1), aggregator to edge.
     pub const AGGREGATOR_GOODBYE_V1: u16 = 0x8701;
 }

@@ -35,6 +35,8 @@ pub enum ToAggregator {
     Verdict(VerdictV1),
     /// What the edge's policy guarantees; said after the first [`ToEdge::Seal`], which tells that it is understood.
     Guarantee(GuaranteeV1),
+    /// What a validator makes of a candidate; only an edge that was sent a [`ToEdge::Candidate`] says it.
+    Appraisal(AppraisalV1),
     /// The edge leaves.
     Goodbye,
 }
@@ -57,6 +59,9 @@ pub enum ToEdge {
     /// How far the aggregator has seen the edge's privacy ledger come; only said to an edge whose Hello lists
     /// [`FEATURE_LEDGER_SEAL`].
     Seal(LedgerSealV1),
+    /// A model that is not published yet, for a validator to try on its own rows; the payload is as that of [`ToEdge::Model`]. Only said to an edge
+    /// whose Hello lists [`FEATURE_VALIDATOR`] and that the aggregator's configuration names.
+    Candidate(CandidateV1, Bytes),
     /// The aggregator is going down; come back after the given time.
     Goodbye(GoodbyeV1),
 }
@@ -67,6 +72,10 @@ pub const FEATURE_LEDGER_SEAL: &str = "ledger-seal-1";
 /// Feature of a [`HelloV1`]: the edge can read an announcement of [`UpdateKind::Gradient`] and a model with a full linear part. An
 /// aggregator whose rounds collect gradients admits no edge without it.
 pub const FEATURE_GRADIENT: &str = "gradient-1";
+
+/// Feature of a [`HelloV1`]: the edge's operator lets it say what candidate models do on its own rows. It is the platform team's own edge and gives up that much of
+/// its privacy: no guarantee covers an [`AppraisalV1`].
+pub const FEATURE_VALIDATOR: &str = "validator-1";
 
 /// Who an edge is and what it knows. Its node id is *not* in here: it comes from the certificate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -362,6 +371,50 @@ pub struct ModelV1 {
     pub rule: String,
     /// Number of updates in it.
     pub contributors: u32,
+}
+
+/// Header of a model that a validator is asked about before it is published; the values follow as raw bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CandidateV1 {
+    /// The round that made it.
+    pub round: Round,
+    /// The model in force, which it is held against.
+    pub base_version: ModelVersion,
+    /// Digest of that model's payload.
+    pub base_digest: Digest,
+    /// Digest of the candidate's layout.
+    pub layout_digest: Digest,
+    /// Number of values.
+    pub values: u32,
+    /// SHA-256 of the payload.
+    pub payload_digest: Digest,
+    /// Time left to answer, in milliseconds, counted from receipt.
+    pub deadline_ms: u32,
+}
+
+/// What a validator makes of a candidate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Appraisal {
+    /// It forecasts the validator's rows at least as well as the model in force, up to chance and a small margin.
+    NotWorse,
+    /// It forecasts them worse.
+    Worse,
+    /// Too few rows, another layout, or the model in force is not held.
+    CannotTell,
+}
+
+/// A validator's answer to a [`CandidateV1`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppraisalV1 {
+    /// The round of the candidate.
+    pub round: Round,
+    /// Digest of the candidate's payload.
+    pub payload_digest: Digest,
+    /// What was found.
+    pub appraisal: Appraisal,
+    /// Residual of the candidate over that of the model in force, in thousandths, on the test that told most against it; 0 when it cannot be told,
+    /// saturating.
+    pub ratio_permille: u32,
 }
 
 /// A round has ended.

@@ -189,7 +189,7 @@ pub enum RoundOutcome {
 pub enum AbortReason {
     /// Fewer valid updates than the quorum at the deadline.
     QuorumMissed,
-    /// The rule could not produce a model.
+    /// The rule could not produce a model, or a validator turned down the one that it produced.
     AggregationFailed,
     /// An operator ended it.
     Operator,

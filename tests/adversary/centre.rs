@@ -65,6 +65,7 @@ impl Centre {
             deadline: DEADLINE,
             pause: Duration::from_secs(1),
             late_updates: false,
+            updates_max: usize::MAX,
             rounds_max: None,
             terms,
         };
@@ -136,7 +137,8 @@ impl Centre {
                 ToAggregator::Hello(_)
                 | ToAggregator::FetchModel(_)
                 | ToAggregator::Verdict(_)
-                | ToAggregator::Guarantee(_),
+                | ToAggregator::Guarantee(_)
+                | ToAggregator::Appraisal(_),
             ) => Answer::Silence,
             Err(error) => refused(error.refusal_code()),
         }

@@ -142,7 +142,7 @@ impl Played {
                     sent.ok()?;
                 }
                 Ok(report @ (ToAggregator::Update(..) | ToAggregator::Decline(_))) => return Some(report),
-                Ok(ToAggregator::Verdict(_) | ToAggregator::Guarantee(_)) => {}
+                Ok(ToAggregator::Verdict(_) | ToAggregator::Guarantee(_) | ToAggregator::Appraisal(_)) => {}
                 Ok(other) => panic!("{other:?} instead of a report"),
                 Err(_) => return None,
             }

@@ -210,7 +210,8 @@ async fn greet(
             | ToEdge::Receipt(_)
             | ToEdge::Model(..)
             | ToEdge::Closed(_)
-            | ToEdge::Seal(_)),
+            | ToEdge::Seal(_)
+            | ToEdge::Candidate(..)),
         ) => Err(ConnectError::Protocol(format!(
             "a {} before the welcome",
             word(&other)
@@ -242,6 +243,7 @@ fn word(message: &ToEdge) -> &'static str {
         ToEdge::Model(..) => "model",
         ToEdge::Closed(_) => "round's end",
         ToEdge::Seal(_) => "counter-signature",
+        ToEdge::Candidate(..) => "candidate",
         ToEdge::Goodbye(_) => "goodbye",
     }
 }

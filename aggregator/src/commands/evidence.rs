@@ -12,10 +12,13 @@ use super::{Common, load, open, print, store_problem};
 use crate::evidence::law::{Finding, Verdict};
 use crate::evidence::reputation::QuarantineLimits;
 use crate::evidence::{Decision, Record, words};
-use crate::replay::replay as do_again;
+use crate::replay::{Replayed, replay as do_again};
+use crate::status::FormerLedgerStatus;
 use crate::store::evidence::{self, RoundPlan};
 use crate::store::history::RoundDetail;
-use crate::store::records;
+use crate::store::records::{self, SiteRow};
+use crate::store::sums::{self, SiteSum};
+use crate::validation::Validation;
 
 /// Exit code of a replay that cannot be done, with nothing wrong.
 const CANNOT: u8 = 3;
@@ -27,6 +30,9 @@ pub(super) struct RoundShown {
     pub(super) detail: RoundDetail,
     /// With what it was combined; absent for a round that gave no model.
     pub(super) plan: Option<RoundPlan>,
+    /// What validators said of the candidate; absent: nobody was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) validation: Option<Validation>,
     /// By site.
     pub(super) decisions: Vec<Record>,
 }
@@ -122,13 +128,27 @@ pub(super) fn show_site(args: &ShowArgs) -> Result<ExitCode, Problem> {
     let reputation = reputations.get(name).copied().unwrap_or_default();
     let history = evidence::of_site(read, name, args.limit).map_err(|error| store_problem(&error))?;
     let state = crate::store::word(site.state);
-    let story = story(name, &state, &history, reputation, &config.quarantine);
+    let sums = sums::standing(read, config.rounds.accumulate).map_err(|error| store_problem(&error))?;
+    let sum = sums.get(name).copied();
+    let mut story = story(name, &state, &history, reputation, &config.quarantine);
+    story.kept = kept(sum);
+    story.ledgers = ledgers(&site, config.privacy_floor.ledger_continuity);
+    let former: Vec<FormerLedgerStatus> = site
+        .former_ledgers
+        .into_iter()
+        .map(FormerLedgerStatus::from)
+        .collect();
     let value = json!({
         "site": name.as_str(), "state": state, "trust": reputation.trust(),
         "quarantined_since": reputation.quarantined_since,
         "rounds_to_leave": reputation.rounds_to_leave(&config.quarantine),
         "standing": story.standing, "why": story.why, "figures": story.figures, "advice": story.advice,
         "accepted": site.accepted, "refusals": site.refusals, "declines": site.declines, "history": history,
+        "epsilon": site.epsilon, "ledger_records": site.ledger.records, "former_ledgers": former,
+        "ledger_unallowed": site.ledger_unallowed,
+        "earlier_releases": sum.map(|sum| json!({
+            "releases": sum.behind.releases, "blocks_min": sum.behind.blocks_min, "blocks_max": sum.behind.blocks_max, "since_round": sum.since,
+        })),
     });
     print(args.common.format, &value, human(name, &state, &story, &history))?;
     Ok(ExitCode::SUCCESS)
@@ -141,6 +161,62 @@ struct Story {
     why: Vec<String>,
     figures: Vec<String>,
     advice: String,
+    /// What of it counts in the next round besides what it sends.
+    kept: String,
+    /// Its privacy ledgers, where it had more than one.
+    ledgers: Vec<String>,
+}
+
+/// What earlier releases of a site count in the next round.
+fn kept(sum: Option<SiteSum>) -> String {
+    sum.map_or_else(
+        || "no earlier release of it counts in the next round".to_owned(),
+        |sum| {
+            format!(
+                "in the next round count, besides what it sends: {}, taken in since round {}",
+                words::behind(sum.behind),
+                sum.since
+            )
+        },
+    )
+}
+
+/// That a new ledger was begun, and what had been spent before.
+fn ledgers(site: &SiteRow, continuity: bool) -> Vec<String> {
+    let spent =
+        |epsilon: Option<f64>| epsilon.map_or_else(|| "-".to_owned(), |epsilon| format!("{epsilon:.3}"));
+    let mut said: Vec<String> = site
+        .former_ledgers
+        .iter()
+        .map(|former| {
+            format!(
+                "a new ledger began on {}, the former one of {} records had spent epsilon {} since {}",
+                super::records::rfc3339(former.ended.0),
+                former.head.records,
+                spent(former.epsilon),
+                super::records::rfc3339(former.began.0)
+            )
+        })
+        .collect();
+    if said.is_empty() {
+        return said;
+    }
+    said.push(format!(
+        "in the present one it has spent epsilon {}; what its people have lost is at most the sum of all",
+        spent(site.epsilon)
+    ));
+    if site.ledger_unallowed {
+        let then = if continuity {
+            "it is kept out until"
+        } else {
+            "with privacy_floor.ledger_continuity it would be kept out until"
+        };
+        let name = &site.node;
+        said.push(format!(
+            "nobody has allowed the new ledger: {then} `theriac-aggregator sites allow-ledger {name}`"
+        ));
+    }
+    said
 }
 
 /// Reasons that are said at most.
@@ -190,6 +266,8 @@ fn story(
             _ => words::advice(name.as_str(), last, &reputation),
         },
         why,
+        kept: String::new(),
+        ledgers: Vec::new(),
     }
 }
 
@@ -207,14 +285,18 @@ fn human(name: &NodeId, state: &str, story: &Story, history: &[Record]) -> Strin
         .iter()
         .map(|record| figures(&record.round.to_string(), record))
         .collect();
-    let figures = match story.figures.as_slice() {
+    let part = |title: &str, lines: &[String]| match lines {
         [] => String::new(),
-        lines => format!("figures\n{}", list(lines)),
+        [line] if line.is_empty() => String::new(),
+        lines => format!("{title}\n{}", list(lines)),
     };
+    let figures = part("figures", &story.figures);
     format!(
-        "{name}: {state}, {}\nwhy\n{}{figures}what you can do\n  {}\n\n{}",
+        "{name}: {state}, {}\nwhy\n{}{figures}{}{}what you can do\n  {}\n\n{}",
         story.standing,
         list(&story.why),
+        part("earlier releases", std::slice::from_ref(&story.kept)),
+        part("privacy ledgers", &story.ledgers),
         story.advice,
         table(&header, &rows)
     )
@@ -223,15 +305,13 @@ fn human(name: &NodeId, state: &str, story: &Story, history: &[Record]) -> Strin
 /// Does a past round again. Exit code 0: the same bits; 1: not; 3: it cannot be done, and nothing is wrong.
 pub(super) fn replay(common: &Common, round: u64) -> Result<ExitCode, Problem> {
     let config = load(&common.config)?;
-    let (_, database) = open(&config)?;
-    match do_again(database.read(), database.blobs(), &config.model, Round(round)) {
+    let (dir, database) = open(&config)?;
+    let key = crate::audit::AuditKey::load(&dir.audit_key(), &config.federation)
+        .map_err(|error| crate::serve::ServeError::from(error).problem())?;
+    let key = key.log_key().public();
+    match do_again(database.read(), database.blobs(), &config.model, &key, Round(round)) {
         Ok(same) => {
-            let human = format!(
-                "round {round}: the same bits. Model {} has SHA-256 {} again; {} updates counted, {} did not, {} records of the round \
-                 and {} hashes of the chain are as they were written",
-                same.model_version, same.model_digest, same.combined, same.left_out, same.records, same.chain
-            );
-            print(common.format, &same, human)?;
+            print(common.format, &same, same_again(&same))?;
             Ok(ExitCode::SUCCESS)
         }
         Err(crate::replay::ReplayError::Store(error)) => Err(store_problem(&error)),
@@ -251,6 +331,28 @@ pub(super) fn replay(common: &Common, round: u64) -> Result<ExitCode, Problem> {
             "keep a copy of the data directory as evidence, compare it with a backup, and check the log with `audit export` and `audit verify`",
         )),
     }
+}
+
+/// For people: what a replay found.
+fn same_again(same: &Replayed) -> String {
+    let model = same.model_version.map_or_else(
+        || "The model that it turned down".to_owned(),
+        |version| format!("Model {version}"),
+    );
+    let head = match same.signed_head {
+        Some(size) => format!("the round's own are under the head that was signed at {size} leaves"),
+        None => {
+            "no head is signed since the round ended, so nothing vouches for its own leaves yet".to_owned()
+        }
+    };
+    let validation = same.validation.as_ref().map_or_else(String::new, |words| {
+        format!("\nvalidation, decided again: {words}")
+    });
+    format!(
+        "round {}: the same bits. {model} has SHA-256 {} again; {} updates counted, {} did not, {} records of the round \
+         and {} hashes of the chain are as they were written. {} leaves of the audit log have their hashes and give the signed roots; {head}{validation}",
+        same.round, same.model_digest, same.combined, same.left_out, same.records, same.chain, same.leaves
+    )
 }
 
 #[cfg(test)]
@@ -305,6 +407,49 @@ mod tests {
         assert_eq!(story.why, ["no round with it is on record"]);
         assert_eq!(story.advice, "nothing");
         assert!(story.standing.starts_with("trust 0.800"), "{}", story.standing);
+    }
+
+    #[test]
+    fn a_new_ledger_is_said_with_what_the_former_one_had_spent() {
+        use crate::store::ledgers::FormerLedger;
+        use crate::store::records::LedgerHead;
+        use theriac_protocol::units::Timestamp;
+        let mut site = SiteRow {
+            node: NodeId::new("plant-7").unwrap(),
+            state: theriac_audit::leaf::SiteStanding::Active,
+            enrolled: Timestamp(86_400_000),
+            accepted: 1,
+            refusals: std::collections::BTreeMap::new(),
+            declines: std::collections::BTreeMap::new(),
+            epsilon: Some(0.5),
+            delta: Some(1e-6),
+            last_verdict: None,
+            ledger: LedgerHead::default(),
+            guarantee: None,
+            former_ledgers: Vec::new(),
+            ledger_unallowed: false,
+        };
+        assert!(ledgers(&site, true).is_empty());
+        site.former_ledgers.push(FormerLedger {
+            began: Timestamp(0),
+            ended: Timestamp(86_400_000),
+            head: LedgerHead {
+                records: 41,
+                ..LedgerHead::default()
+            },
+            epsilon: Some(3.2),
+            delta: Some(1e-6),
+        });
+        site.ledger_unallowed = true;
+        let said = ledgers(&site, true).join("\n");
+        for wanted in [
+            "a new ledger began on 1970-01-02T00:00:00Z, the former one of 41 records had spent epsilon 3.200",
+            "in the present one it has spent epsilon 0.500",
+            "it is kept out until `theriac-aggregator sites allow-ledger plant-7`",
+        ] {
+            assert!(said.contains(wanted), "{wanted} is not in\n{said}");
+        }
+        assert!(ledgers(&site, false).join("\n").contains("would be kept out"));
     }
 
     #[test]

@@ -164,6 +164,11 @@ fn open(config: &CheckedConfig) -> Result<(DataDir, Database), Problem> {
     Ok((dir, database))
 }
 
+/// A wall-clock time for people, to the day and second.
+pub(crate) fn day(unix_ms: u64) -> String {
+    records::rfc3339(unix_ms)
+}
+
 fn central_problem(error: &dyn std::error::Error) -> Problem {
     Problem::config("TH-E0722", format!("[central_noise]: {error}")).hint(crate::central::CENTRAL_HINT)
 }

@@ -24,15 +24,18 @@ use super::{Common, central_problem, load, open, output_problem, print, store_pr
 use theriac_protocol::message::{GuaranteeUnit, GuaranteeV1};
 
 use crate::audit::{AuditKey, AuditLog, lines};
-use crate::evidence::Record;
+use crate::evidence::{Record, words};
 use crate::serve::ServeError;
 use crate::status::{SiteStatus, Standings};
 use crate::store::evidence;
 use crate::store::history::{self, RoundDetail, RoundRow};
-use crate::store::{models as stored_models, records as stored};
+use crate::store::{ledgers, models as stored_models, records as stored, sums};
+use crate::validation::Validation;
 
 /// How often `rounds follow` looks.
 const FOLLOW_EVERY: Duration = Duration::from_millis(250);
+/// Characters of an operator's reason that are kept.
+const REASON_MAX: usize = 200;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum SitesCommand {
@@ -51,6 +54,14 @@ pub(super) enum SitesCommand {
     /// Never takes this site's key again; it can only be enrolled anew with another key.
     #[command(after_help = "Example: theriac-aggregator sites revoke plant-7 --reason 'disk stolen'")]
     Revoke(SiteArgs),
+    /// Adds what a site released in earlier rounds no more, from the next round on; what it sends from then on counts as ever.
+    #[command(
+        after_help = "Example: theriac-aggregator sites forget plant-7 --reason 'fed with test data until May'"
+    )]
+    Forget(SiteArgs),
+    /// Takes the privacy ledger that a site began anew under another key, which `privacy_floor.ledger_continuity` keeps out.
+    #[command(after_help = "Example: theriac-aggregator sites allow-ledger plant-7 --reason 'host replaced'")]
+    AllowLedger(SiteArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -71,9 +82,11 @@ pub(super) fn sites(command: SitesCommand) -> Result<ExitCode, Problem> {
         SitesCommand::Suspend(args) => (args, SiteStanding::Suspended),
         SitesCommand::Resume(args) => (args, SiteStanding::Active),
         SitesCommand::Revoke(args) => (args, SiteStanding::Revoked),
+        SitesCommand::Forget(args) => return forget_site(&args),
+        SitesCommand::AllowLedger(args) => return allow_ledger(&args),
     };
     let (_, mut database) = open(&load(&args.common.config)?)?;
-    let reason: String = args.reason.chars().take(200).collect();
+    let reason: String = args.reason.chars().take(REASON_MAX).collect();
     database
         .write(|work| stored::set_standing(work, &args.name, state, &reason))
         .map_err(|error| store_problem(&error))?;
@@ -84,6 +97,36 @@ pub(super) fn sites(command: SitesCommand) -> Result<ExitCode, Problem> {
         &value,
         format!("{} is {word}; a running server knows within a second", args.name),
     )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn forget_site(args: &SiteArgs) -> Result<ExitCode, Problem> {
+    let (_, mut database) = open(&load(&args.common.config)?)?;
+    let reason: String = args.reason.chars().take(REASON_MAX).collect();
+    let dropped = database
+        .write(|work| sums::forget_site(work, &args.name, &reason))
+        .map_err(|error| store_problem(&error))?;
+    let value = json!({ "site": args.name.as_str(), "dropped": dropped });
+    let human = format!(
+        "{dropped} earlier releases of {} count no more, from the next round on",
+        args.name
+    );
+    print(args.common.format, &value, human)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn allow_ledger(args: &SiteArgs) -> Result<ExitCode, Problem> {
+    let (_, mut database) = open(&load(&args.common.config)?)?;
+    let reason: String = args.reason.chars().take(REASON_MAX).collect();
+    database
+        .write(|work| ledgers::allow(work, &args.name, &reason))
+        .map_err(|error| store_problem(&error))?;
+    let value = json!({ "site": args.name.as_str(), "ledger": "allowed" });
+    let human = format!(
+        "{}'s new ledger is taken; a running server knows within a second",
+        args.name
+    );
+    print(args.common.format, &value, human)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -228,10 +271,14 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
                 evidence::of_round(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
             let plan =
                 evidence::plan(database.read(), Round(round)).map_err(|error| store_problem(&error))?;
-            let human = shown(&detail, &decisions);
+            let validated = crate::store::validation::of_round(database.read(), Round(round));
+            let validated = validated.map_err(|error| store_problem(&error))?;
+            let validation = validated.map(|recorded| recorded.validation);
+            let human = shown(&detail, validation.as_ref(), &decisions);
             let value = RoundShown {
                 detail,
                 plan,
+                validation,
                 decisions,
             };
             print(common.format, &value, human)?;
@@ -243,13 +290,18 @@ pub(super) fn rounds(command: RoundsCommand) -> Result<ExitCode, Problem> {
 }
 
 /// One round for people.
-fn shown(detail: &RoundDetail, records: &[Record]) -> String {
+fn shown(detail: &RoundDetail, validation: Option<&Validation>, records: &[Record]) -> String {
     format!(
-        "round {}: {}\n{}{}\n\n{}",
+        "round {}: {}\n{}{}{}{}\n\n{}",
         detail.round.round,
         outcome(&detail.round),
         terms(detail),
         central(detail),
+        words::all_behind(records).map_or_else(String::new, |said| format!("\n  behind the model: {said}")),
+        validation.map_or_else(String::new, |validation| format!(
+            "\n  validation: {}",
+            validation.words()
+        )),
         match records {
             // Not closed yet, or closed too long ago: what the round's own rows say.
             [] => so_far(detail),
@@ -534,7 +586,7 @@ pub(super) fn audit(command: AuditCommand) -> Result<ExitCode, Problem> {
 }
 
 /// A wall-clock time for people.
-fn rfc3339(unix_ms: u64) -> String {
+pub(super) fn rfc3339(unix_ms: u64) -> String {
     let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms / 1_000) * 1_000_000_000);
     time.ok()
         .and_then(|time| time.format(&Rfc3339).ok())
@@ -585,7 +637,7 @@ mod tests {
                 clip_norm: 1.5,
             }),
         };
-        let said = shown(&detail, &[]);
+        let said = shown(&detail, None, &[]);
         for wanted in [
             "round 12: published model 8",
             "moments of 240 values on model 7, trimmed_mean f=1, quorum 3, deadline 90 s",

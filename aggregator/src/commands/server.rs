@@ -161,7 +161,11 @@ fn human(status: &Status) -> String {
             + &status
                 .central_noise
                 .as_ref()
-                .map_or_else(String::new, |central| format!("{central}\n")),
+                .map_or_else(String::new, |central| format!("{central}\n"))
+            + &status
+                .validation
+                .as_ref()
+                .map_or_else(String::new, |said| format!("validation, {said}\n")),
         table(&header, &rows)
     )
 }
@@ -248,6 +252,7 @@ mod tests {
             aborted: 0,
             quorum: 3,
             central: None,
+            validation: None,
         };
         let at_rest = Status::at_rest(database.read(), "demo", 3).unwrap();
         at_rest.with_driver(&driver, storage_full)

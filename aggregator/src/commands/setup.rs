@@ -16,7 +16,7 @@ use super::{Common, load, open, parse_duration, print, store_problem};
 use crate::config::Settings;
 use crate::init::{InitError, InitOptions, create_token, init as make, join_address, join_line};
 use crate::serve::Addresses;
-use crate::store::records;
+use crate::store::{ledgers, records};
 
 #[derive(Debug, Args)]
 pub(super) struct InitArgs {
@@ -102,11 +102,19 @@ pub(super) enum TokenCommand {
         /// How long it is good for, 1 s to 7 days.
         #[arg(long, default_value = "1h", value_parser = parse_duration)]
         ttl: Duration,
+        /// The site may begin a new privacy ledger in the place of the one that it has; needed where `privacy_floor.ledger_continuity` is on.
+        #[arg(long)]
+        new_ledger: bool,
     },
 }
 
 pub(super) fn token(command: TokenCommand) -> Result<ExitCode, Problem> {
-    let TokenCommand::Create { common, site, ttl } = command;
+    let TokenCommand::Create {
+        common,
+        site,
+        ttl,
+        new_ledger,
+    } = command;
     if !(Duration::from_secs(1)..=Duration::from_hours(7 * 24)).contains(&ttl) {
         let text = humantime::format_duration(ttl);
         return Err(
@@ -118,7 +126,20 @@ pub(super) fn token(command: TokenCommand) -> Result<ExitCode, Problem> {
     let (dir, mut database) = open(&config)?;
     let authority = Authority::load(&dir.aggregator_authority())
         .map_err(|error| crate::serve::ServeError::from(error).problem())?;
-    let token = create_token(&mut database, authority.fingerprint(), &site, ttl)
+    let present = ledgers::present(database.read(), &site).map_err(|error| store_problem(&error))?;
+    let before = present.map(|(head, epsilon)| spent_before(head.records, epsilon));
+    if let Some(before) = before.as_ref().filter(|_| !new_ledger) {
+        let what = format!(
+            "{site} is enrolled and has a privacy ledger of {before}: with another key it would begin a new one, at zero"
+        );
+        if config.privacy_floor.ledger_continuity {
+            return Err(Problem::failed("TH-E0725", what).hint(
+                "[privacy_floor] ledger_continuity keeps such a site out: give --new-ledger if that is meant, or enrol the host under another name",
+            ));
+        }
+        tracing::warn!("{what}; `sites show {site}` will say so");
+    }
+    let token = create_token(&mut database, authority.fingerprint(), &site, ttl, new_ledger)
         .map_err(|error| store_problem(&error))?;
     // The running server knows its real port; the configuration may say 0.
     let running: Option<Addresses> = std::fs::read(dir.addresses())
@@ -135,11 +156,23 @@ pub(super) fn token(command: TokenCommand) -> Result<ExitCode, Problem> {
     let line = join_line(&address, &token);
     let lifetime_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
     let expires = crate::store::wall_clock().0.saturating_add(lifetime_ms);
-    let value = json!({ "site": site.as_str(), "token": token.to_string(), "expires_unix_ms": expires, "join": line });
+    let value = json!({
+        "site": site.as_str(), "token": token.to_string(), "expires_unix_ms": expires, "join": line, "new_ledger": new_ledger,
+        "ledger_before": before,
+    });
+    let before = before.map_or_else(String::new, |before| {
+        format!("\n{site} has a privacy ledger of {before}; with another key it begins a new one, at zero")
+    });
     let human = format!(
-        "good for {} and one use:\n  {line}",
+        "good for {} and one use:\n  {line}{before}",
         humantime::format_duration(ttl)
     );
     print(common.format, &value, human)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A ledger in words: `12 records, epsilon 3.2 spent`.
+fn spent_before(records: u64, epsilon: Option<f64>) -> String {
+    let epsilon = epsilon.map_or_else(String::new, |epsilon| format!(", epsilon {epsilon:.3} spent"));
+    format!("{records} records{epsilon}")
 }

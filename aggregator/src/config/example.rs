@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::{RoundKind, Settings};
 use crate::floor::FloorUnit;
+use crate::validation::Missing;
 
 /// The commented file that `init` writes, with every key at the value of `settings`.
 pub fn example(settings: &Settings) -> String {
@@ -54,6 +55,9 @@ quorum = {quorum}
 deadline = {deadline}
 # Time between a round's end and the next announcement, up to 30days. Too short spends the edges' privacy budget.
 pause = {pause}
+# Most updates that one round takes: of more connected edges each round asks others. Without it what the rule can combine: 2048 for rules of
+# pairs such as caf, 100000 for "trimmed_mean", "median", "mean".
+{updates_max}
 # No round opens after this number. For experiments.
 {rounds_max}
 # Clipping norm C of one privacy unit, above 0. Too low: signal is cut off. Too high: the noise, σC, drowns it. Without it: 17200, for
@@ -76,6 +80,17 @@ byzantine = {byzantine}
 {late_updates}
 # How much each earlier round counts in the mean of a site's updates that the rule sees, 0 (off) to 0.99; not with central_noise.
 {site_average}
+# Whether a site's earlier releases of moments count beside the one at hand (docs/federation.md); not with site_average or central_noise.
+{accumulate}
+# Most releases of a site that count, 2 to 1000, and how old the rounds that took them in may be, 1m to 1000days.
+moments_keep = {moments_keep}
+moments_age = {moments_age}
+# Sites of your own that try each model on their rows before it is published, at most 16 (docs/robustness.md); each of them must say
+# federation.validator = true. One that finds it worse ends the round without a model.
+{validators}
+# Time for them to answer, 1s to 1h; and without a word that tells anything: "hold" (no model, and no round while none is connected) or "publish".
+validation_timeout = {validation_timeout}
+validation_missing = "{validation_missing}"
 
 [model]
 # Feature profile of all edges.
@@ -134,6 +149,8 @@ adaptivity = {adaptivity}
 # Whether somebody must have signed the site's policy; and whose signatures will do. An edge signs its first policy with a key of its own.
 signed = {signed}
 {signers}
+# Whether a site that enrols again with another key, which begins a new ledger, is kept out until `sites allow-ledger`.
+ledger_continuity = {ledger_continuity}
 
 [central_noise]
 # Noise of this aggregator on top of each site's own, for large fleets that trust it: the unit is a whole site (docs/privacy.md).
@@ -166,6 +183,7 @@ sampling_rate = {central_rate}
         quorum = rounds.quorum,
         deadline = time(rounds.deadline),
         pause = time(rounds.pause),
+        updates_max = or_comment("updates_max", rounds.updates_max.map(|n| n.to_string()), "2048"),
         rounds_max = or_comment("rounds_max", rounds.rounds_max.map(|n| n.to_string()), "1000"),
         clip_norm = or_comment("clip_norm", rounds.clip_norm.map(real), "17200.0"),
         noise_multiplier = or_comment("noise_multiplier", rounds.noise_multiplier.map(real), "1.27"),
@@ -184,6 +202,22 @@ sampling_rate = {central_rate}
             rounds.site_average.map(real),
             &real(rounds.site_average())
         ),
+        accumulate = or_comment("accumulate", rounds.accumulate.map(|on| on.to_string()), "true"),
+        moments_keep = rounds.moments_keep,
+        moments_age = time(rounds.moments_age),
+        validators = or_comment(
+            "validators",
+            (!rounds.validators.is_empty()).then(|| {
+                let names: Vec<String> = rounds.validators.iter().map(|name| text(name)).collect();
+                format!("[{}]", names.join(", "))
+            }),
+            "[\"canary-1\"]",
+        ),
+        validation_timeout = time(rounds.validation_timeout),
+        validation_missing = match rounds.validation_missing {
+            Missing::Publish => "publish",
+            Missing::Hold => "hold",
+        },
         profile = text(&model.profile),
         dimension = or_comment("dimension", model.dimension.map(|n| n.to_string()), "10000"),
         seed = model.seed,
@@ -225,6 +259,7 @@ sampling_rate = {central_rate}
             "[\"thpk1_...\"]",
         ),
         signed = floor.signed,
+        ledger_continuity = floor.ledger_continuity,
         central = central.enabled,
         central_version = central.version,
         central_epsilon = real(central.epsilon),
@@ -252,8 +287,14 @@ mod tests {
         let mut changed = good();
         changed.advertise = Some("a.example:1".into());
         changed.rounds.rounds_max = Some(9);
+        changed.rounds.updates_max = Some(99);
         changed.rounds.late_updates = Some(false);
         changed.rounds.site_average = Some(0.5);
+        changed.rounds.accumulate = Some(false);
+        changed.rounds.moments_keep = 12;
+        changed.rounds.moments_age = Duration::from_hours(48);
+        changed.rounds.validators = vec!["canary-1".into(), "canary-2".into()];
+        changed.rounds.validation_missing = Missing::Publish;
         changed.rounds.kind = RoundKind::Delta;
         changed.model.dimension = Some(10);
         changed.quarantine.enabled = false;
@@ -267,6 +308,7 @@ mod tests {
             noise_multiplier_min: Some(0.7),
             signed: true,
             signers: vec![format!("thpk1_{}", "ab".repeat(32))],
+            ledger_continuity: true,
         };
         changed.central_noise.enabled = true;
         changed.central_noise.clip_norm = Some(2.5);

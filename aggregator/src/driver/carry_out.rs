@@ -11,11 +11,12 @@ use theriac_protocol::round::{Output, PhaseName, RoundMachine};
 use theriac_protocol::units::{Digest, NodeId, Round};
 
 use super::Driver;
+use super::panel::TurnedDown;
 use super::work::{Computed, Done, until_it_works, with_urgency};
 use crate::evidence::Decision;
 use crate::metrics::{Outcome, Verdict};
 use crate::store::models::ModelRow;
-use crate::store::{Urgency, evidence, rounds};
+use crate::store::{StoreError, Urgency, Work, evidence, rounds, sums, validation as validations};
 use crate::validate::ValidatedUpdate;
 
 /// The update that caused the outputs at hand.
@@ -107,6 +108,7 @@ impl Driver {
     /// the next start opens the same round again, with the same nonce and terms, and nobody has been promised anything.
     fn open(&mut self, announce: AnnounceV1, cohort: Vec<NodeId>) {
         let (store, rule, round) = (self.store.clone(), self.rule, announce.round);
+        let accumulate = self.plan.accumulate;
         let last_forgotten = Round(round.0.saturating_sub(self.rounds_kept));
         self.receipts
             .retain(|(of, _), _| of.0.saturating_add(1) >= round.0);
@@ -116,6 +118,7 @@ impl Driver {
             with_urgency(&store, "open a round", Urgency::Lazy, move |work| {
                 rounds::open(work, &announce, &cohort, rule)?;
                 if last_forgotten.0 > 0 {
+                    sums::prune(work, last_forgotten, &announce, accumulate)?;
                     rounds::forget_payloads(work, last_forgotten)
                 } else {
                     Ok(())
@@ -153,6 +156,26 @@ impl Driver {
         }
     }
 
+    /// The update that the machine asks to be stored; `None`: the driver has another one or none, and the machine is told that it is not stored.
+    fn at_hand(
+        &mut self,
+        node: &NodeId,
+        round: Round,
+        digest: Digest,
+        update: Option<Box<ValidatedUpdate>>,
+    ) -> Option<Box<ValidatedUpdate>> {
+        let update = update.filter(|update| update.header().payload_digest == digest);
+        if update.is_none() {
+            tracing::error!(%node, round = round.0, "the machine asks for an update that is not at hand");
+            let (now, node) = (self.now(), node.clone());
+            self.machine
+                .handle(now, theriac_protocol::round::Input::StoreFailed { node, round });
+            let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
+            self.carry_out_all(outputs, None);
+        }
+        update
+    }
+
     fn make_durable(
         &mut self,
         node: NodeId,
@@ -160,17 +183,13 @@ impl Driver {
         digest: Digest,
         update: Option<Box<ValidatedUpdate>>,
     ) {
-        let Some(update) = update.filter(|update| update.header().payload_digest == digest) else {
-            tracing::error!(%node, round = round.0, "the machine asks for an update that is not at hand");
-            let now = self.now();
-            self.machine
-                .handle(now, theriac_protocol::round::Input::StoreFailed { node, round });
-            let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
-            return self.carry_out_all(outputs, None);
+        let Some(update) = self.at_hand(&node, round, digest, update) else {
+            return;
         };
         self.storing += 1;
         let at = self.machine.status();
-        let expected = at.admitted.saturating_sub(at.stored + at.declined + self.storing);
+        let asked = at.admitted.min(self.config.updates_max.max(1));
+        let expected = asked.saturating_sub(at.stored + at.declined + self.storing);
         let urgency = if expected == 0 {
             Urgency::Now
         } else {
@@ -208,13 +227,8 @@ impl Driver {
         digest: Digest,
         update: Option<Box<ValidatedUpdate>>,
     ) {
-        let Some(update) = update.filter(|update| update.header().payload_digest == digest) else {
-            tracing::error!(%node, round = round.0, "the machine asks for a late update that is not at hand");
-            let now = self.now();
-            self.machine
-                .handle(now, theriac_protocol::round::Input::StoreFailed { node, round });
-            let outputs: Vec<Output> = std::iter::from_fn(|| self.machine.poll_output()).collect();
-            return self.carry_out_all(outputs, None);
+        let Some(update) = self.at_hand(&node, round, digest, update) else {
+            return;
         };
         tracing::info!(%node, round = round.0, "a late update is kept for the next round");
         let (store, rule) = (self.store.clone(), self.rule.rule);
@@ -268,6 +282,7 @@ impl Driver {
             row,
             candidate,
             conclusion,
+            validation,
         }) = &self.candidate
         else {
             // Impossible: the machine publishes only what it was told was computed.
@@ -275,7 +290,7 @@ impl Driver {
             return;
         };
         let (store, row, candidate) = (self.store.clone(), row.clone(), candidate.clone());
-        let conclusion = conclusion.clone();
+        let (conclusion, validation) = (conclusion.clone(), validation.clone());
         debug_assert!(
             members.iter().eq(conclusion
                 .account
@@ -287,7 +302,7 @@ impl Driver {
                 .iter()),
             "the machine's members are the round's own updates"
         );
-        // In the model are those that counted, late ones among them.
+        // On record as members are those whose update counted, late ones among them; who counted by earlier releases alone is in the round's records.
         let members: Vec<(NodeId, Digest)> = conclusion
             .account
             .rows
@@ -310,7 +325,10 @@ impl Driver {
             until_it_works(&store, "publish a model", move |work| {
                 rounds::publish(work, &row, &candidate.payload, &members, &candidate.evidence)?;
                 let changes = evidence::conclude_round(work, round, conclusion.clone())?;
-                evidence::forget(work, Round(round.0.saturating_sub(records_kept)))?;
+                if let Some(validation) = &validation {
+                    validations::record(work, validation, &conclusion.plan)?;
+                }
+                forget(work, round, records_kept)?;
                 Ok(changes)
             })
             .await
@@ -319,10 +337,19 @@ impl Driver {
     }
 
     fn abort(&mut self, round: Round, reason: AbortReason) {
-        let store = self.store.clone();
+        let (store, records_kept) = (self.store.clone(), self.records_kept);
+        let turned_down = self.turned_down.clone();
+        let turned_down = turned_down.filter(|turned_down| turned_down.validation.round == round.0);
         self.work.spawn(async move {
             let ended = until_it_works(&store, "end a round", move |work| {
-                rounds::abort(work, round, reason)
+                match &turned_down {
+                    None => rounds::abort(work, round, reason)?,
+                    Some(TurnedDown { validation, plan }) => {
+                        rounds::abort_as(work, round, reason, validation.decision.abort_word())?;
+                        validations::record(work, validation, plan)?;
+                    }
+                }
+                forget(work, round, records_kept)
             });
             ended
                 .await
@@ -333,7 +360,13 @@ impl Driver {
     fn closed(&mut self, to: &[NodeId], closed: ClosedV1) {
         let outcome = match closed.outcome {
             RoundOutcome::Published(_) => "published",
-            RoundOutcome::Aborted(reason) => rounds::abort_word(reason),
+            RoundOutcome::Aborted(reason) => {
+                let ended = self.turned_down.take();
+                let ended = ended.filter(|ended| ended.validation.round == closed.round.0);
+                ended.map_or(rounds::abort_word(reason), |ended| {
+                    ended.validation.decision.abort_word()
+                })
+            }
         };
         self.metrics.rounds.get_or_create(&Outcome { outcome }).inc();
         if let Some(opened) = self.opened_at.take() {
@@ -362,7 +395,8 @@ impl Driver {
         };
         self.machine = RoundMachine::new(self.config.clone(), base, last, self.nonce_seed, now);
         self.heed_budget();
-        self.candidate = None;
+        self.heed_validators();
+        (self.candidate, self.waiting, self.turned_down) = (None, None, None);
         self.storing = 0;
         self.terms.send_replace(None);
         self.late_terms.send_replace(None);
@@ -418,10 +452,27 @@ impl Driver {
         });
     }
 
+    /// Keeps the log's signed head at the end of a round: what `rounds replay` holds the log's leaves against. Nobody waits for it.
+    pub(super) fn keep_head(&mut self) {
+        let (store, key, kept) = (self.store.clone(), Arc::clone(&self.key), self.records_kept);
+        let head = self.store.audit_log().signed_head(&key);
+        self.work.spawn(async move {
+            let write = move |work: &crate::store::Work<'_>| crate::store::heads::keep(work, &head, kept);
+            Done::Written(store.write(Urgency::Lazy, write).await)
+        });
+    }
+
     pub(super) fn count_upload(&self, verdict: &'static str, reason: &'static str) {
         self.metrics
             .uploads
             .get_or_create(&Verdict { verdict, reason })
             .inc();
     }
+}
+
+/// Deletes the records of rounds whose time is over.
+fn forget(work: &Work<'_>, round: Round, records_kept: u64) -> Result<(), StoreError> {
+    let last = Round(round.0.saturating_sub(records_kept));
+    evidence::forget(work, last)?;
+    validations::forget(work, last)
 }

@@ -31,6 +31,8 @@ pub struct Link {
     pub handle: SessionHandle,
     /// Whether the edge keeps counter-signatures of its ledger.
     pub seals: bool,
+    /// Whether the edge's operator lets it say what candidates do on its rows.
+    pub validates: bool,
 }
 
 impl Link {
@@ -81,7 +83,11 @@ impl Driver {
             audit_size,
             receipt_missing,
         } = arrival;
-        if let Err(error) = check_ledger(self.ledger(&node), ledger) {
+        let allowed = match self.check_new_ledger(&node) {
+            Ok(()) => check_ledger(self.ledger(&node), ledger),
+            refused => refused,
+        };
+        if let Err(error) = allowed {
             drop(reply.send(Err(error)));
             return;
         }
@@ -123,13 +129,28 @@ impl Driver {
         });
         self.links.insert(node.clone(), link);
         self.count_links();
+        self.heed_validators();
         tracing::info!(%node, "connected");
+        self.ask_validator(&node);
         drop(reply.send(Ok(())));
         self.carry_out_all(outputs, None);
         if let Some(round) = receipt_missing {
             self.find_receipt(node, round);
         }
         self.pump(None);
+    }
+
+    /// Whether a site that began a new ledger may take part. Sessions that were admitted before are not asked again: they are of the key that is in the registry.
+    fn check_new_ledger(&self, node: &NodeId) -> Result<(), AdmitError> {
+        let unallowed = self
+            .registry
+            .borrow()
+            .get(node)
+            .is_some_and(|site| site.ledger_unallowed);
+        if unallowed && self.floor.ledger_continuity {
+            return Err(AdmitError::NewLedger);
+        }
+        Ok(())
     }
 
     /// A newer session of the same identity takes the place of the older one.
@@ -153,6 +174,7 @@ impl Driver {
         }
         self.links.remove(node);
         self.count_links();
+        self.heed_validators();
         self.with_status(|status| {
             status.connected.remove(node);
         });

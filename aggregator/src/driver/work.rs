@@ -19,6 +19,7 @@ use crate::store::models::ModelRow;
 use crate::store::records::Registry;
 use crate::store::rounds::StoredUpload;
 use crate::store::{Store, StoreError, Urgency, Work, wall_clock};
+use crate::validation::Validation;
 
 /// First wait before a write that must succeed is tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
@@ -79,6 +80,8 @@ pub(super) struct Computed {
     pub(super) row: ModelRow,
     pub(super) candidate: Candidate,
     pub(super) conclusion: Conclusion,
+    /// What validators made of it; `None`: nobody was asked.
+    pub(super) validation: Option<Validation>,
 }
 
 impl Driver {
@@ -110,19 +113,7 @@ impl Driver {
                 result: Ok(computed),
             } => {
                 self.heed_budget();
-                let (version, digest) = (computed.row.version, computed.candidate.digest);
-                // A round that a roll-over ended may be computed only now: nobody wants it any more.
-                if self.machine.status().round == round {
-                    self.candidate = Some(*computed);
-                }
-                self.machine.handle(
-                    now,
-                    Input::Aggregated {
-                        round,
-                        version,
-                        digest,
-                    },
-                );
+                self.combined(round, *computed);
             }
             Done::Computed {
                 round,
@@ -134,10 +125,12 @@ impl Driver {
             }
             Done::Published(round, changes) => {
                 self.published(changes);
+                self.keep_head();
                 self.machine.handle(now, Input::Published { round });
             }
             Done::Aborted(round) => {
                 self.with_status(|status| status.aborted += 1);
+                self.keep_head();
                 self.machine.handle(now, Input::Aborted { round });
             }
             Done::Receipt { node, round, stored } => {
@@ -287,7 +280,8 @@ impl Driver {
                 values: candidate.values,
                 digest: candidate.digest,
                 rule: plan.rule.to_string(),
-                contributors: u32::try_from(candidate.evidence.len()).unwrap_or(u32::MAX),
+                contributors: u32::try_from(candidate.evidence.len() + account.carried_that_count())
+                    .unwrap_or(u32::MAX),
                 rolled_back_to: None,
                 released: wall_clock(),
             };
@@ -302,6 +296,7 @@ impl Driver {
                 row,
                 candidate,
                 conclusion,
+                validation: None,
             }))
         };
         self.work.spawn(async move {

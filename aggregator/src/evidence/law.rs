@@ -93,6 +93,18 @@ pub enum Finding {
         /// Others of the group, at most five names.
         others: Vec<String>,
     },
+    /// The mean of its releases is that of no series: with less noise the vet sees what one of them hides. What it released is added no more. As with a single one
+    /// the bounds are those of recorded hosts, so this counts for and against nobody.
+    NoSeries {
+        /// Releases in the mean.
+        releases: u64,
+        /// Which sum.
+        what: String,
+        /// What it is.
+        found: f64,
+        /// Its bound.
+        bound: f64,
+    },
     /// Its update was refused for what it held.
     Refused {
         /// The refusal's word.
@@ -119,7 +131,7 @@ impl Verdict {
     /// From the findings of a row that was measured.
     pub fn of(findings: &[Finding]) -> Self {
         let group = |finding: &Finding| match finding {
-            Finding::NearCopy { .. } => true,
+            Finding::NearCopy { .. } | Finding::NoSeries { .. } => true,
             Finding::Refused { code, .. } => !super::tells(code),
             Finding::Opposed { .. } | Finding::TooLittleNoise { .. } | Finding::NoiseLaw { .. } => false,
         };

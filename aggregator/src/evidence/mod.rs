@@ -27,6 +27,7 @@ use theriac_protocol::units::{Digest, NodeId, Round};
 use self::law::{Finding, PairSets, RowLaw, Verdict};
 use self::measure::{LayerDeviation, Pairs, RowMeasure, Segment};
 use self::reputation::{Changes, QuarantineLimits, Reputation, settle};
+use crate::accumulate::Behind;
 use crate::average::Stale;
 use crate::layout::ModelSpec;
 use crate::robust::{PayloadRows, RowEvidence, Rows as _};
@@ -60,6 +61,8 @@ pub enum Decision {
     Silent,
     /// Its update came after the round's end.
     Late,
+    /// It sent nothing in the round, and counted by its earlier releases.
+    Carried,
 }
 
 impl Decision {
@@ -74,6 +77,7 @@ impl Decision {
             Self::Declined => "declined",
             Self::Silent => "silent",
             Self::Late => "late",
+            Self::Carried => "carried",
         }
     }
 }
@@ -152,6 +156,9 @@ pub struct Record {
     /// The rule saw the mean of so many updates of the site.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub averaged: Option<u64>,
+    /// The rule saw the mean of so many releases, the one at hand among them unless the site was carried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub behind: Option<Behind>,
     /// Hash of the record before this one, of whatever site and round.
     pub previous: String,
 }
@@ -165,7 +172,7 @@ impl Record {
             site: node.to_string(),
             decision,
             reason: None,
-            weight: u8::from(decision == Decision::Combined),
+            weight: u8::from(matches!(decision, Decision::Combined | Decision::Carried)),
             rule: String::new(),
             rule_version: RULE_VERSION,
             byzantine: 0,
@@ -180,6 +187,7 @@ impl Record {
             held: false,
             stale: None,
             averaged: None,
+            behind: None,
             previous: String::new(),
         }
     }
@@ -262,8 +270,21 @@ pub struct RowAccount {
     pub findings: Vec<Finding>,
     /// For a late update of the round before: how it counted.
     pub stale: Option<Stale>,
-    /// Updates of the site in the mean that the rule saw; 1: its update as it came.
+    /// Updates of the site in the average that the rule saw; 1: its update as it came.
     pub averaged: u64,
+    /// Where earlier releases are added: what was in the mean that the rule saw.
+    pub behind: Option<Behind>,
+}
+
+/// A site that sent nothing and counted by its earlier releases.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CarriedAccount {
+    /// Which.
+    pub node: NodeId,
+    /// What was in its row.
+    pub behind: Behind,
+    /// Why its releases together are no moments of a series, so that it did not count.
+    pub finding: Option<Finding>,
 }
 
 /// All rows of a round, measured.
@@ -271,10 +292,19 @@ pub struct RowAccount {
 pub struct RoundAccount {
     /// One for each stored update, by name.
     pub rows: Vec<RowAccount>,
+    /// Sites without a stored update that counted, or would have, by name.
+    pub carried: Vec<CarriedAccount>,
     /// Figures over the whole round.
     pub quantiles: BTreeMap<String, Quantiles>,
     /// Hostile rows that the rule was told to withstand among those that counted.
     pub withstood: usize,
+}
+
+impl RoundAccount {
+    /// Sites without a stored update that counted.
+    pub fn carried_that_count(&self) -> usize {
+        self.carried.iter().filter(|site| site.finding.is_none()).count()
+    }
 }
 
 /// What is known of a round before its rows are measured.
@@ -300,8 +330,12 @@ pub struct RoundFacts<'a> {
     pub noise: f64,
     /// Hostile rows that the rule was told to withstand among those that counted.
     pub withstood: usize,
-    /// For each row how many updates of its site are in the mean that the rule saw.
+    /// For each row how many updates of its site are in the average that the rule saw.
     pub averaged: &'a [u64],
+    /// For each row, where earlier releases are added, what is in the mean that the rule saw.
+    pub behind: &'a [Option<Behind>],
+    /// For each row why the releases in that mean are no moments of a series, where they are none.
+    pub of_mean: &'a [Option<Finding>],
 }
 
 /// The parts of a gradient `[5C + 1, channel]`: one for each lag, over all channels, and the constant.
@@ -348,7 +382,8 @@ pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
         .into_iter()
         .zip(findings)
         .enumerate()
-        .map(|(at, (measure, findings))| {
+        .map(|(at, (measure, mut findings))| {
+            findings.extend(facts.of_mean.get(at).cloned().flatten());
             let (decision, reason) = facts.decisions[at].clone();
             let ruled = (decision == Decision::Combined).then(|| by_rule.next()).flatten();
             RowAccount {
@@ -358,6 +393,7 @@ pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
                 reason,
                 stale: facts.stored[at].stale,
                 averaged: facts.averaged.get(at).copied().unwrap_or(1),
+                behind: facts.behind.get(at).copied().flatten(),
                 features: features(at, measure, pairs.all.as_ref(), &names, ruled, facts.norm_bound),
                 findings,
             }
@@ -366,6 +402,7 @@ pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
     RoundAccount {
         quantiles: quantiles(&rows),
         rows,
+        carried: Vec::new(),
         withstood: facts.withstood,
     }
 }
@@ -472,7 +509,7 @@ pub struct Closing {
     pub limits: QuarantineLimits,
 }
 
-/// The records of a round, by name and without their `previous`, and how the quarantine changed. `reputations` holds every site that may be in
+/// The records of a round, by name and without their `previous` (of a site that was carried two, where it was asked as well), and how the quarantine changed. `reputations` holds every site that may be in
 /// quarantine; it is brought up to date.
 pub fn conclude(
     closing: &Closing,
@@ -500,6 +537,7 @@ pub fn conclude(
             findings: row.findings,
             stale: row.stale,
             averaged: Some(row.averaged).filter(|updates| *updates > 1),
+            behind: row.behind,
             withstood: Some(account.withstood as u64).filter(|f| *f != closing.byzantine as u64),
             ..blank(&row.node, row.decision, row.reason)
         };
@@ -533,6 +571,28 @@ pub fn conclude(
         };
         records.entry(node).or_insert(record);
     }
+    // It says nothing about what the site did: what it had earned stays.
+    let carried: Vec<Record> = account
+        .carried
+        .into_iter()
+        .map(
+            |CarriedAccount {
+                 node,
+                 behind,
+                 finding,
+             }| {
+                let standing = reputations.get(&node).copied().unwrap_or_default();
+                Record {
+                    behind: Some(behind),
+                    weight: u8::from(finding.is_none()),
+                    findings: finding.into_iter().collect(),
+                    before: standing,
+                    after: standing,
+                    ..blank(&node, Decision::Carried, None)
+                }
+            },
+        )
+        .collect();
     for (node, record) in &mut records {
         let reputation = reputations.entry(node.clone()).or_default();
         record.before = *reputation;
@@ -545,7 +605,10 @@ pub fn conclude(
         let low = record.after.trust() < closing.limits.enter_below;
         record.held = closing.limits.enabled && low && !record.after.is_quarantined();
     }
-    (records.into_values().collect(), changes)
+    // Before what else is recorded of the same site, whose standing after the round is the last word.
+    let mut all: Vec<Record> = carried.into_iter().chain(records.into_values()).collect();
+    all.sort_by(|one, other| one.site.cmp(&other.site));
+    (all, changes)
 }
 
 #[cfg(test)]

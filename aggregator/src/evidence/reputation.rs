@@ -124,12 +124,12 @@ pub fn settle(sites: &mut [&mut Reputation], round: u64, most: usize, limits: &Q
 }
 
 /// Which of `stored` rows (by trust in millionths, in order) count nothing in a round: those in quarantine, the least trusted first, as long as
-/// at least `needed` rows, and 2f + 1, are left for the rule. Quarantine may never leave the rule with fewer rows than it needs to withstand f.
-pub fn left_out(stored: &[Option<u64>], byzantine: usize, needed: usize) -> Vec<bool> {
+/// at least `needed` rows, and 2f + 1, are left for the rule, `beside` others that count anyway among them. Quarantine may never leave the rule with fewer rows than it needs to withstand f.
+pub fn left_out(stored: &[Option<u64>], byzantine: usize, needed: usize, beside: usize) -> Vec<bool> {
     let mut inside: Vec<usize> = (0..stored.len()).filter(|&at| stored[at].is_some()).collect();
     inside.sort_by_key(|&at| stored[at]);
     let needed = needed.max(2 * byzantine + 1);
-    let room = stored.len().saturating_sub(needed).min(byzantine);
+    let room = (stored.len() + beside).saturating_sub(needed).min(byzantine);
     let mut out = vec![false; stored.len()];
     for &at in inside.iter().take(room) {
         out[at] = true;
@@ -229,23 +229,25 @@ mod tests {
     fn the_rule_keeps_the_rows_that_it_needs() {
         let none = None;
         assert_eq!(
-            left_out(&[none, Some(3), none], 1, 0),
+            left_out(&[none, Some(3), none], 1, 0, 0),
             [false; 3],
             "three rows withstand one"
         );
         assert_eq!(
-            left_out(&[none, Some(3), none, none], 1, 0),
+            left_out(&[none, Some(3), none, none], 1, 0, 0),
             [false, true, false, false]
         );
-        let two = left_out(&[Some(9), Some(3), none, none, none, none], 2, 0);
+        let two = left_out(&[Some(9), Some(3), none, none, none, none], 2, 0, 0);
         assert_eq!(
             two,
             [false, true, false, false, false, false],
             "only one may go, the worst"
         );
-        assert_eq!(left_out(&[Some(1), none], 0, 0), [false; 2]);
+        assert_eq!(left_out(&[Some(1), none], 0, 0, 0), [false; 2]);
+        let carried = left_out(&[none, Some(3), none], 1, 3, 20);
+        assert_eq!(carried, [false, true, false], "twenty-two others are left");
         let seven = [Some(1), none, none, none, none, none, none];
-        assert_eq!(left_out(&seven, 1, 7), [false; 7], "bulyan needs all seven");
+        assert_eq!(left_out(&seven, 1, 7, 0), [false; 7], "bulyan needs all seven");
     }
 
     #[test]

@@ -216,7 +216,7 @@ impl Fleet {
             })
             .map(|site| site.map(Reputation::trust_millionths))
             .collect();
-        let out = left_out(&trusts, self.byzantine, 0);
+        let out = left_out(&trusts, self.byzantine, 0, 0);
         let kept = rows
             .iter()
             .zip(&out)
@@ -252,6 +252,8 @@ impl Fleet {
                 norm_bound: 100.0,
                 byzantine: self.byzantine,
                 averaged: &[],
+                behind: &[],
+                of_mean: &[],
                 noise: 0.0,
                 withstood: self.byzantine,
             },
@@ -393,6 +395,7 @@ fn refused_updates_count_against_a_site_and_absence_does_not() {
     };
     let empty = || RoundAccount {
         rows: Vec::new(),
+        carried: Vec::new(),
         quantiles: BTreeMap::new(),
         withstood: 1,
     };

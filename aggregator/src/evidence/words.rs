@@ -3,6 +3,7 @@
 use super::law::Finding;
 use super::reputation::{QuarantineLimits, Reputation};
 use super::{Decision, Features, Record};
+use crate::accumulate::Behind;
 
 /// What became of the site's part, in one sentence.
 pub fn decision(record: &Record) -> String {
@@ -36,7 +37,57 @@ pub fn decision(record: &Record) -> String {
             "its update came after the round had ended and was kept for the next one".into()
         }
         Decision::Late => "its update came after the round had ended and was not used".into(),
+        Decision::Carried if record.weight == 0 => {
+            let found = record.findings.iter().map(no_series).collect::<Vec<_>>();
+            format!(
+                "it sent nothing in this round, and its earlier releases count no more: {}",
+                found.join("; ")
+            )
+        }
+        Decision::Carried => format!(
+            "it sent nothing in this round and counted with weight 1 of {} by its earlier releases: {}",
+            record.rule,
+            record.behind.map_or_else(String::new, behind)
+        ),
     }
+}
+
+/// What stands behind a row: `12 releases of 24 to 720 blocks`.
+pub fn behind(of: Behind) -> String {
+    let Behind {
+        releases,
+        blocks_min,
+        blocks_max,
+    } = of;
+    let plural = if releases == 1 { "" } else { "s" };
+    let blocks = if blocks_min == blocks_max {
+        blocks_min.to_string()
+    } else {
+        format!("{blocks_min} to {blocks_max}")
+    };
+    format!("{releases} release{plural} of {blocks} blocks in all")
+}
+
+/// What stands behind the model of a round whose records these are, where earlier releases are added.
+pub fn all_behind(records: &[Record]) -> Option<String> {
+    let counted = |decision| {
+        let counted = records
+            .iter()
+            .filter(move |record| record.decision == decision && record.weight > 0);
+        counted.filter_map(|record| record.behind)
+    };
+    let (own, carried) = (counted(Decision::Combined), counted(Decision::Carried));
+    let (sites, carried_sites) = (own.clone().count(), carried.clone().count());
+    let of = own.chain(carried).reduce(Behind::plus)?;
+    let carried = match carried_sites {
+        0 => String::new(),
+        carried => format!(", {carried} of which sent nothing in this round"),
+    };
+    Some(format!(
+        "{} from {} sites{carried}",
+        behind(of),
+        sites + carried_sites
+    ))
 }
 
 /// Whether the rule itself gave the row no weight at all.
@@ -64,7 +115,11 @@ fn made_of(record: &Record) -> String {
     let mean = record
         .averaged
         .map(|updates| format!(", as the mean of its last {updates} updates"));
-    [late, mean].into_iter().flatten().collect()
+    let sum = record
+        .behind
+        .filter(|of| of.releases > 1)
+        .map(|of| format!(", as the mean of {}", behind(of)));
+    [late, mean, sum].into_iter().flatten().collect()
 }
 
 /// A refusal's word with what it means.
@@ -85,6 +140,21 @@ pub fn refusal(code: &str) -> String {
     format!("{code} ({meaning})")
 }
 
+/// What the vet says of the mean of a site's releases; of another finding its own words.
+pub fn no_series(of: &Finding) -> String {
+    match of {
+        Finding::NoSeries {
+            releases,
+            what,
+            found,
+            bound,
+        } => format!(
+            "its last {releases} releases together are no moments of a series: {what} is {found:.4}, the bound {bound:.4}"
+        ),
+        other => finding(other),
+    }
+}
+
 /// A finding in one sentence with its figures.
 pub fn finding(finding: &Finding) -> String {
     match finding {
@@ -101,6 +171,10 @@ pub fn finding(finding: &Finding) -> String {
         Finding::NearCopy { others } => format!(
             "it shares its noise with {}: one copied another. Who copied whom cannot be seen, so this counts for and against nobody",
             others.join(", ")
+        ),
+        Finding::NoSeries { .. } => format!(
+            "{}. They are added no more, what it sends from now on begins anew; this counts for and against nobody",
+            no_series(finding)
         ),
         Finding::Refused { code, detail } => {
             format!("its update was refused as {}", refused(code, detail.as_deref()))

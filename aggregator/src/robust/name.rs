@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::RuleError;
+use super::gram::GRAM_ROWS_MAX;
 
 /// Most pre-aggregations before a rule.
 pub const STAGES_MAX: usize = 4;
@@ -171,6 +172,24 @@ impl RuleName {
         self.base
     }
 
+    /// Most rows that it can combine: rules of pairs hold n² numbers, and buckets of two or more leave half as many rows to compare.
+    pub fn rows_max(&self) -> usize {
+        let buckets = |before: &Before| matches!(before, Before::Bucketing | Before::BucketingIdentity);
+        let by_column = matches!(
+            self.base,
+            Some(Base::Mean | Base::Median | Base::TrimmedMean | Base::Meamed)
+        );
+        let bucketed = self.before().next().as_ref().is_some_and(buckets);
+        match (
+            by_column && self.before().all(|before| buckets(&before)),
+            bucketed,
+        ) {
+            (true, _) => usize::MAX,
+            (false, true) => 2 * GRAM_ROWS_MAX,
+            (false, false) => GRAM_ROWS_MAX,
+        }
+    }
+
     /// How many of the `byzantine` hostile edges of the configuration the rule withstands: a mean withstands none.
     pub fn withstands(&self, byzantine: usize) -> usize {
         if self.base == Some(Base::Mean) {
@@ -267,6 +286,30 @@ mod tests {
                 before.word().parse::<RuleName>().unwrap().before().next(),
                 Some(before)
             );
+        }
+    }
+
+    #[test]
+    fn one_row_more_than_a_rule_can_combine_is_refused_by_it_and_no_rule_of_columns_refuses_any() {
+        use crate::robust::{MatrixRows, Options, rule};
+        let digest = theriac_protocol::units::Digest::default();
+        for (name, limit) in [
+            ("caf", Some(2_048)),
+            ("multi_krum", Some(2_048)),
+            ("nnm+trimmed_mean", Some(2_048)),
+            ("bucketing+geometric_median_converged", Some(4_096)),
+            ("trimmed_mean", None),
+            ("bucketing+median", None),
+            ("mean", None),
+        ] {
+            let name: RuleName = name.parse().unwrap();
+            assert_eq!(name.rows_max(), limit.unwrap_or(usize::MAX), "{name}");
+            let count = limit.map_or(2_049, |limit| limit + 1);
+            let rows = MatrixRows::new(vec![1.0_f32; count], count, 1).unwrap();
+            let options = Options::for_round(name, std::iter::once(&digest), true);
+            let combined = rule(name, 1, &options).unwrap().combine(&rows);
+            let refused = matches!(combined, Err(RuleError::TooManyPairs { .. }));
+            assert_eq!(refused, limit.is_some(), "{name}: {combined:?}");
         }
     }
 

@@ -292,8 +292,11 @@ fn join(partials: &[Vec<Partial>], n: usize, d: usize) -> Vec<RowEvidence> {
 
 /// Rows that are added at a time: the sums are loaded and stored once for all of them.
 const TOGETHER: usize = 8;
+/// Most coordinates whose sums are held at a time: a row is read in stretches of many pages, and the `f64` sums stay in the cache of the core.
+const WIDE: usize = 16 * STRIPE;
 
-/// The weighted sum of the rows, `[d]`, in `f64` in row order; rows of weight 0 are not read.
+/// The weighted sum of the rows, `[d]`, in `f64` in row order; rows of weight 0 are not read. Each coordinate is summed on its own, so the bits do not depend on
+/// how the coordinates are shared out.
 pub(super) fn weighted_sum<T: Scalar>(rows: &dyn Rows<T>, weights: &[f64]) -> Vec<T> {
     let weighed: Vec<(usize, f64)> = weights
         .iter()
@@ -302,33 +305,39 @@ pub(super) fn weighted_sum<T: Scalar>(rows: &dyn Rows<T>, weights: &[f64]) -> Ve
         .filter(|(_, weight)| *weight != 0.0)
         .collect();
     let mut values = vec![T::default(); rows.dimension()];
-    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, out)| {
-        let mut buffers = [[T::default(); STRIPE]; TOGETHER];
-        for (step, out) in out.chunks_mut(STRIPE).enumerate() {
-            let (start, columns) = (chunk * CHUNK + step * STRIPE, out.len());
-            let mut sums = [0.0_f64; STRIPE];
-            for group in weighed.chunks(TOGETHER) {
-                // Where the last group is short, zeros with the weight 0 fill it.
-                let mut add = AddWeighted {
-                    sums: &mut sums[..columns],
-                    values: [&[]; TOGETHER],
-                    weights: [0.0; TOGETHER],
-                };
-                for (place, buffer) in buffers.iter_mut().enumerate() {
-                    let buffer = &mut buffer[..columns];
-                    add.values[place] = if let Some((row, weight)) = group.get(place) {
-                        add.weights[place] = *weight;
-                        rows.piece(*row, start, buffer)
-                    } else {
-                        buffer.fill(T::default());
-                        buffer
-                    };
-                }
-                Arch::new().dispatch(add);
+    // Four shares a thread even out what else the cores do.
+    let share = rows.dimension().div_ceil(4 * rayon::current_num_threads());
+    let width = share.next_multiple_of(STRIPE).clamp(STRIPE, WIDE);
+    let scratch = || {
+        let buffers: [Vec<T>; TOGETHER] = std::array::from_fn(|_| vec![T::default(); width]);
+        (vec![0.0_f64; width], buffers)
+    };
+    let shares = values.par_chunks_mut(width).enumerate();
+    shares.for_each_init(scratch, |(sums, buffers), (share, out)| {
+        let (start, columns) = (share * width, out.len());
+        let sums = &mut sums[..columns];
+        sums.fill(0.0);
+        let (groups, rest) = weighed.as_chunks::<TOGETHER>();
+        for group in groups {
+            let mut values: [&[T]; TOGETHER] = [&[]; TOGETHER];
+            for ((place, (row, _)), buffer) in values.iter_mut().zip(group).zip(buffers.iter_mut()) {
+                *place = rows.piece(*row, start, &mut buffer[..columns]);
             }
-            for (value, sum) in out.iter_mut().zip(sums) {
-                *value = T::round_from(sum + 0.0);
-            }
+            Arch::new().dispatch(AddWeighted {
+                sums: &mut *sums,
+                values,
+                weights: group.map(|(_, weight)| weight),
+            });
+        }
+        for (row, weight) in rest {
+            Arch::new().dispatch(AddOne {
+                sums: &mut *sums,
+                values: rows.piece(*row, start, &mut buffers[0][..columns]),
+                weight: *weight,
+            });
+        }
+        for (value, sum) in out.iter_mut().zip(sums) {
+            *value = T::round_from(*sum + 0.0);
         }
     });
     values
@@ -359,6 +368,23 @@ impl<T: Scalar> WithSimd for AddWeighted<'_, T> {
             let total = total + wf * rf[column].into();
             let total = total + wg * rg[column].into();
             *sum = total + wh * rh[column].into();
+        }
+    }
+}
+
+struct AddOne<'a, T> {
+    sums: &'a mut [f64],
+    values: &'a [T],
+    weight: f64,
+}
+
+impl<T: Scalar> WithSimd for AddOne<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) {
+        for (sum, value) in self.sums.iter_mut().zip(self.values) {
+            *sum += self.weight * (*value).into();
         }
     }
 }

@@ -11,8 +11,11 @@ use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
 
 use super::blob::BlobStore;
 use super::records::node_id;
-use super::{StoreError, Work, from_sql, late, models, records, to_sql};
+use super::sums::{self, Dropped};
+use super::{StoreError, Work, from_sql, history, late, models, records, to_sql};
+use crate::accumulate::Accumulate;
 use crate::average::SiteAverage;
+use crate::evidence::law::{Finding, Verdict};
 use crate::evidence::reputation::{Changes, QuarantineLimits, Reputation};
 use crate::evidence::{Absent, Closing, Decision, Record, RoundAccount, StoredRow, conclude};
 use crate::robust::RuleName;
@@ -45,6 +48,9 @@ pub struct RoundPlan {
     /// How much of a site's earlier updates the rule sees.
     #[serde(default)]
     pub site_average: SiteAverage,
+    /// How much of a site's earlier releases of moments is added.
+    #[serde(default)]
+    pub accumulate: Accumulate,
 }
 
 /// Everything that a finished round leaves besides its model.
@@ -82,6 +88,23 @@ pub fn conclude_round(work: &Work<'_>, round: Round, conclusion: Conclusion) -> 
             late::carry(work, Round(stale.of_round), &row.node, round)?;
         }
     }
+    let announce = history::announced(work.connection(), round)?;
+    if plan.accumulate.is_on(announce.kind) && !plan.central_noise {
+        // What a screen left out, or the quarantine, is in no later sum either, and nor is what no honest row can be, although it counted this once.
+        let taken = account.rows.iter().filter(|row| {
+            row.decision == Decision::Combined && Verdict::of(&row.findings) != Verdict::Inconsistent
+        });
+        for row in taken {
+            let of = row.stale.map_or(round, |stale| Round(stale.of_round));
+            sums::add(work, &row.node, of, row.stale.is_some(), &announce)?;
+        }
+        let is_none = |finding: &Finding| matches!(finding, Finding::NoSeries { .. });
+        let own = account.rows.iter().filter(|row| row.findings.iter().any(is_none));
+        let carried = account.carried.iter().filter(|site| site.finding.is_some());
+        for node in own.map(|row| &row.node).chain(carried.map(|site| &site.node)) {
+            sums::drop_site(work, node, Dropped::Vet)?;
+        }
+    }
     // A site that can take no part holds no place in the quarantine that another one may need.
     let mut present = active(work.connection())?;
     present.extend(account.rows.iter().map(|row| row.node.clone()));
@@ -92,6 +115,9 @@ pub fn conclude_round(work: &Work<'_>, round: Round, conclusion: Conclusion) -> 
     append(work, round, found, Some(&plan))?;
     for (node, reputation) in &counted {
         set_reputation(work, node, reputation)?;
+        if reputation.is_quarantined() {
+            sums::drop_site(work, node, Dropped::Quarantine)?;
+        }
     }
     if let Some((version, state)) = memory {
         insert_memory(work, version, &state)?;
@@ -352,6 +378,20 @@ fn set_reputation(work: &Work<'_>, node: &NodeId, reputation: &Reputation) -> Re
 pub fn of_round(connection: &Connection, round: Round) -> Result<Vec<Record>, StoreError> {
     let query = "SELECT record FROM decision WHERE round = ?1 ORDER BY node, seq";
     read(connection, query, (to_sql(round.0),))
+}
+
+/// Sites that counted in a round by their earlier releases alone.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Corrupt`].
+pub fn carried(
+    connection: &Connection,
+    round: Round,
+) -> Result<std::collections::BTreeSet<NodeId>, StoreError> {
+    let query = "SELECT node FROM decision WHERE round = ?1 AND decision = 'carried'";
+    let mut statement = connection.prepare_cached(query)?;
+    let names = statement.query_map([to_sql(round.0)], |row| row.get::<_, String>(0))?;
+    names.map(|name| node_id(&name?)).collect()
 }
 
 /// The newest records of one site, newest first.

@@ -116,7 +116,7 @@ pub(super) fn carry(work: &Work<'_>, of: Round, node: &NodeId, into: Round) -> R
 }
 
 /// Late updates of the round before `announce` that may be taken into it, by name: of sites that are active, have none of their own in it and were not refused in
-/// it for what they sent, on the same terms, and made for its base or for the one that this base came of. After a roll-back there are none.
+/// it for what they sent, whose releases were not dropped since, on the same terms, and made for its base or for the one that this base came of. After a roll-back there are none.
 ///
 /// # Errors
 /// [`StoreError::Database`], [`StoreError::Corrupt`], [`StoreError::NotFound`].
@@ -132,7 +132,7 @@ pub fn waiting(connection: &Connection, announce: &AnnounceV1) -> Result<Vec<Sto
         "round = ?1 AND carried_into IS NULL AND place <> 'gone'
              AND node NOT IN (SELECT node FROM upload WHERE round = ?2)
              AND node NOT IN (SELECT node FROM cohort WHERE round = ?2 AND refused IS NOT NULL)
-             AND node IN (SELECT node FROM site WHERE state = 'active')",
+             AND node IN (SELECT node FROM site WHERE state = 'active' AND kept_from <= ?1)",
         (to_sql(before), to_sql(announce.round.0)),
         announce,
         age,
@@ -288,26 +288,5 @@ pub fn row(
     round: Round,
     node: &NodeId,
 ) -> Result<Row, StoreError> {
-    let name = format!("late upload {round}/{node}");
-    let found = connection
-        .prepare_cached(
-            "SELECT scale, place, payload, payload_digest FROM late_upload WHERE round = ?1 AND node = ?2",
-        )?
-        .query_row((to_sql(round.0), node.as_str()), |row| {
-            Ok((
-                row.get::<_, Option<f64>>(0)?,
-                (row.get(1)?, row.get(2)?, row.get(3)?),
-            ))
-        })
-        .optional()?;
-    let (scale, place) = found.ok_or_else(|| StoreError::NotFound {
-        what: "late upload",
-        name: format!("{round}/{node}"),
-    })?;
-    #[expect(clippy::cast_possible_truncation, reason = "it was written from an f32")]
-    let encoding = scale.map_or(Encoding::F32, |scale| Encoding::Int8 { scale: scale as f32 });
-    Ok(Row {
-        encoding,
-        payload: models::payload(blobs, place, name)?,
-    })
+    super::rounds::row_of(connection, blobs, "late_upload", round, node)
 }

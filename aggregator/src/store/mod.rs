@@ -3,7 +3,7 @@
 //! - [`Database`] is one connection, used directly by the commands.
 //! - [`Store`] is what the running server shares: one thread owns the writing connection and commits everything that waits
 //!   in one transaction (**group commit**), so a hundred uploads cost one synchronisation of the disk.
-//! - [`records`] (sites), [`models`], [`rounds`], [`history`], [`evidence`] and [`tokens`] are what is read and written; [`schema`] holds the tables,
+//! - [`records`] (sites), [`models`], [`rounds`], [`history`], [`evidence`], [`sums`], [`validation`] and [`tokens`] are what is read and written; [`schema`] holds the tables,
 //!   [`blob`] payloads too large for a row.
 //!
 //! Acknowledged means durable: a write's answer comes after its commit returned with `synchronous = FULL`. The one
@@ -11,13 +11,17 @@
 
 pub mod blob;
 pub mod evidence;
+pub mod heads;
 pub mod history;
 pub mod late;
+pub mod ledgers;
 pub mod models;
 pub mod records;
 pub mod rounds;
 pub mod schema;
+pub mod sums;
 pub mod tokens;
+pub mod validation;
 mod writer;
 
 use std::io;

@@ -174,7 +174,8 @@ pub fn insert_model(work: &Work<'_>, model: &ModelRow, payload: &[u8]) -> Result
     Ok(())
 }
 
-/// Releases an old model again, under a new version: versions only rise, so that no edge takes it for a replay.
+/// Releases an old model again, under a new version: versions only rise, so that no edge takes it for a replay. What later rounds took in of sites' moments
+/// counts no more.
 ///
 /// # Errors
 /// [`StoreError::NotFound`], [`StoreError::Gone`]; [`StoreError::Conflict`] when it is in force already.
@@ -196,6 +197,7 @@ pub fn roll_back(work: &Work<'_>, blobs: &BlobStore, to: ModelVersion) -> Result
         released: wall_clock(),
         ..old
     };
+    super::sums::roll_back(work, to)?;
     insert_model(work, &next, &payload)?;
     work.audit(AuditEvent::ModelReleased {
         version: next.version,

@@ -8,8 +8,9 @@ use theriac_protocol::message::{GateVerdict, GuaranteeV1, PrivacyClaimV1};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::{Digest, ModelVersion, NodeId, Timestamp};
 
+use super::ledgers::{self, FormerLedger};
 pub use super::models::{ModelRow, current_model, model, model_payload, roll_back};
-use super::{StoreError, Work, from_sql, to_sql, wall_clock, word};
+use super::{StoreError, Work, from_sql, sums, to_sql, wall_clock, word};
 
 /// Name of the meta row that holds the federation's name.
 pub const META_FEDERATION: &str = "federation";
@@ -63,6 +64,8 @@ pub struct SiteEntry {
     pub key_fingerprint: [u8; 32],
     /// The ledger head that was counter-signed last.
     pub ledger: LedgerHead,
+    /// Whether its present key began a new ledger after another one, which no operator has allowed so far.
+    pub ledger_unallowed: bool,
 }
 
 /// The registry, ordered by name.
@@ -73,19 +76,21 @@ pub type Registry = BTreeMap<NodeId, SiteEntry>;
 /// # Errors
 /// [`StoreError::Database`], [`StoreError::Corrupt`].
 pub fn registry(connection: &Connection) -> Result<Registry, StoreError> {
-    let mut statement = connection
-        .prepare_cached("SELECT node, state, key_fingerprint, ledger_head, ledger_records FROM site")?;
+    let mut statement = connection.prepare_cached(
+        "SELECT node, state, key_fingerprint, ledger_head, ledger_records, ledger_allowed FROM site",
+    )?;
     let rows = statement.query_map([], |row| {
         let entry = (
             row.get::<_, String>(1)?,
             row.get(2)?,
             row.get(3)?,
             row.get::<_, i64>(4)?,
+            row.get::<_, bool>(5)?,
         );
         Ok((row.get::<_, String>(0)?, entry))
     })?;
     rows.map(|row| {
-        let (node, (state, key_fingerprint, head, records)) = row?;
+        let (node, (state, key_fingerprint, head, records, allowed)) = row?;
         let ledger = LedgerHead {
             head: Digest(head),
             records: from_sql(records),
@@ -96,6 +101,7 @@ pub fn registry(connection: &Connection) -> Result<Registry, StoreError> {
                 state: standing(&node, &state)?,
                 key_fingerprint,
                 ledger,
+                ledger_unallowed: !allowed,
             },
         ))
     })
@@ -103,7 +109,8 @@ pub fn registry(connection: &Connection) -> Result<Registry, StoreError> {
 }
 
 /// Enrols a site, or gives an enrolled one a new key. A suspended site stays suspended; a revoked one becomes active,
-/// because revocation is of a key and a new token was the operator's decision. A new key begins a new ledger.
+/// because revocation is of a key and a new token was the operator's decision. A new key begins a new ledger: the one before is remembered with what the site had
+/// spent in it, its releases count no more, and whether the new one may count under `[privacy_floor] ledger_continuity` is `new_ledger`, the operator's word.
 ///
 /// # Errors
 /// [`StoreError::Conflict`] for a key that was revoked, [`StoreError::Database`].
@@ -113,18 +120,22 @@ pub fn enrol(
     key_fingerprint: [u8; 32],
     certificate_fingerprint: [u8; 32],
     not_after: Timestamp,
+    new_ledger: bool,
 ) -> Result<(), StoreError> {
     if is_revoked(work.connection(), &key_fingerprint)? {
         return Err(StoreError::Conflict(format!(
             "this key was revoked, which is for ever: {node} must make a new one"
         )));
     }
+    ledgers::end(work, node, &key_fingerprint, new_ledger)?;
     work.connection().execute(
         "INSERT INTO site (node, state, key_fingerprint, enrolled_unix_ms, ledger_head, ledger_records)
          VALUES (?1, 'active', ?2, ?3, zeroblob(32), 0)
          ON CONFLICT (node) DO UPDATE SET key_fingerprint = ?2, enrolled_unix_ms = ?3,
              ledger_head = CASE key_fingerprint WHEN ?2 THEN ledger_head ELSE zeroblob(32) END,
              ledger_records = CASE key_fingerprint WHEN ?2 THEN ledger_records ELSE 0 END,
+             epsilon = CASE key_fingerprint WHEN ?2 THEN epsilon END,
+             delta = CASE key_fingerprint WHEN ?2 THEN delta END,
              state = CASE state WHEN 'revoked' THEN 'active' ELSE state END",
         (node.as_str(), key_fingerprint, to_sql(wall_clock().0)),
     )?;
@@ -189,6 +200,9 @@ pub fn set_standing(
     }
     if before == word(state) {
         return Ok(());
+    }
+    if state == SiteStanding::Revoked {
+        sums::drop_site(work, node, sums::Dropped::Revoked)?;
     }
     work.connection().execute(
         "UPDATE site SET state = ?2 WHERE node = ?1",
@@ -260,6 +274,10 @@ pub struct SiteRow {
     pub ledger: LedgerHead,
     /// What it guarantees, as it declared last.
     pub guarantee: Option<GuaranteeV1>,
+    /// Ledgers that the name had under earlier keys, oldest first.
+    pub former_ledgers: Vec<FormerLedger>,
+    /// Whether the present ledger was begun after another one, which no operator has allowed so far.
+    pub ledger_unallowed: bool,
 }
 
 /// All sites, ordered by name.
@@ -273,8 +291,8 @@ pub fn sites(connection: &Connection) -> Result<Vec<SiteRow>, StoreError> {
         "SELECT node, declined, count(*) FROM cohort WHERE declined IS NOT NULL GROUP BY node, declined",
     )?;
     let mut guarantees = guarantees(connection)?;
-    let columns =
-        "node, state, enrolled_unix_ms, accepted, epsilon, delta, last_verdict, ledger_head, ledger_records";
+    let mut former = ledgers::all(connection)?;
+    let columns = "node, state, enrolled_unix_ms, accepted, epsilon, delta, last_verdict, ledger_head, ledger_records, ledger_allowed";
     let mut statement = connection.prepare_cached(&format!("SELECT {columns} FROM site ORDER BY node"))?;
     let mut rows = statement.query([])?;
     let mut sites = Vec::new();
@@ -295,6 +313,8 @@ pub fn sites(connection: &Connection) -> Result<Vec<SiteRow>, StoreError> {
                 records: from_sql(row.get(8)?),
             },
             guarantee: guarantees.remove(&node_id(&node)?),
+            former_ledgers: former.remove(&node).unwrap_or_default(),
+            ledger_unallowed: !row.get::<_, bool>(9)?,
             node: node_id(&node)?,
         });
     }

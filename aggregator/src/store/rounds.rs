@@ -293,11 +293,21 @@ pub fn upload_row(
     round: Round,
     node: &NodeId,
 ) -> Result<Row, StoreError> {
-    let name = format!("upload {round}/{node}");
+    row_of(connection, blobs, "upload", round, node)
+}
+
+/// As [`upload_row`], of `table`: `upload` or `late_upload`.
+pub(super) fn row_of(
+    connection: &Connection,
+    blobs: &BlobStore,
+    table: &'static str,
+    round: Round,
+    node: &NodeId,
+) -> Result<Row, StoreError> {
     let row = connection
-        .prepare_cached(
-            "SELECT scale, place, payload, payload_digest FROM upload WHERE round = ?1 AND node = ?2",
-        )?
+        .prepare_cached(&format!(
+            "SELECT scale, place, payload, payload_digest FROM {table} WHERE round = ?1 AND node = ?2"
+        ))?
         .query_row((to_sql(round.0), node.as_str()), |row| {
             Ok((
                 row.get::<_, Option<f64>>(0)?,
@@ -305,15 +315,20 @@ pub fn upload_row(
             ))
         })
         .optional()?;
+    let what = if table == "upload" {
+        "upload"
+    } else {
+        "late upload"
+    };
     let (scale, place) = row.ok_or_else(|| StoreError::NotFound {
-        what: "upload",
+        what,
         name: format!("{round}/{node}"),
     })?;
     #[expect(clippy::cast_possible_truncation, reason = "it was written from an f32")]
     let encoding = scale.map_or(Encoding::F32, |scale| Encoding::Int8 { scale: scale as f32 });
     Ok(Row {
         encoding,
-        payload: models::payload(blobs, place, name)?,
+        payload: models::payload(blobs, place, format!("{what} {round}/{node}"))?,
     })
 }
 
@@ -379,9 +394,17 @@ pub fn publish(
 /// # Errors
 /// [`StoreError::Database`], [`StoreError::Full`].
 pub fn abort(work: &Work<'_>, round: Round, reason: AbortReason) -> Result<(), StoreError> {
+    abort_as(work, round, reason, abort_word(reason))
+}
+
+/// As [`abort`], with a finer `word` for the round's row than the wire has a reason for.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Full`].
+pub fn abort_as(work: &Work<'_>, round: Round, reason: AbortReason, word: &str) -> Result<(), StoreError> {
     let ended = work.connection().execute(
         "UPDATE round SET state = 'aborted', closed_unix_ms = ?2, abort_reason = ?3 WHERE round = ?1 AND state = 'open'",
-        (to_sql(round.0), to_sql(wall_clock().0), abort_word(reason)),
+        (to_sql(round.0), to_sql(wall_clock().0), word),
     )?;
     let stored = "SELECT count(*) FROM upload WHERE round = ?1";
     let members = work
@@ -409,18 +432,20 @@ pub fn abort_word(reason: AbortReason) -> &'static str {
 }
 
 /// Deletes payloads of rounds (and models of rounds) at or before `last`; rows and their digests stay, and so do the models that later rounds
-/// build on: those rounds can be done again.
+/// build on, and releases that count in later rounds as well: those rounds can be done again.
 ///
 /// # Errors
 /// [`StoreError::Database`].
 pub fn forget_payloads(work: &Work<'_>, last: Round) -> Result<(), StoreError> {
     let last = to_sql(last.0);
     work.connection().execute(
-        "UPDATE upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'",
+        "UPDATE upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'
+             AND NOT EXISTS (SELECT 1 FROM kept_release AS kept WHERE kept.node = upload.node AND kept.round = upload.round)",
         [last],
     )?;
     work.connection().execute(
-        "UPDATE late_upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'",
+        "UPDATE late_upload SET place = 'gone', payload = NULL WHERE round <= ?1 AND place <> 'gone'
+             AND NOT EXISTS (SELECT 1 FROM kept_release AS kept WHERE kept.node = late_upload.node AND kept.round = late_upload.round)",
         [last],
     )?;
     work.connection().execute(

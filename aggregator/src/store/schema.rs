@@ -8,7 +8,7 @@ use super::StoreError;
 pub const APPLICATION_ID: i32 = 0x5468_4167;
 
 /// Migrations in order; the file's `user_version` is the number that have run. **A shipped one is never edited.**
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 6] = [
     r"
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
@@ -185,6 +185,52 @@ CREATE TABLE audit_leaf (
      ) STRICT, WITHOUT ROWID;
      ALTER TABLE cohort ADD COLUMN refused_detail TEXT;
      CREATE INDEX late_carried ON late_upload (carried_into) WHERE carried_into IS NOT NULL;",
+    // Releases of moments that count in later rounds as well, each once; dropped ones stay until no round that may be done again needs them.
+    // Ledgers that a site's name had under earlier keys; whether an operator has said that the present one may begin anew.
+    "CREATE TABLE kept_release (
+         node           TEXT NOT NULL REFERENCES site (node),
+         round          INTEGER NOT NULL REFERENCES round (round),
+         late           INTEGER NOT NULL CHECK (late IN (0, 1)),
+         into_round     INTEGER NOT NULL REFERENCES round (round),
+         terms_digest   BLOB NOT NULL CHECK (length(terms_digest) = 32),
+         payload_digest BLOB NOT NULL CHECK (length(payload_digest) = 32),
+         blocks_min     INTEGER NOT NULL,
+         blocks_max     INTEGER NOT NULL,
+         opened_unix_ms INTEGER NOT NULL,
+         dropped_round  INTEGER,
+         dropped_for    TEXT,
+         PRIMARY KEY (node, round),
+         UNIQUE (node, payload_digest),
+         CHECK ((dropped_round IS NULL) = (dropped_for IS NULL))
+     ) STRICT, WITHOUT ROWID;
+     CREATE INDEX kept_by_terms ON kept_release (terms_digest, into_round);
+     CREATE TABLE former_ledger (
+         node            TEXT NOT NULL REFERENCES site (node),
+         key_fingerprint BLOB NOT NULL CHECK (length(key_fingerprint) = 32),
+         began_unix_ms   INTEGER NOT NULL,
+         ended_unix_ms   INTEGER NOT NULL,
+         ledger_head     BLOB NOT NULL CHECK (length(ledger_head) = 32),
+         ledger_records  INTEGER NOT NULL CHECK (ledger_records > 0),
+         epsilon         REAL,
+         delta           REAL
+     ) STRICT;
+     CREATE INDEX former_ledgers_of_site ON former_ledger (node, ended_unix_ms);
+     ALTER TABLE site ADD COLUMN ledger_allowed INTEGER NOT NULL DEFAULT 1;
+     -- First round whose releases of the site may count in later ones: those before were dropped.
+     ALTER TABLE site ADD COLUMN kept_from INTEGER NOT NULL DEFAULT 0;
+     ALTER TABLE token ADD COLUMN new_ledger INTEGER NOT NULL DEFAULT 0;",
+    // What validators said of a round's candidate, with what it was combined with. Signed heads of the audit log, as they were at the ends of rounds.
+    "CREATE TABLE validation (
+         round      INTEGER PRIMARY KEY REFERENCES round (round),
+         record     TEXT NOT NULL,
+         plan       TEXT NOT NULL,
+         leaf_index INTEGER NOT NULL
+     ) STRICT;
+     CREATE TABLE audit_head (
+         size INTEGER PRIMARY KEY CHECK (size > 0),
+         root BLOB NOT NULL CHECK (length(root) = 32),
+         note TEXT NOT NULL
+     ) STRICT;",
 ];
 
 /// Newest version of the tables that this build knows.

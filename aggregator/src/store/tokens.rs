@@ -13,7 +13,7 @@ use super::{StoreError, Work, from_sql, to_sql, wall_clock};
 /// How long a token is good for, unless told otherwise.
 pub const LIFETIME: Duration = Duration::from_hours(1);
 
-/// Keeps a token for one site.
+/// Keeps a token for one site. `new_ledger`: if the site has a ledger under another key, the new one is taken in its place.
 ///
 /// # Errors
 /// [`StoreError::Database`].
@@ -22,13 +22,14 @@ pub fn create(
     token: &JoinToken,
     node: &NodeId,
     lifetime: Duration,
+    new_ledger: bool,
 ) -> Result<Timestamp, StoreError> {
     let now = wall_clock();
     let lifetime_ms = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
     let expires = Timestamp(now.0.saturating_add(lifetime_ms));
     work.connection().execute(
-        "INSERT INTO token (id, secret_hash, node, created_unix_ms, expires_unix_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
-        (token.id, token.secret_hash(), node.as_str(), to_sql(now.0), to_sql(expires.0)),
+        "INSERT INTO token (id, secret_hash, node, created_unix_ms, expires_unix_ms, new_ledger) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        (token.id, token.secret_hash(), node.as_str(), to_sql(now.0), to_sql(expires.0), new_ledger),
     )?;
     Ok(expires)
 }
@@ -124,11 +125,14 @@ pub fn spend(work: &Work<'_>, id: &[u8; 8], node: &NodeId, issued: &Issued) -> R
     if spent != 1 {
         return Err(StoreError::Conflict("the token was used in the meantime".into()));
     }
+    let allowed = "SELECT new_ledger FROM token WHERE id = ?1";
+    let allowed: bool = work.connection().query_row(allowed, [id], |row| row.get(0))?;
     records::enrol(
         work,
         node,
         issued.key_fingerprint,
         issued.fingerprint,
         issued.not_after,
+        allowed,
     )
 }

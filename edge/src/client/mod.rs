@@ -3,6 +3,7 @@
 //! It connects with jittered backoff, answers rounds, fetches and judges models. Everything here may fail or stand still
 //! without detection or healing noticing.
 
+mod appraising;
 pub mod opening;
 mod work;
 
@@ -23,8 +24,8 @@ use theriac_model::global::{
 };
 use theriac_privacy::ledger::{LedgerError, Seal};
 use theriac_protocol::message::{
-    AnnounceV1, FEATURE_GRADIENT, FEATURE_LEDGER_SEAL, FetchModelV1, GateVerdict, HelloV1, LedgerSealV1,
-    ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
+    AnnounceV1, FEATURE_GRADIENT, FEATURE_LEDGER_SEAL, FEATURE_VALIDATOR, FetchModelV1, GateVerdict, HelloV1,
+    LedgerSealV1, ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
 };
 use theriac_protocol::participant::{Input, LayoutDigests, Output, Participant, ParticipantConfig};
 use theriac_protocol::refusal::RefusalCode;
@@ -134,6 +135,11 @@ struct Driver {
     /// What is to be trained for once the training at hand has ended: one release at a time.
     announced: Option<AnnounceV1>,
     judging: Option<Judging>,
+    /// A candidate of the aggregator's that waits, see [`appraising`].
+    asked: Option<appraising::Asked>,
+    appraising: appraising::Appraising,
+    /// What is to be said in the session at hand.
+    to_say: Option<ToAggregator>,
     /// Lanes, by their place in [`Client::lanes`], on whose rows the held model was not judged yet: it has just come, or there are too few rows.
     unjudged: BTreeSet<usize>,
     /// What the gates of the lanes said last, and why, with the version; in the order of [`Client::lanes`].
@@ -185,6 +191,11 @@ pub async fn run(client: Client, mut shutdown: Shutdown) -> Result<(), ClientErr
     let mut backoff = Backoff::new(settings.retry_base, settings.retry_max);
     let endpoint = bind_client(&Limits::default())?;
     driver.client.show_buffers(&endpoint);
+    if settings.validator {
+        tracing::warn!(
+            "federation.validator is true: this edge tells the aggregator what candidate models do on its rows, which no privacy guarantee covers"
+        );
+    }
     loop {
         driver
             .client
@@ -406,6 +417,9 @@ impl Driver {
             training: None,
             announced: None,
             judging: None,
+            asked: None,
+            appraising: None,
+            to_say: None,
             unjudged,
             verdicts,
             keeping: None,
@@ -424,7 +438,7 @@ impl Driver {
             tokio::select! {
                 () = tokio::time::sleep_until(until) => return true,
                 () = shutdown.wait() => return false,
-                answer = next_answer(&mut self.training, &mut self.judging) => {
+                answer = next_answer(&mut self.training, &mut self.judging, &mut self.appraising) => {
                     if let Some(input) = self.answered(answer) {
                         self.participant.handle(self.now(), input);
                     }
@@ -495,8 +509,10 @@ impl Driver {
             protocol_max: PROTOCOL_MAX,
             software: concat!("theriac-edge ", env!("CARGO_PKG_VERSION")).to_owned(),
             features: [FEATURE_LEDGER_SEAL, FEATURE_GRADIENT]
+                .into_iter()
+                .chain(self.client.settings.validator.then_some(FEATURE_VALIDATOR))
                 .map(str::to_owned)
-                .to_vec(),
+                .collect(),
             profile: schema.name.clone(),
             profile_digest: Digest(schema.digest()),
             layout_digest: Digest(model_layout(schema.channels()).digest()),
@@ -541,7 +557,7 @@ impl Driver {
                     },
                     Err(error) => break Ended::Lost(error.to_string()),
                 },
-                answer = next_answer(&mut self.training, &mut self.judging) => self.answered(answer),
+                answer = next_answer(&mut self.training, &mut self.judging, &mut self.appraising) => self.answered(answer),
                 () = timeout => None,
                 _ = rejudge.tick() => {
                     self.judge_held();
@@ -555,6 +571,7 @@ impl Driver {
             }
         };
         self.sealed = false;
+        self.forget_asked();
         self.participant.handle(self.now(), Input::Disconnected);
         if let Err(reason) = self.carry_out(None).await {
             tracing::debug!(reason, "left undone at the end of the session");
@@ -598,6 +615,15 @@ impl Driver {
                 Input::Model { header }
             }
             ToEdge::Closed(closed) => Input::Closed(closed),
+            ToEdge::Candidate(candidate, payload) => {
+                if !appraising::is_whole(&candidate, &payload) {
+                    return Err(Ended::Lost(
+                        "a candidate came whose digest is not the announced one".to_owned(),
+                    ));
+                }
+                self.asked(candidate, &payload);
+                return Ok(None);
+            }
             // Taken out before.
             ToEdge::Seal(_) => return Ok(None),
             ToEdge::Goodbye(goodbye) => {
@@ -701,6 +727,11 @@ impl Driver {
             if let Some(sender) = sender.as_deref_mut() {
                 sender.send(&message).await.map_err(|error| error.to_string())?;
             }
+        }
+        if let Some(sender) = sender
+            && let Some(message) = self.to_say.take()
+        {
+            sender.send(&message).await.map_err(|error| error.to_string())?;
         }
         Ok(())
     }

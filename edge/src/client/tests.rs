@@ -5,6 +5,7 @@ use theriac_model::sample::Sample;
 use theriac_privacy::ledger::Ledger;
 use theriac_privacy::noise::ExactGaussian;
 use theriac_privacy::policy::Policy;
+use theriac_protocol::message::{Appraisal, AppraisalV1, CandidateV1};
 use theriac_protocol::units::{Round, Timestamp};
 
 use super::work::Answer;
@@ -93,7 +94,7 @@ fn poisoned() -> GlobalModel {
 }
 
 async fn judged(driver: &mut Driver) {
-    let answer = next_answer(&mut driver.training, &mut driver.judging).await;
+    let answer = next_answer(&mut driver.training, &mut driver.judging, &mut driver.appraising).await;
     assert!(matches!(answer, Answer::Judged { .. }));
     assert_eq!(
         driver.answered(answer),
@@ -243,4 +244,91 @@ async fn the_page_shows_every_lanes_last_verdict() {
         driver.client.board.status().gate,
         "web: worse_on_tail, db: accepted"
     );
+}
+
+fn candidate(base: &GlobalModel, version: u64, model: &GlobalModel) -> (CandidateV1, Bytes) {
+    let bytes = |model: &GlobalModel| -> Bytes {
+        let values = model.values().iter();
+        values.flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into()
+    };
+    let payload = bytes(model);
+    let header = CandidateV1 {
+        round: Round(version + 1),
+        base_version: ModelVersion(version),
+        base_digest: Digest::of(&bytes(base)),
+        layout_digest: Digest(model_layout(CHANNELS).digest()),
+        values: u32::try_from(model.values().len()).unwrap(),
+        payload_digest: Digest::of(&payload),
+        deadline_ms: 30_000,
+    };
+    (header, payload)
+}
+
+/// What the aggregator is told about the candidate at hand.
+async fn appraised(driver: &mut Driver) -> Option<AppraisalV1> {
+    driver.judging = None;
+    let answer = next_answer(&mut driver.training, &mut driver.judging, &mut driver.appraising).await;
+    assert!(matches!(answer, Answer::Appraised { .. }));
+    assert_eq!(driver.answered(answer), None);
+    match driver.to_say.take() {
+        Some(ToAggregator::Appraisal(appraisal)) => Some(appraisal),
+        _ => None,
+    }
+}
+
+#[tokio::test]
+async fn a_validator_tells_of_a_candidate_and_any_other_edge_is_silent() {
+    let root = tempfile::tempdir().unwrap();
+    let mut driver = driver(root.path(), vec![lane("web", 0..CHANNELS)]).await;
+    let asks = |driver: &Driver| {
+        let features = driver.hello().features;
+        features.iter().any(|feature| feature == FEATURE_VALIDATOR)
+    };
+    let good = GlobalModel::initial(CHANNELS, 1);
+    let (header, payload) = candidate(&good, 1, &poisoned());
+    arrive(&mut driver, 1, &good);
+    driver.hold(ModelVersion(1));
+    assert!(!asks(&driver));
+    driver.asked(header.clone(), &payload);
+    assert!(driver.appraising.is_none() && driver.asked.is_none() && driver.to_say.is_none());
+    driver.client.settings.validator = true;
+    assert!(asks(&driver));
+    driver.asked(header.clone(), &payload);
+    let worse = appraised(&mut driver).await.unwrap();
+    assert_eq!(
+        (worse.appraisal, worse.payload_digest),
+        (Appraisal::Worse, header.payload_digest)
+    );
+    assert!(worse.ratio_permille > 1_050, "{worse:?}");
+    let (same, payload) = candidate(&good, 1, &good);
+    driver.asked(same, &payload);
+    let fine = appraised(&mut driver).await.unwrap();
+    assert_eq!(
+        (fine.appraisal, fine.ratio_permille),
+        (Appraisal::NotWorse, 1_000)
+    );
+}
+
+#[tokio::test]
+async fn a_candidate_waits_for_the_model_it_is_held_against_and_an_unreadable_one_is_answered_at_once() {
+    let root = tempfile::tempdir().unwrap();
+    let mut driver = driver(root.path(), vec![lane("web", 0..CHANNELS)]).await;
+    driver.client.settings.validator = true;
+    let (old, new) = (GlobalModel::initial(CHANNELS, 1), poisoned());
+    arrive(&mut driver, 1, &old);
+    driver.hold(ModelVersion(1));
+    let (header, payload) = candidate(&new, 2, &old);
+    driver.asked(header, &payload);
+    assert!(driver.appraising.is_none(), "the base is not there yet");
+    arrive(&mut driver, 2, &new);
+    driver.hold(ModelVersion(2));
+    let better = appraised(&mut driver).await.unwrap();
+    assert_eq!(better.appraisal, Appraisal::NotWorse);
+    assert!(better.ratio_permille < 1_000, "{better:?}");
+    let (header, _) = candidate(&old, 1, &new);
+    driver.asked(header, &Bytes::from_static(&[0; 7]));
+    let Some(ToAggregator::Appraisal(told)) = driver.to_say.take() else {
+        panic!("no answer")
+    };
+    assert_eq!((told.appraisal, told.ratio_permille), (Appraisal::CannotTell, 0));
 }

@@ -2,15 +2,19 @@
 
 use std::sync::{Arc, PoisonError};
 
+use theriac_model::appraisal::Appraised;
 use theriac_model::gate::{self, Evidence, GateOutcome, Judgement};
 use theriac_model::global::{GlobalError, GlobalModel};
-use theriac_protocol::message::{AnnounceV1, DeclineReason, GateVerdict, ToAggregator, VerdictV1};
+use theriac_protocol::message::{
+    AnnounceV1, CandidateV1, DeclineReason, GateVerdict, ToAggregator, VerdictV1,
+};
 use theriac_protocol::participant::{Input, ParticipantEvent};
 use theriac_protocol::refusal::RoundOutcome;
 use theriac_protocol::units::{ModelVersion, Round};
 use theriac_transport::Endpoint;
 use tokio::task::{JoinError, JoinHandle};
 
+use super::appraising::Appraising;
 use super::{AtGate, Client, Driver, GATE_ROWS, Judging};
 use crate::detect::{LaneShared, keep_detector};
 use crate::global_store::{self, Held};
@@ -57,12 +61,20 @@ pub(super) enum Answer {
         model: AtGate,
         outcome: Result<Vec<(usize, Judgement)>, JoinError>,
     },
+    Appraised {
+        candidate: CandidateV1,
+        found: Appraised,
+    },
 }
 
 pub(super) type Training = Option<(Round, u64, JoinHandle<Result<OutboxRow, Untrained>>)>;
 
-/// Waits for the training or the judging at hand; for ever when there is neither. Safe to cancel.
-pub(super) async fn next_answer(training: &mut Training, judging: &mut Option<Judging>) -> Answer {
+/// Waits for the training, the judging or the appraisal at hand; for ever when there is none. Safe to cancel.
+pub(super) async fn next_answer(
+    training: &mut Training,
+    judging: &mut Option<Judging>,
+    appraising: &mut Appraising,
+) -> Answer {
     let trained = async {
         match training.as_mut() {
             Some((_, _, handle)) => handle.await,
@@ -75,7 +87,24 @@ pub(super) async fn next_answer(training: &mut Training, judging: &mut Option<Ju
             None => std::future::pending().await,
         }
     };
+    let appraised = async {
+        match appraising.as_mut() {
+            Some((_, handle)) => handle.await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
+        found = appraised => match appraising.take() {
+            Some((candidate, _)) => {
+                let found = found.unwrap_or_else(|join| {
+                    tracing::error!(%join, "an appraisal failed");
+                    Appraised::CannotTell
+                });
+                Answer::Appraised { candidate, found }
+            }
+            // The branch ran because there was one.
+            None => std::future::pending().await,
+        },
         result = trained => {
             let (round, nonce) = training.take().map_or((Round(0), 0), |(round, nonce, _)| (round, nonce));
             let failed = |join: JoinError| Err(Untrained::new(DeclineReason::StorageUnavailable, join));
@@ -265,6 +294,11 @@ impl Driver {
                 self.judge_held();
                 None
             }
+            Answer::Appraised { candidate, found } => {
+                self.say_appraisal(&candidate, found);
+                self.appraise_asked();
+                None
+            }
         }
     }
 
@@ -311,6 +345,8 @@ impl Driver {
             let _kept = tokio::task::spawn_blocking(keep).await;
         }));
         self.held = Some((held, header.payload_digest, model));
+        // A candidate may have come before the model that it is held against.
+        self.appraise_asked();
         self.unjudged = (0..self.client.lanes.len()).collect();
         let waiting = |place: usize| {
             (

@@ -120,7 +120,7 @@ pub(super) async fn doctor<W: Write>(
     let page = page(&dir).await;
     for service in &config.services {
         if let Some(state) = &service.state {
-            let proof = crate::postgres::is_postgres(service);
+            let proof = crate::postgres::needs_proof(service);
             checks.push(checkpoints(&dir, service.name.as_str(), state, proof, page.as_ref()).await);
         }
     }

@@ -11,7 +11,7 @@ use theriac_heal::types::{Incident, IncidentId, IncidentState, Plan};
 use theriac_privacy::policy::signed::Subject;
 
 use super::privacy::read_key;
-use super::{ConfigArguments, or_dash, unprinted};
+use super::{ConfigArguments, or_dash, standing, unprinted};
 use crate::run::EdgeError;
 use crate::state_dir::StateDir;
 use crate::status::IncidentView;
@@ -59,6 +59,17 @@ pub(super) enum ActionsCommand {
     /// Declines it; the incident is then yours.
     #[command(after_help = "Example:\n  theriac-edge actions deny 3")]
     Deny(OneIncident),
+    /// Lists what stands against acting without a person: classes of actions that harmed a service, and breakers that are open since an
+    /// executor failed again and again.
+    #[command(after_help = "Example:\n  theriac-edge actions standing")]
+    Standing {
+        #[command(flatten)]
+        config: ConfigArguments,
+    },
+    /// Lifts everything that stands against a service, once you have mended what did harm or failed; the running edge takes it up within a
+    /// second. Where `healing_policy.keys` names keys, as many people have to sign as the policy needs.
+    #[command(after_help = "Example:\n  theriac-edge actions reinstate kv --key operator.key")]
+    Reinstate(standing::Reinstatement),
 }
 
 #[derive(Debug, Args)]
@@ -139,6 +150,8 @@ pub(super) fn actions<W: Write>(
             approval.incident.decide(true, key, plan, output)
         }
         ActionsCommand::Deny(one) => one.decide(false, None, None, output),
+        ActionsCommand::Standing { config } => standing::list(&config, output),
+        ActionsCommand::Reinstate(arguments) => standing::reinstate(&arguments, output),
     }
 }
 
@@ -308,7 +321,7 @@ fn line(incident: &Incident, view: &IncidentView) -> Vec<String> {
     ]
 }
 
-fn utc(unix_ms: u64) -> String {
+pub(super) fn utc(unix_ms: u64) -> String {
     let seconds = i64::try_from(unix_ms / 1_000).unwrap_or(i64::MAX);
     time::OffsetDateTime::from_unix_timestamp(seconds)
         .ok()
@@ -316,11 +329,11 @@ fn utc(unix_ms: u64) -> String {
         .unwrap_or_else(|| unix_ms.to_string())
 }
 
-fn reader(config: &ConfigArguments) -> Result<Option<StoreReader>, Problem> {
+pub(super) fn reader(config: &ConfigArguments) -> Result<Option<StoreReader>, Problem> {
     let config = config.load()?;
     StoreReader::open(&StateDir::existing(&config.state_dir.path).database()).map_err(failed)
 }
 
-fn failed(error: StoreError) -> Problem {
+pub(super) fn failed(error: StoreError) -> Problem {
     EdgeError::from(error).into()
 }

@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod doctor;
+mod drain;
 mod explain;
 mod incidents;
 mod join;
@@ -10,6 +11,7 @@ mod picture;
 mod policy;
 mod privacy;
 mod run;
+mod standing;
 mod status;
 
 use std::ffi::OsString;
@@ -130,6 +132,12 @@ enum Command {
         #[command(flatten)]
         config: ConfigArguments,
     },
+    /// Has the proxy before a service let what is in hand end and turn away what is new, within half a second.
+    #[command(after_help = "Example:\n  theriac-edge drain kv --config edge.toml")]
+    Drain(drain::DrainArguments),
+    /// Ends `drain`.
+    #[command(after_help = "Example:\n  theriac-edge undrain kv --config edge.toml")]
+    Undrain(drain::DrainArguments),
     /// What was spent of the privacy budget.
     #[command(subcommand, after_help = "Example:\n  theriac-edge privacy status")]
     Privacy(privacy::PrivacyCommand),
@@ -214,6 +222,8 @@ pub async fn execute(arguments: Arguments, out: &mut (dyn Write + Send)) -> Resu
         Command::Policy(command) => policy::policy(command, &mut output),
         Command::StopHealing { config } => policy::switch(&config, true, &mut output),
         Command::ResumeHealing { config } => policy::switch(&config, false, &mut output),
+        Command::Drain(arguments) => drain::drain(&arguments, true, &mut output),
+        Command::Undrain(arguments) => drain::drain(&arguments, false, &mut output),
         Command::CheckConfig(arguments) => run::check(&arguments, &mut output),
         Command::Doctor(arguments) => Box::pin(doctor::doctor(&arguments, &mut output)).await,
     }

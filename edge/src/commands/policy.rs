@@ -10,6 +10,7 @@ use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
 use theriac_heal::policy::evaluate::{self, RulingRecord};
 use theriac_heal::policy::{HealPolicy, NodeBudget};
+use theriac_heal::standing::Reinstated;
 use theriac_privacy::policy::signed::{Subject, signature_path};
 
 use super::{ConfigArguments, privacy, unprinted};
@@ -181,6 +182,8 @@ struct Replayed {
     broken: Vec<String>,
     /// Lines that name none before them: the first of all, and those of builds that did not chain them.
     unchained: u64,
+    /// Lines that tell of what people lifted.
+    reinstated: u64,
     /// Digest of the line before the first one, which is not here.
     continues: Option<String>,
     /// Digest of each line, in order.
@@ -210,6 +213,7 @@ fn replay<W: Write>(arguments: &ReplayArguments, output: &mut Output<W>) -> Resu
     let value = serde_json::json!({
         "same": found.same, "other_policy": found.other_policy, "different": found.different,
         "broken": found.broken, "unchained": found.unchained, "continues": found.continues, "head": head,
+        "reinstated": found.reinstated,
     });
     let mut human = format!(
         "{} rulings are the same, {} differ, {} were made under other policies",
@@ -217,6 +221,13 @@ fn replay<W: Write>(arguments: &ReplayArguments, output: &mut Output<W>) -> Resu
         found.different.len(),
         found.other_policy
     );
+    if found.reinstated > 0 {
+        let words = format!(
+            "\n{} lines tell that people reinstated a service",
+            found.reinstated
+        );
+        human.push_str(&words);
+    }
     if let Some(continues) = &found.continues {
         let words = format!("\nthe first line continues {continues}: what was before it is not here");
         human.push_str(&words);
@@ -273,20 +284,30 @@ fn replayed(
 ) -> Result<Replayed, String> {
     let mut found = Replayed::default();
     for (at, line) in text.lines().enumerate() {
-        let record: RulingRecord =
-            serde_json::from_str(line).map_err(|error| format!("line {}: {error}", at + 1))?;
+        let unreadable = |error: serde_json::Error| format!("line {}: {error}", at + 1);
+        let (record, previous) = if let Some(told) = of_people(line) {
+            (None, told.map_err(unreadable)?.previous)
+        } else {
+            let record: RulingRecord = serde_json::from_str(line).map_err(unreadable)?;
+            let previous = record.previous.clone();
+            (Some(record), previous)
+        };
         match found.heads.last() {
             // The first line of a file names one in the file before it.
-            None => found.continues = Some(record.previous.clone()).filter(|previous| !previous.is_empty()),
-            Some(before) if *before == record.previous => {}
-            Some(_) if record.previous.is_empty() && found.unchained == at as u64 => {}
+            None => found.continues = Some(previous.clone()).filter(|previous| !previous.is_empty()),
+            Some(before) if *before == previous => {}
+            Some(_) if previous.is_empty() && found.unchained == at as u64 => {}
             Some(_) => found.broken.push(format!(
                 "line {} does not follow the one before it: a line between them is missing, or that one was changed",
                 at + 1
             )),
         }
-        found.unchained += u64::from(record.previous.is_empty());
+        found.unchained += u64::from(previous.is_empty());
         found.heads.push(evaluate::line_digest(line.as_bytes()));
+        let Some(record) = record else {
+            found.reinstated += 1;
+            continue;
+        };
         let Some(policy) = policies
             .get(&record.facts.service)
             .filter(|_| record.policy == digest)
@@ -309,6 +330,12 @@ fn replayed(
         }
     }
     Ok(found)
+}
+
+/// A line that tells what people lifted; `None` for a ruling.
+fn of_people(line: &str) -> Option<serde_json::Result<Reinstated>> {
+    let written: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).ok()?;
+    written.contains_key("lifted").then(|| serde_json::from_str(line))
 }
 
 /// What is on record of each action.
@@ -408,6 +435,7 @@ mod tests {
             charges: (0..charges).map(charge).collect(),
             healed_before: 0,
             demoted: false,
+            breaker: None,
             halted: false,
             approved: false,
             approved_by: std::collections::BTreeSet::new(),
@@ -492,6 +520,28 @@ mod tests {
             .collect();
         let stripped = replayed(&stripped.join("\n"), &policies, node, "d").unwrap();
         assert_eq!((stripped.unchained, stripped.broken.len()), (5, 0));
+        // What people lifted stands in the same chain.
+        let lifted = Reinstated {
+            unix_ms: 2,
+            policy: "d".to_owned(),
+            lifted: theriac_heal::standing::Standing::of("a", "kv", &[], &[]),
+            by: ["ann".to_owned()].into(),
+            previous: String::new(),
+        };
+        healing_policy::Rulings::of(&dir)
+            .append_reinstated(&lifted)
+            .unwrap();
+        let told = std::fs::read_to_string(dir.rulings()).unwrap();
+        let whole = replayed(&told, &policies, node, "d").unwrap();
+        assert_eq!(
+            (whole.reinstated, whole.same, whole.broken.len(), whole.unchained),
+            (1, 5, 0, 1)
+        );
+        assert_eq!(
+            broken(&(told.replace("ann", "eve") + &log)),
+            1,
+            "who lifted it was changed"
+        );
         // A cut end looks whole by itself; the head that was noted before does not.
         let whole = replayed(&log, &policies, node, "d").unwrap();
         let cut = replayed(&without(4), &policies, node, "d").unwrap();

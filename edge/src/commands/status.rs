@@ -149,6 +149,11 @@ fn human(status: &Status, health: &str) -> String {
         ));
     }
     lines.extend(status.services.iter().filter_map(checkpoints));
+    for service in &status.services {
+        let stands = service.standing.iter();
+        lines.extend(stands.map(|words| format!("against {}: {words}", service.name)));
+    }
+    lines.extend(status.services.iter().filter_map(proxy));
     lines.join("\n")
 }
 
@@ -191,6 +196,24 @@ fn condition(status: &Status, health: &str) -> String {
     } else {
         wrong.join("; ")
     }
+}
+
+/// What the proxy before a service does.
+fn proxy(service: &ServiceStatus) -> Option<String> {
+    let proxy = service.proxy.as_ref()?;
+    let draining = if proxy.draining { ", DRAINING" } else { "" };
+    let holding = if proxy.holding { ", holding back" } else { "" };
+    Some(format!(
+        "proxy of {}: {}, circuit {}{draining}{holding}; {} answered, {} failed, {} turned away, {} retried, {} held",
+        service.name,
+        proxy.listen,
+        proxy.circuit,
+        proxy.answered,
+        proxy.failed,
+        proxy.turned_away,
+        proxy.retries,
+        proxy.held
+    ))
 }
 
 /// How many copies of a service's state there are, and why the latest attempt failed.

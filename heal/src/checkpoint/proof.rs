@@ -7,11 +7,14 @@ use data_encoding::HEXLOWER;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::postgres::verdict::ShadowRun;
 use super::store::{
     Checkpoint, CheckpointError, CheckpointStore, Durability, MANIFEST, QUARANTINE, Staged, at, names,
     sync_dir, verify_at, write_synced, write_tree,
 };
+use super::verdict::{Finding, ShadowRun};
+use super::which::Which;
+use super::{unblock, unblock_behind};
+use crate::background::Background;
 
 /// A passed run, bound to the bytes by the digest of their manifest, which names the digest of every file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,6 +25,55 @@ pub struct Proof {
     pub unix_ms: u64,
     /// What it showed.
     pub run: ShadowRun,
+}
+
+/// A valid checkpoint and how it came to be.
+#[derive(Debug)]
+pub struct Validated {
+    /// It.
+    pub checkpoint: Checkpoint,
+    /// Its proof.
+    pub proof: Proof,
+}
+
+/// What becomes of a staged copy after its run: the newest checkpoint, quarantine, or nothing.
+pub(super) async fn settle(
+    store: &CheckpointStore,
+    staged: Staged,
+    run: ShadowRun,
+    unix_ms: u64,
+    background: &Background,
+) -> Result<Validated, CheckpointError> {
+    let store = store.clone();
+    match run.complete() {
+        Finding::Pass => {
+            unblock_behind(background, move || {
+                let proof = store.prove(&staged, run, unix_ms)?;
+                let checkpoint = store.commit(staged)?;
+                Ok(Validated { checkpoint, proof })
+            })
+            .await
+        }
+        Finding::Invalid(reason) => {
+            let why = reason.clone();
+            let path = unblock(move || store.set_aside(staged, &why)).await?;
+            Err(CheckpointError::Invalid { path, reason })
+        }
+        Finding::Unknown(detail) => {
+            let path = store.dir().to_owned();
+            unblock(move || store.discard(staged)).await?;
+            Err(CheckpointError::Unproven { path, detail })
+        }
+    }
+}
+
+/// What a run says of a stored copy, which stays where it is.
+pub(super) fn judged(run: ShadowRun, path: PathBuf) -> Result<ShadowRun, CheckpointError> {
+    match run.complete() {
+        Finding::Pass => Ok(run),
+        Finding::Invalid(reason) => Err(CheckpointError::Invalid { path, reason }),
+        Finding::Unknown(detail) => Err(CheckpointError::Unproven { path, detail }),
+    }
 }
 
 /// A copy that was set aside.
@@ -39,7 +91,6 @@ impl CheckpointStore {
     /// # Errors
     /// [`CheckpointError::Unproven`] for a run that is no full pass; [`CheckpointError::Io`].
     pub fn prove(&self, staged: &Staged, run: ShadowRun, unix_ms: u64) -> Result<Proof, CheckpointError> {
-        use super::postgres::verdict::Finding;
         if let Finding::Invalid(detail) | Finding::Unknown(detail) = run.complete() {
             return Err(CheckpointError::Unproven {
                 path: self.dir().to_owned(),
@@ -132,8 +183,8 @@ impl CheckpointStore {
     ///
     /// # Errors
     /// [`CheckpointError`].
-    pub fn export(&self, sequence: u64, to: &Path) -> Result<(), CheckpointError> {
-        let checkpoint = self.verify(sequence)?;
+    pub fn export(&self, which: impl Into<Which>, to: &Path) -> Result<(), CheckpointError> {
+        let checkpoint = self.verify(which)?;
         let manifest = verify_at(&checkpoint.path)?;
         write_tree(&checkpoint.path, &manifest, to, Durability::Not)
     }
@@ -145,5 +196,5 @@ fn manifest_digest(dir: &Path) -> Result<String, CheckpointError> {
     Ok(HEXLOWER.encode(&Sha256::digest(bytes)))
 }
 
-const PROOF: &str = "PROOF.json";
+pub(super) const PROOF: &str = "PROOF.json";
 const REASON: &str = "REASON";

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::manifest::{Entry, Kind, Manifest, copy_digest};
+use super::which::Which;
 
 /// How a store keeps its copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +129,16 @@ pub enum CheckpointError {
         /// How many were refused.
         refused: usize,
     },
+    /// Two have the number that was named.
+    #[error("{place} holds more than one checkpoint of number {sequence}: name one of {}", names.join(", "))]
+    SeveralOfNumber {
+        /// The store.
+        place: String,
+        /// The number.
+        sequence: u64,
+        /// Their numbers and times, which tell them apart.
+        names: Vec<String>,
+    },
     /// The copy did not pass the service's own check.
     #[error("the copy of {path} did not pass the state check: {detail}")]
     NotGood {
@@ -155,6 +166,9 @@ pub enum CheckpointError {
     /// The server or one of its programs did not do as asked.
     #[error(transparent)]
     Postgres(Box<crate::postgres::PostgresError>),
+    /// The Redis server did not do as asked.
+    #[error(transparent)]
+    Redis(Box<super::redis::RedisError>),
     /// The state kept changing while it was copied.
     #[error("{path} kept changing while it was copied ({attempts} attempts)")]
     Changing {
@@ -229,7 +243,7 @@ impl CheckpointStore {
     }
 
     /// Held while a checkpoint is removed or restored, so that none is removed under the hands that restore it. Other processes wait too.
-    fn guard(&self) -> Result<File, CheckpointError> {
+    pub(super) fn guard(&self) -> Result<File, CheckpointError> {
         let dir = File::open(&self.dir).map_err(at(&self.dir))?;
         flock(&dir, FlockOperation::LockExclusive).map_err(|error| at(&self.dir)(error.into()))?;
         Ok(dir)
@@ -382,16 +396,17 @@ impl CheckpointStore {
                 path,
             });
         }
-        found.sort_by_key(|checkpoint| std::cmp::Reverse(checkpoint.sequence));
+        found.sort_by_key(|checkpoint| std::cmp::Reverse((checkpoint.sequence, checkpoint.unix_ms)));
         Ok(found)
     }
 
     /// Reads every byte of a checkpoint and compares it with the manifest.
     ///
     /// # Errors
-    /// [`CheckpointError::Corrupt`], [`CheckpointError::NoneValid`] when there is none of that number.
-    pub fn verify(&self, sequence: u64) -> Result<Checkpoint, CheckpointError> {
-        let checkpoint = self.named(sequence)?;
+    /// [`CheckpointError::Corrupt`], [`CheckpointError::NoneValid`] when there is none of that number,
+    /// [`CheckpointError::SeveralOfNumber`] when the number alone does not tell.
+    pub fn verify(&self, which: impl Into<Which>) -> Result<Checkpoint, CheckpointError> {
+        let checkpoint = self.named(which.into())?;
         let manifest = verify_at(&checkpoint.path)?;
         Ok(Checkpoint {
             files: manifest.files(),
@@ -441,9 +456,13 @@ impl CheckpointStore {
     ///
     /// # Errors
     /// [`CheckpointError`]; then `state` is as it was.
-    pub fn restore_sequence(&self, sequence: u64, state: &Path) -> Result<Restored, CheckpointError> {
+    pub fn restore_sequence(
+        &self,
+        which: impl Into<Which>,
+        state: &Path,
+    ) -> Result<Restored, CheckpointError> {
         let _guard = self.guard()?;
-        let checkpoint = self.named(sequence)?;
+        let checkpoint = self.named(which.into())?;
         self.refuse_unproved(&checkpoint)?;
         let replaced = self.restore_one(&checkpoint, state)?;
         Ok(Restored {
@@ -520,10 +539,17 @@ impl CheckpointStore {
         Ok(Some(to))
     }
 
-    fn named(&self, sequence: u64) -> Result<Checkpoint, CheckpointError> {
-        self.list()?
-            .into_iter()
-            .find(|checkpoint| checkpoint.sequence == sequence)
+    fn named(&self, which: Which) -> Result<Checkpoint, CheckpointError> {
+        let list = self.list()?;
+        let only = which
+            .only(list.iter().map(|found| (found.sequence, found.unix_ms)))
+            .map_err(|names| CheckpointError::SeveralOfNumber {
+                place: self.dir.display().to_string(),
+                sequence: which.sequence,
+                names,
+            })?;
+        list.into_iter()
+            .find(|found| only == Some((found.sequence, found.unix_ms)))
             .ok_or_else(|| CheckpointError::NoneValid {
                 path: self.dir.clone(),
                 refused: 0,
@@ -593,7 +619,7 @@ pub fn free_bytes(path: &Path) -> Result<u64, CheckpointError> {
 }
 
 /// Every entry under `dir`, itself first with an empty path; a folder comes before its content, names in order.
-fn walk(dir: &Path, max: usize) -> Result<Vec<(PathBuf, fs::Metadata)>, CheckpointError> {
+pub(super) fn walk(dir: &Path, max: usize) -> Result<Vec<(PathBuf, fs::Metadata)>, CheckpointError> {
     let mut found = vec![(PathBuf::new(), fs::metadata(dir).map_err(at(dir))?)];
     let mut at_entry = 0;
     while at_entry < found.len() {
@@ -798,7 +824,7 @@ fn differs(checkpoint: &Path, entry: &Entry, found: &Kind) -> Result<(), Checkpo
     })
 }
 
-fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
+pub(super) fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
     let corrupt = |what: String| CheckpointError::Corrupt {
         path: path.to_owned(),
         what,
@@ -866,7 +892,7 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// `dir` itself for an empty path: joining that would leave a slash at the end, which follows a link.
-fn joined(dir: &Path, path: &Path) -> PathBuf {
+pub(super) fn joined(dir: &Path, path: &Path) -> PathBuf {
     if path.as_os_str().is_empty() {
         dir.to_owned()
     } else {
@@ -884,11 +910,11 @@ pub(super) fn names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     Ok(found)
 }
 
-fn name_of(sequence: u64, unix_ms: u64) -> String {
+pub(super) fn name_of(sequence: u64, unix_ms: u64) -> String {
     format!("{sequence:012}-{unix_ms}")
 }
 
-fn parse_name(name: &str) -> Option<(u64, u64)> {
+pub(super) fn parse_name(name: &str) -> Option<(u64, u64)> {
     let (sequence, unix_ms) = name.split_once('-')?;
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     (sequence.len() >= 12 && digits(sequence) && digits(unix_ms)).then_some(())?;
@@ -934,9 +960,9 @@ fn full_or(path: &Path, source: io::Error) -> CheckpointError {
 }
 
 pub(super) const MANIFEST: &str = "MANIFEST";
-const TREE: &str = "tree";
+pub(super) const TREE: &str = "tree";
 pub(super) const QUARANTINE: &str = "quarantine";
-const INCOMPLETE: &str = "tmp-";
+pub(super) const INCOMPLETE: &str = "tmp-";
 const PARTIAL: &str = ".restore-partial";
 const READY: &str = ".restore-ready";
 const REPLACED: &str = ".replaced-";

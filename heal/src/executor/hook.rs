@@ -119,6 +119,9 @@ impl Hook {
             .id()
             .and_then(|id| i32::try_from(id).ok())
             .and_then(Pid::from_raw);
+        // Also when nobody waits any more, as when the edge is told to stop: what it started would go on unseen. Dropped before the child, so
+        // its number is still its own then.
+        let mut guard = KillGroup(group);
         let (stdout, stderr, max) = (child.stdout.take(), child.stderr.take(), self.output_bytes_max);
         let (mut said, mut err) = (Vec::new(), Vec::new());
         let status = {
@@ -144,15 +147,15 @@ impl Hook {
         let Ok(status) = status else {
             // Not reaped yet, so the number is still its own. What it started in its group goes with it; what left the group is not
             // ours to find.
-            if let Some(Err(error)) = group.map(|group| kill_process_group(group, Signal::KILL)) {
-                tracing::warn!(program, %error, "the hook's processes could not be killed");
-            }
+            guard.kill();
             drop(child.wait().await);
             return Err(HookError::Timeout {
                 program,
                 after: self.timeout,
             });
         };
+        // It is reaped: the number may be another's soon, and what it left running goes on.
+        guard.0 = None;
         let status = status.map_err(|source| HookError::Spawn {
             program: program.clone(),
             source,
@@ -169,6 +172,23 @@ impl Hook {
                 said,
             })
         }
+    }
+}
+
+/// The process group of a program that is not reaped.
+struct KillGroup(Option<Pid>);
+
+impl KillGroup {
+    fn kill(&mut self) {
+        if let Some(Err(error)) = self.0.take().map(|group| kill_process_group(group, Signal::KILL)) {
+            tracing::warn!(%error, "the hook's processes could not be killed");
+        }
+    }
+}
+
+impl Drop for KillGroup {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 
@@ -289,6 +309,32 @@ mod tests {
             .await
             .unwrap();
         assert!(loud.len() < 4200, "{}", loud.len());
+    }
+
+    #[tokio::test]
+    async fn a_hook_that_nobody_waits_for_any_more_is_killed_with_what_it_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let pid = dir.path().join("pid");
+        let hook = script(&format!(
+            "sleep 600 & echo $! > {0}.new; mv {0}.new {0}; wait",
+            pid.display()
+        ));
+        let task = tokio::spawn(async move { hook.run(&called()).await });
+        let begun = Instant::now();
+        let child: u32 = loop {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it never began");
+            if let Ok(text) = std::fs::read_to_string(&pid) {
+                break text.trim().parse().unwrap();
+            }
+            tokio::task::yield_now().await;
+        };
+        task.abort();
+        assert!(task.await.unwrap_err().is_cancelled());
+        let state = || std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+        while !state().is_empty() && !state().contains(") Z ") {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{}", state());
+            tokio::task::yield_now().await;
+        }
     }
 
     #[tokio::test]

@@ -1,13 +1,20 @@
 //! The hands: bounded, recorded, without a shell.
 
+pub mod cgroup;
 pub mod clock;
 mod group;
 mod held;
 pub mod hook;
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 mod output;
 mod place;
 pub mod postgres;
 pub mod process;
+pub mod proxy;
 pub mod service;
 pub mod space;
+#[cfg(feature = "systemd")]
+pub mod systemd;
+pub mod unit;
 pub mod webhook;

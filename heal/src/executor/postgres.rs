@@ -271,15 +271,17 @@ impl PostgresHands {
         let free_min = i64::from(self.free_min(slots_before));
         let after = i64::from(self.policy.free_after.min(slots_before.all)).max(free_min);
         let wanted = if before >= free_min { 0 } else { after - before };
-        let mut idle: Vec<SessionRef> = sessions(&session)
-            .await?
-            .into_iter()
-            .filter(|found| {
-                found.state == "idle"
-                    && found.seconds >= self.policy.idle_seconds_min
-                    && self.may_touch(found)
-            })
-            .collect();
+        // What is just short of `idle_min` is waited for: who filled the slots a moment ago is idle long enough in a moment, and until then nobody is let in anyway.
+        let least = if before >= free_min { 0 } else { free_min - before };
+        let begun = Instant::now();
+        let mut idle = loop {
+            let (enough, soon) = self.idle_long(sessions(&session).await?);
+            let short = i64::try_from(enough.len()).unwrap_or(i64::MAX) < least;
+            if !short || soon == 0 || begun.elapsed() >= IDLE_PATIENCE {
+                break enough;
+            }
+            sleep(IDLE_LOOK_EVERY).await;
+        };
         idle.sort_by_key(|found| std::cmp::Reverse(found.seconds));
         idle.truncate(usize::try_from(wanted.min(i64::from(self.policy.ended_max))).unwrap_or(0));
         let mut ended = Vec::new();
@@ -304,6 +306,19 @@ impl PostgresHands {
             ),
             ended,
         })
+    }
+
+    /// Sessions that are idle for long enough to be ended, and how many more will be within [`IDLE_PATIENCE`].
+    fn idle_long(&self, found: Vec<SessionRef>) -> (Vec<SessionRef>, usize) {
+        let idle = found
+            .into_iter()
+            .filter(|found| found.state == "idle" && self.may_touch(found));
+        let least = self.policy.idle_seconds_min;
+        let (long, short): (Vec<_>, Vec<_>) = idle.partition(|found| found.seconds >= least);
+        let patience = IDLE_PATIENCE.as_secs();
+        let soon = short.iter().filter(|found| found.seconds + patience >= least);
+        let soon = soon.count();
+        (long, soon)
     }
 
     /// Has the server read its settings again. Files that it would not take are refused before, and so is a reload that would change
@@ -535,6 +550,9 @@ const NEWER_SETTINGS: &str = "select distinct regexp_replace(sourcefile, '.*/', 
 const WRONG_SETTINGS: &str = "select coalesce(error, '') || ' in ' || coalesce(sourcefile, '-') || ', line ' || coalesce(sourceline, 0) \
      from pg_file_settings where error is not null and error not like '%without restarting the server' limit 1";
 const ASK_MAX: Duration = Duration::from_secs(5);
+/// How long sessions are waited for that are not idle for long enough yet.
+const IDLE_PATIENCE: Duration = Duration::from_secs(5);
+const IDLE_LOOK_EVERY: Duration = Duration::from_millis(200);
 const EFFECT_MAX: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 

@@ -1,16 +1,21 @@
 //! Carries intents out on one supervised service: state check, restore, start, in the right order.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
+use super::cgroup::{CgroupError, CgroupHands, UNDO_AGAIN};
+use super::clock;
 use super::hook::{Called, Hook};
 use super::postgres::{AtRoot, PostgresHands};
 use super::process::{Leftover, ProcessError, Supervisor, process_state};
+use super::proxy::Proxy;
 use super::space::SpaceHands;
 use super::webhook::Webhook;
 use crate::checkpoint::state_check::{StateCheck, StateVerdict};
 use crate::checkpoint::store::{Checkpoint, CheckpointError, CheckpointStore, Restored};
 use crate::incident::{Input, ProcessState};
-use crate::types::{ActionKind, Intent, Outcome};
+use crate::types::{ActionKind, FaultClass, Intent, Outcome};
 
 /// The durable state of a service.
 #[derive(Debug, Clone)]
@@ -38,6 +43,34 @@ pub struct ServiceHands {
     pub hook: Option<Hook>,
     /// Who else is told; `None` where nobody is configured.
     pub webhook: Option<Webhook>,
+    /// What stands before it; `None` where clients come straight to it.
+    pub proxy: Option<Arc<Proxy>>,
+    /// Groups of processes that may be bounded; `None` where none is listed.
+    pub cgroup: Option<CgroupHands>,
+    /// The unit of systemd that may be restarted; `None` where none is named.
+    #[cfg(feature = "systemd")]
+    pub systemd: Option<super::systemd::SystemdHands>,
+    /// The deployment of Kubernetes that may be changed, and what tells this service's intents from another's; `None` where none is named.
+    #[cfg(feature = "kubernetes")]
+    pub kubernetes: Option<(super::kubernetes::KubernetesHands, String)>,
+}
+
+/// The hands that leave the process alone: they work beside whoever owns it, so that its exits and the signal to stop are heard meanwhile.
+/// A hook whose run is dropped is killed with its process group.
+#[derive(Debug, Clone)]
+pub struct Beside {
+    sessions: Option<PostgresHands>,
+    space: Option<SpaceHands>,
+    hook: Option<Hook>,
+    webhook: Option<Webhook>,
+    proxy: Option<Arc<Proxy>>,
+    cgroup: Option<CgroupHands>,
+    #[cfg(feature = "systemd")]
+    systemd: Option<super::systemd::SystemdHands>,
+    #[cfg(feature = "kubernetes")]
+    kubernetes: Option<(super::kubernetes::KubernetesHands, String)>,
+    /// Whether the service's process ran when the action began.
+    running: bool,
 }
 
 /// What a service was found to be when the node started.
@@ -81,8 +114,9 @@ impl ServiceHands {
     /// copying the state takes.
     pub async fn execute(&mut self, intent: &Intent) -> Outcome {
         if !intent.action.renews_process() {
-            return self.relieve(intent).await;
+            return self.beside().execute(intent).await;
         }
+        self.hold(intent).await;
         let done = match intent.action {
             ActionKind::Start if self.supervisor.pid().is_some() => Ok(()),
             ActionKind::Start => self.start(Some(intent)).await.map(drop),
@@ -91,6 +125,7 @@ impl ServiceHands {
             other => Err(Refused::Failed(format!("{other} is no action on a process"))),
         };
         let running = self.supervisor.pid().is_some();
+        self.let_go(running);
         match done {
             Ok(()) => Outcome::Done,
             Err(Refused::Corrupt(detail)) => Outcome::StateCorrupt { detail, running },
@@ -98,11 +133,210 @@ impl ServiceHands {
         }
     }
 
-    /// What leaves the process alone. Works beside it: nothing of the supervisor is touched.
-    async fn relieve(&self, intent: &Intent) -> Outcome {
-        let (running, action) = (self.supervisor.pid().is_some(), intent.action);
+    /// New requests wait while the process is renewed. Those in hand may end first, where the service can still answer them.
+    async fn hold(&self, intent: &Intent) {
+        let Some(proxy) = &self.proxy else { return };
+        proxy.hold();
+        let answers = !matches!(intent.class, FaultClass::Crash | FaultClass::Hang);
+        if answers && self.supervisor.pid().is_some() {
+            let left = proxy.finished(FINISH_WITHIN).await;
+            tracing::info!(service = %intent.service, left, "requests in hand before the restart");
+            // The time for which they wait begins now.
+            proxy.hold();
+        }
+    }
+
+    fn let_go(&self, running: bool) {
+        match &self.proxy {
+            Some(proxy) if running => {
+                let proxy = Arc::clone(proxy);
+                // Bounded by the time for which they are held.
+                drop(tokio::spawn(async move { proxy.release_when_up().await }));
+            }
+            Some(proxy) => proxy.release(),
+            None => {}
+        }
+    }
+
+    /// Takes back what a reversible action did, when it had no effect or harmed. Another intent's is left.
+    pub async fn undo(&self, intent: u64) {
+        if let Some(proxy) = &self.proxy {
+            proxy.undrain(intent);
+        }
+        if let Some(done) = self.with_groups(move |hands| hands.undo(Some(intent))).await {
+            self.tell_undone(done);
+        }
+    }
+
+    /// Takes back all bounds, at our end: what still acts beside us finds that it may not any more.
+    pub fn undo_all(&self) {
+        if let Some(hands) = &self.cgroup {
+            self.tell_undone(hands.close());
+        }
+    }
+
+    /// Takes back what has lasted long enough. When to look again, on the monotonic clock; `None` when nothing is in force.
+    pub async fn undo_due(&self) -> Option<Duration> {
+        self.cgroup.as_ref()?;
+        let look = |hands: &CgroupHands| hands.undo_due_then(clock::now(), &clock::clock_id());
+        let Some((done, next)) = self.with_groups(look).await else {
+            return Some(clock::now().monotonic + UNDO_AGAIN);
+        };
+        self.tell_undone(done);
+        next
+    }
+
+    /// Off the async threads: the kernel takes its time to freeze. `None` without hands, or when the runtime ends.
+    async fn with_groups<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&CgroupHands) -> T + Send + 'static,
+    ) -> Option<T> {
+        let hands = self.cgroup.clone()?;
+        tokio::task::spawn_blocking(move || work(&hands)).await.ok()
+    }
+
+    fn tell_undone(&self, done: Result<Vec<String>, CgroupError>) {
+        let service = &self.supervisor.spec().name;
+        match done {
+            Ok(undone) => {
+                for words in undone {
+                    tracing::info!(service, words, "a bound was taken back");
+                }
+            }
+            Err(error) => tracing::error!(service, %error, "a bound was not taken back"),
+        }
+    }
+
+    /// Puts the service's process into its group. What cannot be is told: the service runs all the same.
+    pub fn place(&self, pid: u32) {
+        if let Some(hands) = &self.cgroup
+            && let Err(error) = hands.place(pid)
+        {
+            tracing::warn!(service = %self.supervisor.spec().name, %error, "not in its group of processes");
+        }
+    }
+
+    /// The hands for actions that leave the process alone.
+    pub fn beside(&self) -> Beside {
+        Beside {
+            sessions: self.sessions.clone(),
+            space: self.space.clone(),
+            hook: self.hook.clone(),
+            webhook: self.webhook.clone(),
+            proxy: self.proxy.clone(),
+            cgroup: self.cgroup.clone(),
+            #[cfg(feature = "systemd")]
+            systemd: self.systemd.clone(),
+            #[cfg(feature = "kubernetes")]
+            kubernetes: self.kubernetes.clone(),
+            running: self.supervisor.pid().is_some(),
+        }
+    }
+}
+
+impl Beside {
+    async fn bound(&self, intent: &Intent) -> Outcome {
+        let running = self.running;
+        let (action, number) = (intent.action, intent.id.0);
+        let Some(hands) = self.cgroup.clone() else {
+            let detail = format!("no group is listed for {action}");
+            return Outcome::Failed { detail, running };
+        };
+        let done =
+            tokio::task::spawn_blocking(move || hands.act(action, number, clock::now(), &clock::clock_id()));
+        match done.await {
+            Ok(Ok(detail)) => Outcome::Relieved { detail },
+            Ok(Err(error)) => Outcome::Failed {
+                detail: error.to_string(),
+                running,
+            },
+            Err(error) => Outcome::Failed {
+                detail: error.to_string(),
+                running,
+            },
+        }
+    }
+
+    #[cfg(feature = "systemd")]
+    async fn of_systemd(&self, action: ActionKind) -> Result<String, String> {
+        match &self.systemd {
+            Some(hands) => hands.act(action).await.map_err(|error| error.to_string()),
+            None => Err("no unit is named".to_owned()),
+        }
+    }
+
+    #[cfg(not(feature = "systemd"))]
+    #[expect(clippy::unused_async, reason = "with the feature it waits")]
+    async fn of_systemd(&self, action: ActionKind) -> Result<String, String> {
+        Err(format!("{action}: this build has no systemd"))
+    }
+
+    #[cfg(feature = "kubernetes")]
+    async fn of_kubernetes(&self, intent: &Intent) -> Result<String, String> {
+        let Some((hands, of)) = &self.kubernetes else {
+            return Err("no deployment is named".to_owned());
+        };
+        // The moment tells it from one with the same number after the store was lost.
+        let key = format!("{of}-{}-{}", intent.id, intent.decided.unix_ms);
+        let done = hands.act(intent.action, &key).await;
+        done.map_err(|error| error.to_string())
+    }
+
+    #[cfg(not(feature = "kubernetes"))]
+    #[expect(clippy::unused_async, reason = "with the feature it waits")]
+    async fn of_kubernetes(&self, intent: &Intent) -> Result<String, String> {
+        Err(format!("{}: this build has no Kubernetes", intent.action))
+    }
+
+    /// What another manager of processes did.
+    fn elsewhere(&self, done: Result<String, String>) -> Outcome {
+        match done {
+            Ok(detail) => Outcome::Relieved { detail },
+            Err(detail) => Outcome::Failed {
+                detail,
+                running: self.running,
+            },
+        }
+    }
+
+    async fn drain(&self, intent: &Intent) -> Outcome {
+        let Some(proxy) = &self.proxy else {
+            return Outcome::Failed {
+                detail: "the service has no proxy".to_owned(),
+                running: self.running,
+            };
+        };
+        let drained = proxy.drain(intent.id.0).await;
+        Outcome::Relieved {
+            detail: format!(
+                "of {} requests in hand {} have not ended; new ones are turned away for {:?}",
+                drained.had, drained.left, drained.lasts
+            ),
+        }
+    }
+
+    /// Carries one durable intent out that does not renew the process. Bounded by the timeouts of what is called.
+    pub async fn execute(&self, intent: &Intent) -> Outcome {
+        let (running, action) = (self.running, intent.action);
+        if action.renews_process() {
+            let detail = format!("{action} is an action on the process");
+            return Outcome::Failed { detail, running };
+        }
         if action == ActionKind::RelieveSpace {
             return self.make_room(intent).await;
+        }
+        match action {
+            ActionKind::Drain => return self.drain(intent).await,
+            ActionKind::ThrottleCpu | ActionKind::LimitMemory | ActionKind::Freeze => {
+                return self.bound(intent).await;
+            }
+            ActionKind::RestartUnit | ActionKind::ReloadUnit | ActionKind::ResetFailedUnit => {
+                return self.elsewhere(self.of_systemd(action).await);
+            }
+            ActionKind::RolloutRestart | ActionKind::ScaleUp | ActionKind::RolloutUndo => {
+                return self.elsewhere(self.of_kubernetes(intent).await);
+            }
+            _ => {}
         }
         if matches!(action, ActionKind::Hook | ActionKind::Webhook) {
             return self.call(intent).await;
@@ -121,9 +355,8 @@ impl ServiceHands {
             Ok(relief) if relief.relieved => Outcome::Relieved {
                 detail: relief.detail,
             },
-            Ok(relief) => Outcome::Failed {
+            Ok(relief) => Outcome::Fruitless {
                 detail: relief.detail,
-                running,
             },
             Err(error) => Outcome::Failed {
                 detail: error.to_string(),
@@ -133,7 +366,7 @@ impl ServiceHands {
     }
 
     async fn call(&self, intent: &Intent) -> Outcome {
-        let running = self.supervisor.pid().is_some();
+        let running = self.running;
         let called = Called {
             service: intent.service.clone(),
             incident: intent.incident.0,
@@ -156,7 +389,7 @@ impl ServiceHands {
     }
 
     async fn make_room(&self, intent: &Intent) -> Outcome {
-        let running = self.supervisor.pid().is_some();
+        let running = self.running;
         let failed = |detail: String| Outcome::Failed { detail, running };
         let Some(hands) = self.space.clone() else {
             return failed("nothing is listed that may be moved away".to_owned());
@@ -166,12 +399,16 @@ impl ServiceHands {
             Ok(Ok(room)) if room.relieved => Outcome::Relieved {
                 detail: room.to_string(),
             },
-            Ok(Ok(room)) => failed(room.to_string()),
+            Ok(Ok(room)) => Outcome::Fruitless {
+                detail: room.to_string(),
+            },
             Ok(Err(error)) => failed(error.to_string()),
             Err(error) => failed(error.to_string()),
         }
     }
+}
 
+impl ServiceHands {
     /// The answer to [`crate::incident::Output::Reconcile`], after [`Self::boot`].
     pub fn reconcile(&self, intent: &Intent) -> Input {
         let running = self.supervisor.pid().is_some();
@@ -207,10 +444,12 @@ impl ServiceHands {
             blocking(move || store.finish_interrupted(&dir)).await?;
         }
         self.refuse_corrupt().await?;
-        Ok(self
+        let pid = self
             .supervisor
             .start_for(intent.map(|intent| intent.id.0))
-            .await?)
+            .await?;
+        self.place(pid);
+        Ok(pid)
     }
 
     async fn restart(&mut self, intent: &Intent) -> Result<(), Refused> {
@@ -346,3 +585,5 @@ fn exists(path: &Path) -> bool {
 }
 
 const CHECKPOINT_ATTEMPTS: u32 = 3;
+/// Longest time that requests in hand have before a service is restarted that still answers.
+const FINISH_WITHIN: Duration = Duration::from_secs(1);

@@ -5,13 +5,13 @@ use std::time::Duration;
 use super::decide::{Circumstances, Decided, Decision, decide, ladder};
 use super::diagnose::{Diagnosis, diagnose, hypotheses};
 use super::observe::Observed;
-use super::{HealedRestart, IncidentMachine, Open, Output, Phase, Record};
-use crate::evidence::{Came, Counts};
-use crate::policy::RiskClass;
+use super::verify::is_another;
+use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
+use crate::evidence::Came;
 use crate::policy::evaluate::{Facts, Ruling, RulingRecord};
 use crate::types::{
     ActionKind, ActionRecord, Evidence, FaultClass, Hypothesis, Incident, IncidentId, IncidentState, Intent,
-    IntentId, NoticeKind, Now, Outcome, Plan, Verdict, When,
+    IntentId, NoticeKind, Now, Outcome, Plan, Verdict, When, Would,
 };
 
 impl IncidentMachine {
@@ -33,6 +33,7 @@ impl IncidentMachine {
             Phase::Recording { .. } | Phase::Acting { .. } | Phase::Reconciling { .. } => self.put(open),
             Phase::Verifying { id, until } => self.verify(now, open.record, id, until),
             Phase::Watching { .. }
+            | Phase::LetBe
             | Phase::AwaitingApproval { .. }
             | Phase::CoolingDown { .. }
             | Phase::Handed { .. }
@@ -43,10 +44,20 @@ impl IncidentMachine {
                     let (service, action) = (plan.service.clone(), plan.action);
                     self.note_evidence(&service, action, Came::Wrong);
                 }
+                if matches!(open.phase, Phase::Watching { .. }) {
+                    self.note_unneeded(&open.record);
+                }
                 self.close(now, open.record, IncidentState::Recovered);
             }
             Phase::Watching { undecided } => match diagnosis {
                 Some(diagnosis) if undecided || diagnosis.class != open.record.class => {
+                    self.decide(now, open.record, diagnosis, false);
+                }
+                _ => self.put(open),
+            },
+            // What is unexplained for a row or two needs no other person to be told.
+            Phase::LetBe => match diagnosis {
+                Some(diagnosis) if diagnosis.presses && diagnosis.class != FaultClass::Unknown => {
                     self.decide(now, open.record, diagnosis, false);
                 }
                 _ => self.put(open),
@@ -59,7 +70,9 @@ impl IncidentMachine {
                 _ => self.put(open),
             },
             Phase::Handed { .. } => match diagnosis {
-                Some(diagnosis) if !in_flight && diagnosis.class != open.record.class => {
+                Some(diagnosis)
+                    if !in_flight && diagnosis.presses && diagnosis.class != open.record.class =>
+                {
                     self.reconsider(now, open, diagnosis);
                 }
                 _ => self.put(open),
@@ -74,7 +87,10 @@ impl IncidentMachine {
         };
         if matches!(
             open.phase,
-            Phase::Watching { .. } | Phase::CoolingDown { .. } | Phase::AwaitingApproval { .. }
+            Phase::Watching { .. }
+                | Phase::LetBe
+                | Phase::CoolingDown { .. }
+                | Phase::AwaitingApproval { .. }
         ) {
             open.phase = Phase::Watching { undecided: true };
         }
@@ -91,7 +107,7 @@ impl IncidentMachine {
         };
         let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
         match open.phase {
-            Phase::Watching { .. } | Phase::Reconciling { .. } => self.put(open),
+            Phase::Watching { .. } | Phase::LetBe | Phase::Reconciling { .. } => self.put(open),
             Phase::AwaitingApproval { expires_at, .. } if expires_at <= now.monotonic => {
                 self.plan_again(now, open.record);
             }
@@ -148,6 +164,9 @@ impl IncidentMachine {
                     "intent {id} was not carried out within {:?}",
                     seen.policy.action_timeout
                 );
+                if let Some(intent) = open.record.in_flight() {
+                    self.breakers.failed(service, intent.action, now);
+                }
                 self.hand_over(now, open.record, reason);
             }
             Phase::Verifying { id, until } => self.verify(now, open.record, id, until),
@@ -190,6 +209,9 @@ impl IncidentMachine {
             intent = Some(action.intent.clone());
         }
         open.record.acted.get_or_insert(now.when());
+        if let Some(intent) = &intent {
+            self.breakers.attempted(&service, intent.action, now.monotonic);
+        }
         self.outputs.push_back(Output::Updated(open.record.clone()));
         self.outputs.extend(intent.map(Output::Execute));
         self.put(open);
@@ -227,6 +249,19 @@ impl IncidentMachine {
             return;
         };
         let service = open.record.service.clone();
+        if let Some(action) = open.record.last_action() {
+            // One that reports after its time has been counted then.
+            let late = !matches!(open.phase, Phase::Acting { .. });
+            match outcome {
+                Outcome::Done | Outcome::Relieved { .. } => self.breakers.succeeded(&service, action),
+                Outcome::Failed { .. } if !late && self.breakers.failed(&service, action, now) => {
+                    let words = format!("{action} failed again: its breaker opens");
+                    open.record.note(now, words);
+                }
+                // A state that does not pass its check, or an effect that nobody saw, is no failure of the executor.
+                _ => {}
+            }
+        }
         match outcome {
             Outcome::Done | Outcome::Relieved { .. } => {
                 finish(&mut open.record, now, outcome, None);
@@ -243,6 +278,17 @@ impl IncidentMachine {
                     if !running {
                         seen.exit = Some("it was not started, because its state is corrupt".to_owned());
                     }
+                }
+                finish(&mut open.record, now, outcome, Some(Verdict::NoEffect));
+                self.go_on(now, open.record);
+            }
+            Outcome::Fruitless { ref detail } => {
+                open.record.note(
+                    now,
+                    format!("the action came to nothing: {}", super::observe::brief(detail)),
+                );
+                if let Some(action) = open.record.last_action() {
+                    self.note_evidence(&service, action, Came::Wrong);
                 }
                 finish(&mut open.record, now, outcome, Some(Verdict::NoEffect));
                 self.go_on(now, open.record);
@@ -415,7 +461,7 @@ impl IncidentMachine {
         let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
         let expires_at = now.monotonic.saturating_add(ttl);
         record.approved_by.clear();
-        record.plan = Some(plan(now, &record, action, seen, &self.policy));
+        record.plan = Some(plan(now, &record, action, seen, &self.policy, &self.name));
         record.set_state(IncidentState::AwaitingApproval);
         self.outputs.push_back(Output::Updated(record.clone()));
         let reason = record
@@ -431,25 +477,6 @@ impl IncidentMachine {
                 expires_at,
             },
         });
-    }
-
-    /// What came of a decision, for whoever may let the node act by itself.
-    pub(super) fn note_evidence(&mut self, service: &str, action: ActionKind, came: Came) {
-        let known = self
-            .evidence
-            .iter()
-            .position(|of| of.service == service && of.action == action);
-        let at = known.unwrap_or_else(|| {
-            self.evidence.push(Record {
-                service: service.to_owned(),
-                action,
-                counts: Counts::default(),
-            });
-            self.evidence.len() - 1
-        });
-        if let Some(of) = self.evidence.get_mut(at) {
-            of.counts.add(came);
-        }
     }
 
     pub(super) fn deny(&mut self, now: Now, incident: IncidentId) {
@@ -483,16 +510,18 @@ impl IncidentMachine {
     }
 
     /// An incident from before the node's restart.
-    pub(super) fn reopen(&mut self, now: Now, mut record: Incident) {
+    pub(super) fn reopen(&mut self, now: Now, mut record: Incident, is_broken: bool) {
         let Some(seen) = self
             .services
-            .get(&record.service)
+            .get_mut(&record.service)
             .filter(|_| !self.open.contains_key(&record.service))
         else {
             record.note(now, "its service is not configured any more".to_owned());
             self.close(now, record, IncidentState::Recovered);
             return;
         };
+        // It was seen to turn; whoever looks tells when it can be written again.
+        seen.read_only |= record.class == FaultClass::ReadOnlyFs;
         let after = |span: Duration| now.monotonic.saturating_add(span);
         let (verify_window, remind_every) = (seen.policy.verify_window, seen.policy.remind_every);
         let in_flight = record.in_flight().cloned();
@@ -510,12 +539,17 @@ impl IncidentMachine {
             },
             (None, IncidentState::HandedToHuman, _) => Phase::Handed {
                 remind_at: after(remind_every),
-                // Only its record had failed, so it is tried again.
-                retry_at: record
-                    .actions
-                    .last()
-                    .filter(|action| action.acted.is_none() && action.outcome == Some(Outcome::NotNeeded))
-                    .map(|_| after(RECORD_RETRY)),
+                retry_at: if is_broken {
+                    let earliest = self.breakers.earliest(&record.service);
+                    Some(earliest.unwrap_or(now.monotonic).max(now.monotonic))
+                } else {
+                    // Only its record had failed, so it is tried again.
+                    record
+                        .actions
+                        .last()
+                        .filter(|action| action.acted.is_none() && action.outcome == Some(Outcome::NotNeeded))
+                        .map(|_| after(RECORD_RETRY))
+                },
             },
             _ => {
                 record.set_state(IncidentState::Open);
@@ -558,6 +592,7 @@ impl IncidentMachine {
             causes: Vec::new(),
             hypotheses: Vec::new(),
             alternatives: Vec::new(),
+            would: None,
             plan: None,
             approved_by: std::collections::BTreeSet::new(),
             actions: Vec::new(),
@@ -612,8 +647,10 @@ impl IncidentMachine {
                 now,
                 format!("it now looks like {}: {}", diagnosis.class, diagnosis.reason),
             );
-            if record.class == FaultClass::Unknown && record.last_action().is_none() {
-                // An unexplained anomaly is not the beginning of what is now seen.
+            let unexplained = record.class == FaultClass::Unknown
+                || (record.class.from_detector() && is_another(record.class, diagnosis.class));
+            if unexplained && record.last_action().is_none() {
+                // An anomaly that is unexplained, or was let be, is not the beginning of what is now seen.
                 let first = seen.signs.iter().map(|sign| sign.at);
                 record.opened = first
                     .filter(|at| at.since(record.detected) > Duration::ZERO)
@@ -628,7 +665,8 @@ impl IncidentMachine {
             ledger: &self.ledger,
             node: self.node,
             halted: self.halted,
-            demoted: self.demoted.contains(&record.service),
+            breakers: &self.breakers,
+            demoted: &self.demoted,
             healed_before: self.healed_before(now, &record),
             evidence: &self.evidence,
             approved,
@@ -650,8 +688,8 @@ impl IncidentMachine {
             .collect();
         record.alternatives = alternatives;
         // Whether the approval was of what is now to be done.
-        let holds = ruled.as_ref().is_some_and(|(facts, _)| facts.approved);
-        if approved && !holds && ruled.is_some() {
+        let holds = ruled.last().is_some_and(|(facts, _)| facts.approved);
+        if approved && !holds && !ruled.is_empty() {
             record.note(
                 now,
                 "what was approved is not what would be done now, so the approval counts no more".to_owned(),
@@ -659,7 +697,7 @@ impl IncidentMachine {
             record.plan = None;
             record.approved_by.clear();
         }
-        if let Some((facts, ruling)) = ruled {
+        for (facts, ruling) in ruled {
             self.note_ruling(now, facts, ruling);
         }
         self.update_score(&mut record);
@@ -671,7 +709,7 @@ impl IncidentMachine {
                     && let Some(seen) = self.services.get(&record.service)
                 {
                     // The word of a person who has the incident is for this action, also when its time comes.
-                    record.plan = Some(plan(now, &record, action, seen, &self.policy));
+                    record.plan = Some(plan(now, &record, action, seen, &self.policy, &self.name));
                 }
                 record.set_state(IncidentState::CoolingDown);
                 self.outputs.push_back(Output::Updated(record.clone()));
@@ -685,6 +723,13 @@ impl IncidentMachine {
             }
             Decision::Recommend(action) => self.recommend(now, record, action),
             Decision::WouldAct(action) => {
+                if record.would.as_ref().map(|would| would.action) != Some(action) {
+                    record.would = matches!(action, ActionKind::Start | ActionKind::Restart).then(|| Would {
+                        action,
+                        at: now.when(),
+                        renewed: false,
+                    });
+                }
                 record.set_state(IncidentState::Open);
                 self.outputs.push_back(Output::Updated(record.clone()));
                 let words = format!(
@@ -697,15 +742,25 @@ impl IncidentMachine {
                     phase: Phase::Watching { undecided: false },
                 });
             }
-            Decision::Hold(_) => {
+            Decision::Hold(_) | Decision::LetBe(_) => {
+                let phase = match decision {
+                    Decision::LetBe(_) => Phase::LetBe,
+                    _ => Phase::Watching { undecided: false },
+                };
                 record.set_state(IncidentState::Open);
                 self.outputs.push_back(Output::Updated(record.clone()));
-                self.put(Open {
-                    record,
-                    phase: Phase::Watching { undecided: false },
-                });
+                self.put(Open { record, phase });
             }
             Decision::HandOver(reason) => self.hand_over(now, record, reason),
+            Decision::Broken { reason, until } => {
+                let service = record.service.clone();
+                self.hand_over(now, record, reason);
+                if let Some(open) = self.open.get_mut(&service)
+                    && let Phase::Handed { retry_at, .. } = &mut open.phase
+                {
+                    *retry_at = Some(until);
+                }
+            }
         }
     }
 
@@ -718,16 +773,17 @@ impl IncidentMachine {
             ruling,
             previous: String::new(),
         };
+        let key = (record.facts.service.clone(), record.facts.action);
         let timeless = |record: &RulingRecord| Facts {
             now_ms: 0,
             ..record.facts.clone()
         };
         let same = self
             .ruled
-            .get(&record.facts.service)
+            .get(&key)
             .is_some_and(|last| last.ruling == record.ruling && timeless(last) == timeless(&record));
         if !same {
-            self.ruled.insert(record.facts.service.clone(), record.clone());
+            self.ruled.insert(key, record.clone());
             self.outputs.push_back(Output::Ruled(Box::new(record)));
         }
     }
@@ -846,31 +902,6 @@ impl IncidentMachine {
             healed.service == record.service && healed.class == record.class && healed.age(at_ms) <= window
         };
         u32::try_from(self.healed.iter().filter(same).count()).unwrap_or(u32::MAX)
-    }
-
-    /// One harm of a brief interruption or worse takes the service down to recommending; of what touches one session, the second does.
-    pub(super) fn harmed(&mut self, now: Now, record: Incident) {
-        let last = record.last_action();
-        let action = last.map_or_else(|| "the action".to_owned(), |action| action.to_string());
-        let class = last.map(|action| {
-            self.services
-                .get(&record.service)
-                .map_or(RiskClass::of(action), |seen| seen.policy.class_of(action))
-        });
-        let harms = self
-            .evidence
-            .iter()
-            .find(|of| of.service == record.service && Some(of.action) == last)
-            .map_or(0, |of| of.counts.harm);
-        if class.is_none_or(|class| class > RiskClass::R1) || harms >= 2 {
-            self.demoted.insert(record.service.clone());
-            let words = format!(
-                "{action} harmed {}: it answered before and does not now. The node only recommends for it from now on",
-                record.service
-            );
-            self.notify(&record, NoticeKind::Demoted, words);
-        }
-        self.hand_over(now, record, format!("{action} did harm"));
     }
 
     pub(super) fn hand_over(&mut self, now: Now, mut record: Incident, reason: String) {
@@ -997,10 +1028,11 @@ impl IncidentMachine {
 }
 
 /// What a person is asked to approve now.
-fn plan(now: Now, record: &Incident, action: ActionKind, seen: &Observed, policy: &str) -> Plan {
+fn plan(now: Now, record: &Incident, action: ActionKind, seen: &Observed, policy: &str, node: &str) -> Plan {
     let made = now.when();
     let ttl_ms = u64::try_from(seen.policy.approvals(action).ttl.as_millis()).unwrap_or(u64::MAX);
     Plan {
+        node: node.to_owned(),
         incident: record.id,
         service: record.service.clone(),
         action,

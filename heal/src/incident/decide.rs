@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use super::diagnose::Diagnosis;
 use super::observe::Observed;
+use crate::breaker::Breakers;
 use crate::budget::Ledger;
 use crate::evidence::{Counts, Evidence};
-use crate::policy::evaluate::{Facts, Ruling, evaluate};
+use crate::policy::evaluate::{Because, Facts, Ruling, evaluate};
 use crate::policy::{HealPolicy, NodeBudget};
+use crate::standing::Demotion;
 use crate::types::{ActionKind, ActionRecord, Alternative, FaultClass, Incident, Outcome, Plan};
 
 /// What to do now.
@@ -24,8 +26,12 @@ pub(super) enum Decision {
     WouldAct(ActionKind),
     /// Nothing is begun at present.
     Hold(String),
+    /// Nothing is begun while nothing presses.
+    LetBe(String),
     /// Nothing is left to do here.
     HandOver(String),
+    /// A person's, unless the breaker lets an attempt through before.
+    Broken { reason: String, until: Duration },
 }
 
 /// What a decision rests on.
@@ -36,8 +42,10 @@ pub(super) struct Circumstances<'a> {
     pub(super) node: NodeBudget,
     /// The stop switch is on.
     pub(super) halted: bool,
-    /// An earlier action harmed this service.
-    pub(super) demoted: bool,
+    /// Executors that failed last time.
+    pub(super) breakers: &'a Breakers,
+    /// Classes of actions that are only recommended for this service, since one of them harmed it.
+    pub(super) demoted: &'a [Demotion],
     /// Restarts within the window that were verified as healed for this class of trouble.
     pub(super) healed_before: u32,
     /// What came of earlier decisions.
@@ -52,8 +60,8 @@ pub(super) struct Circumstances<'a> {
 pub(super) struct Decided {
     pub(super) decision: Decision,
     pub(super) alternatives: Vec<Alternative>,
-    /// What the policy was asked and said; `None` when there was no action to ask about.
-    pub(super) ruled: Option<(Facts, Ruling)>,
+    /// What the policy was asked and said, in this order; the last one is of what is done. Empty when there was no action to ask about.
+    pub(super) ruled: Vec<(Facts, Ruling)>,
 }
 
 /// Decides, and says of every action why or why not.
@@ -67,10 +75,13 @@ pub(super) fn decide(incident: &Incident, diagnosis: &Diagnosis, with: &Circumst
         .map(|action| not(action, format!("is not on the ladder of {class}")))
         .collect();
     let rungs = listed(&whole, policy, &mut alternatives);
-    let mut ruled = None;
+    let mut ruled = Vec::new();
     let decision = pick(incident, diagnosis, with, &rungs, &mut alternatives, &mut ruled);
     let nothing = match &decision {
-        Decision::HandOver(reason) | Decision::Hold(reason) => Alternative {
+        Decision::HandOver(reason)
+        | Decision::Hold(reason)
+        | Decision::LetBe(reason)
+        | Decision::Broken { reason, .. } => Alternative {
             action: None,
             chosen: true,
             reason: reason.clone(),
@@ -105,7 +116,7 @@ fn pick(
     with: &Circumstances<'_>,
     rungs: &[ActionKind],
     alternatives: &mut Vec<Alternative>,
-    ruled: &mut Option<(Facts, Ruling)>,
+    ruled: &mut Vec<(Facts, Ruling)>,
 ) -> Decision {
     let class = diagnosis.class;
     let policy = &with.seen.policy;
@@ -138,7 +149,8 @@ fn pick(
     if class == FaultClass::LockPileup && rungs.is_empty() {
         return hand_over(format!("no action here may touch it: {}", diagnosis.reason));
     }
-    let Some(action) = next_rung(incident, rungs) else {
+    let left = rungs_left(incident, rungs);
+    if left.is_empty() {
         for action in distinct(rungs) {
             alternatives.push(not(
                 action,
@@ -151,7 +163,47 @@ fn pick(
             "every allowed action was tried"
         };
         return hand_over(format!("{why}: {}", diagnosis.reason));
-    };
+    }
+    // A person may say so; a hook or bound that is configured for the class was meant for it.
+    let may_renew = diagnosis.presses || with.approved;
+    let (left, later): (Vec<_>, Vec<_>) = left
+        .into_iter()
+        .partition(|action| may_renew || !action.renews_process());
+    alternatives.extend(
+        later
+            .into_iter()
+            .map(|action| not(action, format!("nothing presses: {}", diagnosis.reason))),
+    );
+    if left.is_empty() {
+        return Decision::LetBe(format!("nothing presses: {}", diagnosis.reason));
+    }
+    let mut broken: Option<(String, Duration)> = None;
+    for action in left {
+        let decision = rung(incident, diagnosis, with, action, alternatives, ruled);
+        let Decision::Broken { reason, until } = decision else {
+            return decision;
+        };
+        // What cannot do its part is passed over, as if it were not there.
+        let (_, earliest) = broken.get_or_insert((reason, until));
+        *earliest = until.min(*earliest);
+    }
+    broken.map_or_else(
+        || hand_over(diagnosis.reason.clone()),
+        |(reason, until)| Decision::Broken { reason, until },
+    )
+}
+
+/// What is to become of one rung.
+fn rung(
+    incident: &Incident,
+    diagnosis: &Diagnosis,
+    with: &Circumstances<'_>,
+    action: ActionKind,
+    alternatives: &mut Vec<Alternative>,
+    ruled: &mut Vec<(Facts, Ruling)>,
+) -> Decision {
+    let policy = &with.seen.policy;
+    let hand_over = |reason: String| Decision::HandOver(reason);
     if action == ActionKind::TerminateBlocker && holds_it_next(incident, with.seen) {
         let reason = "the session whose statement was cancelled has let go, and who holds the lock next is not to blame";
         alternatives.push(not(action, reason.to_owned()));
@@ -168,6 +220,18 @@ fn pick(
     };
     let decision = match &ruling {
         Ruling::Halted => Decision::Hold("the stop switch is on".to_owned()),
+        Ruling::Refuse {
+            because: because @ Because::BreakerOpen { until_ms, .. },
+        } => {
+            let until = Duration::from_millis(*until_ms);
+            let left = until.saturating_sub(with.now).as_secs_f64();
+            let reason = format!("{because}; one attempt is let through in {left:.0} s");
+            chosen(false, reason.clone());
+            Decision::Broken {
+                reason: format!("{action} is not done: {reason}"),
+                until,
+            }
+        }
         Ruling::Refuse { because } => {
             let reason = because.to_string();
             chosen(false, reason.clone());
@@ -195,7 +259,7 @@ fn pick(
             Decision::Act(action)
         }
     };
-    *ruled = Some((facts, ruling));
+    ruled.push((facts, ruling));
     decision
 }
 
@@ -218,7 +282,10 @@ impl Circumstances<'_> {
             actions_of_node: of_node,
             charges: self.ledger.charges().to_vec(),
             healed_before: self.healed_before,
-            demoted: self.demoted,
+            demoted: self
+                .demoted
+                .iter()
+                .any(|of| of.service == incident.service && of.covers(self.seen.policy.class_of(action))),
             halted: self.halted,
             approved,
             approved_by: if approved {
@@ -231,6 +298,7 @@ impl Circumstances<'_> {
                 .iter()
                 .find(|of| of.service == incident.service && of.action == action)
                 .map_or_else(Counts::default, |of| of.counts),
+            breaker: self.breakers.tripped(&incident.service, action),
             now_ms: u64::try_from(self.now.as_millis()).unwrap_or(u64::MAX),
         }
     }
@@ -268,6 +336,7 @@ pub(super) fn ladder(class: FaultClass, seen: &Observed) -> Vec<ActionKind> {
     webhook
         .into_iter()
         .chain(hook)
+        .chain(policy.configured_for(class).iter().copied())
         .chain(own_ladder(class, seen))
         .collect()
 }
@@ -285,12 +354,15 @@ fn own_ladder(class: FaultClass, seen: &Observed) -> Vec<ActionKind> {
             Some(pile) if !pile.running => vec![ActionKind::TerminateBlocker],
             _ => vec![ActionKind::CancelQuery, ActionKind::TerminateBlocker],
         },
-        FaultClass::Hang | FaultClass::MemoryLeak | FaultClass::CpuContention => vec![ActionKind::Restart],
+        FaultClass::Hang | FaultClass::MemoryLeak | FaultClass::CpuContention | FaultClass::FdExhaustion => {
+            vec![ActionKind::Restart]
+        }
         FaultClass::Corruption => vec![ActionKind::RestoreAndStart],
         FaultClass::DiskFull if seen.disk_full.is_some() && seen.relievable > 0 => {
             vec![ActionKind::RelieveSpace]
         }
         FaultClass::DiskFull
+        | FaultClass::ReadOnlyFs
         | FaultClass::DiskSlow
         | FaultClass::CpuStarvation
         | FaultClass::Overload
@@ -303,7 +375,18 @@ fn own_ladder(class: FaultClass, seen: &Observed) -> Vec<ActionKind> {
 fn told(action: ActionKind, class: FaultClass) -> bool {
     match action {
         ActionKind::RelieveSpace => class == FaultClass::DiskFull,
-        ActionKind::Hook | ActionKind::Webhook => false,
+        ActionKind::Hook
+        | ActionKind::Webhook
+        | ActionKind::ThrottleCpu
+        | ActionKind::LimitMemory
+        | ActionKind::Freeze
+        | ActionKind::Drain
+        | ActionKind::RestartUnit
+        | ActionKind::ReloadUnit
+        | ActionKind::ResetFailedUnit
+        | ActionKind::RolloutRestart
+        | ActionKind::ScaleUp
+        | ActionKind::RolloutUndo => false,
         _ if action.renews_process() => true,
         _ => matches!(class, FaultClass::ConnectionExhaustion | FaultClass::LockPileup),
     }
@@ -324,10 +407,10 @@ fn listed(whole: &[ActionKind], policy: &HealPolicy, alternatives: &mut Vec<Alte
     listed
 }
 
-/// The first rung that this incident has not used up. An action that never took place does not use one up. What became of a start is found
+/// Rungs that this incident has not used up, in order. An action that never took place does not use one up. What became of a start is found
 /// out by looking at the process; what became of anything else cannot be, so its durable intent uses up the rung.
-fn next_rung(incident: &Incident, rungs: &[ActionKind]) -> Option<ActionKind> {
-    distinct(rungs).find(|action| {
+fn rungs_left(incident: &Incident, rungs: &[ActionKind]) -> Vec<ActionKind> {
+    let unused = |action: &ActionKind| {
         let allowed = rungs.iter().filter(|rung| *rung == action).count();
         let tried = incident
             .actions
@@ -336,7 +419,8 @@ fn next_rung(incident: &Incident, rungs: &[ActionKind]) -> Option<ActionKind> {
             .filter(|done| used_up(done))
             .count();
         tried < allowed
-    })
+    };
+    distinct(rungs).filter(unused).collect()
 }
 
 fn used_up(done: &ActionRecord) -> bool {

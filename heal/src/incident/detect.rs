@@ -33,6 +33,7 @@ impl Observed {
             || self.anomalous
             || self.corrupt.is_some()
             || self.disk_full.is_some()
+            || self.read_only
             || self.sessions.is_sick()
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::MemorySeen;
 use super::observe::Observed;
 use super::sessions::Inside;
 use crate::types::{Cause, FaultClass};
@@ -14,6 +15,8 @@ pub(super) struct Diagnosis {
     pub(super) reason: String,
     /// How sure it is, 0 to 1: 1 for what the kernel says, judgements below, the share of the score for what the detector suspects.
     pub(super) certainty: f64,
+    /// Whether its own process may be renewed for it. Not for what the detector alone suspects of a service that serves, see [`pressing`].
+    pub(super) presses: bool,
 }
 
 /// The class of the present symptoms; `None` when nothing is confirmed, or when what is confirmed waits for word that may turn it.
@@ -30,11 +33,17 @@ pub(super) fn hypotheses(seen: &Observed) -> Vec<Diagnosis> {
             class,
             reason,
             certainty,
+            presses: true,
         });
     };
     if let Some(free) = seen.disk_full {
         let reason = format!("{free} bytes are left on its file system, so a restart cannot help");
         add(FaultClass::DiskFull, 1.0, reason);
+    }
+    if seen.read_only {
+        let reason =
+            "the file system of its state cannot be written any more, so a restart cannot help".to_owned();
+        add(FaultClass::ReadOnlyFs, 1.0, reason);
     }
     if let Some(detail) = &seen.corrupt {
         let reason = format!("its state did not pass the check: {detail}");
@@ -63,9 +72,78 @@ pub(super) fn hypotheses(seen: &Observed) -> Vec<Diagnosis> {
     if seen.anomalous {
         let causes = seen.anomaly.as_ref().map_or(&[][..], |anomaly| &anomaly.causes);
         let (class, certainty, reason) = suspect(causes, &seen.leaders);
-        add(class, certainty, reason);
+        match seen
+            .sessions
+            .more_connected()
+            .filter(|_| class != FaultClass::Unknown)
+        {
+            Some(more) => add(
+                FaultClass::Unknown,
+                0.0,
+                format!(
+                    "{reason}, but {more} more sessions are connected than at the quietest, and they bring it along"
+                ),
+            ),
+            None => match pressing(seen, class, causes) {
+                Ok(sign) => add(class, certainty, format!("{reason}{sign}")),
+                Err(missing) => {
+                    add(class, certainty, format!("{reason}, but {missing}"));
+                    if let Some(last) = found.last_mut() {
+                        last.presses = false;
+                    }
+                }
+            },
+        }
     }
     found
+}
+
+/// What makes a suspicion of the detector a reason to interrupt a service, in words to add, or what is missing. More memory or processor time
+/// than usual is no trouble by itself: a cache that fills, a nightly job. It is when probes fail or get slow; when its memory is nearly used up,
+/// or will be soon should it go on like this; when it takes the processors and has to queue for them itself, and no crowd of clients is why.
+fn pressing(seen: &Observed, class: FaultClass, causes: &[Cause]) -> Result<String, String> {
+    let memory = class == FaultClass::MemoryLeak;
+    if !memory && class != FaultClass::CpuContention {
+        return Ok(String::new());
+    }
+    let pressure = seen.pressure;
+    if let Some(crowd) = pressure.crowd.filter(|crowd| !memory && *crowd >= CROWD) {
+        return Err(format!(
+            "{crowd:.1} times the usual number of clients bring it along"
+        ));
+    }
+    if seen.probes.contains(&false) {
+        return Ok("; and a probe failed of late".to_owned());
+    }
+    let slow = |cause: &&Cause| cause.rising == Some(true) && cause.channel.starts_with("service_probe");
+    if causes.iter().any(|cause| slow(&cause)) {
+        return Ok("; and its probes get slow".to_owned());
+    }
+    if memory {
+        let MemorySeen { share, full_in } = seen.memory;
+        if let Some(share) = share.filter(|share| *share >= NEARLY_FULL) {
+            return Ok(format!(
+                "; and {:.0} % of what it can have is used",
+                100.0 * share
+            ));
+        }
+        return full_in.map_or_else(
+            || Err("it answers, and its memory is not about to be used up".to_owned()),
+            |left| {
+                let left = left.as_secs_f64();
+                Ok(format!(
+                    "; and it is used up in {left:.0} s if it goes on like this"
+                ))
+            },
+        );
+    }
+    match (pressure.uses_cpu, pressure.waits_for_cpu) {
+        (Some(uses), Some(waits)) if uses >= OWN_CPU && waits >= THREADS_WAIT => Ok(format!(
+            "; and it takes {:.0} % of the processors while {waits:.1} of its threads wait for one",
+            100.0 * uses
+        )),
+        _ => Err("it answers as fast as ever, and the processors suffice".to_owned()),
+    }
 }
 
 fn of_sessions(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
@@ -107,8 +185,10 @@ fn of_silence(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
     match seen.sessions.inside() {
         Inside::Nothing => {
             of_pressure(seen, &failed, add);
-            let reason = format!("{failed} while its process lives");
-            add(FaultClass::Hang, PROBED, reason);
+            if !may_be_crowded(seen) {
+                let reason = format!("{failed} while its process lives");
+                add(FaultClass::Hang, PROBED, reason);
+            }
         }
         // It is asked over the slot that it keeps back; a restart before its answer might throw out every client for nothing.
         Inside::Awaited => {}
@@ -165,6 +245,13 @@ fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f
         );
         add(FaultClass::Overload, PRESSED, reason);
     }
+    if let Some(share) = pressure.descriptors
+        && share >= DESCRIPTORS
+    {
+        let percent = 100.0 * share;
+        let reason = format!("{failed} while {percent:.0} % of the files that it may have open are open");
+        add(FaultClass::FdExhaustion, PRESSED, reason);
+    }
 }
 
 /// The class that an anomaly's leading causes point to. A family of the service's resources is to blame when one of its channels,
@@ -213,6 +300,15 @@ fn suspect(causes: &[Cause], latest: &VecDeque<Option<Family>>) -> (FaultClass, 
     }
 }
 
+/// A crowd is there, it works hard, and the next probe may still be answered: then it is an overload, and its clients would have been thrown
+/// out for nothing. A loop of its own answers none however long one waits, here until two windows of probes have failed in a row.
+fn may_be_crowded(seen: &Observed) -> bool {
+    let pressure = seen.pressure;
+    pressure.crowd.is_some_and(|crowd| crowd >= CROWD)
+        && pressure.uses_cpu.is_none_or(|uses| uses >= OWN_CPU)
+        && seen.bad_run < seen.policy.probe_window.saturating_mul(2)
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Family {
     Memory,
@@ -249,6 +345,10 @@ const THREADS_WAIT: f64 = 0.5;
 const OWN_CPU: f64 = 0.5;
 /// So many times the usual clients make the difference between a load and a loop of its own.
 const CROWD: f64 = 3.0;
+/// Share of a process's limit of open files from which it can take no more clients.
+const DESCRIPTORS: f64 = 0.95;
+/// Share of the memory that it can have from which a service that is taken for leaking is not waited for. A judgement.
+const NEARLY_FULL: f64 = 0.9;
 /// Share of time in which everything on the host waits for the disk.
 const IO_FULL: f64 = 0.4;
 /// Probes that fail while the process lives: a hang, or a way to it that is broken. A judgement.

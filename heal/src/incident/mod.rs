@@ -17,6 +17,7 @@ mod detect;
 mod diagnose;
 mod observe;
 mod sessions;
+mod standing;
 mod verify;
 mod why;
 
@@ -26,10 +27,12 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use self::observe::Observed;
+use crate::breaker::{Breaker, Breakers};
 use crate::budget::{Charge, Ledger};
 use crate::evidence::Evidence as Record;
 use crate::policy::evaluate::{self, RulingRecord};
 use crate::policy::{HealPolicy, NodeBudget};
+use crate::standing::{Demotion, Reinstated};
 use crate::types::{
     ActionKind, Cause, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Notice,
     NoticeKind, Now, Outcome, SessionId,
@@ -68,6 +71,17 @@ pub struct PressureSeen {
     pub crowd: Option<f64>,
     /// Share of the latest time in which everything on the host that could run waited for a disk, 0 to 1.
     pub host_io_full: Option<f64>,
+    /// Of its processes the largest share of its limit of open files that is open, 0 to 1.
+    pub descriptors: Option<f64>,
+}
+
+/// How far a service's memory is from the most that it can have.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct MemorySeen {
+    /// Share of its limit in use, or of what it has and the host could still give; 0 or more.
+    pub share: Option<f64>,
+    /// When that is all used, should it go on as steadily as it rises; `None` while it does not rise steadily, or reaches it too late to matter.
+    pub full_in: Option<Duration>,
 }
 
 /// One session that others wait for.
@@ -172,6 +186,13 @@ pub enum Input {
         /// Bytes left.
         free_bytes: u64,
     },
+    /// Whether the file system of the service's state, which could be written, cannot any more.
+    ReadOnly {
+        /// The service.
+        service: String,
+        /// It cannot.
+        on: bool,
+    },
     /// The service's file system has room again.
     DiskRelieved {
         /// The service.
@@ -211,6 +232,13 @@ pub enum Input {
         service: String,
         /// What was seen.
         seen: PressureSeen,
+    },
+    /// Where the service's memory stands; told before an [`Input::Anomaly`], and forgotten with the alarm.
+    Memory {
+        /// The service.
+        service: String,
+        /// What was seen.
+        seen: MemorySeen,
     },
     /// The service's output says unusually often that something failed.
     LogErrors {
@@ -278,10 +306,14 @@ pub enum Input {
         /// The incident.
         incident: IncidentId,
     },
-    /// A person lifts the demotion of a service that an action had harmed.
-    Promote {
+    /// A person lifts what stands against a service: demotions after harm, open breakers. The caller has checked the signature.
+    Reinstate {
         /// The service.
         service: String,
+        /// Digest of what they lift, see [`crate::standing::Standing::hash`].
+        standing: String,
+        /// Whose signature it is; `None` for the word of somebody at the host.
+        by: Option<String>,
     },
     /// The stop switch: while on, nothing new is begun.
     Halt(bool),
@@ -304,6 +336,8 @@ pub enum Output {
     Updated(Incident),
     /// An incident ended: store it.
     Closed(Incident),
+    /// A person lifted what stood against a service: write it down among the rulings.
+    Reinstated(Box<Reinstated>),
     /// Tell a person.
     Notify(Notice),
 }
@@ -335,8 +369,15 @@ pub struct MachineState {
     /// What came of actions, as evidence for letting the node act by itself.
     #[serde(default)]
     pub evidence: Vec<Record>,
-    /// Services that an action harmed.
-    pub demoted: BTreeSet<String>,
+    /// Classes of actions that are only recommended for a service, since one of them harmed it.
+    #[serde(default, deserialize_with = "crate::standing::demotions")]
+    pub demoted: Vec<Demotion>,
+    /// Executors that failed last time.
+    #[serde(default)]
+    pub breakers: Vec<Breaker>,
+    /// Services whose incident a person has until a breaker lets an attempt through.
+    #[serde(default)]
+    pub broken: BTreeSet<String>,
     /// Restarts that healed trouble found by the detector alone, see [`HealPolicy::anomaly_restarts`].
     #[serde(default)]
     pub healed: Vec<HealedRestart>,
@@ -366,19 +407,26 @@ impl HealedRestart {
 }
 
 /// The loop's brain for one host. Memory is bounded by the number of services and the budgets.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct IncidentMachine {
+    /// The node, as plans name it.
+    name: String,
+    /// So many people have to sign before what stands against a service is lifted; 0 for the word of somebody at the host.
+    reinstate_need: u32,
+    /// What is being lifted, by service, and who has signed. Not kept: after a restart people sign anew.
+    reinstating: BTreeMap<String, (String, BTreeSet<String>)>,
     clock_id: String,
     node: NodeBudget,
     depends_on: BTreeMap<String, Vec<String>>,
     /// Digest of all policies.
     policy: String,
-    /// The last ruling of each service, so that one that is asked for again is written down once.
-    ruled: BTreeMap<String, RulingRecord>,
+    /// The last ruling of each service and action, so that one that is asked for again is written down once.
+    ruled: BTreeMap<(String, ActionKind), RulingRecord>,
     services: BTreeMap<String, Observed>,
     open: BTreeMap<String, Open>,
     ledger: Ledger,
-    demoted: BTreeSet<String>,
+    breakers: Breakers,
+    demoted: Vec<Demotion>,
     evidence: Vec<Record>,
     healed: Vec<HealedRestart>,
     /// Services whose last intent could not be recorded, with the time of the next reminder.
@@ -392,7 +440,7 @@ pub struct IncidentMachine {
 }
 
 /// An incident that is not closed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Open {
     record: Incident,
     phase: Phase,
@@ -403,6 +451,8 @@ struct Open {
 enum Phase {
     /// More observations; `undecided` asks for a decision at the next diagnosis.
     Watching { undecided: bool },
+    /// A sign that something presses: the detector alone suspects it, and it serves.
+    LetBe,
     /// A person's word.
     AwaitingApproval {
         remind_at: Duration,
@@ -418,7 +468,7 @@ enum Phase {
     Verifying { id: IntentId, until: Duration },
     /// Word of what became of an intent before the node's restart.
     Reconciling { id: IntentId },
-    /// A person. The class is the one that was handed over. `retry_at`: only the record failed, so it is tried again.
+    /// A person. The class is the one that was handed over. `retry_at`: only the record failed, or an executor, so it is tried again.
     Handed {
         remind_at: Duration,
         retry_at: Option<Duration>,
@@ -429,6 +479,9 @@ impl IncidentMachine {
     /// A machine that knows of no incident.
     pub fn new(config: HealConfig) -> Self {
         Self {
+            name: String::new(),
+            reinstate_need: 0,
+            reinstating: BTreeMap::new(),
             policy: evaluate::digest(config.services.iter(), config.node),
             clock_id: config.clock_id,
             node: config.node,
@@ -441,7 +494,8 @@ impl IncidentMachine {
                 .collect(),
             open: BTreeMap::new(),
             ledger: Ledger::default(),
-            demoted: BTreeSet::new(),
+            breakers: Breakers::default(),
+            demoted: Vec::new(),
             evidence: Vec::new(),
             healed: Vec::new(),
             unrecorded: BTreeMap::new(),
@@ -454,6 +508,21 @@ impl IncidentMachine {
         }
     }
 
+    /// The same, on a node of this name: plans say it, so that an approval for one node is none for another.
+    #[must_use]
+    pub fn named(mut self, node: &str) -> Self {
+        node.clone_into(&mut self.name);
+        self
+    }
+
+    /// The same, where so many different people have to sign before what stands against a service is lifted. 0, as at first: the word of
+    /// somebody at the host is enough.
+    #[must_use]
+    pub fn reinstated_by(mut self, need: u32) -> Self {
+        self.reinstate_need = need;
+        self
+    }
+
     /// A machine that goes on after a restart of the node. Poll for outputs at once: intents without outcome are reconciled first.
     ///
     /// Incidents of services that are configured no more are closed as recovered, and those whose action had not ended are
@@ -464,8 +533,12 @@ impl IncidentMachine {
         machine.ledger = Ledger::restore(state.charges, state.clock_id == machine.clock_id, now.monotonic);
         machine.demoted = state.demoted;
         machine.evidence = state.evidence;
+        machine.drop_foreign_evidence();
         // On another clock nothing is known of their age, so they count as made now.
         let (same_clock, now_ms) = (state.clock_id == machine.clock_id, now.when().monotonic_ms);
+        machine.breakers = Breakers::restore(state.breakers, same_clock, now.monotonic);
+        let services = &machine.services;
+        machine.breakers.retain(|name| services.contains_key(name));
         machine.healed = state.healed;
         for healed in &mut machine.healed {
             healed.at_ms = if same_clock {
@@ -487,7 +560,8 @@ impl IncidentMachine {
             }
         }
         for record in state.open {
-            machine.reopen(now, record);
+            let is_broken = state.broken.contains(&record.service);
+            machine.reopen(now, record, is_broken);
         }
         machine
     }
@@ -508,9 +582,11 @@ impl IncidentMachine {
             | Input::StateCorrupt { service, .. }
             | Input::StateGood { service }
             | Input::DiskFull { service, .. }
+            | Input::ReadOnly { service, .. }
             | Input::Risk { service, .. }
             | Input::Relievable { service, .. }
             | Input::Pressure { service, .. }
+            | Input::Memory { service, .. }
             | Input::LogErrors { service, .. }
             | Input::Sessions { service, .. }
             | Input::SessionsUnseen { service, .. }
@@ -533,13 +609,11 @@ impl IncidentMachine {
             }
             Input::Deny { incident } => self.deny(now, *incident),
             Input::NewNormal { incident } => self.new_normal(now, *incident),
-            Input::Promote { service } => {
-                if self.demoted.remove(service) {
-                    self.decide_again(now, &service.clone());
-                } else {
-                    self.ignored += 1;
-                }
-            }
+            Input::Reinstate {
+                service,
+                standing,
+                by,
+            } => self.reinstate(now, service, standing, by.clone()),
             Input::Halt(on) if *on == self.halted => {}
             Input::Halt(on) => {
                 self.halted = *on;
@@ -549,6 +623,7 @@ impl IncidentMachine {
                 }
             }
         }
+        self.drop_former_words();
     }
 
     /// Lets time pass. Call when the moment of [`Self::poll_timeout`] has come; poll outputs and the timeout afterwards.
@@ -567,6 +642,7 @@ impl IncidentMachine {
         for service in due {
             self.timed_out(now, &service);
         }
+        self.drop_former_words();
     }
 
     /// The next output, until `None`.
@@ -591,6 +667,22 @@ impl IncidentMachine {
             last_intent: self.last_intent,
             charges: self.ledger.charges().to_vec(),
             demoted: self.demoted.clone(),
+            breakers: self.breakers.all().to_vec(),
+            broken: self
+                .open
+                .iter()
+                .filter(|(service, open)| {
+                    let retried = matches!(
+                        open.phase,
+                        Phase::Handed {
+                            retry_at: Some(_),
+                            ..
+                        }
+                    );
+                    retried && !self.unrecorded.contains_key(*service)
+                })
+                .map(|(service, _)| service.clone())
+                .collect(),
             evidence: self.evidence.clone(),
             healed: self.healed.clone(),
             probed: self
@@ -639,6 +731,11 @@ impl IncidentMachine {
         };
         let words = seen.take(now, input);
         seen.detect();
+        if let (Some(open), Input::Started { .. }) = (self.open.get_mut(service), input)
+            && let Some(would) = &mut open.record.would
+        {
+            would.renewed = true;
+        }
         if let (Some(open), Some(words)) = (self.open.get_mut(service), words) {
             open.record.note(now, words);
         }
@@ -664,6 +761,9 @@ impl IncidentMachine {
                 continue;
             };
             if seen.dependency_down != down {
+                if down.is_none() {
+                    seen.ask_anew();
+                }
                 seen.dependency_down = down;
                 self.evaluate(now, &dependent);
             }
@@ -684,7 +784,7 @@ impl IncidentMachine {
 impl Phase {
     fn deadline(&self) -> Option<Duration> {
         match self {
-            Self::Watching { .. } | Self::Reconciling { .. } => None,
+            Self::Watching { .. } | Self::LetBe | Self::Reconciling { .. } => None,
             Self::AwaitingApproval {
                 remind_at,
                 expires_at,

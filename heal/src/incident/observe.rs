@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use super::diagnose::{Family, family_of};
 use super::sessions::Sessions;
-use super::{Input, PressureSeen, ProcessState};
+use super::{Input, MemorySeen, PressureSeen, ProcessState};
 use crate::policy::HealPolicy;
 use crate::types::{ActionKind, Cause, Evidence, FaultClass, Incident, Now, SessionId};
 
 /// Observations of one service. Everything in it is bounded.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each is one latch with its own rule"
@@ -48,8 +48,12 @@ pub(super) struct Observed {
     /// The latest anomaly, also while settling, until the alarm clears.
     pub(super) anomaly: Option<Anomaly>,
     pub(super) anomalous: bool,
+    /// Where its memory stands, while the alarm is on.
+    pub(super) memory: MemorySeen,
     pub(super) corrupt: Option<String>,
     pub(super) disk_full: Option<u64>,
+    /// The file system of its state could be written and cannot any more.
+    pub(super) read_only: bool,
     /// Bytes that could be moved away there.
     pub(super) relievable: u64,
     /// What keeps its threads from running, at the latest look.
@@ -110,8 +114,10 @@ impl Observed {
             leaders: VecDeque::new(),
             anomaly: None,
             anomalous: false,
+            memory: MemorySeen::default(),
             corrupt: None,
             disk_full: None,
+            read_only: false,
             relievable: 0,
             pressure: PressureSeen::default(),
             answers_between: false,
@@ -190,12 +196,24 @@ impl Observed {
                 let new = self.disk_full.replace(*free_bytes).is_none();
                 new.then(|| format!("the file system is full: {free_bytes} bytes are left"))
             }
+            Input::ReadOnly { on, .. } => {
+                let changed = self.read_only != *on;
+                self.read_only = *on;
+                if !on {
+                    return changed.then(|| "the file system can be written again".to_owned());
+                }
+                changed.then(|| "the file system of its state cannot be written any more".to_owned())
+            }
             Input::Relievable { bytes, .. } => {
                 self.relievable = *bytes;
                 return None;
             }
             Input::Pressure { seen, .. } => {
                 self.pressure = *seen;
+                return None;
+            }
+            Input::Memory { seen, .. } => {
+                self.memory = *seen;
                 return None;
             }
             Input::LogErrors {
@@ -292,6 +310,14 @@ impl Observed {
         self.leaders.clear();
         self.anomaly = None;
         self.anomalous = false;
+        self.memory = MemorySeen::default();
+    }
+
+    /// What it did not answer while a service that it calls was down says nothing of itself: it is asked anew.
+    pub(super) fn ask_anew(&mut self) {
+        self.unresponsive = false;
+        self.probes.clear();
+        self.bad_run = 0;
     }
 
     fn probe(&mut self, ok: bool, latency: Duration, detail: &str) -> Option<String> {
@@ -314,6 +340,7 @@ impl Observed {
                     && self.exit.is_none()
                     && self.anomaly.is_none()
                     && self.disk_full.is_none()
+                    && !self.read_only
                     && self.corrupt.is_none()
                 {
                     self.signs.clear();

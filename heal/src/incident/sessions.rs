@@ -5,10 +5,12 @@ use super::{PileUp, SessionsSeen};
 use crate::types::SessionId;
 
 /// Latches of one server. A server that nobody looks at has none of them.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Sessions {
     /// The latest look that was let in.
     seen: Option<SessionsSeen>,
+    /// The most slots that were free since the process began.
+    free_most: u32,
     /// Looks in a row with a pile-up, and without.
     piled_run: u32,
     clear_run: u32,
@@ -59,6 +61,7 @@ impl Sessions {
         self.let_in = true;
         self.kept_out = None;
         self.seen = Some(seen);
+        self.free_most = self.free_most.max(seen.free);
         let piled = self.take_pile_up(seen.pile_up);
         let short = self.take_slots(seen);
         match (piled, short) {
@@ -175,6 +178,13 @@ impl Sessions {
         }
     }
 
+    /// How many sessions more are connected than at the quietest, where that is an eighth of the slots that were free then, and some.
+    /// Each is a process of the server: they bring memory and processor time along, which are theirs and no fault of it.
+    pub(super) fn more_connected(&self) -> Option<u32> {
+        let more = self.free_most.saturating_sub(self.seen?.free);
+        (more >= (self.free_most / 8).max(MORE_MIN)).then_some(more)
+    }
+
     pub(super) fn piled(&self) -> Option<PileUp> {
         self.piled
     }
@@ -204,6 +214,8 @@ impl Sessions {
 
 /// Looks in a row that confirm.
 const CONFIRM: u32 = 2;
+/// Fewer sessions more are no crowd.
+const MORE_MIN: u32 = 4;
 /// Looks in a row that clear.
 const CLEAR: u32 = 2;
 /// Failed probes in a row without a refusal after which a server that lets no look in counts as silent.

@@ -6,6 +6,11 @@ use super::*;
 use crate::policy::Autonomy;
 use crate::types::{FaultClass, Plan, Verdict};
 
+mod another;
+mod classes;
+mod pressing;
+mod standing;
+
 /// A machine with the services `a` and `b`, and a clock in milliseconds.
 struct Story {
     machine: IncidentMachine,
@@ -131,8 +136,40 @@ impl Story {
         self.anomaly("service_cpu");
     }
 
+    /// One for which something presses: its memory is nearly used up, or its threads have to wait for a processor.
     fn anomaly(&mut self, channel: &str) -> Vec<Output> {
+        self.presses(channel);
         self.scored(channel, 9.0)
+    }
+
+    fn presses(&mut self, channel: &str) {
+        if channel == "service_memory" {
+            self.memory(Some(0.95), None);
+        }
+        if channel == "service_cpu" {
+            self.saturated(0.9, 2.0, None);
+        }
+    }
+
+    fn memory(&mut self, share: Option<f64>, full_in: Option<Duration>) {
+        let seen = MemorySeen { share, full_in };
+        self.tell(Input::Memory {
+            service: "a".into(),
+            seen,
+        });
+    }
+
+    fn saturated(&mut self, uses: f64, waits: f64, crowd: Option<f64>) {
+        let seen = PressureSeen {
+            uses_cpu: Some(uses),
+            waits_for_cpu: Some(waits),
+            crowd,
+            ..PressureSeen::default()
+        };
+        self.tell(Input::Pressure {
+            service: "a".into(),
+            seen,
+        });
     }
 
     fn scored(&mut self, channel: &str, score: f32) -> Vec<Output> {
@@ -701,7 +738,17 @@ fn an_action_that_stops_an_answering_service_for_good_is_harm_and_demotes() {
     story.pass(60_000);
     story.crash();
     assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-    story.tell(Input::Promote { service: "a".into() });
+    let standing = story.machine.standing("a");
+    assert!(standing.demotions.len() == 1 && standing.breakers.is_empty());
+    let lift = |standing: String| Input::Reinstate {
+        service: "a".into(),
+        standing,
+        by: None,
+    };
+    story.tell(lift("of something else".to_owned()));
+    assert!(!story.machine.standing("a").is_empty());
+    let outputs = story.tell(lift(standing.hash()));
+    assert!(matches!(&outputs[0], Output::Reinstated(written) if written.lifted == standing));
     assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
 }
 
@@ -1316,6 +1363,36 @@ fn a_refused_client_is_no_hang_and_never_restarts_the_server() {
 }
 
 #[test]
+fn memory_that_came_with_more_sessions_is_no_leak_and_the_server_is_not_restarted_for_it() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, None, 50);
+    looks(&mut story, None, 30);
+    for _ in 0..10 {
+        story.anomaly("service_memory");
+    }
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.class, FaultClass::Unknown);
+    assert!(incident.actions.is_empty(), "{:?}", incident.actions);
+    // When the slots run out it is their turn.
+    looks(&mut story, None, 3);
+    assert_eq!(story.carry_out(relieved()).action, ActionKind::EndIdleSessions);
+
+    // With as many sessions as ever it is a leak.
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, None, 50);
+    looks(&mut story, None, 47);
+    for _ in 0..10 {
+        story.anomaly("service_memory");
+    }
+    assert_eq!(
+        story.recorded().map(|intent| intent.action),
+        Some(ActionKind::Restart)
+    );
+}
+
+#[test]
 fn too_few_slots_that_nothing_frees_end_at_a_person_after_every_hand_was_tried() {
     let mut story = Story::new(|_| {});
     story.probes(true, 3);
@@ -1490,15 +1567,25 @@ fn a_busy_service_that_answers_now_and_then_is_overloaded_and_one_that_never_doe
         crowd: Some(1.2),
         ..busy
     };
-    for (seen, probes) in [(loops, &[false, true, false][..]), (busy, &[false, false])] {
+    for (seen, probes) in [(loops, &[false, true, false][..]), (busy, &[false; 6])] {
         let mut story = Story::new(|_| {});
         story.probes(true, 3);
         pressed(&mut story, seen);
         for ok in probes {
+            assert!(story.recorded().is_none(), "{seen:?}: the next may be answered");
             story.probe(*ok);
         }
         assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
     }
+    // One answer in time, and it is the crowd.
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    pressed(&mut story, busy);
+    story.probes(false, 5);
+    story.probe(true);
+    story.probe(false);
+    assert_eq!(story.incident().unwrap().class, FaultClass::Overload);
+    assert!(story.recorded().is_none());
 }
 
 #[test]
@@ -1656,7 +1743,7 @@ fn harm_by_one_session_demotes_at_the_second_and_by_a_restart_at_the_first() {
         story.probes(false, 3);
         story.pass(31_000);
         assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
-        assert_eq!(story.machine.demoted.contains("a"), demoted);
+        assert_eq!(!story.machine.demoted.is_empty(), demoted);
         looks(&mut story, None, 20);
         story.probes(true, 3);
     }

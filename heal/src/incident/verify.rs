@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::diagnose::diagnose;
+use super::diagnose::{Diagnosis, diagnose};
 use super::observe::Observed;
 use super::{IncidentMachine, Open, Phase};
 use crate::evidence::Came;
-use crate::types::{FaultClass, Incident, IncidentState, IntentId, Now, Outcome, Verdict};
+use crate::types::{ActionKind, FaultClass, Incident, IncidentState, IntentId, Now, Outcome, Verdict};
 
 impl IncidentMachine {
     /// Judges the last action, now or at the end of its window.
@@ -22,6 +22,12 @@ impl IncidentMachine {
             .is_some_and(|action| action.outcome == Some(Outcome::Interrupted));
         let early = interrupted && now.monotonic < until && seen.exit.is_none() && seen.corrupt.is_none();
         let verdict = judge(seen, record.class, answered_before, now.monotonic, until);
+        let renewed = record.last_action().is_some_and(ActionKind::renews_process);
+        let another = diagnose(seen).filter(|found| renewed && is_another(record.class, found.class));
+        let healed = verdict == Some(Verdict::Healed) && !early;
+        if let Some(another) = another.filter(|_| !healed) {
+            return self.give_way(now, record, another);
+        }
         let Some(verdict) = verdict.filter(|_| !early) else {
             self.put(Open {
                 record,
@@ -63,6 +69,66 @@ impl IncidentMachine {
             }
         }
     }
+}
+
+impl IncidentMachine {
+    /// Another fault came before what was renewed could be judged. That one is not waited out: it gets an incident of its own where the new
+    /// process had served, and its own means at once where it had not.
+    fn give_way(&mut self, now: Now, mut record: Incident, another: Diagnosis) {
+        let Some(seen) = self.services.get(&record.service) else {
+            return;
+        };
+        let up = seen.served || (!seen.probed && seen.answers());
+        // Whether the detector would have found it normal is not known any more; who serves again has come back from a crash or a hang.
+        let verdict = if up && !record.class.from_detector() {
+            Verdict::Healed
+        } else {
+            Verdict::Unknown
+        };
+        if let Some(action) = record.actions.last_mut() {
+            action.verdict = Some(verdict);
+        }
+        record.verdict = Some(verdict);
+        let words = format!(
+            "{} came before it was verified: {}",
+            another.class, another.reason
+        );
+        record.note(now, words);
+        if !up {
+            return self.decide(now, record, another, false);
+        }
+        let interrupted = record
+            .actions
+            .last()
+            .is_some_and(|action| action.outcome == Some(Outcome::Interrupted));
+        if let Some(action) = record
+            .last_action()
+            .filter(|_| verdict == Verdict::Healed && !interrupted)
+        {
+            self.note_evidence(&record.service, action, Came::Right);
+        }
+        let service = record.service.clone();
+        let state = if verdict == Verdict::Healed {
+            IncidentState::Healed
+        } else {
+            IncidentState::Recovered
+        };
+        self.close(now, record, state);
+        self.evaluate(now, &service);
+    }
+}
+
+/// Whether `now` is a fault that neither was `before` nor came of it, and that is dealt with while the process goes on.
+pub(super) fn is_another(before: FaultClass, now: FaultClass) -> bool {
+    before != now
+        && matches!(
+            now,
+            FaultClass::ConnectionExhaustion
+                | FaultClass::LockPileup
+                | FaultClass::DiskFull
+                | FaultClass::ReadOnlyFs
+                | FaultClass::DependencyDown
+        )
 }
 
 /// The verdict, or `None` while it is open. A process that ended again is judged at once, everything else that is bad only at the

@@ -110,6 +110,19 @@ impl Incident {
             }
             writeln!(text, "             expected: {}", expected(action.intent.action))?;
         }
+        if let Some(would) = &self.would {
+            writeln!(
+                text,
+                "\nAutonomy is observe: {} would have been done at {}{}.",
+                would.action,
+                self.after(would.at),
+                if would.renewed {
+                    "; since then the service has another process, by other hands"
+                } else {
+                    ""
+                }
+            )?;
+        }
         if let Some(reason) = &self.handed_over {
             writeln!(text, "\nA person has to look: {reason}.")?;
         }
@@ -182,6 +195,16 @@ fn expected(action: ActionKind) -> &'static str {
         ActionKind::EndIdleSessions => "enough slots are free, and an ordinary client is let in",
         ActionKind::Webhook | ActionKind::Hook => "what was called does its part, and the symptom is gone",
         ActionKind::RelieveSpace => "the file system has room again, and the service answers as before",
+        ActionKind::ThrottleCpu | ActionKind::LimitMemory | ActionKind::Freeze => {
+            "the service has what the listed group took from it, and the symptom is gone"
+        }
+        ActionKind::RestartUnit | ActionKind::ReloadUnit | ActionKind::ResetFailedUnit => {
+            "the unit is active, and the symptom is gone"
+        }
+        ActionKind::RolloutRestart | ActionKind::ScaleUp | ActionKind::RolloutUndo => {
+            "the deployment is as it was asked to be, and the symptom is gone"
+        }
+        ActionKind::Drain => "what it had in hand ends, and the symptom is gone",
         ActionKind::Reload => "the server runs on the settings as they are written, and the symptom is gone",
     }
 }
@@ -191,6 +214,7 @@ fn outcome_words(outcome: Option<&Outcome>) -> String {
         None => "under way".to_owned(),
         Some(Outcome::Done) => "done".to_owned(),
         Some(Outcome::Relieved { detail }) => format!("done: {detail}"),
+        Some(Outcome::Fruitless { detail }) => format!("came to nothing: {detail}"),
         Some(Outcome::StateCorrupt { detail, .. }) => format!("not done, the state is corrupt: {detail}"),
         Some(Outcome::Failed { detail, .. }) => format!("failed: {detail}"),
         Some(Outcome::NotNeeded) => "called off before it began".to_owned(),
@@ -234,6 +258,7 @@ mod tests {
             causes,
             hypotheses: Vec::new(),
             alternatives: Vec::new(),
+            would: None,
             plan: None,
             approved_by: std::collections::BTreeSet::new(),
             actions: Vec::new(),

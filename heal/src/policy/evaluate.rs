@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{ActionRule, Autonomy, HealPolicy, NodeBudget, RiskClass};
+use crate::breaker::Tripped;
 use crate::budget::{Charge, Ledger, Refusal};
 use crate::evidence::Counts;
 use crate::types::{ActionKind, FaultClass, RestartHelps};
@@ -41,7 +42,7 @@ pub struct Facts {
     pub charges: Vec<Charge>,
     /// Restarts within the window that seemed to heal this class of trouble.
     pub healed_before: u32,
-    /// An earlier action harmed the service.
+    /// An earlier action harmed the service, and this one stands in a class that is demoted for it.
     pub demoted: bool,
     /// The stop switch is on.
     pub halted: bool,
@@ -53,6 +54,9 @@ pub struct Facts {
     /// What came of this action on this service before.
     #[serde(default)]
     pub evidence: Counts,
+    /// The breaker before the action's executor on this service, where it has opened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub breaker: Option<Tripped>,
     /// Milliseconds on the node's monotonic clock.
     pub now_ms: u64,
 }
@@ -107,6 +111,13 @@ pub enum Because {
     CameBack {
         /// How often.
         times: u32,
+    },
+    /// Its executor failed again and again, and is left alone for a while.
+    BreakerOpen {
+        /// Failures in a row.
+        failures: u32,
+        /// Until this moment of the monotonic clock, in milliseconds.
+        until_ms: u64,
     },
     /// The action's budget is spent.
     ActionSpent {
@@ -185,6 +196,12 @@ pub fn evaluate(policy: &HealPolicy, node: NodeBudget, facts: &Facts) -> Ruling 
         }
         Ok(()) | Err(Refusal::CoolingDown { .. }) => {}
     }
+    // Also against a person's approval: what fails is to be mended, and `reinstate` says that it was.
+    if let Some(Tripped { failures, until_ms }) = facts.breaker
+        && facts.now_ms < until_ms
+    {
+        return refuse(Because::BreakerOpen { failures, until_ms });
+    }
     match (autonomy(policy, rule, facts), allowed) {
         (Autonomy::Observe, _) => Ruling::Observe,
         (Autonomy::Recommend, _) => Ruling::NeedApproval,
@@ -202,7 +219,11 @@ fn autonomy(policy: &HealPolicy, rule: Option<&ActionRule>, facts: &Facts) -> Au
         (None, ActionKind::RestoreAndStart) => policy.autonomy.min(policy.restore_autonomy),
         (None, _) => policy.autonomy,
     };
-    let by_class = rule.is_some_and(|rule| rule.class >= RiskClass::R3);
+    // Without a file restoring has a key of its own.
+    let by_class = match rule {
+        Some(rule) => rule.class >= RiskClass::R3,
+        None => facts.action != ActionKind::RestoreAndStart && RiskClass::of(facts.action) >= RiskClass::R3,
+    };
     let unproved = rule.is_some_and(|rule| rule.evidence) && !facts.evidence.suffice();
     if is_approved(policy, facts) && written != Autonomy::Observe {
         return Autonomy::Act;
@@ -237,6 +258,9 @@ impl fmt::Display for Because {
                     f,
                     "the trouble came back after {times} restarts that seemed to heal it"
                 )
+            }
+            Self::BreakerOpen { failures, .. } => {
+                write!(f, "its breaker is open after {failures} failures in a row")
             }
             Self::ActionSpent { max, window_ms } => {
                 write!(f, "its own budget of {max} in {} is spent", human(window_ms))
@@ -317,6 +341,7 @@ impl Facts {
             approved: false,
             approved_by: BTreeSet::new(),
             evidence: Counts::default(),
+            breaker: None,
             now_ms: 1_000_000,
         }
     }

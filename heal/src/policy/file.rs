@@ -113,7 +113,7 @@ pub struct ActionPolicy {
 pub struct ApprovalsSection {
     /// Different people, 1 to 10; each signs with a key of `healing_policy.keys`.
     pub need: u32,
-    /// Time from the plan to its end, 1 s to 24 h, default `15m`. Then another plan is made, and approvals of the old one count no more.
+    /// Time from the plan to its end, 1 min to 24 h, default `15m`. Then another plan is made, and approvals of the old one count no more.
     #[serde(default = "default_ttl", with = "super::duration")]
     pub ttl: Duration,
 }
@@ -278,8 +278,9 @@ impl ApprovalsSection {
         if !(1..=10).contains(&self.need) {
             return Err(format!("approvals.need is {}, outside 1 to 10", self.need));
         }
-        if !(super::seconds(1)..=super::DAY).contains(&self.ttl) {
-            return Err("approvals.ttl is outside 1s to 24h".to_owned());
+        // Each end makes another plan, another word to people and another write.
+        if !(super::seconds(60)..=super::DAY).contains(&self.ttl) {
+            return Err("approvals.ttl is outside 1m to 24h".to_owned());
         }
         Ok(super::Approvals {
             need: self.need,

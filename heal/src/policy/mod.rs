@@ -100,8 +100,18 @@ impl RiskClass {
             | ActionKind::Reload
             | ActionKind::Webhook
             | ActionKind::Hook
-            | ActionKind::RelieveSpace => Self::R2,
-            ActionKind::RestoreAndStart => Self::R3,
+            | ActionKind::RelieveSpace
+            | ActionKind::ThrottleCpu
+            | ActionKind::LimitMemory
+            | ActionKind::Freeze
+            | ActionKind::RestartUnit
+            | ActionKind::ReloadUnit
+            | ActionKind::ResetFailedUnit
+            | ActionKind::RolloutRestart => Self::R2,
+            ActionKind::RestoreAndStart
+            | ActionKind::Drain
+            | ActionKind::ScaleUp
+            | ActionKind::RolloutUndo => Self::R3,
         }
     }
 }
@@ -208,9 +218,16 @@ pub struct HealPolicy {
     pub hook_for: BTreeSet<FaultClass>,
     /// Classes for which another system is told, before that. Default none.
     pub webhook_for: BTreeSet<FaultClass>,
+    /// Digests of what people configured an action to be, such as a hook's program or a webhook's address, by action: so that a record of
+    /// another one does not speak for this one, and plans and rulings name what was meant. Default none.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub target_digests: BTreeMap<ActionKind, String>,
     /// Whether a database server's sessions may be touched and its settings read again. The edge says so where `[service.sessions]` is
     /// written; else a person is told.
     pub session_actions: bool,
+    /// Actions that are configured for some classes, in this order after hooks and before the class's own ladder. Default none.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub configured: BTreeMap<FaultClass, Vec<ActionKind>>,
     /// An incident that a person has to look at is told again after this time. Default 15 min, 10 s to 24 h.
     pub remind_every: Duration,
 }
@@ -316,7 +333,9 @@ impl HealingSection {
             inhibit,
             hook_for: BTreeSet::new(),
             webhook_for: BTreeSet::new(),
+            target_digests: BTreeMap::new(),
             session_actions: true,
+            configured: BTreeMap::new(),
             probe_failures: count(
                 "healing.probe_failures",
                 self.probe_failures.unwrap_or_else(|| probe_window.min(2)),
@@ -424,6 +443,11 @@ impl HealPolicy {
         })
     }
 
+    /// What is configured for a class beside hooks.
+    pub fn configured_for(&self, class: FaultClass) -> &[ActionKind] {
+        self.configured.get(&class).map_or(&[], Vec::as_slice)
+    }
+
     /// Whether a class of trouble forbids an action. A full disk forbids all but making room on it and what is configured for it.
     pub fn inhibits(&self, class: FaultClass, action: ActionKind) -> bool {
         // Who configured a hook for a class meant it.
@@ -431,7 +455,7 @@ impl HealPolicy {
             ActionKind::RelieveSpace => class == FaultClass::DiskFull,
             ActionKind::Hook => self.hook_for.contains(&class),
             ActionKind::Webhook => self.webhook_for.contains(&class),
-            _ => false,
+            _ => self.configured_for(class).contains(&action),
         };
         self.inhibit.contains(&class) && !mends
     }

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::process::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::PostgresError;
 use super::owner::Owner;
+use crate::background::Background;
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -22,8 +22,8 @@ pub struct Tool {
     pub arguments: Vec<OsString>,
     /// The account to run it as; `None` is ours.
     pub owner: Option<Owner>,
-    /// 0 to 19: how far it stands back for others.
-    pub nice: i32,
+    /// How far it stands back for others; `None`: not at all.
+    pub background: Option<Background>,
     /// Most time that it may take; then it is killed.
     pub timeout: Duration,
 }
@@ -56,7 +56,9 @@ impl Tool {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(spawn)?;
-        stand_back(child.id(), self.nice);
+        if let Some(background) = &self.background {
+            background.put(child.id());
+        }
         let (out, err) = (child.stdout.take(), child.stderr.take());
         let all = async { tokio::join!(capped(out), capped(err), child.wait()) };
         let (out, mut said, status) =
@@ -113,18 +115,6 @@ pub(crate) fn command(program: &Path, owner: Option<Owner>) -> Command {
         command.gid(owner.gid).uid(owner.uid);
     }
     command
-}
-
-/// Lets others go first. Where that is refused it runs as everybody does.
-pub(crate) fn stand_back(pid: Option<u32>, nice: i32) {
-    let Some(pid) = pid.and_then(|pid| Pid::from_raw(pid.cast_signed())) else {
-        return;
-    };
-    if nice > 0
-        && let Err(error) = rustix::process::setpriority_process(Some(pid), nice)
-    {
-        tracing::debug!(%error, "priority not lowered");
-    }
 }
 
 /// Reads to the end, so that the program is never blocked, and keeps the beginning.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use theriac_heal::background::Background;
 use theriac_heal::checkpoint::postgres::{PostgresSource, ShadowSpec};
 use theriac_heal::checkpoint::store::{CheckpointStore, StoreLimits};
 use theriac_heal::postgres::binaries::PgBinaries;
@@ -207,7 +208,7 @@ impl Cluster {
             target: self.target.clone(),
             max_rate_kib: None,
             backup_timeout: Duration::from_mins(2),
-            nice: 0,
+            background: Background::new(0, None),
             free_bytes_min: 1 << 20,
             shadow: ShadowSpec {
                 invariants,

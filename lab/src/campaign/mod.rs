@@ -1,32 +1,62 @@
-//! The same fault again and again on one edge with one service, measured from outside: medians instead of anecdotes.
+//! The same real faults, on the same schedule, to services under load that different healers look after; measured from outside.
+//!
+//! Every healer has an HTTP service and a PostgreSQL server of its own. All of them are given the same fault at the same moment, so that
+//! whatever else the machine does is done to all; faults that take the machine come to one after the other. What a healer says of itself is
+//! used for when it noticed and acted; everything else is what the load saw.
 
+mod arena;
+mod fault;
+mod inject;
+mod keeper;
+mod load;
+mod plan;
 mod report;
-mod rival;
+mod score;
+mod settings;
+mod table;
+mod undo;
+mod ward;
 
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{RwLock, watch};
+use tokio::task::JoinSet;
 
+pub use self::fault::{Lane, NameError, Trouble};
+pub use self::plan::{Plan, Step};
+pub use self::score::{Bar, ResultRow, RunLog, bars, caveats, rows, shortfalls};
+pub use self::table::{markdown, results};
+pub use self::undo::watch as watch_over;
+
+use self::arena::Arena;
+use self::fault::Machine;
+use self::keeper::Keeper;
+use self::undo::Warden;
+use self::ward::Ward;
 use crate::demo::DemoError;
-use crate::demo::record::{FaultRecord, median};
-use crate::demo::report::markup::{maybe_seconds, seconds};
-use crate::demo::stage::{Member, Stage, unix_ms};
-use crate::demo::trial::{self, Course};
-use crate::demo::view::View;
+use crate::demo::stage::unix_ms;
 use crate::demo::{machine, rfc3339};
-use crate::fleet::fault::Fault;
-use crate::fleet::place::{EdgeTerms, Site};
-use crate::fleet::process::{Processes, end_leftovers};
-use crate::fleet::{free_addresses, interruption};
-use crate::traffic::{Traffic, TrafficReport};
+use crate::fleet::interruption;
+use crate::fleet::process::Processes;
 
 /// What heals in a campaign.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Healer {
     /// An edge.
     Theriac,
+    /// An edge that foresees nothing: no model of what is normal, no memory limit, slots short only when there are none.
+    WithoutPrediction,
+    /// An edge that is given nothing to look into: it sees whether the process lives and answers.
+    WithoutDiagnosis,
     /// A probe every 2 s; two failures in a row and the service is restarted. It knows nothing else.
     Threshold,
     /// Monit, a process of its own, with the same numbers.
@@ -35,37 +65,31 @@ pub enum Healer {
 
 impl Healer {
     /// Every one.
-    pub const ALL: [Self; 3] = [Self::Theriac, Self::Threshold, Self::Monit];
+    pub const ALL: [Self; 5] = [
+        Self::Theriac,
+        Self::WithoutPrediction,
+        Self::WithoutDiagnosis,
+        Self::Threshold,
+        Self::Monit,
+    ];
 
     /// Its name on the command line and in summaries.
     pub fn name(self) -> &'static str {
         match self {
             Self::Theriac => "theriac",
+            Self::WithoutPrediction => "without_prediction",
+            Self::WithoutDiagnosis => "without_diagnosis",
             Self::Threshold => "threshold",
             Self::Monit => "monit",
         }
     }
-}
 
-/// Why a name on the command line is not taken.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NameError {
-    /// A healer that this build does not have.
-    #[error("the healer `{got}` is not part of this build: it has {known}")]
-    Healer {
-        /// What was asked for.
-        got: String,
-        /// What there is.
-        known: String,
-    },
-    /// A fault that this build does not have.
-    #[error("the fault `{got}` is not part of this build: it has {known}")]
-    Fault {
-        /// What was asked for.
-        got: String,
-        /// What there is.
-        known: String,
-    },
+    fn is_edge(self) -> bool {
+        matches!(
+            self,
+            Self::Theriac | Self::WithoutPrediction | Self::WithoutDiagnosis
+        )
+    }
 }
 
 impl FromStr for Healer {
@@ -75,21 +99,8 @@ impl FromStr for Healer {
         Self::ALL
             .into_iter()
             .find(|healer| healer.name() == name)
-            .ok_or_else(|| NameError::Healer {
-                got: name.to_owned(),
-                known: Self::ALL.map(Self::name).join(", "),
-            })
-    }
-}
-
-impl FromStr for Fault {
-    type Err = NameError;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|fault| fault.name() == name)
-            .ok_or_else(|| NameError::Fault {
+            .ok_or_else(|| NameError {
+                what: "healer",
                 got: name.to_owned(),
                 known: Self::ALL.map(Self::name).join(", "),
             })
@@ -99,16 +110,39 @@ impl FromStr for Fault {
 /// How the campaign is to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// Which faults.
-    pub faults: Vec<Fault>,
-    /// Who heals.
-    pub healers: Vec<Healer>,
-    /// How often each.
-    pub runs: u32,
-    /// Where `report.html`, `summary.json` and `logs/` go.
+    /// What is asked for.
+    pub plan: Plan,
+    /// Where `report.html`, `summary.json`, `table.md`, `runs.jsonl` and `logs/` go.
     pub out: PathBuf,
-    /// No live view even on a terminal.
-    pub plain: bool,
+    /// Go on with the runs that are there already, where the plan is the same.
+    pub resume: bool,
+}
+
+impl Options {
+    /// The slice for every change: plain faults and those that forbid a restart, once each, about three minutes.
+    pub fn slice(out: PathBuf, healers: Vec<Healer>, seed: u64) -> Self {
+        let faults = vec![
+            Trouble::Kill9,
+            Trouble::Hang,
+            Trouble::DiskFull,
+            Trouble::Overload,
+            Trouble::DependencyDown,
+            Trouble::PgKill9,
+            Trouble::PgHang,
+            Trouble::ConnectionExhaustion,
+            Trouble::LockPileup,
+        ];
+        Self {
+            plan: Plan {
+                faults,
+                healers,
+                runs: 1,
+                seed,
+            },
+            out,
+            resume: false,
+        }
+    }
 }
 
 /// `summary.json`.
@@ -116,370 +150,640 @@ pub struct Options {
 pub struct Summary {
     /// One row a fault and healer.
     pub results: Vec<ResultRow>,
-    /// Faults that were left out.
+    /// What the campaign as a whole speaks for.
+    pub bars: Vec<Bar>,
+    /// What a short campaign fails for.
+    pub shortfalls: Vec<String>,
+    /// Faults and healers that were left out.
     pub skipped: Vec<Skipped>,
+    /// What was asked for.
+    pub plan: Plan,
+    /// Actions for which there was no fault: the healer and their number.
+    pub unprovoked: std::collections::BTreeMap<&'static str, u64>,
+    /// What a reader has to know of the runs beside their figures.
+    pub caveats: Vec<String>,
+    /// It was ended before its end; what had been measured is here.
+    pub interrupted: bool,
     /// When it began, RFC 3339.
     pub started: String,
+    /// How long it took.
+    pub seconds: f64,
     /// The machine in one line.
     pub machine: String,
 }
 
-/// Medians over the runs of one fault under one healer; nothing where nothing was detected or healed.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct ResultRow {
-    /// The fault.
-    pub fault: &'static str,
-    /// The healer.
-    pub healer: &'static str,
-    /// Number of runs.
-    pub runs: usize,
-    /// Seconds from injection to detection.
-    pub detect_s: Option<f64>,
-    /// Seconds from injection to verified healing; what only an edge says of itself.
-    pub heal_s: Option<f64>,
-    /// Seconds from injection until the last request failed, as the load generator saw it: the same for every healer.
-    pub down_s: Option<f64>,
-    /// Requests that failed in the fault's window.
-    pub failed_requests: Option<f64>,
-    /// Acknowledged writes that could not be read back, over all runs: an upper bound of the median.
-    pub lost_transactions: Option<f64>,
-    /// Actions taken.
-    pub actions: Option<f64>,
-    /// Actions after which the service was worse than before.
-    pub harmful_actions: Option<f64>,
-    /// Runs that were healed: by the edge's verdict, or for other healers by 3 s without a failed request within a minute.
-    pub healed_runs: usize,
-    /// Every run's seconds to verified healing, in order.
-    pub each_heal_s: Vec<Option<f64>>,
-    /// Every run's seconds until the last request failed, in order.
-    pub each_down_s: Vec<Option<f64>>,
-}
-
-/// A fault that was left out.
+/// A fault or healer that was left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Skipped {
-    /// The fault.
+    /// Which.
     pub fault: String,
     /// Why.
     pub reason: String,
 }
 
-/// One run.
-#[derive(Debug, Clone, PartialEq)]
-struct Run {
-    record: FaultRecord,
-    down_s: Option<f64>,
-    actions: u64,
-    harmful: u64,
-}
+/// Time for edges and services to end in order.
+const STOP_GRACE: Duration = Duration::from_secs(8);
 
-/// Requests a second against the service.
-const REQUESTS_PER_S: f64 = 40.0;
-/// Time without a failed request after which a fault is over.
-const QUIET: Duration = Duration::from_secs(3);
-/// Time that a healer may take for one fault.
-const HEAL_LIMIT: Duration = Duration::from_mins(1);
-/// Samples before the first model.
-const WARM_UP_ROWS: usize = 120;
-/// Name of the site.
-const SITE: &str = "amber";
-
-/// Runs the campaign and leaves `report.html` and `summary.json`.
+/// Runs the campaign and leaves its files. Ctrl-C ends it: everything is taken back and what was measured is written.
 ///
 /// # Errors
-/// [`DemoError`] when it could not go on; every process is stopped then.
+/// [`DemoError`] when it could not go on; everything is taken back then.
 pub async fn run(options: &Options) -> Result<Summary, DemoError> {
-    let file = |what: &str| {
-        let what = what.to_owned();
-        move |error| DemoError::File(what, error)
-    };
     std::fs::create_dir_all(&options.out).map_err(file("cannot make the output directory"))?;
     let out = std::fs::canonicalize(&options.out).map_err(file("cannot find the output directory"))?;
-    let state = tempfile::Builder::new().prefix("theriac-campaign-").tempdir();
-    let state = state.map_err(file("no room for state"))?;
-    let root = std::fs::canonicalize(state.path()).map_err(file("no room for state"))?;
-    let processes = Processes::new(&out.join("logs")).map_err(file("cannot make the log directory"))?;
-    let free = free_addresses(3).map_err(file("no free ports"))?;
-    let site = Site::new(&root, SITE, [free[0], free[1], free[2]]);
-    let planned_s = 35.0 + options.faults.len() as f64 * f64::from(options.runs) * 8.0;
-    let (mut results, mut skipped) = (Vec::new(), Vec::new());
-    let program = processes.program().to_owned();
-    let interrupted = interruption();
-    if options.healers.contains(&Healer::Theriac) {
-        let view = View::open(options.plain, 1);
-        let sites = vec![(site.clone(), false)];
-        let mut stage = Stage::new(processes, view, None, sites, planned_s, interrupted.clone());
-        let played = play(&mut stage, &site, options).await;
-        let (_, mut processes, _) = stage.end();
-        processes.stop_all(Duration::from_secs(8));
-        end_leftovers(&program, &site.service_state());
-        results.extend(played?);
+    // A second one with the same directory would take the first one's services for left over.
+    let held = std::fs::File::create(out.join("lock")).map_err(file("cannot make the lock"))?;
+    if held.try_lock().is_err() {
+        let out = out.display();
+        return Err(DemoError::Unexpected(format!(
+            "another campaign writes into {out}"
+        )));
     }
-    for healer in options
-        .healers
-        .iter()
-        .copied()
-        .filter(|healer| *healer != Healer::Theriac)
-    {
-        let free = free_addresses(3).map_err(file("no free ports"))?;
-        let site = Site::new(&root, healer.name(), [free[0], free[1], free[2]]);
-        let place = rival::Place {
-            program: &program,
-            site: &site,
-            logs: &out.join("logs"),
-        };
-        let played = rival::play(healer, &place, options, interrupted.clone()).await;
-        end_leftovers(&program, &site.service_state());
-        match played? {
-            Ok(rows) => results.extend(rows),
-            Err(left_out) => skipped.push(left_out),
-        }
+    let record = out.join("undo.json");
+    if undo::take_back(&record).map_err(file("cannot take back what an earlier campaign left"))? {
+        say("took back what an earlier campaign left behind");
+    }
+    let begun = Instant::now();
+    let started = rfc3339(std::time::SystemTime::now());
+    let here = Machine::here();
+    let (plan, skipped) = possible(&options.plan, &here);
+    let journal = Journal::open(&out, &plan, options.resume)?;
+    tell_plan(&plan, &skipped);
+    let interrupted = interruption();
+    let played = if journal.is_whole(&plan) {
+        say("every run is there already");
+        Ok(())
+    } else {
+        play(&plan, &out, &record, &here, &journal, interrupted).await
+    };
+    let runs = journal.runs();
+    let mut unprovoked = std::collections::BTreeMap::new();
+    for run in &runs {
+        *unprovoked.entry(run.healer.name()).or_default() += run.unprovoked;
     }
     let summary = Summary {
-        results,
+        results: rows(&runs),
+        bars: bars(&runs),
+        shortfalls: shortfalls(&runs),
         skipped,
-        started: rfc3339(std::time::SystemTime::now()),
+        plan,
+        unprovoked,
+        caveats: caveats(&runs),
+        interrupted: matches!(played, Err(DemoError::Interrupted)),
+        started,
+        seconds: begun.elapsed().as_secs_f64(),
         machine: machine(),
     };
-    write(&out, &summary).map_err(file("cannot write the results"))?;
-    Ok(summary)
+    write(&out, &summary, &runs).map_err(file("cannot write the results"))?;
+    match played {
+        Ok(()) => Ok(summary),
+        Err(DemoError::Interrupted) if !runs.is_empty() => Ok(summary),
+        Err(error) => Err(error),
+    }
 }
 
-async fn play(stage: &mut Stage, site: &Site, options: &Options) -> Result<Vec<ResultRow>, DemoError> {
-    let file = |error| DemoError::File("cannot write a configuration".to_owned(), error);
-    let program = stage.processes.program().to_owned();
-    let terms = EdgeTerms {
-        warm_up_rows: WARM_UP_ROWS,
-        false_alarms_per_day: 1.0,
-        cooldown: Duration::from_secs(1),
-        actions_max: 1_000,
-    };
-    site.write(&program, terms).map_err(file)?;
-    let config = site.config().to_string_lossy().into_owned();
-    stage
-        .processes
-        .start(SITE, ["__edge", "run", "--config", &config])?;
-    let steady = |stage: &Stage| stage.cast.iter().all(Member::is_steady);
-    if !stage.until("starting", Duration::from_secs(30), steady).await? {
-        return Err(DemoError::Unexpected(
-            "the service was not healthy within 30 s".to_owned(),
-        ));
-    }
-    stage.cast[0].traffic = Some(Traffic::start(site.service, REQUESTS_PER_S, 0));
-    let learnt = |stage: &Stage| stage.cast.iter().all(Member::is_watching);
-    let limit = Duration::from_secs(90);
-    if !stage.until("learning what is normal", limit, learnt).await? {
-        return Err(DemoError::Unexpected(
-            "the edge had not learnt what is normal within 90 s".to_owned(),
-        ));
-    }
-    let mut results = Vec::new();
-    for fault in &options.faults {
-        let mut runs = Vec::new();
-        for number in 1..=options.runs {
-            runs.extend(once(stage, *fault, number).await?);
+fn file(what: &str) -> impl FnOnce(std::io::Error) -> DemoError {
+    let what = what.to_owned();
+    move |error| DemoError::File(what, error)
+}
+
+/// What of the plan this machine can do, and why not the rest.
+fn possible(asked: &Plan, here: &Machine) -> (Plan, Vec<Skipped>) {
+    let mut skipped = Vec::new();
+    let mut plan = asked.clone();
+    plan.faults.retain(|fault| match fault.missing(here) {
+        Some(reason) => {
+            skipped.push(Skipped {
+                fault: fault.name().to_owned(),
+                reason,
+            });
+            false
         }
-        let lost_transactions = change_traffic(stage, site, results.len() as u64 + 1).await;
-        results.push(row(*fault, Healer::Theriac, &runs, lost_transactions));
-    }
-    Ok(results)
-}
-
-/// One run: a steady service, a moment of calm, the fault. Nothing when it could not be injected.
-async fn once(stage: &mut Stage, fault: Fault, number: u32) -> Result<Option<Run>, DemoError> {
-    let doing = format!("{}, run {number}", fault.title());
-    let steady = |stage: &Stage| stage.cast.iter().all(Member::is_steady);
-    stage.until(&doing, HEAL_LIMIT, steady).await?;
-    // Not always at the same moment between two probes: run k of a fault comes k/7 of a second later.
-    let calm = Duration::from_secs(2) + Duration::from_secs(1) * (number % 7) / 7;
-    let begins = Instant::now() + calm;
-    stage
-        .until(&doing, calm * 2, |_| Instant::now() >= begins)
-        .await?;
-    let course = trial::run(stage, 0, fault, HEAL_LIMIT).await?;
-    // So that failures that belong to this fault are all in.
-    let settled = Instant::now() + QUIET;
-    stage
-        .until(&doing, QUIET * 2, |_| Instant::now() >= settled)
-        .await?;
-    let since_began = Duration::try_from_secs_f64(stage.now_s()).unwrap_or_default();
-    let began_ms = unix_ms().saturating_sub(u64::try_from(since_began.as_millis()).unwrap_or(0));
-    let measured = course.zip(stage.record.faults.last().cloned());
-    Ok(measured.map(|(Course { actions, harmful, .. }, record)| {
-        let after = Duration::try_from_secs_f64(record.injected_s).unwrap_or_default();
-        let injected_ms = began_ms + u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-        let traffic = stage.cast[0].traffic.as_ref();
-        Run {
-            down_s: traffic.map(|traffic| down_s(&traffic.snapshot(), injected_ms)),
-            record,
-            actions,
-            harmful,
+        None => true,
+    });
+    plan.healers.retain(|healer| {
+        let missing = *healer == Healer::Monit && !fault::is_on_path("monit");
+        if missing {
+            skipped.push(Skipped {
+                fault: healer.name().to_owned(),
+                reason: "the program `monit` is not on PATH; it is a Debian package".to_owned(),
+            });
         }
-    }))
+        !missing
+    });
+    skipped.extend(Machine::never().into_iter().map(|(fault, reason)| Skipped {
+        fault: fault.to_owned(),
+        reason,
+    }));
+    (plan, skipped)
 }
 
-/// Seconds from an injection until the last request failed, by when it was due; 0 when none did.
-fn down_s(seen: &TrafficReport, injected_ms: u64) -> f64 {
-    let of_it = seen
-        .failures
-        .iter()
-        .filter(|failure| failure.unix_ms >= injected_ms);
-    let last = of_it.map(|failure| failure.unix_ms).max();
-    last.map_or(0.0, |last| (last - injected_ms) as f64 / 1e3)
-}
-
-/// Ends the load, gives the number of acknowledged writes that it could not read back, and begins another. The former has
-/// to end first: both write to the same keys.
-async fn change_traffic(stage: &mut Stage, site: &Site, seed: u64) -> u64 {
-    let lost = match stage.cast[0].traffic.take() {
-        Some(former) => former.stop().await.lost_writes,
-        None => 0,
-    };
-    stage.cast[0].traffic = Some(Traffic::start(site.service, REQUESTS_PER_S, seed));
-    lost
-}
-
-fn row(fault: Fault, healer: Healer, runs: &[Run], lost_transactions: u64) -> ResultRow {
-    let of = |pick: &dyn Fn(&Run) -> Option<f64>| median(runs.iter().filter_map(pick).collect());
-    ResultRow {
-        fault: fault.name(),
-        healer: healer.name(),
-        runs: runs.len(),
-        detect_s: of(&|run| run.record.detected_s),
-        heal_s: of(&|run| run.record.healed_s),
-        down_s: of(&|run| run.down_s),
-        failed_requests: of(&|run| Some(run.record.failed_requests as f64)),
-        lost_transactions: (!runs.is_empty()).then_some(lost_transactions as f64),
-        actions: of(&|run| Some(run.actions as f64)),
-        harmful_actions: of(&|run| Some(run.harmful as f64)),
-        healed_runs: runs
+fn tell_plan(plan: &Plan, skipped: &[Skipped]) {
+    say(&format!(
+        "{} faults × {} runs to {}: about {:.0} min; seed {}",
+        plan.faults.len(),
+        plan.runs,
+        plan.healers
             .iter()
-            .filter(|run| match healer {
-                Healer::Theriac => run.record.is_healed(),
-                // What it verified, if anything, it does not say: the load generator's view stands for it.
-                Healer::Threshold | Healer::Monit => run.down_s.is_some(),
-            })
-            .count(),
-        each_heal_s: runs.iter().map(|run| run.record.healed_s).collect(),
-        each_down_s: runs.iter().map(|run| run.down_s).collect(),
+            .map(|healer| healer.name())
+            .collect::<Vec<_>>()
+            .join(", "),
+        (plan.about().as_secs_f64() / 60.0).ceil(),
+        plan.seed
+    ));
+    say(
+        "ramps of gradual faults are compressed into about 20 s; an hour's leak differs in more than its pace",
+    );
+    for left_out in skipped {
+        say(&format!("left out: {}: {}", left_out.fault, left_out.reason));
     }
 }
 
-fn write(out: &Path, summary: &Summary) -> std::io::Result<()> {
-    std::fs::write(out.join("report.html"), report::render(summary))?;
+/// Progress, for whoever looks; results go elsewhere.
+fn say(text: &str) {
+    // Nobody has to be there to read it.
+    writeln!(std::io::stderr(), "{text}").ok();
+}
+
+/// Makes everything, plays both lanes, and takes everything back, whatever happened.
+async fn play(
+    plan: &Plan,
+    out: &Path,
+    record: &Path,
+    here: &Machine,
+    journal: &Arc<Journal>,
+    mut interrupted: watch::Receiver<bool>,
+) -> Result<(), DemoError> {
+    let mut processes = Processes::new(&out.join("logs")).map_err(file("cannot make the log directory"))?;
+    // Named before it is made, and written down before anything is made in it.
+    let unique: u64 = rand::random();
+    let root = std::env::temp_dir().join(format!("{}{unique:016x}", undo::FOLDER));
+    let warden =
+        Warden::start(processes.program(), &root, record).map_err(file("cannot start the warden"))?;
+    let set_up = async {
+        std::fs::create_dir(&root)?;
+        std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o755))?;
+        arenas(plan, &root, here, &mut processes).await
+    };
+    let played = match set_up.await.map_err(file("cannot set up the services")) {
+        Ok(arenas) => {
+            let mut lanes = lanes(plan, arenas, journal);
+            let ended = tokio::select! {
+                ended = join(&mut lanes) => ended,
+                _ = interrupted.wait_for(|interrupted| *interrupted) => Err(DemoError::Interrupted),
+                ended = first_end(&mut processes) => Err(ended),
+            };
+            lanes.shutdown().await;
+            ended
+        }
+        Err(error) => Err(error),
+    };
+    let taken_back = tokio::task::spawn_blocking(move || {
+        processes.stop_all(STOP_GRACE);
+        keep_logs(&root, &processes.log("x"));
+        warden.end()
+    })
+    .await
+    .map_err(|error| DemoError::Unexpected(error.to_string()))?;
+    taken_back.map_err(file("cannot take everything back"))?;
+    played
+}
+
+/// Services' and Monit's own words, which lie in the folder that is removed.
+fn keep_logs(root: &Path, like: &Path) {
+    let Some(logs) = like.parent() else { return };
+    let Ok(wards) = std::fs::read_dir(root) else {
+        return;
+    };
+    for ward in wards.filter_map(Result::ok) {
+        let name = ward.file_name().to_string_lossy().into_owned();
+        for (inside, kept) in [
+            ("service.log", format!("{name}-service.log")),
+            ("monit/monit.log", format!("{name}-monit.log")),
+        ] {
+            // What was never written is not missed.
+            std::fs::copy(ward.path().join(inside), logs.join(kept)).ok();
+        }
+    }
+}
+
+async fn arenas(
+    plan: &Plan,
+    root: &Path,
+    here: &Machine,
+    processes: &mut Processes,
+) -> std::io::Result<Vec<Arena>> {
+    let mut arenas = Vec::new();
+    for lane in [Lane::Http, Lane::Postgres] {
+        for healer in plan.healers.iter().copied() {
+            let takes_part = |fault: &Trouble| fault.lane() == lane && plan.takes_part(healer, *fault);
+            if !plan.faults.iter().any(takes_part) {
+                continue;
+            }
+            let (root, program, here) = (root.to_owned(), processes.program().to_owned(), here.clone());
+            let made =
+                tokio::task::spawn_blocking(move || Ward::make(&root, lane, healer.name(), &program, &here));
+            let ward = made.await.map_err(std::io::Error::other)??;
+            if lane == Lane::Http && healer != Healer::Theriac && healer != Healer::WithoutPrediction {
+                // These know nothing of the service that theirs asks, so it is the lab's to run.
+                let name = format!("upstream-{}", healer.name());
+                processes
+                    .start(&name, ward.upstream_argv().into_iter().skip(1))
+                    .map_err(std::io::Error::other)?;
+            }
+            let keeper = Keeper::start(healer, &ward, processes)?;
+            arenas.push(Arena::new(healer, ward, keeper));
+        }
+    }
+    Ok(arenas)
+}
+
+/// Both lanes at once; faults that take the machine hold the other lane up. Behind the gate is when the latest of those ended.
+fn lanes(plan: &Plan, arenas: Vec<Arena>, journal: &Arc<Journal>) -> JoinSet<Result<(), DemoError>> {
+    let gate = Arc::new(RwLock::new(0));
+    let (http, postgres): (Vec<Arena>, Vec<Arena>) = arenas
+        .into_iter()
+        .partition(|arena| arena.ward.lane == Lane::Http);
+    let mut lanes = JoinSet::new();
+    for (lane, arenas) in [(Lane::Http, http), (Lane::Postgres, postgres)] {
+        let (plan, gate, journal) = (plan.clone(), Arc::clone(&gate), Arc::clone(journal));
+        lanes.spawn(async move { play_lane(lane, arenas, &plan, &gate, &journal).await });
+    }
+    lanes
+}
+
+async fn play_lane(
+    lane: Lane,
+    arenas: Vec<Arena>,
+    plan: &Plan,
+    gate: &RwLock<u64>,
+    journal: &Journal,
+) -> Result<(), DemoError> {
+    let mut beginning = JoinSet::new();
+    for mut arena in arenas {
+        beginning.spawn(async move {
+            let begun = arena.begin().await;
+            (arena, begun)
+        });
+    }
+    let mut arenas = Vec::new();
+    while let Some(begun) = beginning.join_next().await {
+        let (arena, begun) = begun.map_err(|error| DemoError::Unexpected(error.to_string()))?;
+        begun.map_err(DemoError::Unexpected)?;
+        arenas.push(arena);
+    }
+    arenas.sort_by_key(|arena| arena.healer);
+    for step in plan.steps(lane) {
+        if journal.has(&step) {
+            continue;
+        }
+        let seed = plan.seed.wrapping_mul(1_000).wrapping_add(u64::from(step.number));
+        let (mut taking_part, left_out): (Vec<Arena>, Vec<Arena>) = arenas
+            .into_iter()
+            .partition(|arena| plan.takes_part(arena.healer, step.fault));
+        let (mut back, logs) = if step.fault.takes_the_machine() {
+            let mut latest_ms = gate.write().await;
+            let (mut back, mut logs) = (Vec::new(), Vec::new());
+            // The first has an undisturbed machine, and the others' services its fault: everybody's turn is drawn.
+            shuffle(&mut taking_part, seed);
+            for mut arena in taking_part {
+                arena.forgive(*latest_ms);
+                logs.push(arena.step(&step, seed).await);
+                *latest_ms = unix_ms();
+                back.push(arena);
+            }
+            logs.sort_by_key(|log| log.healer);
+            (back, logs)
+        } else {
+            let latest_ms = gate.read().await;
+            for arena in &mut taking_part {
+                arena.forgive(*latest_ms);
+            }
+            together(taking_part, step, seed).await?
+        };
+        back.extend(left_out);
+        back.sort_by_key(|arena| arena.healer);
+        arenas = back;
+        journal.take(plan, &step, logs)?;
+    }
+    Ok(())
+}
+
+fn shuffle<T>(all: &mut [T], seed: u64) {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    for at in (1..all.len()).rev() {
+        all.swap(at, random.random_range(0..=at));
+    }
+}
+
+async fn together(arenas: Vec<Arena>, step: Step, seed: u64) -> Result<(Vec<Arena>, Vec<RunLog>), DemoError> {
+    let mut steps = JoinSet::new();
+    for mut arena in arenas {
+        steps.spawn(async move {
+            let log = arena.step(&step, seed).await;
+            (arena, log)
+        });
+    }
+    let (mut back, mut logs) = (Vec::new(), Vec::new());
+    while let Some(done) = steps.join_next().await {
+        let (arena, log) = done.map_err(|error| DemoError::Unexpected(error.to_string()))?;
+        back.push(arena);
+        logs.push(log);
+    }
+    logs.sort_by_key(|log| log.healer);
+    Ok((back, logs))
+}
+
+async fn join(lanes: &mut JoinSet<Result<(), DemoError>>) -> Result<(), DemoError> {
+    while let Some(ended) = lanes.join_next().await {
+        ended.map_err(|error| DemoError::Unexpected(error.to_string()))??;
+    }
+    Ok(())
+}
+
+/// The first process that ends when none should.
+async fn first_end(processes: &mut Processes) -> DemoError {
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        if let Err(error) = processes.check() {
+            return error.into();
+        }
+    }
+}
+
+/// Everything that was measured, on disk as soon as it is.
+#[derive(Debug)]
+struct Journal {
+    begun: Instant,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    file: std::fs::File,
+    runs: Vec<RunLog>,
+    done: Duration,
+}
+
+impl Journal {
+    fn open(out: &Path, plan: &Plan, resume: bool) -> Result<Arc<Self>, DemoError> {
+        let (plan_path, path) = (out.join("plan.json"), out.join("runs.jsonl"));
+        let text = serde_json::to_string(plan).map_err(|error| DemoError::Unexpected(error.to_string()))?;
+        let mut runs = Vec::new();
+        if resume {
+            let before = std::fs::read_to_string(&plan_path).map_err(file("no campaign to go on with"))?;
+            if before.trim() != text {
+                return Err(DemoError::Unexpected(format!(
+                    "{} holds another plan: repeat its options, or leave --resume out",
+                    plan_path.display()
+                )));
+            }
+            let lines = std::fs::read_to_string(&path).map_err(file("no runs to go on with"))?;
+            runs = lines
+                .lines()
+                .filter_map(|line| serde_json::from_str(line).ok())
+                .collect();
+            drop_cut_off(&mut runs, plan);
+        }
+        std::fs::write(&plan_path, text + "\n").map_err(file("cannot write the plan"))?;
+        // What was there stays until the new file is whole.
+        let partial = path.with_extension("partial");
+        let mut written = std::fs::File::create(&partial).map_err(file("cannot write the runs"))?;
+        append(&mut written, &runs)?;
+        std::fs::rename(&partial, &path).map_err(file("cannot write the runs"))?;
+        Ok(Arc::new(Self {
+            begun: Instant::now(),
+            state: Mutex::new(State {
+                file: written,
+                runs,
+                done: Duration::ZERO,
+            }),
+        }))
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, step: &Step) -> bool {
+        self.state()
+            .runs
+            .iter()
+            .any(|run| (run.fault, run.number) == (step.fault, step.number))
+    }
+
+    fn is_whole(&self, plan: &Plan) -> bool {
+        let steps = |lane| plan.steps(lane).into_iter();
+        steps(Lane::Http)
+            .chain(steps(Lane::Postgres))
+            .all(|step| self.has(&step))
+    }
+
+    fn runs(&self) -> Vec<RunLog> {
+        self.state().runs.clone()
+    }
+
+    /// Writes a step down and says how it went.
+    fn take(&self, plan: &Plan, step: &Step, logs: Vec<RunLog>) -> Result<(), DemoError> {
+        let mut state = self.state();
+        append(&mut state.file, &logs)?;
+        state.done += step.fault.about();
+        let steps = |lane| {
+            plan.steps(lane)
+                .iter()
+                .map(|step| step.fault.about())
+                .sum::<Duration>()
+        };
+        let all = steps(Lane::Http) + steps(Lane::Postgres);
+        let share = state.done.as_secs_f64() / all.as_secs_f64().max(1.0);
+        let elapsed = self.begun.elapsed().as_secs_f64();
+        let left = if share > 0.1 {
+            elapsed / share * (1.0 - share)
+        } else {
+            (plan.about().as_secs_f64() - elapsed).max(0.0)
+        };
+        let told: Vec<String> = logs.iter().map(tell).collect();
+        say(&format!(
+            "[{elapsed:5.0} s, about {:.0} min left] {}, run {} of {}: {}",
+            (left / 60.0).ceil(),
+            step.fault,
+            step.run,
+            plan.runs,
+            told.join("; ")
+        ));
+        state.runs.extend(logs);
+        Ok(())
+    }
+}
+
+fn tell(log: &RunLog) -> String {
+    let name = log.healer.name();
+    if let Some(why) = &log.not_injected {
+        return format!("{name} not brought ({why})");
+    }
+    let health = match log.health_s() {
+        Some(health_s) => format!("{health_s:.1} s"),
+        None => "not healed".to_owned(),
+    };
+    let restarts = match log.needless_restarts() {
+        0 => String::new(),
+        restarts => format!(", {restarts} needless restarts"),
+    };
+    format!("{name} {health}, {} failed{restarts}", log.failed_requests)
+}
+
+/// In one piece, so that a step is there or is not.
+fn append(to: &mut std::fs::File, runs: &[RunLog]) -> Result<(), DemoError> {
+    let mut lines = String::new();
+    for run in runs {
+        lines += &serde_json::to_string(run).map_err(|error| DemoError::Unexpected(error.to_string()))?;
+        lines.push('\n');
+    }
+    to.write_all(lines.as_bytes())
+        .map_err(file("cannot write the runs"))
+}
+
+/// A step of which not every healer's line is there was cut off, and comes again for all of them: they are only compared in the same one.
+fn drop_cut_off(runs: &mut Vec<RunLog>, plan: &Plan) {
+    let whole: std::collections::BTreeSet<(Trouble, u32)> = runs
+        .iter()
+        .map(|run| (run.fault, run.number))
+        .filter(|(fault, number)| {
+            let there = |healer: &Healer| {
+                runs.iter()
+                    .any(|run| (run.fault, run.number, run.healer) == (*fault, *number, *healer))
+            };
+            let mut meant = plan
+                .healers
+                .iter()
+                .filter(|healer| plan.takes_part(**healer, *fault));
+            meant.all(there)
+        })
+        .collect();
+    runs.retain(|run| whole.contains(&(run.fault, run.number)));
+}
+
+fn write(out: &Path, summary: &Summary, runs: &[RunLog]) -> std::io::Result<()> {
+    std::fs::write(out.join("report.html"), report::render(summary, runs))?;
+    std::fs::write(out.join("table.md"), markdown(summary))?;
     std::fs::write(
         out.join("summary.json"),
         serde_json::to_string_pretty(summary)? + "\n",
     )
 }
 
-/// The figures for people.
-pub fn results(summary: &Summary) -> String {
-    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.0}"));
-    let rows: Vec<Vec<String>> = summary
-        .results
-        .iter()
-        .map(|row| {
-            let worst = row.each_heal_s.iter().flatten().copied().fold(0.0, f64::max);
-            // Only an edge says of itself when it noticed and when it had verified.
-            let own = |told: String| {
-                if row.healer == Healer::Theriac.name() {
-                    told
-                } else {
-                    "-".to_owned()
-                }
-            };
-            vec![
-                row.fault.to_owned(),
-                row.healer.to_owned(),
-                format!("{} of {}", row.healed_runs, row.runs),
-                own(maybe_seconds(row.detect_s)),
-                own(maybe_seconds(row.heal_s)),
-                own(seconds(worst)),
-                maybe_seconds(row.down_s),
-                number(row.failed_requests),
-                number(row.lost_transactions),
-                number(row.harmful_actions),
-            ]
-        })
-        .collect();
-    let header = [
-        "Fault",
-        "Healer",
-        "Healed",
-        "Detected",
-        "Healthy",
-        "Worst",
-        "Requests failed for",
-        "Failed requests",
-        "Lost writes",
-        "Harm",
-    ];
-    let mut told = theriac_command::output::table(&header, &rows);
-    for left_out in &summary.skipped {
-        told.push_str("\nleft out: ");
-        told.push_str(&left_out.fault);
-        told.push_str(": ");
-        told.push_str(&left_out.reason);
-    }
-    told
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn run_of(healed_s: Option<f64>, failed_requests: u64) -> Run {
-        let record = FaultRecord {
-            detected_s: healed_s.map(|s| s / 2.0),
-            healed_s,
-            failed_requests,
-            ..FaultRecord::default()
-        };
-        Run {
-            record,
-            down_s: healed_s,
-            actions: 1,
-            harmful: 0,
-        }
-    }
-
-    #[test]
-    fn medians_are_over_what_was_healed_and_null_where_nothing_was() {
-        let runs = [run_of(Some(1.0), 10), run_of(None, 500), run_of(Some(2.0), 20)];
-        let healed = row(Fault::Kill9, Healer::Theriac, &runs, 0);
-        assert_eq!((healed.heal_s, healed.detect_s), (Some(1.5), Some(0.75)));
-        assert_eq!(
-            (healed.runs, healed.healed_runs, healed.failed_requests),
-            (3, 2, Some(20.0))
-        );
-        let rival = row(Fault::Kill9, Healer::Monit, &runs, 0);
-        assert_eq!(
-            (rival.healed_runs, rival.down_s),
-            (2, Some(1.5)),
-            "by the load generator alone"
-        );
-        let json = serde_json::to_value(row(Fault::Hang, Healer::Theriac, &[run_of(None, 9)], 0)).unwrap();
-        assert!(json["heal_s"].is_null() && json["detect_s"].is_null());
-        for field in [
-            "fault",
-            "healer",
-            "runs",
-            "failed_requests",
-            "lost_transactions",
-            "actions",
-            "harmful_actions",
-        ] {
-            assert!(!json[field].is_null(), "{field} is missing");
-        }
-    }
 
     #[test]
     fn other_healers_and_faults_are_refused_with_what_there_is() {
         assert_eq!("monit".parse::<Healer>().unwrap(), Healer::Monit);
         let other = "systemd".parse::<Healer>().unwrap_err().to_string();
-        assert!(other.contains("theriac, threshold, monit"), "{other}");
-        let disk = "disk_full".parse::<Fault>().unwrap_err().to_string();
-        assert!(disk.contains("kill9, hang"), "{disk}");
+        assert!(other.contains("theriac, without_prediction"), "{other}");
+        let fault = "earthquake".parse::<Trouble>().unwrap_err().to_string();
+        assert!(fault.contains("kill9, hang"), "{fault}");
+    }
+
+    #[test]
+    fn whose_turn_it_is_with_the_machine_comes_from_the_seed() {
+        let order = |seed| {
+            let mut healers = Healer::ALL;
+            shuffle(&mut healers, seed);
+            healers
+        };
+        let firsts: std::collections::BTreeSet<Healer> = (0..50).map(|seed| order(seed)[0]).collect();
+        assert_eq!(
+            firsts.len(),
+            Healer::ALL.len(),
+            "everybody is first at times: {firsts:?}"
+        );
+        assert_eq!(order(7), order(7));
+    }
+
+    #[tokio::test]
+    async fn a_second_campaign_leaves_the_first_ones_directory_alone() {
+        let out = tempfile::tempdir().unwrap();
+        let held = std::fs::File::create(out.path().join("lock")).unwrap();
+        held.lock().unwrap();
+        std::fs::write(out.path().join("undo.json"), "{}").unwrap();
+        let options = Options::slice(out.path().to_owned(), vec![Healer::Theriac], 1);
+        let refused = run(&options).await.unwrap_err().to_string();
+        assert!(refused.contains("another campaign writes into"), "{refused}");
+        assert!(out.path().join("undo.json").exists());
+    }
+
+    #[test]
+    fn a_machine_without_root_and_server_says_what_it_leaves_out() {
+        let here = Machine {
+            root: false,
+            postgres: Err("no pg_ctl on PATH".to_owned()),
+        };
+        let asked = Plan {
+            faults: Trouble::ALL.to_vec(),
+            healers: vec![Healer::Theriac],
+            runs: 1,
+            seed: 1,
+        };
+        let (plan, skipped) = possible(&asked, &here);
+        assert!(plan.faults.contains(&Trouble::Kill9) && !plan.faults.contains(&Trouble::DiskFull));
+        for fault in asked.faults.iter().filter(|fault| !plan.faults.contains(fault)) {
+            let told = skipped.iter().find(|left_out| left_out.fault == fault.name());
+            assert!(told.is_some_and(|told| !told.reason.is_empty()), "{fault}");
+        }
+        for fault in ["slow_disk", "packet_loss", "redis"] {
+            assert!(skipped.iter().any(|left_out| left_out.fault == fault), "{fault}");
+        }
+    }
+
+    #[test]
+    fn a_campaign_goes_on_with_its_own_plan_and_with_no_other() {
+        let out = tempfile::tempdir().unwrap();
+        let plan = Plan {
+            faults: vec![Trouble::Kill9, Trouble::Hang],
+            healers: vec![Healer::Theriac],
+            runs: 1,
+            seed: 3,
+        };
+        let steps = plan.steps(Lane::Http);
+        let log = RunLog {
+            number: steps[0].number,
+            fault: steps[0].fault,
+            run: 1,
+            ..RunLog::default()
+        };
+        let first = Journal::open(out.path(), &plan, false).unwrap();
+        first.take(&plan, &steps[0], vec![log.clone()]).unwrap();
+        // As when it is killed in the middle of a line.
+        let path = out.path().join("runs.jsonl");
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{whole}{{\"number\":2,")).unwrap();
+        let again = Journal::open(out.path(), &plan, true).unwrap();
+        assert_eq!(again.runs(), std::slice::from_ref(&log));
+        assert!(again.has(&steps[0]) && !again.has(&steps[1]) && !again.is_whole(&plan));
+        // With another healer a step is only there when both lines are.
+        let both = Plan {
+            healers: vec![Healer::Theriac, Healer::Monit],
+            ..plan.clone()
+        };
+        let mut cut_off = vec![log.clone()];
+        drop_cut_off(&mut cut_off, &both);
+        assert!(cut_off.is_empty(), "its step comes again for both");
+        let mut whole = vec![
+            log.clone(),
+            RunLog {
+                healer: Healer::Monit,
+                ..log.clone()
+            },
+        ];
+        drop_cut_off(&mut whole, &both);
+        assert_eq!(whole.len(), 2);
+        let other = Plan {
+            seed: 4,
+            ..plan.clone()
+        };
+        let refused = Journal::open(out.path(), &other, true).unwrap_err().to_string();
+        assert!(refused.contains("another plan"), "{refused}");
+        assert!(Journal::open(out.path(), &plan, false).unwrap().runs().is_empty());
     }
 }

@@ -199,6 +199,7 @@ mod tests {
             acted_unix_ms: Some(detected + 10),
             healed_unix_ms: healed,
             action: Some("start".to_owned()),
+            actions: Vec::new(),
             verdict: verdict.map(str::to_owned),
             handed_over: None,
         }

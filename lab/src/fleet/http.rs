@@ -62,6 +62,14 @@ impl Client {
         serde_json::from_slice(&body).map_err(|error| HttpError::Unreadable(format!("{at}{path}"), error))
     }
 
+    /// Asks, and drops what is answered.
+    ///
+    /// # Errors
+    /// [`HttpError`].
+    pub async fn get(&self, at: SocketAddr, path: &str) -> Result<(), HttpError> {
+        self.ask(Method::GET, at, path).await.map(drop)
+    }
+
     /// Sends an empty POST.
     ///
     /// # Errors

@@ -94,6 +94,7 @@ impl Site {
         let settings = edge::EdgeSettings {
             node: Some(self.name.clone()),
             state_dir: Some(self.edge_state()),
+            offsite: None,
             sampling: edge::SamplingSettings {
                 interval: SAMPLING,
                 history_rows: 2_400,
@@ -202,6 +203,10 @@ impl Site {
             space: None,
             hook: None,
             webhook: None,
+            proxy: None,
+            cgroup: None,
+            systemd: None,
+            kubernetes: None,
             depends_on: Vec::new(),
             limits: edge::LimitSettings {
                 memory_bytes: Some(SERVICE_MEMORY_MAX),

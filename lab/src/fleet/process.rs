@@ -236,7 +236,7 @@ fn command<A: Into<OsString>>(
 ) -> io::Result<Command> {
     let mut command = Command::new(program);
     // A configuration in the caller's environment must not reach into the lab's federation.
-    let inherited = ["PATH", "HOME", "TMPDIR", "LANG"];
+    let inherited = ["PATH", "HOME", "TMPDIR", "LANG", "THERIAC_PG_BIN"];
     let kept = inherited
         .into_iter()
         .filter_map(|name| std::env::var_os(name).map(|value| (name, value)));

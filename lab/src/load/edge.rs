@@ -184,7 +184,7 @@ impl LightEdge {
                     .await
                     .ok();
                 }
-                ToEdge::Receipt(_) | ToEdge::Welcome(_) | ToEdge::Seal(_) => {}
+                ToEdge::Receipt(_) | ToEdge::Welcome(_) | ToEdge::Seal(_) | ToEdge::Candidate(..) => {}
                 ToEdge::Goodbye(_) => return Ok(()),
             }
         }

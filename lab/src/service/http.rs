@@ -1,5 +1,8 @@
 //! What the service answers, on its own port and on the one for faults.
 
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
@@ -7,19 +10,46 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
+use theriac_edge::probe::{self, ProbeUrl};
 
 use super::fault::{CPU_THREADS_MAX, Faults, LEAK_MIB_PER_S_MAX};
 use super::record::VALUE_BYTES_MAX;
 use super::store::{Refused, Store};
 
-/// `PUT` and `GET /kv/KEY`, `GET /healthz`, `GET /stats`.
-pub(super) fn routes(store: Store) -> Router {
+/// What requests are answered from.
+#[derive(Debug, Clone)]
+pub(super) struct Asked {
+    store: Store,
+    upstream: Option<ProbeUrl>,
+}
+
+impl Asked {
+    /// A store, and the service that is asked before a write is taken.
+    pub(super) fn new(store: Store, upstream: Option<SocketAddr>) -> Self {
+        Self {
+            store,
+            upstream: upstream.map(|address| ProbeUrl::new(address, "/healthz")),
+        }
+    }
+
+    async fn upstream_answers(&self) -> bool {
+        match &self.upstream {
+            Some(url) => matches!(probe::status(url, UPSTREAM_TIMEOUT).await, Ok(200..=299)),
+            None => true,
+        }
+    }
+}
+
+/// `PUT` and `GET /kv/KEY`, `GET /healthz`, `GET /stats`, `GET /digest?ms=N`.
+pub(super) fn routes(asked: Asked) -> Router {
     Router::new()
         .route("/kv/{key}", put(write).get(read))
         .route("/healthz", get(health))
         .route("/stats", get(stats))
+        .route("/digest", get(digest))
         .layer(DefaultBodyLimit::max(VALUE_BYTES_MAX + 1))
-        .with_state(store)
+        .with_state(asked)
 }
 
 /// `POST /fault/leak?mib_per_s=N`, `/fault/cpu?threads=N`, `/fault/none`.
@@ -31,8 +61,11 @@ pub(super) fn control_routes(faults: Faults) -> Router {
         .with_state(faults)
 }
 
-async fn write(State(store): State<Store>, Path(key): Path<String>, value: Bytes) -> Response {
-    match store.put(key, value.to_vec()).await {
+async fn write(State(asked): State<Asked>, Path(key): Path<String>, value: Bytes) -> Response {
+    if !asked.upstream_answers().await {
+        return no_upstream();
+    }
+    match asked.store.put(key, value.to_vec()).await {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
         Err(refused) => {
             let (status, words) = match refused {
@@ -56,23 +89,50 @@ async fn write(State(store): State<Store>, Path(key): Path<String>, value: Bytes
     }
 }
 
-async fn read(State(store): State<Store>, Path(key): Path<String>) -> Response {
-    match store.get(&key) {
+async fn read(State(asked): State<Asked>, Path(key): Path<String>) -> Response {
+    match asked.store.get(&key) {
         Some(value) => value.into_response(),
         None => StatusCode::NOT_FOUND.into_response(),
     }
 }
 
-async fn health(State(store): State<Store>) -> Response {
-    if store.is_healthy() {
+async fn health(State(asked): State<Asked>) -> Response {
+    if !asked.upstream_answers().await {
+        return no_upstream();
+    }
+    if asked.store.is_healthy() {
         "ok".into_response()
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "the writer has ended").into_response()
     }
 }
 
-async fn stats(State(store): State<Store>) -> Response {
-    axum::Json(json!(store.stats())).into_response()
+async fn stats(State(asked): State<Asked>) -> Response {
+    axum::Json(json!(asked.store.stats())).into_response()
+}
+
+fn no_upstream() -> Response {
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the service that this one asks does not answer",
+    )
+        .into_response()
+}
+
+/// A costly read: a digest over all that is stored, over and over for so many milliseconds of one processor.
+async fn digest(State(asked): State<Asked>, RawQuery(query): RawQuery) -> Response {
+    let ms = match number(query.as_deref(), "ms", DIGEST_MS_MAX) {
+        Ok(ms) => ms,
+        Err(words) => return (StatusCode::BAD_REQUEST, words).into_response(),
+    };
+    let until = Instant::now() + Duration::from_millis(ms.into());
+    let mut sum = Sha256::digest(asked.store.stats().bytes.to_le_bytes());
+    while Instant::now() < until {
+        for _ in 0..200 {
+            sum = Sha256::digest(sum);
+        }
+    }
+    format!("{sum:x}").into_response()
 }
 
 async fn leak(State(faults): State<Faults>, RawQuery(query): RawQuery) -> Response {
@@ -93,6 +153,11 @@ async fn none(State(faults): State<Faults>) -> Response {
     faults.none();
     StatusCode::NO_CONTENT.into_response()
 }
+
+/// Longest wait for the service that this one asks.
+const UPSTREAM_TIMEOUT: Duration = Duration::from_millis(500);
+/// Costliest read.
+const DIGEST_MS_MAX: u32 = 100;
 
 fn begun(result: std::io::Result<()>) -> Response {
     match result {

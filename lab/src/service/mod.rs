@@ -36,6 +36,13 @@ pub struct Args {
     /// Address for fault commands. Anybody who can reach it can make the service leak and spin: keep it on loopback.
     #[arg(long)]
     pub control: Option<SocketAddr>,
+    /// Another service that is asked before each write is taken: while its `/healthz` does not answer, neither does this one's, and
+    /// only reads are served.
+    #[arg(long)]
+    pub upstream: Option<SocketAddr>,
+    /// Memory for data that the process is refused more than, in MiB; it dies then. Default: no limit of its own.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(32..=1 << 20))]
+    pub memory_max_mib: Option<u64>,
 }
 
 /// Commands other than serving.
@@ -116,6 +123,9 @@ pub async fn run(args: Args) -> Result<(), ServiceError> {
     }
     let dir = args.state.ok_or(ServiceError::Missing("state"))?;
     let listen = args.listen.ok_or(ServiceError::Missing("listen"))?;
+    if let Some(mib) = args.memory_max_mib {
+        limit_memory(mib)?;
+    }
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (store, writer) = Store::open(&dir)?;
@@ -124,7 +134,7 @@ pub async fn run(args: Args) -> Result<(), ServiceError> {
     let (stop, stopped) = watch::channel(());
     let mut servers = vec![tokio::spawn(serve(
         listener,
-        http::routes(store.clone()),
+        http::routes(http::Asked::new(store.clone(), args.upstream)),
         stopped.clone(),
     ))];
     let mut control_addr = None;
@@ -155,6 +165,20 @@ pub async fn run(args: Args) -> Result<(), ServiceError> {
         .map_err(std::io::Error::other)?
         .ok();
     Ok(())
+}
+
+/// Refuses this process more memory for data than so many MiB: an allocation beyond it ends the process, as one would where the
+/// host's is used up, but takes nobody else along.
+fn limit_memory(mib: u64) -> std::io::Result<()> {
+    let bytes = mib << 20;
+    let limit = rustix::process::Rlimit {
+        current: Some(bytes),
+        maximum: Some(bytes),
+    };
+    Ok(rustix::process::setrlimit(
+        rustix::process::Resource::Data,
+        limit,
+    )?)
 }
 
 fn check(dir: &std::path::Path) -> Result<(), ServiceError> {

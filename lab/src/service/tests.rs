@@ -45,7 +45,7 @@ impl Caller {
 async fn what_was_put_is_got_and_survives_a_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let (store, writer) = Store::open(dir.path()).unwrap();
-    let caller = Caller::of(http::routes(store.clone())).await;
+    let caller = Caller::of(http::routes(http::Asked::new(store.clone(), None))).await;
     assert_eq!(
         caller.call(Method::GET, "/kv/a", b"").await.0,
         StatusCode::NOT_FOUND
@@ -94,7 +94,7 @@ async fn many_writes_at_once_are_all_durable() {
 async fn refuses_keys_and_values_out_of_bounds() {
     let dir = tempfile::tempdir().unwrap();
     let (store, _writer) = Store::open(dir.path()).unwrap();
-    let caller = Caller::of(http::routes(store)).await;
+    let caller = Caller::of(http::routes(http::Asked::new(store, None))).await;
     let long = format!("/kv/{}", "k".repeat(129));
     for path in [long.as_str(), "/kv/a%20b", "/kv/%2e%2e%2fx"] {
         assert_eq!(
@@ -140,6 +140,8 @@ async fn check_tells_good_corrupt_and_unreadable_apart() {
             listen: None,
             state: None,
             control: None,
+            upstream: None,
+            memory_max_mib: None,
         })
     };
     let (store, writer) = Store::open(dir.path()).unwrap();
@@ -169,6 +171,8 @@ async fn check_tells_good_corrupt_and_unreadable_apart() {
         listen: Some("127.0.0.1:0".parse().unwrap()),
         state: Some(dir.path().to_owned()),
         control: None,
+        upstream: None,
+        memory_max_mib: None,
     };
     assert_eq!(run(serve).await.unwrap_err().exit_code(), 3);
 }

@@ -15,7 +15,7 @@ use theriac_privacy::accountant::{SamplingRate, calibrated_noise_multiplier};
 use theriac_privacy::policy::PrivacyUnit;
 use theriac_privacy::windows::{BlockWindows, RecordWindows, WINDOW_DEFAULT, WindowsError};
 use theriac_protocol::message::UpdateKind;
-use theriac_protocol::units::{Delta, Epsilon, L2Norm, NoiseMultiplier, UnitError};
+use theriac_protocol::units::{Delta, Epsilon, L2Norm, NodeId, NoiseMultiplier, UnitError};
 
 use crate::attack::Attack;
 
@@ -87,6 +87,15 @@ pub struct Args {
     /// again and is charged again [default: 20 of gradients, else 1].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: Option<u32>,
+    /// Blocks that a site releases in one round of moments, of its newest `--rounds` times as many [default: all that there are, in equal parts].
+    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub round_blocks: Option<u32>,
+    /// Whether releases of earlier rounds of moments count beside those of the last one, as `rounds.accumulate` of an aggregator.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    pub accumulate: bool,
+    /// Most releases of a site that count, as `rounds.moments_keep`.
+    #[arg(long, value_name = "N", default_value_t = 150, value_parser = clap::value_parser!(u32).range(2..=1000))]
+    pub moments_keep: u32,
     /// Seed of nonces, rounding and initial weights. Privacy noise is never seeded.
     #[arg(long, value_name = "S", default_value_t = 1)]
     pub seed: u64,
@@ -143,6 +152,9 @@ pub struct Args {
     /// The first K sites by name are hostile.
     #[arg(long, value_name = "K", requires = "attack")]
     pub malicious: Option<usize>,
+    /// Sites that take part in no round and try each model on their own rows before it is published, separated by commas; one that is worse there is not [default: none].
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub validators: Vec<NodeId>,
     /// Time between two rows, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     pub step: u32,
@@ -214,6 +226,9 @@ pub enum ArgsError {
     /// Windows that hold nothing, or that no block holds.
     #[error("--record-window and --record-stride: {0}")]
     Windows(WindowsError),
+    /// Blocks of rounds that read all.
+    #[error("--round-blocks needs --recipe moments: each round of the others reads all blocks again")]
+    RoundBlocks,
     /// Windows of nothing.
     #[error(
         "--record-window and --record-stride need --privacy record and a recipe of blocks: nothing is cut into windows otherwise"
@@ -246,6 +261,12 @@ pub enum ArgsError {
     /// The rule cannot hold, or needs a number that no option gives.
     #[error("--rule: {0}")]
     Rule(#[from] RuleError),
+    /// Nobody publishes anything.
+    #[error("--validators: nothing is published in --mode {0}")]
+    NothingPublished(&'static str),
+    /// A validator without rows.
+    #[error("--validators {0}: there is no such site, or --sites leaves it out")]
+    NoSuchValidator(NodeId),
     /// Nobody sends anything.
     #[error("--attack: sites of --mode {0} send nothing that could be attacked")]
     NothingSent(&'static str),
@@ -329,6 +350,15 @@ impl Settings {
             Recipe::Gradient => (GRADIENT_CLIP_NORM, args.rounds()),
             Recipe::Delta => (DELTA_CLIP_NORM, args.rounds()),
         };
+        let mode = match args.mode {
+            Mode::Federated => None,
+            Mode::Local => Some("local"),
+            Mode::Constant => Some("constant"),
+            Mode::Central => Some("central"),
+        };
+        if let Some(mode) = mode.filter(|_| !args.validators.is_empty()) {
+            return Err(ArgsError::NothingPublished(mode));
+        }
         match args.mode {
             Mode::Federated => {
                 let options = Options::for_round(args.rule, std::iter::empty(), args.privacy != Privacy::Off);
@@ -431,6 +461,9 @@ fn check_server(args: &Args) -> Result<(), ArgsError> {
     }
     if args.mode == Mode::Central && args.recipe == Recipe::Delta {
         return Err(ArgsError::CentralDelta);
+    }
+    if args.round_blocks.is_some() && args.recipe != Recipe::Moments {
+        return Err(ArgsError::RoundBlocks);
     }
     let free = args.recipe == Recipe::Gradient && args.privacy == Privacy::Off;
     if args.proximal > 0.0 && !free {

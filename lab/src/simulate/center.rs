@@ -1,19 +1,23 @@
 //! The aggregator of a simulated federation: the round machine, validation, the robust rule and the solve, without sockets and
 //! disks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
-use theriac_aggregator::combine::Decided;
-use theriac_aggregator::copies::{copies, rows_needed};
-use theriac_aggregator::evidence::Decision;
+use theriac_aggregator::accumulate::{Depth, mean_of};
+use theriac_aggregator::combine::{Decided, Decisions};
+use theriac_aggregator::copies::{Copies, copies, rows_needed};
+use theriac_aggregator::evidence::law::Finding;
+use theriac_aggregator::evidence::{Decision, words};
 use theriac_aggregator::robust::{
-    Combined, Options, PayloadRows, RowEvidence, Rows as _, RuleError, RuleName, rule,
+    Combined, Options, PayloadRows, Row, RowEvidence, Rows as _, RuleError, RuleName, rule,
 };
 use theriac_aggregator::validate::{RawUpdate, ValidatedUpdate, norm_bound, validate};
+use theriac_aggregator::validation::Validation;
+use theriac_aggregator::vet::look_at_mean;
 use theriac_model::global::{GlobalError, GlobalModel, delta_layout, gradient_layout, moments_layout};
 use theriac_model::gradient::{self, GRADIENT_CLIP_NORM};
 use theriac_model::moments;
@@ -29,6 +33,7 @@ use theriac_protocol::units::{
 
 use super::args::{DELTA_CLIP_NORM, Recipe, Settings};
 use super::quarantine::Quarantine;
+use super::validator::{Validator, validate as try_on};
 
 /// A row stands out when it is this many times as far from the rule's result as the median row.
 const OUTVOTED_DISTANCE: f64 = 3.0;
@@ -79,10 +84,17 @@ pub struct RoundRecord {
     pub quarantined: Vec<NodeId>,
     /// Sites whose updates share their noise with another one's, and counted nothing.
     pub screened: Vec<NodeId>,
+    /// Sites that sent nothing and counted by their earlier releases.
+    pub carried: Vec<NodeId>,
+    /// Releases behind the model.
+    pub releases: u64,
     /// Sites that took no part.
     pub declined: Vec<Refused>,
     /// What the rule saw.
     pub evidence: Vec<Evidence>,
+    /// What validators made of the candidate; absent: none were asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<Validation>,
     /// What gates said of the model.
     pub verdicts: BTreeMap<NodeId, String>,
     /// Seconds from opening to end, on virtual time.
@@ -110,13 +122,16 @@ pub struct Center {
     /// The last move of the network, and how it is made.
     velocity: Vec<f32>,
     server: (f32, f32),
-    /// Sum over all rounds and sites, and how many releases are in it.
-    sum: Vec<f64>,
-    releases: usize,
+    /// Most releases of a site that count; 1: those of the round alone.
+    keep: usize,
+    /// What was taken in of each site's moments, newest first.
+    kept: BTreeMap<NodeId, VecDeque<Row>>,
     records: Vec<RoundRecord>,
     /// What the rule made of the last round.
     combined: Option<Vec<f32>>,
     quarantine: Quarantine,
+    /// Who tries each model before it is published.
+    validators: Vec<Validator>,
 }
 
 impl Center {
@@ -164,6 +179,7 @@ impl Center {
             deadline: DEADLINE,
             pause: Duration::ZERO,
             late_updates: false,
+            updates_max: usize::MAX,
             rounds_max: Some(settings.args.rounds().into()),
             terms: terms.clone(),
         };
@@ -200,12 +216,23 @@ impl Center {
             recipe,
             velocity: vec![0.0; layout.len()],
             server: (settings.args.server_rate, settings.args.server_momentum()),
-            sum: vec![0.0; layout.len()],
-            releases: 0,
+            keep: match (recipe, settings.args.accumulate) {
+                (Recipe::Moments, true) => usize::try_from(settings.args.moments_keep).unwrap_or(usize::MAX),
+                _ => 1,
+            },
+            kept: BTreeMap::new(),
             records: Vec::new(),
             combined: None,
             quarantine: Quarantine::new(settings.terms.is_some(), settings.byzantine),
+            validators: Vec::new(),
         })
+    }
+
+    /// The same with sites that try each model before it is published.
+    #[must_use]
+    pub fn with_validators(mut self, validators: Vec<Validator>) -> Self {
+        self.validators = validators;
+        self
     }
 
     /// The model as every edge holds it before the first round.
@@ -275,7 +302,7 @@ impl Center {
                 }
                 None
             }
-            ToAggregator::Guarantee(_) => None,
+            ToAggregator::Guarantee(_) | ToAggregator::Appraisal(_) => None,
             ToAggregator::FetchModel(_) | ToAggregator::Hello(_) | ToAggregator::Goodbye => {
                 Some(refusal(RefusalCode::OutOfTurn, None))
             }
@@ -365,7 +392,14 @@ impl Center {
                     messages.push((node, ToEdge::Receipt(receipt)));
                 }
                 Output::Aggregate { round, members, .. } => {
+                    let before = (self.kept.clone(), self.velocity.clone(), self.quarantine.clone());
                     let input = match self.aggregate(&members) {
+                        Ok(_) if !self.passes(round) => {
+                            // As at an aggregator nothing of such a round stays: neither what was summed nor what was held against anybody.
+                            (self.kept, self.velocity, self.quarantine) = before;
+                            self.candidate = None;
+                            Input::AggregationFailed { round }
+                        }
                         Ok((version, digest)) => Input::Aggregated {
                             round,
                             version,
@@ -438,17 +472,35 @@ impl Center {
         self.machine.handle(now, Input::Opened { round });
     }
 
-    /// The rule over the sites' updates. Moments: times their number; what earlier rounds gave is added, since every round reads
-    /// other blocks; then the solve. Gradients: a step of the full linear model. Deltas: one of the
-    /// network.
+    /// Whether the validators, if there are any, let the candidate be published.
+    fn passes(&mut self, round: Round) -> bool {
+        let Some((candidate, payload)) = self.candidate.as_ref().filter(|_| !self.validators.is_empty())
+        else {
+            return true;
+        };
+        let base = (self.header.version.0, &self.model);
+        let validation = try_on(&self.validators, round.0, base, (candidate, Digest::of(payload)));
+        let decision = validation.decision;
+        self.record(|record| {
+            record.validation = Some(validation);
+            if !decision.publishes() {
+                decision.abort_word().clone_into(&mut record.outcome);
+            }
+        });
+        decision.publishes()
+    }
+
+    /// The rule over the sites' updates, as at an aggregator. Moments: over the means of each site's releases, also of sites that sent nothing, times their number;
+    /// then the solve. Gradients: a step of the full linear model. Deltas: one of the network.
     fn aggregate(&mut self, members: &[(NodeId, Digest)]) -> Result<(ModelVersion, Digest), CombineError> {
         let updates: Vec<&ValidatedUpdate> = members
             .iter()
             .filter_map(|(node, _)| self.stored.get(node))
             .collect();
-        let (decisions, byzantine) = self.decisions(&updates)?;
+        let decided = self.decisions(&updates)?;
+        let (decisions, byzantine) = (&decided.own, decided.withstood);
         let of = |decision: Decision| -> Vec<&ValidatedUpdate> {
-            let of = updates.iter().zip(&decisions);
+            let of = updates.iter().zip(decisions);
             let of = of.filter(|(_, (found, _))| *found == decision);
             of.map(|(update, _)| *update).collect()
         };
@@ -457,19 +509,38 @@ impl Center {
         };
         let (quarantined, screened) = (nodes(Decision::Quarantined), nodes(Decision::Screened));
         let contributors = nodes(Decision::Combined);
-        let combined = self.combine(&of(Decision::Combined), byzantine)?;
+        let shown = self.shown(&of(Decision::Combined));
+        let mut combined = self.combine(&shown, byzantine)?;
+        let mut own = shown.own.iter();
+        combined.evidence.retain(|_| own.next().copied().unwrap_or(true));
+        let taken: Vec<(NodeId, Row)> = of(Decision::Combined)
+            .iter()
+            .map(|update| (update.node().clone(), update.row()))
+            .collect();
         let refused = self.records.last().into_iter().flat_map(|record| &record.refused);
         let refused = refused.map(|refused| (refused.site.clone(), refused.reason));
         let refused = refused
             .filter(|(site, _)| members.iter().all(|(node, _)| node != site))
             .collect();
-        if let Some(terms) = &self.open {
-            self.quarantine
-                .observe(terms, &updates, (&decisions, byzantine), &combined, refused)?;
+        let inconsistent = match &self.open {
+            Some(terms) => self
+                .quarantine
+                .observe(terms, &updates, &decided, &combined, refused)?,
+            None => BTreeSet::new(),
+        };
+        for (update, found) in updates.iter().zip(&decided.of_mean) {
+            if found.is_some() {
+                self.kept.remove(update.node());
+            }
         }
-        let sites = contributors.len();
+        for (node, row) in taken.into_iter().filter(|(node, _)| !inconsistent.contains(node)) {
+            let kept = self.kept.entry(node).or_default();
+            kept.push_front(row);
+            kept.truncate(self.keep);
+        }
+        self.kept.retain(|node, _| !self.quarantine.holds(node));
         let next = match self.recipe {
-            Recipe::Moments => self.solved(&combined.values, sites)?,
+            Recipe::Moments => self.solved(&combined.values, &shown)?,
             Recipe::Gradient => self.stepped(&combined.values)?,
             Recipe::Delta => self.moved(&combined.values)?,
         };
@@ -492,18 +563,22 @@ impl Center {
         self.record(|record| {
             (record.evidence, record.contributors) = (evidence, contributors);
             (record.quarantined, record.screened) = (quarantined, screened);
+            (record.carried, record.releases) = (shown.carried, shown.releases);
         });
         Ok((self.header.version.next(), digest))
     }
 
     /// What is decided about each update before the rule sees any, as at an aggregator: who is in quarantine, then what the screen for copies takes out of the others.
-    /// With it how many hostile ones the rule withstands among those that count.
-    fn decisions(&self, updates: &[&ValidatedUpdate]) -> Result<(Vec<Decided>, usize), RuleError> {
+    /// With it how many hostile ones the rule withstands among those that count. The mean of a site that sends nothing is what it was when it sent the last of its
+    /// releases, which the vet let pass then: here no release grows too old.
+    fn decisions(&self, updates: &[&ValidatedUpdate]) -> Result<Decisions, RuleError> {
+        let beside = self.carried(updates).count();
+        let mut of_mean = vec![None; updates.len()];
         let options = Options::for_round(self.rule, std::iter::empty(), self.private);
-        let needed = rows_needed(self.rule, self.byzantine, &options, updates.len());
+        let needed = rows_needed(self.rule, self.byzantine, &options, updates.len() + beside);
         let mut decisions: Vec<Decided> = self
             .quarantine
-            .left_out(updates, needed)
+            .left_out(updates, needed, beside)
             .into_iter()
             .map(|out| {
                 let decision = if out {
@@ -520,21 +595,100 @@ impl Center {
         let rows = counted.iter().map(|at| updates[*at].row()).collect();
         let noise = self.terms.noise_multiplier.value() * self.terms.clip_norm.value();
         let found = copies(&PayloadRows::new(rows, self.terms.values)?, noise);
-        let (found, withstood) = found.in_force(self.rule, self.byzantine, &options, counted.len());
+        let mut left = counted.len() + beside;
+        let (found, withstood) = found.in_force(self.rule, self.byzantine, &options, left);
+        left -= found.removed.len();
         for (copy, of) in found.removed {
             let of = updates[counted[of]].node();
             decisions[counted[copy]] = (Decision::Screened, Some(format!("it shares its noise with {of}")));
         }
-        Ok((decisions, withstood))
+        let before = left;
+        if let Some(terms) = self.open.as_ref().filter(|_| self.keep > 1) {
+            for at in counted {
+                let (row, ratio, releases) = self.mean(updates[at].node(), Some(updates[at].row()));
+                if decisions[at].0 == Decision::Combined
+                    && releases > 1
+                    && let Err(found) = look_at_mean(row.encoding, &row.payload, terms, ratio)
+                {
+                    let finding = Finding::NoSeries {
+                        releases,
+                        what: found.what.to_owned(),
+                        found: found.found,
+                        bound: found.bound,
+                    };
+                    decisions[at] = (Decision::Screened, Some(words::no_series(&finding)));
+                    of_mean[at] = Some(finding);
+                    left -= 1;
+                }
+            }
+        }
+        let withstood = if left < before {
+            Copies::default().in_force(self.rule, withstood, &options, left).1
+        } else {
+            withstood
+        };
+        Ok(Decisions {
+            own: decisions,
+            of_mean,
+            carried: vec![None; beside],
+            withstood,
+        })
     }
 
-    /// The rule over updates in the order of their nodes.
-    fn combine(&self, updates: &[&ValidatedUpdate], byzantine: usize) -> Result<Combined<f32>, RuleError> {
-        let digests = updates.iter().map(|update| &update.header().payload_digest);
-        let options = Options::for_round(self.rule, digests, self.private);
-        let rows = updates.iter().map(|update| update.row()).collect();
+    /// Sites that count by their earlier releases alone: with some, without an update in this round, and with none that was refused in it.
+    fn carried<'s>(&'s self, updates: &'s [&ValidatedUpdate]) -> impl Iterator<Item = &'s NodeId> {
+        let refused = self.records.last().into_iter().flat_map(|record| &record.refused);
+        let refused: BTreeSet<&NodeId> = refused.map(|refused| &refused.site).collect();
+        let kept = self.kept.keys().filter(|_| self.keep > 1);
+        kept.filter(move |node| {
+            !refused.contains(node) && updates.iter().all(|update| update.node() != *node)
+        })
+    }
+
+    /// The mean of a site's releases, the one at hand first, its noise ratio, and how many they are.
+    fn mean(&self, node: &NodeId, fresh: Option<Row>) -> (Row, f64, u64) {
+        let earlier = self.kept.get(node).into_iter().flatten().cloned();
+        let rows: Vec<Row> = fresh.into_iter().chain(earlier).take(self.keep).collect();
+        let (mean, ratio) = mean_of(usize::try_from(self.terms.values).unwrap_or(usize::MAX), &rows);
+        (mean, ratio, rows.len() as u64)
+    }
+
+    /// What the rule sees when these updates count.
+    fn shown(&self, updates: &[&ValidatedUpdate]) -> Shown {
+        let all: Vec<&ValidatedUpdate> = self.stored.values().collect();
+        let all = if all.is_empty() { updates } else { &all };
+        let mut rows = BTreeMap::new();
+        for update in updates {
+            let row = if self.keep > 1 {
+                self.mean(update.node(), Some(update.row()))
+            } else {
+                (update.row(), 1.0, 1)
+            };
+            rows.insert(update.node().clone(), (true, row));
+        }
+        let carried: Vec<NodeId> = self.carried(all).cloned().collect();
+        for node in &carried {
+            let row = self.mean(node, None);
+            rows.entry(node.clone()).or_insert((false, row));
+        }
+        Shown {
+            own: rows.values().map(|(own, _)| *own).collect(),
+            depth: Depth::of(rows.values().map(|(_, (_, ratio, releases))| (*ratio, *releases))),
+            releases: rows.values().map(|(_, (.., releases))| releases).sum(),
+            rows: rows.into_values().map(|(_, (row, ..))| row).collect(),
+            digests: updates
+                .iter()
+                .map(|update| update.header().payload_digest)
+                .collect(),
+            carried,
+        }
+    }
+
+    /// The rule over rows in the order of their nodes.
+    fn combine(&self, shown: &Shown, byzantine: usize) -> Result<Combined<f32>, RuleError> {
+        let options = Options::for_round(self.rule, shown.digests.iter(), self.private);
         let rule = rule(self.rule, byzantine, &options)?;
-        let rows = PayloadRows::new(rows, self.terms.values)?;
+        let rows = PayloadRows::new(shown.rows.clone(), self.terms.values)?;
         rule.check(rows.count())?;
         rule.combine(&rows)
     }
@@ -548,11 +702,15 @@ impl Center {
             .collect();
         valid.sort_by(|a, b| a.node().cmp(b.node()));
         let valid: Vec<&ValidatedUpdate> = valid.iter().collect();
-        let (decisions, byzantine) = self.decisions(&valid).ok()?;
+        let Decisions {
+            own: decisions,
+            withstood: byzantine,
+            ..
+        } = self.decisions(&valid).ok()?;
         let counted = valid.iter().zip(&decisions);
         let counted = counted.filter(|(_, (decision, _))| *decision == Decision::Combined);
         let counted: Vec<&ValidatedUpdate> = counted.map(|(update, _)| *update).collect();
-        let combined = self.combine(&counted, byzantine);
+        let combined = self.combine(&self.shown(&counted), byzantine);
         combined.ok().map(|combined| combined.values)
     }
 
@@ -571,16 +729,21 @@ impl Center {
         self.open.as_ref().is_none_or(|open| open.round > round)
     }
 
-    /// The model that all moments so far give.
-    fn solved(&mut self, mean: &[f32], sites: usize) -> Result<GlobalModel, GlobalError> {
-        for (sum, value) in self.sum.iter_mut().zip(mean) {
-            *sum += f64::from(*value) * sites as f64;
-        }
-        self.releases += sites;
-        #[expect(clippy::cast_possible_truncation, reason = "the sum is rounded once, here")]
-        let sum: Vec<f32> = self.sum.iter().map(|value| *value as f32).collect();
-        let (sigma, clip_norm) = (self.terms.noise_multiplier.value(), self.terms.clip_norm.value());
-        let own = moments::solve(&sum, self.releases, sigma, clip_norm, self.model.channels());
+    /// The model that the mean of these rows gives.
+    fn solved(&self, mean: &[f32], shown: &Shown) -> Result<GlobalModel, GlobalError> {
+        let sites = shown.rows.len();
+        let times = sites as f64 * shown.depth.releases;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "the product is rounded once, here"
+        )]
+        let sum: Vec<f32> = mean
+            .iter()
+            .map(|value| (f64::from(*value) * times) as f32)
+            .collect();
+        let sigma = shown.depth.sigma(self.terms.noise_multiplier.value());
+        let clip_norm = self.terms.clip_norm.value();
+        let own = moments::solve(&sum, sites, sigma, clip_norm, self.model.channels());
         self.model.with_own_lag(&own)
     }
 
@@ -651,6 +814,19 @@ impl Center {
             change(record);
         }
     }
+}
+
+/// What a rule sees, in the order of the nodes.
+#[derive(Debug)]
+struct Shown {
+    rows: Vec<Row>,
+    /// For each whether its site sent an update in the round.
+    own: Vec<bool>,
+    depth: Depth,
+    releases: u64,
+    carried: Vec<NodeId>,
+    /// Of the updates of the round, for the seed of buckets.
+    digests: Vec<Digest>,
 }
 
 /// Why validated updates gave no model.

@@ -201,11 +201,15 @@ impl Site {
         cut.map(|values| BlockRows::new(&values, rows)).collect()
     }
 
-    /// Ids of the charged units of round `round` (from 0) of `rounds`: an equal part of what there is, in the order of
-    /// time, disjoint from those of every other round.
-    pub fn units(&self, block_rows: usize, round: u64, rounds: u64) -> Range<u64> {
+    /// Ids of the charged units of round `round` (from 0) of `rounds`: `each` blocks, so that the last round has the newest ones, or without that an equal part of what
+    /// there is; in the order of time, disjoint from those of every other round.
+    pub fn units(&self, block_rows: usize, round: u64, rounds: u64, each: Option<u64>) -> Range<u64> {
         let all = (self.train.rows() / block_rows.max(1)) as u64;
-        let at = |round: u64| all * round.min(rounds) / rounds.max(1);
+        let first = each.map(|each| all.saturating_sub(rounds.saturating_mul(each)));
+        let at = |round: u64| match (each, first) {
+            (Some(each), Some(first)) => (first + round.min(rounds).saturating_mul(each)).min(all),
+            _ => all * round.min(rounds) / rounds.max(1),
+        };
         at(round)..at(round + 1)
     }
 }
@@ -338,10 +342,23 @@ mod tests {
         for (rows, rounds) in [(600, 1), (600, 3), (601, 7), (59, 2)] {
             let site = site(rows);
             let units: Vec<u64> = (0..rounds)
-                .flat_map(|round| site.units(BLOCK_ROWS, round, rounds))
+                .flat_map(|round| site.units(BLOCK_ROWS, round, rounds, None))
                 .collect();
             assert_eq!(units, (0..(rows / BLOCK_ROWS) as u64).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn rounds_of_few_blocks_read_the_newest_ones_each_once() {
+        let site = site(600);
+        let of = |round| site.units(BLOCK_ROWS, round, 3, Some(2));
+        assert_eq!([of(0), of(1), of(2)], [4..6, 6..8, 8..10]);
+        let of = |round| site.units(BLOCK_ROWS, round, 4, Some(3));
+        assert_eq!(
+            [of(0), of(3), of(4)],
+            [0..3, 9..10, 10..10],
+            "fewer than asked for"
+        );
     }
 
     #[test]

@@ -154,9 +154,12 @@ impl<'a> Member<'a> {
         }
         let rounds = u64::from(settings.args.rounds());
         let block_rows = usize::try_from(announce.block_rows).unwrap_or(usize::MAX);
-        let ids = self
-            .site
-            .units(block_rows, announce.round.0.saturating_sub(1), rounds);
+        let ids = self.site.units(
+            block_rows,
+            announce.round.0.saturating_sub(1),
+            rounds,
+            settings.args.round_blocks.map(u64::from),
+        );
         if ids.end - ids.start < u64::from(announce.blocks_min) {
             return Ok(Err(DeclineReason::TooFewBlocks));
         }

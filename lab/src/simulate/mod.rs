@@ -22,6 +22,7 @@ pub mod member;
 mod quarantine;
 pub mod run;
 pub mod summary;
+pub mod validator;
 mod words;
 pub mod world;
 

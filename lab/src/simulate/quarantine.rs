@@ -1,9 +1,10 @@
 //! The quarantine of a simulated aggregator: the same measures, laws and trust as at a real one, without its records.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use theriac_aggregator::combine::Decided;
+use theriac_aggregator::combine::Decisions;
 use theriac_aggregator::config::QuarantineSettings;
+use theriac_aggregator::evidence::law::Verdict;
 use theriac_aggregator::evidence::reputation::{QuarantineLimits, Reputation, left_out};
 use theriac_aggregator::evidence::{Absent, Closing, Decision, RoundFacts, StoredRow, account, conclude};
 use theriac_aggregator::robust::{Combined, PayloadRows, RuleError};
@@ -12,7 +13,7 @@ use theriac_protocol::message::AnnounceV1;
 use theriac_protocol::units::NodeId;
 
 /// What sites have earned. Without noise nobody is judged: what no honest update can be follows from its noise.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Quarantine {
     enabled: bool,
     byzantine: usize,
@@ -29,8 +30,8 @@ impl Quarantine {
         }
     }
 
-    /// For each update whether it counts nothing; at least `needed` are left.
-    pub(super) fn left_out(&self, updates: &[&ValidatedUpdate], needed: usize) -> Vec<bool> {
+    /// For each update whether it counts nothing; at least `needed` are left, `beside` others among them.
+    pub(super) fn left_out(&self, updates: &[&ValidatedUpdate], needed: usize, beside: usize) -> Vec<bool> {
         let trust = |update: &&ValidatedUpdate| {
             let site = self.reputations.get(update.node())?;
             site.is_quarantined().then(|| site.trust_millionths())
@@ -39,11 +40,17 @@ impl Quarantine {
             &updates.iter().map(trust).collect::<Vec<_>>(),
             self.byzantine,
             needed,
+            beside,
         )
     }
 
+    /// Whether a site is in it.
+    pub(super) fn holds(&self, site: &NodeId) -> bool {
+        self.reputations.get(site).is_some_and(Reputation::is_quarantined)
+    }
+
     /// Takes note of a round: all its updates, what was decided about each and how many hostile ones the rule withstood, what it made of those that counted, and who
-    /// was refused and why.
+    /// was refused and why. Who sent what no honest update can be.
     ///
     /// # Errors
     /// [`RuleError`] for updates of unequal length.
@@ -51,12 +58,12 @@ impl Quarantine {
         &mut self,
         terms: &AnnounceV1,
         updates: &[&ValidatedUpdate],
-        (decisions, withstood): (&[Decided], usize),
+        decided: &Decisions,
         combined: &Combined<f32>,
         refused: Vec<(NodeId, &'static str)>,
-    ) -> Result<(), RuleError> {
+    ) -> Result<BTreeSet<NodeId>, RuleError> {
         if !self.enabled {
-            return Ok(());
+            return Ok(BTreeSet::new());
         }
         let stored: Vec<StoredRow> = updates
             .iter()
@@ -72,7 +79,7 @@ impl Quarantine {
             &rows,
             &RoundFacts {
                 stored: &stored,
-                decisions,
+                decisions: &decided.own,
                 by_rule: &combined.evidence,
                 combined: &combined.values,
                 segments: &[],
@@ -80,8 +87,10 @@ impl Quarantine {
                 norm_bound: norm_bound(terms),
                 byzantine: self.byzantine,
                 averaged: &[],
+                behind: &[],
+                of_mean: &decided.of_mean,
                 noise: terms.noise_multiplier.value() * terms.clip_norm.value(),
-                withstood,
+                withstood: decided.withstood,
             },
         );
         let absent = refused.into_iter().map(|(node, code)| Absent {
@@ -105,7 +114,10 @@ impl Quarantine {
                 leave_at,
             },
         };
+        let inconsistent = account.rows.iter();
+        let inconsistent = inconsistent.filter(|row| Verdict::of(&row.findings) == Verdict::Inconsistent);
+        let inconsistent = inconsistent.map(|row| row.node.clone()).collect();
         conclude(&closing, account, absent.collect(), &mut self.reputations);
-        Ok(())
+        Ok(inconsistent)
     }
 }

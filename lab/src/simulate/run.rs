@@ -28,6 +28,7 @@ use super::data::{DataError, Fleet, Site, load, pooled, pooled_linear};
 use super::federation::{self, FederationError, Outcome, Settled};
 use super::member::{Member, MemberError};
 use super::summary::{FederationReport, SiteReport, summary};
+use super::validator::Validator;
 
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +113,11 @@ pub fn run(args: Args) -> Result<Simulated, SimulateError> {
 fn simulate(settings: &Settings) -> Result<Simulated, SimulateError> {
     let started = Instant::now();
     let fleet = load(&settings.args.data, &settings.args.sites)?;
-    settings.check_sites(fleet.sites.len())?;
+    let known = |name: &&NodeId| fleet.sites.iter().any(|site| site.name == **name);
+    if let Some(name) = settings.args.validators.iter().find(|name| !known(name)) {
+        return Err(ArgsError::NoSuchValidator(name.clone()).into());
+    }
+    settings.check_sites(fleet.sites.len().saturating_sub(settings.args.validators.len()))?;
     // One run for each number of rows of a cold start; one without any.
     let starts: Vec<Option<usize>> = match &settings.args.cold_start[..] {
         [] => vec![None],
@@ -306,7 +311,9 @@ impl<'a> Run<'a> {
             .collect::<Result<_, _>>()?;
         let hostile = self.hostile(None);
         let (center, mut members) = self.members(None, &hostile)?;
-        for (member, local) in members.iter_mut().zip(locals) {
+        let takes_part = self.fleet.sites.iter().zip(locals);
+        let takes_part = takes_part.filter(|(site, _)| !self.validates(&site.name));
+        for (member, (_, local)) in members.iter_mut().zip(takes_part) {
             member.detector = Some(local);
         }
         let outcome = progress::during(format!("rounds among {} sites", members.len()), || {
@@ -345,10 +352,14 @@ impl<'a> Run<'a> {
         let count = self.settings.malicious.map_or(0, |(count, _)| count);
         let names = self.fleet.sites.iter().map(|site| &site.name);
         names
-            .filter(|name| Some(*name) != newcomer)
+            .filter(|name| Some(*name) != newcomer && !self.validates(name))
             .take(count)
             .cloned()
             .collect()
+    }
+
+    fn validates(&self, name: &NodeId) -> bool {
+        self.settings.args.validators.contains(name)
     }
 
     fn members(
@@ -360,7 +371,12 @@ impl<'a> Run<'a> {
             .fleet
             .sites
             .iter()
-            .filter(|site| Some(&site.name) != newcomer)
+            .filter(|site| Some(&site.name) != newcomer && !self.validates(&site.name))
+            .collect();
+        let validators = self.fleet.sites.iter();
+        let validators = validators.filter(|site| Some(&site.name) != newcomer && self.validates(&site.name));
+        let validators = validators
+            .map(|site| Validator::new(site, &self.fleet.schema, self.settings.step))
             .collect();
         let block_rows = self
             .settings
@@ -371,13 +387,15 @@ impl<'a> Run<'a> {
             .map(|site| site.train.rows() / block_rows)
             .max()
             .unwrap_or(0);
-        let blocks_max = u32::try_from(longest).unwrap_or(u32::MAX).max(1);
+        let longest = u32::try_from(longest).unwrap_or(u32::MAX).max(1);
+        let blocks_max = self.settings.args.round_blocks.unwrap_or(longest).min(longest);
         let center = Center::new(
             self.settings,
             self.fleet.schema.channels(),
             sites.len(),
             blocks_max,
-        )?;
+        )?
+        .with_validators(validators);
         let place = newcomer.map_or("all", NodeId::as_str);
         let place = NodeId::new(place)?;
         let mut members = Vec::new();

@@ -206,6 +206,7 @@ pub fn summary(
             "recipe": args.recipe,
             "cold_start": args.cold_start.first(),
             "rounds": args.rounds(),
+            "validators": args.validators,
             "seed": args.seed,
             "privacy": args.privacy,
             "epsilon": args.epsilon,

@@ -1,6 +1,6 @@
 //! From inputs and errors of the layers to gradients of units, their norms, and their clipped sum.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, Layout, Result, Storage, Tensor};
 
 /// One layer of one pass: its inputs `[rows, in]` and the loss's gradients at its output `[rows, out]`, before the activation.
 #[derive(Debug, Clone)]
@@ -8,6 +8,20 @@ pub struct Trace {
     inputs: Tensor,
     errors: Tensor,
     bias: bool,
+    range_log2: u8,
+}
+
+/// One layer's inputs and errors as they lie in memory: what `theriac-privacy` clips in whole numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct Factors<'a> {
+    /// Inputs `[rows, in]`; layers that share them have the same slice.
+    pub inputs: &'a [f32],
+    /// Errors `[rows, out]`.
+    pub errors: &'a [f32],
+    /// Whether the layer has a bias.
+    pub bias: bool,
+    /// log2 of the public range of the inputs.
+    pub range_log2: u8,
 }
 
 /// The gradients of every unit of a pass, not yet multiplied out.
@@ -28,9 +42,20 @@ pub struct ClippedSum {
 }
 
 impl Trace {
-    /// Inputs `[rows, in]`, errors `[rows, out]`, and whether the layer has a bias.
+    /// Inputs `[rows, in]`, errors `[rows, out]`, and whether the layer has a bias. The range of the inputs is that of publicly scaled rows, ±8.
     pub fn new(inputs: Tensor, errors: Tensor, bias: bool) -> Self {
-        Self { inputs, errors, bias }
+        Self {
+            inputs,
+            errors,
+            bias,
+            range_log2: PUBLIC_RANGE_LOG2,
+        }
+    }
+
+    /// The same with inputs that lie within ±2^`range_log2` whatever was measured: 0 behind tanh.
+    #[must_use]
+    pub fn within(self, range_log2: u8) -> Self {
+        Self { range_log2, ..self }
     }
 
     /// Inputs `[rows, in]`.
@@ -84,6 +109,7 @@ impl Trace {
             inputs: zeroed(&self.inputs)?,
             errors: zeroed(&self.errors)?,
             bias: self.bias,
+            range_log2: self.range_log2,
         })
     }
 }
@@ -200,10 +226,59 @@ impl UnitGradients {
         Ok(flat)
     }
 
+    /// Number of units.
+    pub fn units(&self) -> usize {
+        self.units
+    }
+
+    /// Rows of a unit.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Gives the factors of all layers to `read`, without a copy.
+    ///
+    /// # Errors
+    /// When a tensor is not of single precision in the processor's memory.
+    pub fn with_factors<T>(&self, read: impl FnOnce(&[Factors<'_>]) -> T) -> Result<T> {
+        let contiguous = self
+            .traces
+            .iter()
+            .map(|trace| Ok((trace.inputs.contiguous()?, trace.errors.contiguous()?)));
+        let contiguous = contiguous.collect::<Result<Vec<_>>>()?;
+        let stored: Vec<_> = contiguous
+            .iter()
+            .map(|(inputs, errors)| (inputs.storage_and_layout(), errors.storage_and_layout()))
+            .collect();
+        let mut factors = Vec::with_capacity(stored.len());
+        for (trace, ((inputs, input_layout), (errors, error_layout))) in self.traces.iter().zip(&stored) {
+            factors.push(Factors {
+                inputs: slice(inputs, input_layout)?,
+                errors: slice(errors, error_layout)?,
+                bias: trace.bias,
+                range_log2: trace.range_log2,
+            });
+        }
+        Ok(read(&factors))
+    }
+
     fn by_unit(&self, values: &Tensor) -> Result<Tensor> {
         let width = values.dim(1)?;
         values.contiguous()?.reshape((self.units, self.rows, width))
     }
+}
+
+/// The values of a contiguous tensor.
+fn slice<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    let Storage::Cpu(storage) = storage else {
+        candle_core::bail!("gradients are clipped in the processor's memory");
+    };
+    let start = layout.start_offset();
+    let end = start + layout.shape().elem_count();
+    storage
+        .as_slice::<f32>()?
+        .get(start..end)
+        .ok_or_else(|| candle_core::Error::Msg("a layout beyond its storage".to_owned()))
 }
 
 /// `[units, rows, rows]`: products of the rows of each unit.
@@ -211,3 +286,6 @@ fn gram(values: &Tensor, units: usize, rows: usize) -> Result<Tensor> {
     let values = values.contiguous()?.reshape((units, rows, values.dim(1)?))?;
     values.matmul(&values.transpose(1, 2)?.contiguous()?)
 }
+
+/// Publicly scaled rows are clipped to ±8, [`PUBLIC_CLIP`](crate::normalise::PUBLIC_CLIP).
+const PUBLIC_RANGE_LOG2: u8 = 3;

@@ -11,6 +11,10 @@ use crate::forecaster::HIDDEN;
 use crate::global::delta_layout;
 use crate::{LAG_COUNT, global::GlobalModel};
 
+/// Rows of each product of a trace. The matrix library chooses its way, and with it the order of sums, by the size of the whole product, so every product has the
+/// same size, whatever the batch. Small enough that a small batch costs little more than it must, large enough that a product of them is quick.
+const PASS_ROWS: usize = 256;
+
 /// Weight `[out, in]` and bias `[out]`.
 #[derive(Debug, Clone)]
 pub struct DenseLayer {
@@ -120,15 +124,22 @@ impl DenseNetwork {
     /// # Errors
     /// When `input` is not `[rows, in]`.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(self.run(input)?.output)
+        Ok(self.run(input, Tensor::matmul)?.output)
     }
 
     /// Inputs and errors of every layer for the loss `½ Σ_rows mean_channels (y − target)²`; `input` `[rows, in]`, `target` `[rows, out]`.
     ///
+    /// What comes of a row follows from that row alone, to the last bit, whatever rows are beside it and however many: exact clipping rests on that. Matrix products sum in
+    /// another order where there are fewer or more rows, so each is made for 256 rows at a time, the last ones filled up with rows of zeros.
+    ///
     /// # Errors
     /// When shapes do not match.
     pub fn trace(&self, input: &Tensor, target: &Tensor) -> Result<Vec<Trace>> {
-        let forward = self.run(input)?;
+        let rows = input.dim(0)?;
+        if target.dim(0)? != rows {
+            candle_core::bail!("{rows} rows have {} targets", target.dim(0)?);
+        }
+        let forward = self.run(input, in_passes)?;
         let channels = forward.output.dims2()?.1.max(1);
         let error = ((&forward.output - target)? * (1.0 / channels as f64))?;
         let mut traces = Vec::with_capacity(self.layers.len() + 1);
@@ -143,9 +154,11 @@ impl DenseNetwork {
             } else {
                 // h = tanh(z): dh/dz = 1 − h².
                 let slope = input.sqr()?.affine(-1.0, 1.0)?;
-                Some((error.matmul(&layer.weight)? * slope)?)
+                Some((in_passes(&error, &layer.weight)? * slope)?)
             };
-            traces.push(Trace::new(input, error.clone(), true));
+            let trace = Trace::new(input, error.clone(), true);
+            // tanh stays within ±1.
+            traces.push(if index == 0 { trace } else { trace.within(0) });
             if let Some(below) = below {
                 error = below;
             }
@@ -184,21 +197,42 @@ impl DenseNetwork {
         Ok(Self { layers, skip })
     }
 
-    fn run(&self, input: &Tensor) -> Result<Forward> {
+    fn run(&self, input: &Tensor, product: fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Forward> {
         let mut inputs = Vec::with_capacity(self.layers.len());
         let mut current = input.clone();
         let last = self.layers.len() - 1;
         for (index, layer) in self.layers.iter().enumerate() {
-            let sum = current.matmul(&layer.weight.t()?)?.broadcast_add(&layer.bias)?;
+            let sum = product(&current, &layer.weight.t()?)?.broadcast_add(&layer.bias)?;
             inputs.push(current);
             current = if index < last { sum.tanh()? } else { sum };
         }
         if let Some(skip) = &self.skip {
-            current = (current + input.matmul(&skip.t()?)?)?;
+            current = (current + product(input, &skip.t()?)?)?;
         }
         Ok(Forward {
             inputs,
             output: current,
         })
     }
+}
+
+/// `rows · other`, [`PASS_ROWS`] rows at a time.
+fn in_passes(rows: &Tensor, other: &Tensor) -> Result<Tensor> {
+    let count = rows.dim(0)?;
+    if count == PASS_ROWS || count == 0 {
+        return rows.matmul(other);
+    }
+    let mut products = Vec::with_capacity(count.div_ceil(PASS_ROWS));
+    for first in (0..count).step_by(PASS_ROWS) {
+        let here = PASS_ROWS.min(count - first);
+        let part = rows.narrow(0, first, here)?;
+        let product = if here == PASS_ROWS {
+            part.matmul(other)?
+        } else {
+            let filled = part.pad_with_zeros(0, 0, PASS_ROWS - here)?;
+            filled.matmul(other)?.narrow(0, 0, here)?
+        };
+        products.push(product);
+    }
+    Tensor::cat(&products, 0)
 }

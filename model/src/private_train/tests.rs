@@ -241,3 +241,109 @@ fn shapes_that_do_not_fit_are_refused() {
     assert!(UnitGradients::new(traces.clone(), 3).is_err());
     assert!(UnitGradients::new(traces, 0).is_err());
 }
+
+/// Bits of the inputs and errors of all layers, row by row from `first` on.
+fn bits(traces: &[Trace], first: usize, rows: usize) -> Vec<Vec<u32>> {
+    let of = |values: &Tensor| -> Vec<u32> {
+        let part = values.narrow(0, first, rows).unwrap().flatten_all().unwrap();
+        part.to_vec1::<f32>()
+            .unwrap()
+            .into_iter()
+            .map(f32::to_bits)
+            .collect()
+    };
+    traces
+        .iter()
+        .flat_map(|trace| [of(trace.inputs()), of(trace.errors())])
+        .collect()
+}
+
+/// What the exact clipping of `theriac-privacy` rests on: factors of a row follow from that row alone. If another batch rounded them in another way, one unit more would
+/// change all others.
+#[test]
+fn the_factors_of_a_row_do_not_depend_on_the_rows_beside_it_to_the_last_bit() {
+    let shipped = DenseNetwork::shipped(&GlobalModel::initial(38, 1), Some(&numbers(38 * 190, 3))).unwrap();
+    let autoencoder =
+        [(38, 64), (64, 16), (16, 64), (64, 38)].map(|(inputs, outputs)| layer(inputs, outputs, 8));
+    let autoencoder = DenseNetwork::new(autoencoder.to_vec(), None).unwrap();
+    // Longer sums than the matrix library takes at once.
+    let wide = DenseNetwork::new(vec![layer(1500, 9, 5), layer(9, 38, 6)], None).unwrap();
+    // Products with one and two columns go other ways in the matrix library.
+    let narrow = |outputs| DenseNetwork::new(vec![layer(5, 2, 9), layer(2, outputs, 10)], None).unwrap();
+    let mut others = Vec::new();
+    for (network, inputs, outputs) in [
+        (shipped, 190, 38),
+        (autoencoder, 38, 38),
+        (wide, 1500, 38),
+        (narrow(1), 5, 1),
+        (narrow(2), 5, 2),
+    ] {
+        const ALL: usize = 300;
+        let (input, target) = (tensor((ALL, inputs), 61, 3.0), tensor((ALL, outputs), 62, 3.0));
+        let all = network.trace(&input, &target).unwrap();
+        let sizes = (1..=40).chain([
+            47, 48, 63, 64, 65, 71, 72, 73, 96, 100, 127, 128, 129, 255, 256, 257, 299,
+        ]);
+        for rows in sizes {
+            for first in [0, 1, ALL - rows] {
+                let part = |all: &Tensor| all.narrow(0, first, rows).unwrap().contiguous().unwrap();
+                let some = network.trace(&part(&input), &part(&target)).unwrap();
+                if bits(&some, 0, rows) != bits(&all, first, rows) {
+                    others.push((inputs, rows, first));
+                }
+            }
+        }
+    }
+    assert!(
+        others.is_empty(),
+        "other factors than among all (inputs, rows, first): {others:?}"
+    );
+}
+
+/// Large products are split over threads.
+#[test]
+fn the_factors_of_a_row_are_the_same_in_a_batch_of_thousands() {
+    const ALL: usize = 4_099;
+    let network = DenseNetwork::shipped(&GlobalModel::initial(38, 1), Some(&numbers(38 * 190, 3))).unwrap();
+    let (input, target) = (tensor((ALL, 190), 63, 3.0), tensor((ALL, 38), 64, 3.0));
+    let all = network.trace(&input, &target).unwrap();
+    for (rows, first) in [(1, 0), (1, ALL - 1), (73, 2_000), (1_024, 3_000), (2_050, 7)] {
+        let part = |all: &Tensor| all.narrow(0, first, rows).unwrap().contiguous().unwrap();
+        let some = network.trace(&part(&input), &part(&target)).unwrap();
+        assert!(
+            bits(&some, 0, rows) == bits(&all, first, rows),
+            "{rows} rows from {first}"
+        );
+    }
+}
+
+#[test]
+fn factors_are_the_inputs_and_errors_and_shared_where_they_are_the_same() {
+    let network = network();
+    let (input, target) = (tensor((6, 12), 11, 2.0), tensor((6, 4), 13, 2.0));
+    let traces = network.trace(&input, &target).unwrap();
+    let gradients = UnitGradients::new(traces.clone(), 3).unwrap();
+    assert_eq!((gradients.units(), gradients.rows()), (2, 3));
+    let flat = |values: &Tensor| values.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    gradients
+        .with_factors(|layers| {
+            for (layer, trace) in layers.iter().zip(&traces) {
+                assert_eq!(layer.inputs, flat(trace.inputs()));
+                assert_eq!(layer.errors, flat(trace.errors()));
+            }
+            let ranges: Vec<_> = layers
+                .iter()
+                .map(|layer| (layer.bias, layer.range_log2))
+                .collect();
+            assert_eq!(ranges, [(true, 3), (true, 0), (true, 0), (false, 3)]);
+            assert!(
+                std::ptr::eq(layers[0].inputs, layers[3].inputs),
+                "the linear path reads the same rows"
+            );
+            assert!(
+                std::ptr::eq(layers[2].errors, layers[3].errors),
+                "and ends in the same errors"
+            );
+        })
+        .unwrap();
+}

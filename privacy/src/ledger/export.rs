@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use theriac_protocol::message::UpdateKind;
 use theriac_protocol::units::{Digest, Timestamp};
 
 use super::chain;
@@ -12,6 +13,7 @@ use super::state::PolicySeen;
 use super::{KnownHead, Ledger, LedgerError, State};
 use crate::policy::Policy;
 use crate::report::{Document, ExportedRecord, Status};
+use crate::windows::BlockWindows;
 
 impl Ledger {
     /// The sum of a ledger's records, read without locking it, for the policy that is in force.
@@ -68,6 +70,51 @@ impl Ledger {
         let records = chain.records.iter().map(record).collect();
         Ok(Document::new(statement, blocks, chain.version, records, now))
     }
+}
+
+/// The terms of one charge, as the table of mechanisms shows them.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ChargedTerms {
+    pub(crate) kind: UpdateKind,
+    pub(crate) values: u32,
+    pub(crate) clip_norm: f64,
+    pub(crate) noise_multiplier: f64,
+    pub(crate) sampling_rate: f64,
+    pub(crate) steps: u32,
+    pub(crate) sensitivity: f64,
+    pub(crate) windows: Option<BlockWindows>,
+    /// First and last id of each run of blocks; empty: every block.
+    pub(crate) blocks: Vec<(u64, u64)>,
+}
+
+/// The terms of every charge that the records hold, of both formats, in their order.
+pub(crate) fn charged_terms(exported: &[ExportedRecord]) -> Vec<ChargedTerms> {
+    let terms = |record: &ExportedRecord| match serde_json::from_str(&record.body) {
+        Ok(Record::Charge(charge)) => Some(ChargedTerms {
+            kind: charge.kind,
+            values: charge.values,
+            clip_norm: charge.clip_norm.value(),
+            noise_multiplier: charge.noise_multiplier.value(),
+            sampling_rate: charge.sampling_rate,
+            steps: charge.steps,
+            sensitivity: charge.sensitivity,
+            windows: charge.windows,
+            blocks: charge.blocks,
+        }),
+        Ok(Record::Reserve(charge)) => Some(ChargedTerms {
+            kind: charge.kind,
+            values: charge.values,
+            clip_norm: charge.clip_norm.value(),
+            noise_multiplier: charge.noise_multiplier.value(),
+            sampling_rate: 1.0,
+            steps: 1,
+            sensitivity: charge.sensitivity,
+            windows: None,
+            blocks: charge.blocks,
+        }),
+        _ => None,
+    };
+    exported.iter().filter_map(terms).collect()
 }
 
 /// What the verifier looks at in a record, besides counting it.

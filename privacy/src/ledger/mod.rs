@@ -34,7 +34,7 @@ use theriac_protocol::units::{Delta, Digest, Epsilon, Timestamp};
 use self::chain::Chain;
 pub(crate) use self::charges::Charge as BlockCharge;
 pub use self::error::{LedgerError, ReserveError};
-pub(crate) use self::export::{ReadRecord, Replayed, replay_exported};
+pub(crate) use self::export::{ChargedTerms, ReadRecord, Replayed, charged_terms, replay_exported};
 use self::record::Record;
 pub use self::record::Seal;
 pub(crate) use self::record::{Charge, PolicyNote};

@@ -10,6 +10,7 @@ use theriac_protocol::units::{Delta, L2Norm, NoiseMultiplier};
 use super::{ExactGaussian, NoiseError, NoiseMechanism, SecureSource, release, sealed, split};
 use crate::accountant::{Rho, SamplingRate, SubsampledGaussian};
 use crate::clip::GridSum;
+use crate::factors::{FactoredSum, LayerFactors, UnitFactors};
 
 const RELEASES: usize = 10_000;
 const VALUES: usize = 24;
@@ -30,19 +31,51 @@ impl sealed::Mechanism for HalvedNoise {
     }
 }
 
-/// What the attacker computes of each release, without and with the block. Both data sets hold five other blocks.
-fn statistics(mechanism: &dyn NoiseMechanism) -> (Vec<f64>, Vec<f64>) {
+/// How blocks come to the sum.
+#[derive(Debug, Clone, Copy)]
+enum Given {
+    /// As one vector each.
+    AsVectors,
+    /// As inputs and errors of a layer of five inputs, a bias and four outputs.
+    AsFactors,
+}
+
+/// The sum of these blocks.
+fn sum_of(seeds: std::ops::RangeInclusive<usize>, given: Given) -> GridSum {
     let (clip, sigma) = (L2Norm::new(10.0).unwrap(), NoiseMultiplier::new(SIGMA).unwrap());
+    let mut sum = GridSum::new(VALUES, clip, sigma);
     let block = |seed: usize| -> Vec<f32> {
         (0..VALUES)
             .map(|i| ((i * 7 + seed * 13) % 11) as f32 - 5.0)
             .collect()
     };
-    let mut others = GridSum::new(VALUES, clip, sigma);
-    (1..=5).for_each(|seed| others.add(&block(seed)));
-    let mut both = GridSum::new(VALUES, clip, sigma);
-    (1..=5).for_each(|seed| both.add(&block(seed)));
-    both.add(&block(0));
+    match given {
+        Given::AsVectors => seeds.for_each(|seed| sum.add(&block(seed))),
+        Given::AsFactors => {
+            let units = seeds.clone().count();
+            let part = |width: usize| -> Vec<f32> {
+                let blocks = seeds.clone().map(block);
+                blocks.flat_map(|block| block.into_iter().take(width)).collect()
+            };
+            let (inputs, errors) = (part(5), part(4));
+            let layer = LayerFactors {
+                inputs: &inputs,
+                errors: &errors,
+                bias: true,
+                range_log2: 3,
+            };
+            let mut factored = FactoredSum::new(sum.grid(), sum.unit_norm_max(), VALUES, units).unwrap();
+            factored.add(&UnitFactors::new(&[layer], units, 1).unwrap());
+            sum.add_clipped(factored.rounded());
+        }
+    }
+    sum
+}
+
+/// What the attacker computes of each release, without and with the block. Both data sets hold five other blocks.
+fn statistics(mechanism: &dyn NoiseMechanism, given: Given) -> (Vec<f64>, Vec<f64>) {
+    let sigma = NoiseMultiplier::new(SIGMA).unwrap();
+    let (others, both) = (sum_of(1..=5, given), sum_of(0..=5, given));
     let known: Vec<f64> = others.steps().iter().map(|x| *x as f64).collect();
     let direction: Vec<f64> = both
         .steps()
@@ -66,8 +99,8 @@ fn statistics(mechanism: &dyn NoiseMechanism) -> (Vec<f64>, Vec<f64>) {
 }
 
 /// The largest excess over what the curve allows, over every threshold and a range of δ; above 0 the claim is refuted.
-fn excess(mechanism: &dyn NoiseMechanism) -> f64 {
-    let (without, with) = statistics(mechanism);
+fn excess(mechanism: &dyn NoiseMechanism, given: Given) -> f64 {
+    let (without, with) = statistics(mechanism, given);
     let above = |sorted: &[f64], threshold: f64| {
         (RELEASES - sorted.partition_point(|x| *x <= threshold)) as f64 / RELEASES as f64
     };
@@ -96,12 +129,22 @@ fn excess(mechanism: &dyn NoiseMechanism) -> f64 {
 
 #[test]
 fn no_attack_beats_the_claim() {
-    let excess = excess(&ExactGaussian);
-    assert!(excess <= 0.0, "the attack refutes the claim by {excess}");
+    for given in [Given::AsVectors, Given::AsFactors] {
+        let excess = excess(&ExactGaussian, given);
+        assert!(
+            excess <= 0.0,
+            "{given:?}: the attack refutes the claim by {excess}"
+        );
+    }
 }
 
 #[test]
 fn the_attack_catches_a_build_with_half_of_the_noise() {
-    let excess = excess(&HalvedNoise);
-    assert!(excess > 0.05, "half of the noise went unnoticed: {excess}");
+    for given in [Given::AsVectors, Given::AsFactors] {
+        let excess = excess(&HalvedNoise, given);
+        assert!(
+            excess > 0.05,
+            "{given:?}: half of the noise went unnoticed: {excess}"
+        );
+    }
 }

@@ -43,6 +43,8 @@ pub enum Subject {
     Report,
     /// One planned action on a service: an approval.
     Approval,
+    /// What stands against a service: that it is lifted.
+    Reinstatement,
 }
 
 /// A signature over a policy's text, with the key that made it.
@@ -64,6 +66,11 @@ pub enum SignatureError {
         "this is no policy key: write `thpk1_` and 64 hexadecimal digits, as `theriac-edge privacy keygen` printed them"
     )]
     PublicKey,
+    /// Its digits are no key that anybody can have.
+    #[error(
+        "these 64 digits are no public key: {0}; a digit was mistyped, or it is no key of `theriac-edge privacy keygen`"
+    )]
+    NoSuchKey(&'static str),
     /// It is no private key.
     #[error("this is no private policy key: one line, `thps1_` and 64 hexadecimal digits")]
     PrivateKey,
@@ -250,10 +257,15 @@ impl FromStr for PolicySignature {
         let [title, key, signature] = lines[..] else {
             return Err(SignatureError::Format);
         };
-        let subject = [Subject::Privacy, Subject::Healing, Subject::Approval]
-            .into_iter()
-            .find(|subject| subject.title() == title)
-            .ok_or(SignatureError::Format)?;
+        let subject = [
+            Subject::Privacy,
+            Subject::Healing,
+            Subject::Approval,
+            Subject::Reinstatement,
+        ]
+        .into_iter()
+        .find(|subject| subject.title() == title)
+        .ok_or(SignatureError::Format)?;
         let key = key.strip_prefix("key ").ok_or(SignatureError::Format)?.parse()?;
         let signature = signature.strip_prefix("signature ").and_then(bytes::<64>);
         let signature = Signature::from_bytes(&signature.ok_or(SignatureError::Format)?);
@@ -281,13 +293,14 @@ impl FromStr for PolicyPublicKey {
     type Err = SignatureError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        text.strip_prefix(PUBLIC)
-            .and_then(bytes)
-            .and_then(|bytes| VerifyingKey::from_bytes(&bytes).ok())
-            // A key that anybody could sign for is none.
-            .filter(|key| !key.is_weak())
-            .map(|key| Self(key.to_bytes()))
-            .ok_or(SignatureError::PublicKey)
+        let bytes = text.strip_prefix(PUBLIC).and_then(bytes);
+        let bytes = bytes.ok_or(SignatureError::PublicKey)?;
+        let off = SignatureError::NoSuchKey("no point of the curve has them");
+        let key = VerifyingKey::from_bytes(&bytes).map_err(|_| off)?;
+        if key.is_weak() {
+            return Err(SignatureError::NoSuchKey("anybody could sign for it"));
+        }
+        Ok(Self(key.to_bytes()))
     }
 }
 
@@ -317,6 +330,7 @@ impl Subject {
             Self::Healing => "theriac healing policy signature v1",
             Self::Report => "theriac privacy report signature v1",
             Self::Approval => "theriac approval signature v1",
+            Self::Reinstatement => "theriac reinstatement signature v1",
         }
     }
 
@@ -326,6 +340,7 @@ impl Subject {
             Self::Healing => b"theriac healing policy v1\n\0",
             Self::Report => b"theriac privacy report v1\n\0",
             Self::Approval => b"theriac approval v1\n\0",
+            Self::Reinstatement => b"theriac reinstatement v1\n\0",
         };
         [prefix, text.as_bytes()].concat()
     }

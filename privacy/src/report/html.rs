@@ -32,6 +32,7 @@ fn written(report: &Document, status: &Status) -> Result<String, fmt::Error> {
     policy(&mut html, status)?;
     evidence(&mut html, report, status)?;
     html.push_str("</div>\n");
+    super::mechanisms::table(&mut html, &report.records, status)?;
     blocks(&mut html, report, status)?;
     html.push_str("<section><h2>What this rests on</h2><ol class=\"small\">\n");
     for assumption in &report.assumptions {
@@ -208,7 +209,7 @@ fn blocks(html: &mut String, report: &Document, status: &Status) -> fmt::Result 
     Ok(())
 }
 
-fn digits(value: f64) -> String {
+pub(super) fn digits(value: f64) -> String {
     if value.is_finite() {
         format!("{value:.4}")
             .trim_end_matches('0')
@@ -225,7 +226,7 @@ fn day_and_time(at: Timestamp) -> String {
     text.replace('T', " ").trim_end_matches('Z').to_owned()
 }
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

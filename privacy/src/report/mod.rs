@@ -2,6 +2,7 @@
 
 mod document;
 mod html;
+mod mechanisms;
 mod verify;
 
 use std::fmt;

@@ -15,6 +15,8 @@ pub(super) struct Collecting {
     round: Round,
     nonce: u64,
     deadline: Moment,
+    /// Told of the round, ever: each has a place in it.
+    told: BTreeSet<NodeId>,
     /// Told of the round, neither reported nor left since; `None` after a restart that does not know.
     awaited: Option<BTreeSet<NodeId>>,
     /// On their way to the disk.
@@ -30,12 +32,18 @@ pub(super) struct Collecting {
 }
 
 impl Collecting {
-    pub(super) fn opened(context: &Context, round: Round, nonce: u64, now: Moment) -> Self {
+    pub(super) fn opened(
+        context: &Context,
+        (round, nonce): (Round, u64),
+        cohort: BTreeSet<NodeId>,
+        now: Moment,
+    ) -> Self {
         Self {
             round,
             nonce,
             deadline: now.after(context.config.deadline),
-            awaited: Some(context.admitted.clone()),
+            awaited: Some(cohort.intersection(&context.admitted).cloned().collect()),
+            told: cohort,
             storing: BTreeMap::new(),
             stored: BTreeMap::new(),
             declined: BTreeSet::new(),
@@ -64,7 +72,10 @@ impl Collecting {
         };
         let awaited = (!cohort.is_empty()).then(|| missing().cloned().collect());
         let deadline = now.after(remaining);
+        let reported = stored.keys().chain(&declined).chain(&refused);
+        let told = cohort.iter().chain(reported).cloned().collect();
         Self {
+            told,
             round,
             nonce,
             deadline,
@@ -174,7 +185,9 @@ impl Collecting {
         {
             return;
         }
-        if let Some(announce) = self.announcement(context, now) {
+        let has_place = self.has_place(context, &node);
+        if let Some(announce) = self.announcement(context, now).filter(|_| has_place) {
+            self.told.insert(node.clone());
             // Coming back does not make anybody wait for a node that was refused.
             if let Some(awaited) = self.awaited.as_mut().filter(|_| !self.refused.contains(&node)) {
                 awaited.insert(node.clone());
@@ -184,6 +197,11 @@ impl Collecting {
                 announce,
             });
         }
+    }
+
+    /// Whether a node is told of the round, or may still be.
+    fn has_place(&self, context: &Context, node: &NodeId) -> bool {
+        self.told.contains(node) || self.told.len() < context.config.updates_max.max(1)
     }
 
     fn offered(&mut self, context: &mut Context, offer: Offer) {
@@ -215,7 +233,10 @@ impl Collecting {
             context.refuse(node, round, RefusalCode::WrongNonce);
         } else if base_digest != context.base.digest {
             context.refuse(node, round, RefusalCode::WrongBase);
+        } else if !self.has_place(context, &node) {
+            context.refuse(node, round, RefusalCode::Busy);
         } else {
+            self.told.insert(node.clone());
             // A decline is no promise: a node whose disk has room again may still report.
             self.declined.remove(&node);
             context.counters.updates_taken += 1;

@@ -51,6 +51,9 @@ pub struct RoundConfig {
     /// Whether an update for the round that ended last is still stored, until the next one stops collecting; see
     /// [`Output::StoreLate`](super::Output::StoreLate). Otherwise it is refused as `round_closed`.
     pub late_updates: bool,
+    /// Most nodes that are told of a round, and most updates that it takes: what the rule can combine. Of more nodes each round tells others, drawn by its
+    /// nonce. 0 counts as 1.
+    pub updates_max: usize,
     /// No round with a higher number than this is opened; `None`: no end.
     pub rounds_max: Option<u64>,
     /// The terms of every round.

@@ -1,9 +1,11 @@
 //! Between rounds: [`Idle`] waits for the pause to end and for a quorum of nodes, [`Opening`] for the new round to be durable.
 
+use std::collections::BTreeSet;
+
 use super::closed::Closed;
 use super::collecting::Collecting;
 use super::{Context, Ignored, Input, Offer, Output, Phase};
-use crate::units::{Moment, Round};
+use crate::units::{Moment, NodeId, Round};
 
 /// No round is open.
 #[derive(Debug)]
@@ -57,19 +59,23 @@ impl Idle {
         if context.stopping || past_last {
             return Phase::Closed(Closed);
         }
-        if now < self.not_before || context.admitted.len() < context.quorum() {
+        if context.held || now < self.not_before || context.admitted.len() < context.quorum() {
             return Phase::Idle(self);
         }
         let nonce = context.nonce(round);
         let announce = context.announcement(round, nonce, context.config.deadline);
-        let cohort = context.admitted.iter().cloned().collect();
-        context.output(Output::Open { announce, cohort });
-        Phase::Opening(Opening { round, nonce })
+        let cohort = context.cohort(nonce);
+        let asked = cohort.iter().cloned().collect();
+        context.output(Output::Open {
+            announce,
+            cohort: asked,
+        });
+        Phase::Opening(Opening { round, nonce, cohort })
     }
 
     /// The end of the pause, where that is what is waited for.
     pub(super) fn timeout(&self, context: &Context) -> Option<Moment> {
-        (context.admitted.len() >= context.quorum()).then_some(self.not_before)
+        (!context.held && context.admitted.len() >= context.quorum()).then_some(self.not_before)
     }
 }
 
@@ -78,6 +84,8 @@ impl Idle {
 pub(super) struct Opening {
     round: Round,
     nonce: u64,
+    /// For whom it is, as the disk will have it.
+    cohort: BTreeSet<NodeId>,
 }
 
 impl Opening {
@@ -123,9 +131,14 @@ impl Opening {
     fn opened(self, context: &mut Context, now: Moment) -> Phase {
         context.counters.rounds_opened += 1;
         context.last = self.round;
-        let to: Vec<_> = context.admitted.iter().cloned().collect();
+        let mut told = self.cohort;
+        // Who came in the meantime joins as one that comes later does, while there are places.
+        let places = context.config.updates_max.max(1).saturating_sub(told.len());
+        let came: Vec<NodeId> = context.admitted.difference(&told).take(places).cloned().collect();
+        told.extend(came);
+        let to = told.intersection(&context.admitted).cloned().collect();
         let announce = context.announcement(self.round, self.nonce, context.config.deadline);
         context.output(Output::Announce { to, announce });
-        Collecting::opened(context, self.round, self.nonce, now).settle(context, now)
+        Collecting::opened(context, (self.round, self.nonce), told, now).settle(context, now)
     }
 }

@@ -26,6 +26,7 @@
 //! - An update on its way to the disk at the deadline is waited for: what is stored and what is published are the same set.
 //! - With [`RoundConfig::late_updates`] an update for the round that ended last, one a node, is stored apart from that round until the next one stops
 //!   collecting. It ends, delays and completes no round.
+//! - At most [`RoundConfig::updates_max`] nodes are told of a round. A node that was not is `busy` while no place is free.
 //! - A node's first durable update counts. The same bytes again get the same receipt, other bytes are refused.
 //!
 //! The driver calls [`handle`](RoundMachine::handle) or [`handle_timeout`](RoundMachine::handle_timeout), then empties
@@ -103,6 +104,14 @@ impl RoundMachine {
             _ => {}
         }
         self.advance(|phase, context| phase.handle(context, now, input));
+    }
+
+    /// Whether no round may open for now, whoever is there; an open one goes on. False when that is so already. Poll outputs and the timeout afterwards.
+    pub fn hold(&mut self, now: Moment, held: bool) -> bool {
+        let changed = self.context.held != held;
+        self.context.held = held;
+        self.handle_timeout(now);
+        changed
     }
 
     /// Takes note that time has passed. Poll outputs and the timeout afterwards.
@@ -226,6 +235,8 @@ struct Context {
     last: Round,
     admitted: BTreeSet<NodeId>,
     stopping: bool,
+    /// No round may open for now.
+    held: bool,
     /// The durable updates of the round that ended last: a node that missed its receipt still gets it.
     before: Option<(Round, BTreeMap<NodeId, Digest>)>,
     /// Updates that came after their round's end.
@@ -253,6 +264,7 @@ impl Context {
             last,
             admitted: BTreeSet::new(),
             stopping: false,
+            held: false,
             before: None,
             late: Late::default(),
             outputs: VecDeque::new(),
@@ -262,6 +274,23 @@ impl Context {
 
     fn quorum(&self) -> usize {
         self.config.quorum.max(1)
+    }
+
+    /// The admitted nodes that a round with this nonce is for: all, or of too many those with the least SHA-256(nonce ‖ name).
+    fn cohort(&self, nonce: u64) -> BTreeSet<NodeId> {
+        let places = self.config.updates_max.max(1);
+        if self.admitted.len() <= places {
+            return self.admitted.clone();
+        }
+        let drawn = |node: &NodeId| -> [u8; 32] {
+            let hash = Sha256::new().chain_update(nonce.to_le_bytes());
+            hash.chain_update(node.as_str()).finalize().into()
+        };
+        let mut nodes: Vec<([u8; 32], &NodeId)> =
+            self.admitted.iter().map(|node| (drawn(node), node)).collect();
+        nodes.sort_unstable();
+        nodes.truncate(places);
+        nodes.into_iter().map(|(_, node)| node.clone()).collect()
     }
 
     /// First eight bytes of SHA-256(seed ‖ round), both little-endian.

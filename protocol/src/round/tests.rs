@@ -17,6 +17,7 @@ fn config() -> RoundConfig {
         byzantine: 0,
         deadline: DEADLINE,
         pause: PAUSE,
+        updates_max: usize::MAX,
         rounds_max: None,
         late_updates: false,
         terms: RoundTerms {
@@ -1019,4 +1020,126 @@ fn late_update_that_becomes_durable_after_the_next_round_still_gets_its_receipt(
     machine.handle_timeout(at(66));
     assert!(matches!(outputs(&mut machine)[..], [Output::Abort { .. }]));
     assert_eq!(give(&mut machine, 67, stored("c")), [receipt("c", 3)]);
+}
+
+#[test]
+fn of_too_many_nodes_each_round_asks_as_many_as_its_rule_can_combine_and_in_time_all() {
+    let names: Vec<String> = (0..12).map(|at| format!("n{at}")).collect();
+    let config = RoundConfig {
+        updates_max: 5,
+        pause: Duration::ZERO,
+        ..config()
+    };
+    let mut now = Moment::default();
+    let mut machine = RoundMachine::new(config, base(), Round(0), SEED, now);
+    let mut asked = BTreeSet::new();
+    let node = |name: &String| NodeId::new(name.clone()).unwrap();
+    for name in &names[..2] {
+        machine.handle(now, Input::Admitted { node: node(name) });
+    }
+    let mut outputs: Vec<Output> = std::iter::from_fn(|| machine.poll_output()).collect();
+    // Ends the first round, of the two that were there first.
+    for _ in 0..40 {
+        let mut round = Round(0);
+        let mut told: Vec<NodeId> = Vec::new();
+        for output in std::mem::take(&mut outputs) {
+            match output {
+                Output::Open { announce, .. } => {
+                    round = announce.round;
+                    machine.handle(now, Input::Opened { round });
+                }
+                Output::Announce { to, .. } => told.extend(to),
+                Output::Abort { round, .. } => machine.handle(now, Input::Aborted { round }),
+                _ => {}
+            }
+        }
+        for name in &names {
+            machine.handle(now, Input::Admitted { node: node(name) });
+        }
+        while let Some(output) = machine.poll_output() {
+            match output {
+                Output::Announce { to, .. } => told.extend(to),
+                other => outputs.push(other),
+            }
+        }
+        let places: BTreeSet<NodeId> = told.iter().cloned().collect();
+        assert!(places.len() <= 5, "{places:?}");
+        if round != Round(0) && places.len() == 5 {
+            asked.extend(places.iter().cloned());
+            let stranger = names
+                .iter()
+                .map(node)
+                .find(|node| !places.contains(node))
+                .unwrap();
+            let status = machine.status();
+            let announce = machine.announcement(now).unwrap();
+            machine.handle(
+                now,
+                Input::Update {
+                    node: stranger.clone(),
+                    round: status.round,
+                    nonce: announce.nonce,
+                    base_digest: announce.base_digest,
+                    payload_digest: digest(9),
+                },
+            );
+            let refused = machine.poll_output().unwrap();
+            assert!(
+                matches!(&refused, Output::Refuse { node, code: RefusalCode::Busy, .. } if *node == stranger),
+                "{refused:?}"
+            );
+        }
+        if let Some(due) = machine.poll_timeout() {
+            now = now.max(due);
+            machine.handle_timeout(now);
+        }
+        outputs.extend(std::iter::from_fn(|| machine.poll_output()));
+    }
+    assert_eq!(
+        asked.len(),
+        names.len(),
+        "who was never asked in forty rounds? {asked:?}"
+    );
+}
+
+#[test]
+fn while_rounds_are_held_none_opens_and_then_it_does_at_once() {
+    let mut machine = RoundMachine::new(config(), base(), Round(0), SEED, at(0));
+    assert!(machine.hold(at(0), true) && !machine.hold(at(0), true));
+    admit(&mut machine, &["a", "b"]);
+    machine.handle_timeout(at(600));
+    assert_eq!(
+        (outputs(&mut machine), machine.poll_timeout()),
+        (Vec::new(), None)
+    );
+    assert!(machine.hold(at(601), false));
+    assert!(matches!(outputs(&mut machine)[..], [Output::Open { .. }]));
+    // One that is open goes on.
+    machine.hold(at(602), true);
+    let opened = give(&mut machine, 602, Input::Opened { round: Round(1) });
+    assert!(matches!(opened[..], [Output::Announce { .. }]), "{opened:?}");
+}
+
+#[test]
+fn who_is_told_has_a_place_on_disk_whoever_comes_and_goes_while_the_round_opens() {
+    let config = RoundConfig {
+        updates_max: 2,
+        ..config()
+    };
+    let mut machine = RoundMachine::new(config, base(), Round(0), SEED, at(0));
+    admit(&mut machine, &["a", "b"]);
+    let opened = outputs(&mut machine);
+    let [Output::Open { cohort, .. }] = &opened[..] else {
+        panic!("{opened:?}")
+    };
+    assert_eq!(*cohort, [node("a"), node("b")]);
+    machine.handle(at(0), Input::Left { node: node("a") });
+    admit(&mut machine, &["c", "d", "e"]);
+    let told = give(&mut machine, 0, Input::Opened { round: Round(1) });
+    let [Output::Announce { to, .. }] = &told[..] else {
+        panic!("{told:?}")
+    };
+    assert_eq!(*to, [node("b")], "a keeps its place, so there is none for others");
+    let back = give(&mut machine, 1, Input::Admitted { node: node("a") });
+    assert!(matches!(back[..], [Output::Announce { .. }]), "{back:?}");
 }

@@ -15,7 +15,8 @@ use theriac_protocol::refusal::RefusalCode;
 
 use crate::samples::{self, Message};
 
-const KINDS: [u16; 17] = [
+const KINDS: [u16; 19] = [
+    kind::APPRAISAL_V1,
     kind::LEDGER_SEAL_V1,
     kind::GUARANTEE_V1,
     kind::HELLO_V1,
@@ -31,6 +32,7 @@ const KINDS: [u16; 17] = [
     kind::ANNOUNCE_V1,
     kind::RECEIPT_V1,
     kind::MODEL_V1,
+    kind::CANDIDATE_V1,
     kind::CLOSED_V1,
     kind::AGGREGATOR_GOODBYE_V1,
 ];
@@ -131,7 +133,7 @@ fn mutate(rng: &mut ChaCha8Rng, body: &mut Vec<u8>) {
 fn every_truncation_is_refused() {
     for (kind, body) in bodies() {
         // A payload runs to the end of the frame, so only a cut in the header shows here; the payload's digest shows the rest.
-        let header = if kind == kind::UPDATE_V1 || kind == kind::MODEL_V1 {
+        let header = if [kind::UPDATE_V1, kind::MODEL_V1, kind::CANDIDATE_V1].contains(&kind) {
             4 + usize::try_from(u32::from_le_bytes(body[..4].try_into().unwrap())).unwrap()
         } else {
             body.len()
@@ -150,7 +152,7 @@ fn every_truncation_is_refused() {
 #[test]
 fn trailing_bytes_are_refused() {
     for (kind, mut body) in bodies() {
-        if kind == kind::UPDATE_V1 || kind == kind::MODEL_V1 {
+        if [kind::UPDATE_V1, kind::MODEL_V1, kind::CANDIDATE_V1].contains(&kind) {
             // One more byte between header and payload, counted to the header.
             let header = u32::from_le_bytes(body[..4].try_into().unwrap());
             body[..4].copy_from_slice(&(header + 1).to_le_bytes());

@@ -48,8 +48,48 @@ fn to_aggregator() -> impl Strategy<Value = ToAggregator> {
             verdict
         })),
         guarantee().prop_map(ToAggregator::Guarantee),
+        appraisal().prop_map(ToAggregator::Appraisal),
         Just(ToAggregator::Goodbye),
     ]
+}
+
+fn appraisal() -> impl Strategy<Value = AppraisalV1> {
+    let appraisal = prop_oneof![
+        Just(Appraisal::NotWorse),
+        Just(Appraisal::Worse),
+        Just(Appraisal::CannotTell)
+    ];
+    (any::<u64>(), digest(), appraisal, any::<u32>()).prop_map(
+        |(round, payload_digest, appraisal, ratio_permille)| AppraisalV1 {
+            round: Round(round),
+            payload_digest,
+            appraisal,
+            ratio_permille,
+        },
+    )
+}
+
+fn candidate() -> impl Strategy<Value = CandidateV1> {
+    (
+        any::<u64>(),
+        any::<u64>(),
+        digest(),
+        digest(),
+        any::<u32>(),
+        digest(),
+        any::<u32>(),
+    )
+        .prop_map(
+            |(round, base, base_digest, layout_digest, values, payload_digest, deadline_ms)| CandidateV1 {
+                round: Round(round),
+                base_version: ModelVersion(base),
+                base_digest,
+                layout_digest,
+                values,
+                payload_digest,
+                deadline_ms,
+            },
+        )
 }
 
 fn guarantee() -> impl Strategy<Value = GuaranteeV1> {
@@ -110,6 +150,7 @@ fn to_edge() -> impl Strategy<Value = ToEdge> {
                 })
             }),
         (model(), payload()).prop_map(|(header, payload)| ToEdge::Model(header, payload)),
+        (candidate(), payload()).prop_map(|(header, payload)| ToEdge::Candidate(header, payload)),
         (any::<u64>(), outcome()).prop_map(|(round, outcome)| ToEdge::Closed(ClosedV1 {
             round: Round(round),
             outcome

@@ -220,6 +220,15 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<Message>)> {
         key: "theriac/plant+01234567+AAAA".into(),
         signature: (0..64).collect(),
     };
+    let candidate = CandidateV1 {
+        round: Round(41),
+        base_version: ModelVersion(40),
+        base_digest: digest(3),
+        layout_digest: digest(2),
+        values: 2,
+        payload_digest: Digest::of(&[0; 8]),
+        deadline_ms: 30_000,
+    };
     let join_request = JoinRequestV1 {
         token_id: [1; 8],
         secret: [2; 16],
@@ -328,6 +337,30 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<Message>)> {
                         policy_version: 3,
                         policy_hash: digest(6),
                         policy_signer: signer.into(),
+                    })
+                },
+            ),
+        ),
+        (
+            "candidate_v1",
+            to_edge([candidate], |candidate| {
+                ToEdge::Candidate(candidate, Bytes::from_static(&[0; 8]))
+            }),
+        ),
+        (
+            "appraisal_v1",
+            to_aggregator(
+                [
+                    (Appraisal::NotWorse, 987),
+                    (Appraisal::Worse, u32::MAX),
+                    (Appraisal::CannotTell, 0),
+                ],
+                |(appraisal, ratio_permille)| {
+                    ToAggregator::Appraisal(AppraisalV1 {
+                        round: Round(41),
+                        payload_digest: digest(9),
+                        appraisal,
+                        ratio_permille,
                     })
                 },
             ),

@@ -47,17 +47,20 @@ pub(in crate::commands) struct PlanArguments {
     /// Channels of the model.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     channels: u16,
-    /// Releases that the history is cut into; each reads blocks of its own.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Releases that the history is cut into; each reads blocks of its own. The centre adds releases of moments, so these are planned together.
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// Sites whose moments the centre adds; the other ways of training are planned for one.
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    sites: u32,
     /// Steps of gradient training on all blocks.
-    #[arg(long, default_value_t = 20, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=u64::from(u32::MAX)))]
     steps: u64,
     /// Expected blocks of one step of sampled training.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..))]
     batch: u64,
     /// Passes over the history of sampled training.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     passes: u64,
     /// Least noise multiplier that the policy allows.
     #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
@@ -83,9 +86,23 @@ struct Answer {
     plans: Vec<Plan>,
     /// Ways of training that no noise can bring within the budget, or that the history is too short for.
     refused: Vec<Refused>,
+    /// Moments of all rounds and sites, as the centre adds them; none when no noise fits them.
+    added: Option<Added>,
     /// Name of the plan to take; none when every one is hopeless.
     recommended: Option<&'static str>,
     warnings: Vec<String>,
+}
+
+/// See [`Answer::added`].
+#[derive(Debug, Serialize)]
+struct Added {
+    /// Rounds, each of `blocks_per_release` blocks of its own.
+    rounds: u32,
+    sites: u32,
+    /// Noise of all of them over the longest mean of all their blocks.
+    noise_to_clip: f64,
+    /// After so many rounds of that many blocks it is at most 1.
+    rounds_until_it_trains: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -137,9 +154,22 @@ impl PlanArguments {
         if goal.blocks == 0 {
             return Err(wrong(&theriac_privacy::planner::PlanError::NoBlocks));
         }
-        let (mut plans, mut refused) = (Vec::new(), Vec::new());
+        let (mut plans, mut refused, mut added) = (Vec::new(), Vec::new(), None);
         for candidate in self.candidates(goal.blocks) {
             match goal.plan(&candidate) {
+                Ok(plan) if plan.name == MOMENTS => {
+                    let one = u64::from(self.rounds) * u64::from(self.sites);
+                    let together = plan.added(one);
+                    added = Some(Added {
+                        rounds: self.rounds,
+                        sites: self.sites,
+                        noise_to_clip: together.noise_to_clip,
+                        rounds_until_it_trains: plan
+                            .releases_until_it_trains()
+                            .div_ceil(u64::from(self.sites)),
+                    });
+                    plans.push(together);
+                }
                 Ok(plan) => plans.push(plan),
                 Err(error) => refused.push(Refused {
                     name: candidate.name,
@@ -160,6 +190,7 @@ impl PlanArguments {
             sensitivity: goal.sensitivity,
             blocks,
             blocks_per_release: goal.blocks,
+            added,
             recommended: recommended(&plans).map(|plan| plan.name),
             warnings: self.warnings(&goal),
             plans,
@@ -189,7 +220,7 @@ impl PlanArguments {
         let sampled = (self.passes.saturating_mul(blocks) / self.batch.max(1)).max(1);
         [
             Candidate {
-                name: "moments",
+                name: MOMENTS,
                 values: moments_layout(channels).len() as u64,
                 steps: 1,
                 batch: None,
@@ -286,6 +317,19 @@ impl fmt::Display for Answer {
         for plan in &self.plans {
             writeln!(f, "{}: {}", plan.name, plan.verdict.words())?;
         }
+        if let Some(added) = &self.added {
+            let (blocks, rounds) = (self.blocks_per_release, added.rounds_until_it_trains);
+            writeln!(
+                f,
+                "moments: the row is of {} round{} of {blocks} block{} from {} site{}, added at the centre; noise/C is 1 after {rounds} such round{}",
+                added.rounds,
+                plural(added.rounds.into()),
+                plural(blocks),
+                added.sites,
+                plural(added.sites.into()),
+                plural(rounds),
+            )?;
+        }
         writeln!(
             f,
             "(library): no round offers it; the loops are in theriac-privacy"
@@ -307,6 +351,10 @@ impl fmt::Display for Answer {
     }
 }
 
+fn plural(count: u64) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
 /// Three decimals, or as many as a small number needs.
 fn digits(value: f64) -> String {
     if value > 0.0 && value < 0.1 {
@@ -316,5 +364,7 @@ fn digits(value: f64) -> String {
     }
 }
 
+/// The way of training whose releases the centre adds.
+const MOMENTS: &str = "moments";
 /// Exit code and words when not one way of training fits the budget.
 const NO_PLAN: &str = "TH-E0351";

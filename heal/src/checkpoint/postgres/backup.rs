@@ -111,7 +111,7 @@ pub(super) async fn receive(source: &PostgresSource, owner: Owner, to: &Path) ->
         program: source.binaries.tool("pg_basebackup"),
         arguments,
         owner: Some(owner),
-        nice: source.nice,
+        background: Some(source.background.clone()),
         timeout: source.backup_timeout,
     }
     .succeed()

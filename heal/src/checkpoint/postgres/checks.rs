@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::PostgresSource;
 use super::server::Shadow;
-use super::verdict::{Check, Finding, ShadowRun};
 use super::workload::{self, Template};
+use crate::checkpoint::verdict::{Check, Finding, ShadowRun};
 use crate::postgres::PostgresError;
 use crate::postgres::session::Session;
 use crate::postgres::tool::Tool;
@@ -72,7 +72,7 @@ async fn structure(source: &PostgresSource, shadow: &Shadow) -> Check {
             format!("--maintenance-db={}", target.database).into(),
         ],
         owner: Some(shadow.owner),
-        nice: source.nice,
+        background: Some(source.background.clone()),
         timeout: source.shadow.timeout,
     };
     let finding = match tool.run().await {

@@ -18,21 +18,20 @@
 
 mod backup;
 mod checks;
-mod limits;
 mod server;
-pub mod verdict;
 pub mod workload;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use self::server::Shadow;
-use self::verdict::{Check, Finding, ShadowRun, State};
 use self::workload::{Criteria, Template};
-use super::proof::Proof;
-use super::store::{Checkpoint, CheckpointError, CheckpointStore, Staged};
-use super::unblock;
-use crate::executor::process::clear_directory;
+use super::proof::Validated;
+use super::store::{CheckpointError, CheckpointStore, Staged};
+use super::verdict::{Check, Finding, ShadowRun, State};
+use super::which::Which;
+use super::{proof, unblock_behind, work};
+use crate::background::Background;
 use crate::postgres::PostgresError;
 use crate::postgres::binaries::PgBinaries;
 use crate::postgres::owner::Owner;
@@ -55,8 +54,8 @@ pub struct PostgresSource {
     pub max_rate_kib: Option<u32>,
     /// Most time for the backup.
     pub backup_timeout: Duration,
-    /// 0 to 19: how far backup and shadow stand back for the service.
-    pub nice: i32,
+    /// How far all of it stands back for the host's services.
+    pub background: Background,
     /// Bytes that must stay free beside the copies.
     pub free_bytes_min: u64,
     /// How the copy is proved.
@@ -112,15 +111,6 @@ pub struct Taken {
     took: Duration,
 }
 
-/// A valid checkpoint and how it came to be.
-#[derive(Debug)]
-pub struct Validated {
-    /// It.
-    pub checkpoint: Checkpoint,
-    /// Its proof.
-    pub proof: Proof,
-}
-
 impl PostgresSource {
     /// Takes, hashes, shadows and keeps a checkpoint.
     ///
@@ -128,8 +118,11 @@ impl PostgresSource {
     /// [`CheckpointError::DiskFull`] before anything is written; [`CheckpointError::Invalid`] when the copy is bad, which then is in
     /// quarantine; [`CheckpointError::Unproven`] when it could not be judged; others as for a directory.
     pub async fn take(&self, store: &CheckpointStore, unix_ms: u64) -> Result<Validated, CheckpointError> {
-        let taken = self.receive(store).await?;
-        Box::pin(self.prove(store, taken, unix_ms)).await
+        let work = async {
+            let taken = self.receive(store).await?;
+            self.prove(store, taken, unix_ms).await
+        };
+        Box::pin(self.background.during(work)).await
     }
 
     /// The first half of [`Self::take`]: the backup alone.
@@ -137,13 +130,17 @@ impl PostgresSource {
     /// # Errors
     /// As [`Self::take`].
     pub async fn receive(&self, store: &CheckpointStore) -> Result<Taken, CheckpointError> {
+        Box::pin(self.background.during(self.receive_behind(store))).await
+    }
+
+    async fn receive_behind(&self, store: &CheckpointStore) -> Result<Taken, CheckpointError> {
         store.refuse_full_quarantine()?;
         self.clear().await?;
         let owner = Owner::of(&self.data_dir)?;
         let plan = backup::plan(self, owner).await?;
-        self.refuse_full_disk(store, plan.bytes)?;
+        work::refuse_full_disk(&self.work_dir, store, plan.bytes, self.free_bytes_min)?;
         let begun = Instant::now();
-        self.make_work_dir(owner)?;
+        work::make(&self.work_dir, owner)?;
         let received = backup::receive(self, owner, &self.data()).await;
         if let Err(error) = received {
             self.clear().await?;
@@ -167,35 +164,22 @@ impl PostgresSource {
         taken: Taken,
         unix_ms: u64,
     ) -> Result<Validated, CheckpointError> {
+        Box::pin(self.background.during(self.prove_behind(store, taken, unix_ms))).await
+    }
+
+    async fn prove_behind(
+        &self,
+        store: &CheckpointStore,
+        taken: Taken,
+        unix_ms: u64,
+    ) -> Result<Validated, CheckpointError> {
         let mut run = ShadowRun::default();
         run.reached(State::Taken, taken.took);
         let proved = Box::pin(self.hash_and_shadow(store, &taken, unix_ms, &mut run)).await;
         let cleared = self.clear().await;
         let staged = proved?;
         cleared?;
-        match run.complete() {
-            Finding::Pass => {
-                let begun = Instant::now();
-                let (store, kept) = (store.clone(), run.clone());
-                let (checkpoint, proof) = unblock(move || {
-                    let proof = store.prove(&staged, kept, unix_ms)?;
-                    Ok((store.commit(staged)?, proof))
-                })
-                .await?;
-                tracing::debug!(sequence = checkpoint.sequence, took = ?begun.elapsed(), "valid");
-                Ok(Validated { checkpoint, proof })
-            }
-            Finding::Invalid(reason) => {
-                let (store, why) = (store.clone(), reason.clone());
-                let path = unblock(move || store.set_aside(staged, &why)).await?;
-                Err(CheckpointError::Invalid { path, reason })
-            }
-            Finding::Unknown(detail) => {
-                let (store, path) = (store.clone(), store.dir().to_owned());
-                unblock(move || store.discard(staged)).await?;
-                Err(CheckpointError::Unproven { path, detail })
-            }
-        }
+        proof::settle(store, staged, run, unix_ms, &self.background).await
     }
 
     /// Proves a stored checkpoint again: its bytes against its digests, then a shadow run on a copy of it. The server itself is not
@@ -203,15 +187,27 @@ impl PostgresSource {
     ///
     /// # Errors
     /// [`CheckpointError::Corrupt`], [`CheckpointError::Invalid`], [`CheckpointError::Unproven`] and others.
-    pub async fn verify(&self, store: &CheckpointStore, sequence: u64) -> Result<ShadowRun, CheckpointError> {
+    pub async fn verify(
+        &self,
+        store: &CheckpointStore,
+        which: impl Into<Which>,
+    ) -> Result<ShadowRun, CheckpointError> {
+        Box::pin(self.background.during(self.verify_behind(store, which.into()))).await
+    }
+
+    async fn verify_behind(
+        &self,
+        store: &CheckpointStore,
+        which: Which,
+    ) -> Result<ShadowRun, CheckpointError> {
         self.clear().await?;
-        let found = store.verify(sequence)?;
-        let owner = Owner::of(&self.data_dir).or_else(|_gone| Owner::of(parent(&self.work_dir)))?;
-        super::store::needs_room(parent(&self.work_dir), found.bytes, self.free_bytes_min)?;
+        let found = store.verify(which)?;
+        let owner = Owner::of(&self.data_dir).or_else(|_gone| Owner::of(work::parent(&self.work_dir)))?;
+        super::store::needs_room(work::parent(&self.work_dir), found.bytes, self.free_bytes_min)?;
         let begun = Instant::now();
-        self.make_work_dir(owner)?;
+        work::make(&self.work_dir, owner)?;
         let (from, to) = (store.clone(), self.data());
-        let copied = unblock(move || from.export(sequence, &to)).await;
+        let copied = unblock_behind(&self.background, move || from.export(which, &to)).await;
         let mut run = ShadowRun::default();
         if copied.is_ok() {
             run.reached(State::Hashed, begun.elapsed());
@@ -221,17 +217,7 @@ impl PostgresSource {
         let cleared = self.clear().await;
         copied?;
         cleared?;
-        match run.complete() {
-            Finding::Pass => Ok(run),
-            Finding::Invalid(reason) => Err(CheckpointError::Invalid {
-                path: found.path,
-                reason,
-            }),
-            Finding::Unknown(detail) => Err(CheckpointError::Unproven {
-                path: found.path,
-                detail,
-            }),
-        }
+        proof::judged(run, found.path)
     }
 
     /// Ends a shadow that an earlier run left behind and removes the work directory.
@@ -239,26 +225,7 @@ impl PostgresSource {
     /// # Errors
     /// [`CheckpointError::Io`].
     pub async fn clear(&self) -> Result<(), CheckpointError> {
-        if self.work_dir.symlink_metadata().is_err() {
-            return Ok(());
-        }
-        // Only what carries our mark is removed: a mistyped work directory is not.
-        if !self.work_dir.join(MARK).is_file() {
-            let source = std::io::Error::new(
-                std::io::ErrorKind::AlreadyExists,
-                "is no work directory of ours: name one that does not exist",
-            );
-            return Err(CheckpointError::Io {
-                path: self.work_dir.clone(),
-                source,
-            });
-        }
-        clear_directory(&self.data(), None, CLEAR_WAIT).await;
-        let work = self.work_dir.clone();
-        unblock(move || {
-            std::fs::remove_dir_all(&work).map_err(|source| CheckpointError::Io { path: work, source })
-        })
-        .await
+        work::clear(&self.work_dir).await
     }
 
     async fn hash_and_shadow(
@@ -270,7 +237,7 @@ impl PostgresSource {
     ) -> Result<Staged, CheckpointError> {
         let begun = Instant::now();
         let (to, data) = (store.clone(), taken.data.clone());
-        let staged = unblock(move || to.stage(&data, unix_ms)).await?;
+        let staged = unblock_behind(&self.background, move || to.stage(&data, unix_ms)).await?;
         run.reached(State::Hashed, begun.elapsed());
         let mut shadowed = ShadowRun::default();
         let begun = Instant::now();
@@ -304,7 +271,7 @@ impl PostgresSource {
             program: self.binaries.tool("pg_verifybackup"),
             arguments: vec!["--exit-on-error".into(), "--quiet".into(), tree.into()],
             owner: None,
-            nice: self.nice,
+            background: Some(self.background.clone()),
             timeout: self.shadow.timeout,
         };
         let finding = match tool.run().await {
@@ -336,33 +303,6 @@ impl PostgresSource {
     fn data(&self) -> PathBuf {
         self.work_dir.join("data")
     }
-
-    fn make_work_dir(&self, owner: Owner) -> Result<(), CheckpointError> {
-        use std::os::unix::fs::DirBuilderExt as _;
-        let mut builder = std::fs::DirBuilder::new();
-        builder.mode(0o700);
-        let io = |path: &Path| {
-            let path = path.to_owned();
-            move |source| CheckpointError::Io { path, source }
-        };
-        builder.create(&self.work_dir).map_err(io(&self.work_dir))?;
-        let mark = self.work_dir.join(MARK);
-        std::fs::write(&mark, b"a checkpoint is being proved here\n").map_err(io(&mark))?;
-        owner.take(&mark)?;
-        owner.take(&self.work_dir)?;
-        Ok(())
-    }
-
-    /// Two copies: the one that is kept and the one that the shadow runs on.
-    fn refuse_full_disk(&self, store: &CheckpointStore, bytes: u64) -> Result<(), CheckpointError> {
-        let work = parent(&self.work_dir);
-        let device = |path: &Path| rustix::fs::stat(path).map(|found| found.st_dev).ok();
-        if device(work) == device(store.dir()) {
-            return super::store::needs_room(work, bytes.saturating_mul(2), self.free_bytes_min);
-        }
-        super::store::needs_room(work, bytes, self.free_bytes_min)?;
-        super::store::needs_room(store.dir(), bytes, self.free_bytes_min)
-    }
 }
 
 impl From<PostgresError> for CheckpointError {
@@ -370,15 +310,3 @@ impl From<PostgresError> for CheckpointError {
         Self::Postgres(Box::new(error))
     }
 }
-
-fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-/// Says that a work directory is ours and may be removed.
-const MARK: &str = "THERIAC-WORK";
-/// Longest wait until a killed shadow is gone.
-const CLEAR_WAIT: Duration = Duration::from_secs(5);

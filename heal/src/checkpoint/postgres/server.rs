@@ -6,19 +6,18 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::thread::UnshareFlags;
-use tokio::process::{Child, Command};
-use tokio::sync::oneshot;
+use tokio::process::Child;
 use tokio::time::sleep;
 
 use super::PostgresSource;
-use super::verdict::{Check, Finding, ShadowRun};
+use crate::checkpoint::apart::spawn_apart;
+use crate::checkpoint::limits::Limits;
+use crate::checkpoint::verdict::{Check, Finding, ShadowRun};
 use crate::executor::process::clear_directory;
 use crate::postgres::owner::Owner;
 use crate::postgres::session::{Session, Target};
-use crate::postgres::tool::{Tool, command, stand_back};
+use crate::postgres::tool::{Tool, command};
 use crate::postgres::{PostgresError, at};
 
 /// A running shadow. Dropped, it is killed.
@@ -32,7 +31,7 @@ pub(super) struct Shadow {
     checksums: bool,
     // Removed with it.
     _socket_dir: SocketDir,
-    _group: Option<super::limits::Limits>,
+    _group: Option<Limits>,
 }
 
 impl Shadow {
@@ -102,17 +101,22 @@ impl Shadow {
             .stdin(Stdio::null())
             .stdout(file)
             .stderr(clone);
-        let (spawned, isolation) = spawn_apart(start, source.target.socket()).await;
+        let (spawned, isolation) = spawn_apart(start, Some(source.target.socket())).await;
         let child = spawned.map_err(|error| PostgresError::Spawn {
             program,
             source: error,
         })?;
-        stand_back(child.id(), source.nice);
-        let group = super::limits::Limits::put(child.id(), &source.shadow);
+        source.background.put(child.id());
+        let group = Limits::put(
+            child.id(),
+            source.shadow.memory_bytes,
+            source.shadow.cpu_cores,
+            &source.background,
+        );
         run.isolation = isolation;
         run.limits = group.as_ref().map_or_else(
             || "the server's settings and its priority".to_owned(),
-            super::limits::Limits::words,
+            Limits::words,
         );
         let target = Target {
             socket_dir: socket_dir.path().to_owned(),
@@ -208,7 +212,7 @@ impl Shadow {
             program: source.binaries.tool("pg_checksums"),
             arguments: vec!["--check".into(), "--pgdata".into(), (&self.data).into()],
             owner: Some(self.owner),
-            nice: source.nice,
+            background: Some(source.background.clone()),
             timeout: source.shadow.timeout,
         };
         let finding = match (clean, tool.run().await) {
@@ -260,7 +264,7 @@ async fn version_and_control(source: &PostgresSource, data: &Path) -> Result<Con
         program: source.binaries.tool("pg_controldata"),
         arguments: vec![data.into()],
         owner: None,
-        nice: 0,
+        background: None,
         timeout: Duration::from_secs(30),
     };
     let said = match tool.run().await {
@@ -386,60 +390,6 @@ impl Drop for SocketDir {
             tracing::debug!(%error, "socket folder not removed");
         }
     }
-}
-
-/// Starts the command where it has no network and where the primary's socket is hidden, if we are root; else as it is. How, in words.
-async fn spawn_apart(command: Command, primary: PathBuf) -> (std::io::Result<Child>, String) {
-    if !rustix::process::geteuid().is_root() {
-        let mut command = command;
-        return (
-            command.spawn(),
-            "own socket only, no address listened on (namespaces need root)".to_owned(),
-        );
-    }
-    let runtime = tokio::runtime::Handle::current();
-    let (send, receive) = oneshot::channel();
-    // A thread of its own: a namespace belongs to the thread that entered it, and to what that starts.
-    let thread = std::thread::Builder::new()
-        .name("shadow-start".to_owned())
-        .spawn(move || {
-            let _entered = runtime.enter();
-            let mut command = command;
-            let words = match apart(&primary) {
-                Ok(hidden) => format!("own network and mount namespace, {hidden}"),
-                Err(error) => {
-                    format!("own socket only, no address listened on (namespaces refused: {error})")
-                }
-            };
-            if send.send((command.spawn(), words)).is_err() {
-                tracing::debug!("nobody waits for the shadow any more");
-            }
-        });
-    match thread {
-        Ok(_detached) => receive.await.unwrap_or_else(|_gone| {
-            (
-                Err(std::io::Error::other("the starting thread ended")),
-                String::new(),
-            )
-        }),
-        Err(error) => (Err(error), String::new()),
-    }
-}
-
-/// Moves this thread into namespaces of its own. What became of the primary's socket, in words.
-fn apart(primary: &Path) -> std::io::Result<&'static str> {
-    #[expect(
-        deprecated,
-        reason = "unsafe only with UnshareFlags::FILES, which is not asked for; the workspace forbids unsafe code"
-    )]
-    rustix::thread::unshare(UnshareFlags::NEWNET | UnshareFlags::NEWNS)?;
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-    // A socket file is reached through the file system whatever the network namespace, so it is covered.
-    if primary.exists() {
-        mount_bind("/dev/null", primary)?;
-        return Ok("the primary's socket covered");
-    }
-    Ok("no primary's socket to cover")
 }
 
 const SETTINGS: &str = "\

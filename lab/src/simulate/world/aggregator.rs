@@ -157,6 +157,7 @@ impl Aggregator {
             deadline: config.deadline,
             pause: config.pause,
             late_updates: false,
+            updates_max: usize::MAX,
             rounds_max: None,
             terms: terms(),
         };
@@ -290,7 +291,10 @@ impl World {
             return;
         }
         match message {
-            ToAggregator::Hello(_) | ToAggregator::Verdict(_) | ToAggregator::Guarantee(_) => {}
+            ToAggregator::Hello(_)
+            | ToAggregator::Verdict(_)
+            | ToAggregator::Guarantee(_)
+            | ToAggregator::Appraisal(_) => {}
             ToAggregator::Update(header, payload) => self.update(edge, &header, &payload),
             ToAggregator::Decline(decline) => {
                 let (round, reason) = (decline.round, decline.reason);

@@ -222,7 +222,7 @@ impl World {
                 Input::Model { header }
             }
             // This edge's Hello does not ask for it.
-            Ok(ToEdge::Seal(_)) => return,
+            Ok(ToEdge::Seal(_) | ToEdge::Candidate(..)) => return,
             Ok(ToEdge::Goodbye(_)) => return self.edge_notices(edge, session),
             Err(error) => return self.broken_codec(&error),
         };

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// The server's backup is complete.
+    /// The copy is complete.
     Taken,
     /// Its bytes are digested and stored.
     Hashed,
-    /// A second server has run on them.
+    /// A second one has run on them.
     Shadowed,
 }
 
@@ -31,7 +31,7 @@ pub enum Finding {
 /// One check.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Check {
-    /// Its name, one of [`NEEDED`] or another.
+    /// Its name, one of [`ShadowKind::needed`] or another.
     pub name: String,
     /// What it says.
     pub finding: Finding,
@@ -59,9 +59,36 @@ impl Check {
     }
 }
 
+/// What a shadow is a second one of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShadowKind {
+    /// A PostgreSQL server.
+    #[default]
+    Postgresql,
+    /// A Redis server.
+    Redis,
+    /// Readers of SQLite databases.
+    Sqlite,
+}
+
+impl ShadowKind {
+    /// Checks without which no copy is valid, in their order.
+    pub fn needed(self) -> &'static [&'static str] {
+        match self {
+            Self::Postgresql => &NEEDED,
+            Self::Redis => &["load", "keys", "invariants"],
+            Self::Sqlite => &["integrity", "full read", "invariants"],
+        }
+    }
+}
+
 /// All that a run showed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ShadowRun {
+    /// What ran.
+    #[serde(default)]
+    pub kind: ShadowKind,
     /// Each state reached, with the seconds that it took.
     pub states: Vec<(State, f64)>,
     /// The checks, in their order.
@@ -73,6 +100,13 @@ pub struct ShadowRun {
 }
 
 impl ShadowRun {
+    pub(super) fn of(kind: ShadowKind) -> Self {
+        Self {
+            kind,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn reached(&mut self, state: State, took: Duration) {
         self.states.push((state, took.as_secs_f64()));
     }
@@ -110,7 +144,9 @@ impl ShadowRun {
 
     /// The same, and every needed check must be there.
     pub fn complete(&self) -> Finding {
-        let missing = NEEDED
+        let missing = self
+            .kind
+            .needed()
             .iter()
             .find(|name| !self.checks.iter().any(|check| check.name == **name));
         match (self.finding(), missing) {
@@ -120,7 +156,7 @@ impl ShadowRun {
     }
 }
 
-/// Checks without which no copy is valid, in their order.
+/// Those of a PostgreSQL copy.
 pub const NEEDED: [&str; 6] = [
     "version",
     "recovery",

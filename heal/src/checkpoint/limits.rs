@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::ShadowSpec;
+use crate::background::{Background, remove_later};
 
 /// The groups; removed when this is dropped.
 #[derive(Debug)]
@@ -13,13 +13,20 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// Puts the process, and so all that it starts, into groups with the limits of `spec`. `None` where that cannot be done.
-    pub(super) fn put(pid: Option<u32>, spec: &ShadowSpec) -> Option<Self> {
+    /// Puts the process, and so all that it starts, into groups with these limits; the processor's is one inside that of
+    /// the background, so that the shadow stands back as the rest does. `None` where that cannot be done.
+    pub(super) fn put(
+        pid: Option<u32>,
+        memory_bytes: u64,
+        cpu_cores: f64,
+        background: &Background,
+    ) -> Option<Self> {
         let pid = pid?;
         let name = format!("theriac-shadow-{pid}");
+        let background = background.group();
         let root = Path::new("/sys/fs/cgroup");
-        let quota = format!("{:.0}", spec.cpu_cores * PERIOD_US);
-        let memory = spec.memory_bytes.to_string();
+        let quota = format!("{:.0}", cpu_cores * PERIOD_US);
+        let memory = memory_bytes.to_string();
         let mut made = Self {
             groups: Vec::new(),
             words: String::new(),
@@ -27,7 +34,10 @@ impl Limits {
         if root.join("cgroup.controllers").is_file() {
             let cpu = format!("{quota} {PERIOD_US:.0}");
             let files = [("memory.max", memory.as_str()), ("cpu.max", cpu.as_str())];
-            made.add("v2", &root.join(&name), &files, pid);
+            let dir = background
+                .as_ref()
+                .map_or_else(|| root.join(&name), |group| group.inside(&name));
+            made.add("v2", &dir, &files, pid);
         } else {
             let period = format!("{PERIOD_US:.0}");
             made.add(
@@ -40,7 +50,13 @@ impl Limits {
                 ("cpu.cfs_period_us", period.as_str()),
                 ("cpu.cfs_quota_us", &quota),
             ];
-            made.add("v1 cpu", &root.join("cpu").join(&name), &files, pid);
+            let dir = background
+                .as_ref()
+                .map_or_else(|| root.join("cpu").join(&name), |group| group.inside(&name));
+            made.add("v1 cpu", &dir, &files, pid);
+            if background.is_some() {
+                made.words.push_str(", on idle time");
+            }
         }
         (!made.groups.is_empty()).then_some(made)
     }
@@ -76,15 +92,8 @@ impl Limits {
 
 impl Drop for Limits {
     fn drop(&mut self) {
-        for group in &self.groups {
-            // The last process may be dying still: it leaves within milliseconds.
-            for _attempt in 0..20 {
-                if fs::remove_dir(group).is_ok() {
-                    break;
-                }
-                std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-        }
+        // The last process may be dying still, and this may be an async thread.
+        remove_later(std::mem::take(&mut self.groups));
     }
 }
 

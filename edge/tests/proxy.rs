@@ -1,0 +1,349 @@
+//! A whole edge in this process with a proxy before a real service, and with a real group of processes.
+//!
+//! The service is this very test program, started again with an address in its environment: see `service_process`.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use theriac_edge::config::EdgeConfig;
+use theriac_edge::probe::{self, ProbeUrl};
+use theriac_edge::proxy::ProxyStatus;
+use theriac_edge::status::{IncidentView, ServiceStatus, Status};
+use theriac_edge::{EdgeError, commands, run};
+use theriac_heal::executor::cgroup::{Controller, Hierarchies, Version};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+const ADDRESS: &str = "THERIAC_TEST_SERVICE";
+/// What a test that hangs fails by.
+const LONG: Duration = Duration::from_mins(1);
+
+/// Not a test of its own: with an address in the environment it is the service that the tests supervise.
+#[test]
+fn service_process() {
+    let Ok(address) = std::env::var(ADDRESS) else {
+        return;
+    };
+    let listener = TcpListener::bind(address).unwrap();
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        let mut request = [0; 1024];
+        // A client that went away is none of the service's business.
+        if stream.read(&mut request).is_ok() {
+            let _sent = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nok").is_ok();
+        }
+    }
+}
+
+struct Edge {
+    file: PathBuf,
+    state: PathBuf,
+    service: SocketAddr,
+    stop: oneshot::Sender<()>,
+    running: JoinHandle<Result<(), EdgeError>>,
+}
+
+impl Edge {
+    /// `more` stands in the service's own table; `SERVICE` in it is the service's address.
+    fn start(root: &Path, more: &str) -> Self {
+        let service = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let more = more.replace("SERVICE", &service.to_string());
+        let program = std::env::current_exe().unwrap().display().to_string();
+        let (file, state) = (root.join("edge.toml"), root.join("s"));
+        let text = format!(
+            "state_dir = '{}'\nhttp.listen = '127.0.0.1:0'\nhealing = {{ autonomy = 'act', cooldown = '0s', max_actions = 100, verify_window = '1s' }}\n\
+             [[service]]\nname = 'kv'\nargv = ['{program}', '--exact', 'service_process', '--nocapture']\n\
+             env = {{ {ADDRESS} = '{service}' }}\nstop_grace = '200ms'\n\
+             probe = {{ url = 'http://{service}/', interval = '100ms', timeout = '500ms' }}\n{more}",
+            state.display()
+        );
+        fs::write(&file, text).unwrap();
+        let config = EdgeConfig::load(Some(&file), []).unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let until = async move {
+            let _told = stopped.await.is_ok();
+        };
+        let running = tokio::spawn(async move { Box::pin(run(config, None, until)).await });
+        Self {
+            file,
+            state,
+            service,
+            stop,
+            running,
+        }
+    }
+
+    async fn page<T: serde::de::DeserializeOwned>(&self, path: &str) -> Option<T> {
+        let address = fs::read_to_string(self.state.join("http.addr")).ok()?;
+        let url = ProbeUrl::new(address.parse().ok()?, path);
+        let (_, body) = probe::get(&url, LONG, 1 << 20).await.ok()?;
+        serde_json::from_slice(&body).ok()
+    }
+
+    async fn line(&self) -> Option<ServiceStatus> {
+        self.page::<Status>("/status").await?.services.pop()
+    }
+
+    async fn proxy(&self) -> Option<ProxyStatus> {
+        self.line().await?.proxy
+    }
+
+    async fn until<T>(&self, what: &str, mut look: impl AsyncFnMut(&Self) -> Option<T>) -> T {
+        let deadline = Instant::now() + LONG;
+        loop {
+            if let Some(found) = look(self).await {
+                return found;
+            }
+            let late = Instant::now() > deadline || self.running.is_finished();
+            assert!(!late, "not {what} in time: {:?}", self.line().await);
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn well(&self) -> u32 {
+        self.until("well", async |edge| {
+            let line = edge.line().await?;
+            line.pid.filter(|_| line.healthy)
+        })
+        .await
+    }
+
+    async fn incidents(&self) -> Vec<IncidentView> {
+        self.until("answered", async |edge| edge.page("/incidents").await)
+            .await
+    }
+
+    /// One of the program's own commands, as a person at the host gives it.
+    async fn command(&self, words: &[&str]) -> ExitCode {
+        let mut words: Vec<String> = words.iter().copied().map(str::to_owned).collect();
+        words.insert(0, "theriac-edge".to_owned());
+        words.extend(["--config".to_owned(), self.file.display().to_string()]);
+        tokio::task::spawn_blocking(move || commands::main(words))
+            .await
+            .unwrap()
+    }
+
+    async fn finish(self) {
+        drop(self.stop);
+        self.running.await.unwrap().unwrap();
+    }
+}
+
+async fn answers(address: SocketAddr) -> bool {
+    let url = ProbeUrl::new(address, "/");
+    probe::get(&url, LONG, 1 << 10)
+        .await
+        .is_ok_and(|(code, body)| code == 200 && body == b"ok")
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
+}
+
+const PROXY: &str = "[service.proxy]\nlisten = '127.0.0.1:0'\nupstream = 'SERVICE'\n";
+
+/// What one client met.
+#[derive(Debug, Clone, Copy, Default)]
+struct Met {
+    asked: u32,
+    failed: u32,
+    /// The longest time without a good answer.
+    longest: Duration,
+}
+
+/// Asks again and again, one request after the other, until `done`.
+async fn load(address: SocketAddr, done: impl Fn() -> bool) -> Met {
+    let (mut met, mut good) = (Met::default(), Instant::now());
+    while !done() {
+        met.asked += 1;
+        if answers(address).await {
+            met.longest = met.longest.max(good.elapsed());
+            good = Instant::now();
+        } else {
+            met.failed += 1;
+        }
+    }
+    met.longest = met.longest.max(good.elapsed());
+    met
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_service_loses_fewer_requests_behind_its_proxy_than_without() {
+    const KILLS: u32 = 5;
+    let root = tempfile::tempdir().unwrap();
+    let edge = Edge::start(root.path(), PROXY);
+    let mut pid = edge.well().await;
+    let listen = edge.until("told", async |edge| edge.proxy().await).await.listen;
+    // So that retries are paid for.
+    for _ in 0..100 {
+        assert!(answers(listen).await);
+    }
+    let (mut through, mut direct) = (Met::default(), Met::default());
+    for _ in 0..KILLS {
+        let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let clients = [listen, edge.service].map(|address| {
+            let over = std::sync::Arc::clone(&over);
+            tokio::spawn(load(address, move || {
+                over.load(std::sync::atomic::Ordering::Relaxed)
+            }))
+        });
+        signal(pid, Signal::KILL);
+        pid = edge
+            .until("started again", async |edge| {
+                let line = edge.line().await?;
+                line.pid.filter(|new| *new != pid && line.healthy)
+            })
+            .await;
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        // Another kill within the same incident would be another attempt of it.
+        edge.until("healed", async |edge| {
+            let open = edge
+                .incidents()
+                .await
+                .into_iter()
+                .any(|incident| incident.healed_unix_ms.is_none());
+            (!open).then_some(())
+        })
+        .await;
+        for (client, sum) in clients.into_iter().zip([&mut through, &mut direct]) {
+            let met = client.await.unwrap();
+            sum.asked += met.asked;
+            sum.failed += met.failed;
+            sum.longest = sum.longest.max(met.longest);
+        }
+    }
+    let told = edge.proxy().await;
+    println!("{KILLS} kills: through the proxy {through:?}, directly {direct:?}; {told:?}");
+    assert!(
+        through.failed <= KILLS && through.failed < direct.failed,
+        "{through:?} {direct:?}"
+    );
+    assert!(told.unwrap().held >= 1);
+    edge.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_drains_a_service_and_takes_it_back_and_metrics_tell() {
+    let root = tempfile::tempdir().unwrap();
+    let edge = Edge::start(root.path(), PROXY);
+    edge.well().await;
+    let listen = edge.until("told", async |edge| edge.proxy().await).await.listen;
+    assert!(answers(listen).await);
+    assert_eq!(edge.command(&["drain", "other"]).await, ExitCode::FAILURE);
+    assert_eq!(edge.command(&["drain", "kv"]).await, ExitCode::SUCCESS);
+    let draining =
+        async |edge: &Edge, wanted: bool| edge.proxy().await.filter(|proxy| proxy.draining == wanted);
+    edge.until("drained", async |edge| draining(edge, true).await)
+        .await;
+    let (code, _) = probe::get(&ProbeUrl::new(listen, "/"), LONG, 1 << 10)
+        .await
+        .unwrap();
+    assert_eq!(code, 503);
+    assert!(
+        edge.line().await.unwrap().healthy,
+        "its own probe goes past the proxy"
+    );
+    assert_eq!(edge.command(&["undrain", "kv"]).await, ExitCode::SUCCESS);
+    edge.until("undrained", async |edge| draining(edge, false).await)
+        .await;
+    assert!(answers(listen).await);
+    let page: SocketAddr = fs::read_to_string(edge.state.join("http.addr"))
+        .unwrap()
+        .parse()
+        .unwrap();
+    let line = "theriac_edge_proxy_requests_total{service=\"kv\",outcome=\"drained\"} 1";
+    edge.until("counted", async |_| {
+        let (_, text) = probe::get(&ProbeUrl::new(page, "/metrics"), LONG, 1 << 20)
+            .await
+            .ok()?;
+        String::from_utf8(text)
+            .unwrap()
+            .lines()
+            .any(|found| found == line)
+            .then_some(())
+    })
+    .await;
+    assert_eq!(edge.command(&["status"]).await, ExitCode::SUCCESS);
+    edge.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_taken_address_is_told_before_anything_runs() {
+    let root = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let edge = Edge::start(root.path(), &PROXY.replace("127.0.0.1:0", &address));
+    let error = edge.running.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("the proxy of `kv` cannot listen on"), "{error}");
+}
+
+/// The service's directory in one of the kernel's trees; removed at the end.
+struct Group(PathBuf);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + LONG;
+        while fs::remove_dir(&self.0).is_err() && self.0.exists() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bound_that_does_not_help_is_taken_back_before_the_next_rung() {
+    let found = Hierarchies::read().unwrap();
+    let Some((version, cpu)) = found.of(Controller::Cpu) else {
+        println!("left out: no cpu controller is mounted here");
+        return;
+    };
+    let name = format!("theriac-edge-test-{}", std::process::id());
+    if fs::create_dir(cpu.join(&name)).is_err() {
+        println!("left out: no group can be made in {}", cpu.display());
+        return;
+    }
+    let all = [Controller::Cpu, Controller::Memory, Controller::Freezer];
+    let _groups: Vec<Group> = all
+        .into_iter()
+        .filter_map(|controller| Some(Group(found.of(controller)?.1.join(&name))))
+        .collect();
+    let root = tempfile::tempdir().unwrap();
+    let more = format!(
+        "[service.cgroup]\nplace = '{name}'\nthrottle_cpu = {{ group = '{name}', for = ['hang'], percent = 50, lasts = '1h' }}\n"
+    );
+    let edge = Edge::start(root.path(), &more);
+    let pid = edge.well().await;
+    let procs = fs::read_to_string(cpu.join(&name).join("cgroup.procs")).unwrap();
+    assert!(procs.lines().any(|line| line == pid.to_string()), "{procs}");
+    signal(pid, Signal::STOP);
+    let bounds = edge.state.join("bounds-kv.json");
+    edge.until("bounded", async |_| bounds.exists().then_some(()))
+        .await;
+    let healed = edge
+        .until("healed", async |edge| {
+            let incidents = edge.incidents().await;
+            incidents
+                .into_iter()
+                .find(|incident| incident.healed_unix_ms.is_some())
+        })
+        .await;
+    // A stopped process is helped by no bound; the next rung was the restart.
+    assert_eq!(healed.action.as_deref(), Some("restart"));
+    edge.until("taken back", async |_| {
+        (fs::read_to_string(&bounds).ok()? == "[]").then_some(())
+    })
+    .await;
+    let (file, free) = match version {
+        Version::V1 => ("cpu.cfs_quota_us", "-1"),
+        Version::V2 => ("cpu.max", "max"),
+    };
+    let quota = fs::read_to_string(cpu.join(&name).join(file)).unwrap();
+    assert!(quota.starts_with(free), "{quota}");
+    edge.finish().await;
+}

@@ -1,0 +1,65 @@
+//! Starting a shadow where it cannot reach the primary.
+
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+use rustix::thread::UnshareFlags;
+use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
+
+/// Starts the command where it has no network and where the primary's socket is hidden, if we are root; else as it is. How, in words.
+pub(super) async fn spawn_apart(
+    command: Command,
+    primary: Option<PathBuf>,
+) -> (std::io::Result<Child>, String) {
+    if !rustix::process::geteuid().is_root() {
+        let mut command = command;
+        return (
+            command.spawn(),
+            "own socket only, no address listened on (namespaces need root)".to_owned(),
+        );
+    }
+    let runtime = tokio::runtime::Handle::current();
+    let (send, receive) = oneshot::channel();
+    // A thread of its own: a namespace belongs to the thread that entered it, and to what that starts.
+    let thread = std::thread::Builder::new()
+        .name("shadow-start".to_owned())
+        .spawn(move || {
+            let _entered = runtime.enter();
+            let mut command = command;
+            let words = match apart(primary.as_deref()) {
+                Ok(hidden) => format!("own network and mount namespace, {hidden}"),
+                Err(error) => {
+                    format!("own socket only, no address listened on (namespaces refused: {error})")
+                }
+            };
+            if send.send((command.spawn(), words)).is_err() {
+                tracing::debug!("nobody waits for the shadow any more");
+            }
+        });
+    match thread {
+        Ok(_detached) => receive.await.unwrap_or_else(|_gone| {
+            (
+                Err(std::io::Error::other("the starting thread ended")),
+                String::new(),
+            )
+        }),
+        Err(error) => (Err(error), String::new()),
+    }
+}
+
+/// Moves this thread into namespaces of its own. What became of the primary's socket, in words.
+fn apart(primary: Option<&Path>) -> std::io::Result<&'static str> {
+    #[expect(
+        deprecated,
+        reason = "unsafe only with UnshareFlags::FILES, which is not asked for; the workspace forbids unsafe code"
+    )]
+    rustix::thread::unshare(UnshareFlags::NEWNET | UnshareFlags::NEWNS)?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    // A socket file is reached through the file system whatever the network namespace, so it is covered.
+    if let Some(primary) = primary.filter(|primary| primary.exists()) {
+        mount_bind("/dev/null", primary)?;
+        return Ok("the primary's socket covered");
+    }
+    Ok("no primary's socket to cover")
+}
