@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use theriac_protocol::codec::{Encoded, encode_to_edge};
 use theriac_protocol::message::{
-    AnnounceV1, FEATURE_LEDGER_SEAL, FEATURE_VALIDATOR, HelloV1, ToAggregator, ToEdge, UpdateKind, UpdateV1,
+    AnnounceV1, FEATURE_FLEET, FEATURE_LEDGER_SEAL, FEATURE_VALIDATOR, HelloV1, ToAggregator, ToEdge,
+    UpdateKind, UpdateV1,
 };
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::NodeId;
@@ -16,10 +18,10 @@ use theriac_transport::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::admit::{Quota, check_hello};
+use crate::admit::{FleetQuota, Quota, check_hello};
 use crate::authenticate::Peer;
 use crate::config::LimitSettings;
-use crate::driver::{Arrival, DriverInput, Link, OUTBOX_MAX, refusal};
+use crate::driver::{Arrival, DriverInput, Link, OUTBOX_MAX, OfFleet, refusal};
 use crate::layout::ModelSpec;
 use crate::metrics::{Metrics, Outcome, Verdict};
 use crate::models::Models;
@@ -80,6 +82,8 @@ struct Session {
     number: u64,
     peer: Peer,
     quota: Quota,
+    /// What is said to the fleet has nothing to do with rounds.
+    fleet_quota: FleetQuota,
     sender: AggregatorSender,
 }
 
@@ -119,6 +123,7 @@ impl Sessions {
             number,
             peer,
             quota,
+            fleet_quota: FleetQuota::new(Instant::now()),
             sender,
         };
         Some(Box::new(Open {
@@ -169,6 +174,7 @@ impl Sessions {
             handle: session.handle().clone(),
             seals: hello.features.iter().any(|name| name == FEATURE_LEDGER_SEAL),
             validates: hello.features.iter().any(|name| name == FEATURE_VALIDATOR),
+            fleet: hello.features.iter().any(|name| name == FEATURE_FLEET),
         };
         let arrival = Box::new(arrival(node.clone(), link, protocol, &hello));
         let (reply, answer) = oneshot::channel();
@@ -343,7 +349,16 @@ impl Session {
             .borrow()
             .as_ref()
             .map_or(0, |terms| terms.round.0);
-        if !self.quota.take(round, bytes) {
+        let of_fleet = matches!(
+            message,
+            ToAggregator::Health(_) | ToAggregator::LeaseRequest(_) | ToAggregator::LeaseRelease(_)
+        );
+        let within = if of_fleet {
+            self.fleet_quota.take(Instant::now())
+        } else {
+            self.quota.take(round, bytes)
+        };
+        if !within {
             tracing::warn!(node = %self.peer.node(), round, "sends more than its quota");
             return match self.refuse(RefusalCode::Busy).await {
                 Flow::Continue => Flow::End(CloseCode::Refused, "the quota of this round is used up"),
@@ -387,8 +402,16 @@ impl Session {
                 })
                 .await
             }
+            ToAggregator::Health(health) => self.tell_fleet(OfFleet::Health(health)).await,
+            ToAggregator::LeaseRequest(asked) => self.tell_fleet(OfFleet::Request(asked)).await,
+            ToAggregator::LeaseRelease(said) => self.tell_fleet(OfFleet::Release(said)).await,
             ToAggregator::Goodbye => Flow::End(CloseCode::Done, "the edge left"),
         }
+    }
+
+    async fn tell_fleet(&mut self, said: OfFleet) -> Flow {
+        let node = self.peer.node().clone();
+        self.tell(DriverInput::OfFleet { node, said }).await
     }
 
     async fn bad(&mut self, error: SessionError) -> Flow {

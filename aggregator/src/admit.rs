@@ -1,5 +1,7 @@
 //! Whether an authenticated site may take part now: compatible, within its quota, and with a ledger that never went back.
 
+use std::time::{Duration, Instant};
+
 use theriac_protocol::message::{FEATURE_GRADIENT, HelloV1, PROTOCOL_MAX, PROTOCOL_MIN, UpdateKind};
 use theriac_protocol::refusal::RefusalCode;
 use theriac_protocol::units::Digest;
@@ -171,6 +173,44 @@ impl Quota {
     }
 }
 
+/// What one session may say to the fleet, whatever round is at hand: [`Self::BURST`] messages at once, one more every
+/// [`Self::REFILL`]. An honest edge says one in five seconds, and two or three more around an action.
+#[derive(Debug, Clone)]
+pub struct FleetQuota {
+    left: u32,
+    refilled: Instant,
+}
+
+impl FleetQuota {
+    /// Messages at once.
+    pub const BURST: u32 = 40;
+    /// Time after which one more may be said.
+    pub const REFILL: Duration = Duration::from_millis(500);
+
+    /// A full one.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            left: Self::BURST,
+            refilled: now,
+        }
+    }
+
+    /// Counts a message; false: it is beyond the quota.
+    #[must_use]
+    pub fn take(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.refilled).as_millis() / Self::REFILL.as_millis();
+        let refill = u32::try_from(passed).unwrap_or(u32::MAX);
+        self.left = self.left.saturating_add(refill).min(Self::BURST);
+        if refill > 0 {
+            self.refilled += Self::REFILL * refill.min(1 << 20);
+            self.refilled = self.refilled.max(now.checked_sub(Self::REFILL).unwrap_or(now));
+        }
+        let within = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        within
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use theriac_protocol::units::{ModelVersion, NoiseMultiplier};
@@ -224,6 +264,20 @@ mod tests {
         assert!(refused.to_string().contains("theriac-edge 0.1.0"), "{refused}");
         let new = hello(&["ledger-seal-1", FEATURE_GRADIENT]);
         assert_eq!(check_hello(&new, &spec, UpdateKind::Gradient), Ok(PROTOCOL_MAX));
+    }
+
+    #[test]
+    fn what_is_said_to_the_fleet_is_bounded_by_time_alone() {
+        let start = Instant::now();
+        let mut quota = FleetQuota::new(start);
+        assert!((0..FleetQuota::BURST).all(|_| quota.take(start)));
+        assert!(!quota.take(start + FleetQuota::REFILL / 2));
+        let mut said = 0;
+        for step in 1..=1_000 {
+            said += u32::from(quota.take(start + Duration::from_millis(100) * step));
+        }
+        assert!((195..=201).contains(&said), "{said} in 100 s");
+        assert!(quota.take(start + Duration::from_hours(24)));
     }
 
     #[test]

@@ -1,33 +1,32 @@
 //! One round from what is stored to a model and the evidence about everybody: what the driver runs and `rounds replay` runs again.
 
-use std::collections::BTreeMap;
+mod load;
+
+use std::sync::Arc;
 
 use bytes::Bytes;
-use rusqlite::Connection;
 use theriac_privacy::central::CentralCharge;
 use theriac_protocol::message::AnnounceV1;
 use theriac_protocol::round::RoundTerms;
-use theriac_protocol::units::{Digest, NodeId, Round};
+use theriac_protocol::units::NodeId;
 
-use crate::accumulate::{Behind, Depth, mean_of};
-use crate::average::Mean;
+use crate::accumulate::{Behind, Depth};
 use crate::copies::{Copies, copies, rows_needed};
 use crate::evidence::law::Finding;
 use crate::evidence::reputation::{Reputation, left_out};
 use crate::evidence::{
-    CarriedAccount, Decision, RoundAccount, RoundFacts, StoredRow, account, segments, words,
+    CarriedFacts, Decision, RoundAccount, RoundFacts, StoredRow, account, segments, words,
 };
 use crate::layout::ModelSpec;
 use crate::publish::{Candidate, PublishError, next_model_of, next_private_model};
-use crate::robust::{Options, PayloadRows, Row, rule};
+use crate::robust::{Options, PayloadRows, PlacedRow, RowFile, rule};
 use crate::server_optimizer::OptimizerState;
-use crate::store::blob::BlobStore;
 use crate::store::evidence::RoundPlan;
-use crate::store::sums::{self, Window};
-use crate::store::{StoreError, evidence, history, late, models, rounds};
 use crate::validate::norm_bound;
 use crate::validation::Tried;
 use crate::vet::look_at_mean;
+
+pub use load::RowSource;
 
 /// Everything that the result of a round depends on.
 #[derive(Debug, Clone)]
@@ -39,7 +38,7 @@ pub struct RoundInputs {
     /// Whose updates are stored, and late ones of the round before, by name.
     pub stored: Vec<StoredRow>,
     /// Their values, as they came, in the same order.
-    pub rows: Vec<Row>,
+    pub rows: Vec<PlacedRow>,
     /// What the rule sees of each.
     pub seen: Vec<Seen>,
     /// What those sites had earned before the round, in the same order.
@@ -50,13 +49,15 @@ pub struct RoundInputs {
     pub base: Bytes,
     /// What the server optimiser remembered after the base model.
     pub memory: Option<OptimizerState>,
+    /// Where the rows lie that are not in memory.
+    file: Option<Arc<RowFile>>,
 }
 
 /// What the rule sees of a site.
 #[derive(Debug, Clone)]
 pub struct Seen {
     /// Another row than its update as it came; see [`crate::average`].
-    pub row: Option<Row>,
+    pub row: Option<PlacedRow>,
     /// Standard deviation of its noise in that of one update.
     pub noise_ratio: f64,
     /// Updates of the site in its average.
@@ -71,7 +72,7 @@ pub struct CarriedRow {
     /// Whose it is.
     pub node: NodeId,
     /// The mean.
-    pub row: Row,
+    pub row: PlacedRow,
     /// Standard deviation of its noise in that of one release.
     pub noise_ratio: f64,
     /// What is in it.
@@ -125,73 +126,13 @@ pub struct RoundResult {
 }
 
 impl RoundInputs {
-    /// Reads what is stored of a round, with rows at hand taken from `cache`. Blocks for blobs.
-    ///
-    /// # Errors
-    /// [`StoreError`]: [`StoreError::Gone`] when a payload was deleted after its time.
-    pub fn load(
-        connection: &Connection,
-        blobs: &BlobStore,
-        round: Round,
-        plan: RoundPlan,
-        earned: &BTreeMap<NodeId, Reputation>,
-        cache: &mut BTreeMap<NodeId, Row>,
-        which: Which<'_>,
-    ) -> Result<Self, StoreError> {
-        let announce = history::announced(connection, round)?;
-        let mut stored = evidence::stored_rows(connection, round)?;
-        stored.extend(match which {
-            Which::Waiting | Which::Tried(_) if !plan.late_updates => Vec::new(),
-            Which::Waiting | Which::Tried(_) => {
-                let mut late = late::waiting(connection, &announce)?;
-                // With them there may be more than the rule can combine: the first by name get the places.
-                late.truncate(plan.rule.rows_max().saturating_sub(stored.len()));
-                late
-            }
-            Which::Carried => late::carried(connection, &announce)?,
-        });
-        stored.sort_by(|one, other| one.node.cmp(&other.node));
-        let mut rows = Vec::with_capacity(stored.len());
-        for StoredRow { node, stale, .. } in &stored {
-            rows.push(match (stale, cache.remove(node)) {
-                (Some(stale), _) => late::row(connection, blobs, Round(stale.of_round), node)?,
-                (None, Some(row)) => row,
-                (None, None) => rounds::upload_row(connection, blobs, round, node)?,
-            });
-        }
-        let (seen, carried) = if plan.accumulate.is_on(announce.kind) && !plan.central_noise {
-            let window = Window::of(connection, &announce, plan.accumulate)?;
-            (
-                summed(connection, blobs, &announce, &window, &stored, &rows)?,
-                carried(connection, blobs, &announce, &window, &plan, &stored, which)?,
-            )
-        } else {
-            (
-                seen(connection, blobs, &announce, &plan, &stored, &rows)?,
-                Vec::new(),
-            )
-        };
-        Ok(Self {
-            seen,
-            carried,
-            earned: stored
-                .iter()
-                .map(|row| earned.get(&row.node).copied().unwrap_or_default())
-                .collect(),
-            base: models::model_payload(connection, blobs, announce.base_version)?,
-            memory: evidence::memory(connection, blobs, announce.base_version)?,
-            announce,
-            plan,
-            stored,
-            rows,
-        })
-    }
-
     /// What is decided about each row before the rule sees any: who is in quarantine, then what the screen for copies takes out of the others, then whose releases
     /// together are no moments of a series.
     ///
     /// # Errors
     /// [`PublishError::Rule`] for payloads of another length.
+    ///
+    /// Rows that cannot be read from their file count as zeros here; [`RoundInputs::run`] throws away what comes of them.
     pub fn decisions(&self) -> Result<Decisions, PublishError> {
         let vetted = |row: &CarriedRow| self.vet_of_mean(&row.row, row.noise_ratio, row.behind);
         let carried: Vec<Option<Finding>> = self.carried.iter().map(vetted).collect();
@@ -271,16 +212,17 @@ impl RoundInputs {
     }
 
     /// What the rule sees of a stored row where that is a mean.
-    fn mean_at(&self, at: usize) -> Option<(&Row, &Seen)> {
+    fn mean_at(&self, at: usize) -> Option<(&PlacedRow, &Seen)> {
         let seen = self.seen.get(at)?;
         Some((seen.row.as_ref()?, seen))
     }
 
     /// Why the releases of a site are no moments of a series, where several are added: with less noise the vet sees what one of them hides.
-    fn vet_of_mean(&self, row: &Row, noise_ratio: f64, behind: Behind) -> Option<Finding> {
+    fn vet_of_mean(&self, row: &PlacedRow, noise_ratio: f64, behind: Behind) -> Option<Finding> {
         if behind.releases < 2 {
             return None;
         }
+        let row = row.row();
         let found = look_at_mean(row.encoding, &row.payload, &self.announce, noise_ratio).err()?;
         Some(Finding::NoSeries {
             releases: behind.releases,
@@ -311,6 +253,16 @@ impl RoundInputs {
     /// # Errors
     /// [`PublishError`].
     pub fn run(self, spec: &ModelSpec, charge: Option<CentralCharge>) -> Result<RoundResult, PublishError> {
+        let file = self.file.clone();
+        let result = self.combine(spec, charge);
+        // What came of rows that could not be read is nothing, an error of the rule among it.
+        match file.and_then(|file| file.failure()) {
+            Some(failure) => Err(failure.into()),
+            None => result,
+        }
+    }
+
+    fn combine(self, spec: &ModelSpec, charge: Option<CentralCharge>) -> Result<RoundResult, PublishError> {
         let Decisions {
             own: decisions,
             of_mean,
@@ -344,9 +296,12 @@ impl RoundInputs {
         // A rule reads rows in the order of their sites, whoever sent something.
         counted.sort_by(|one, other| one.node.cmp(other.node));
         let own: Vec<bool> = counted.iter().map(|row| row.own).collect();
-        let kept: Vec<Row> = counted.iter().map(|row| row.row.clone()).collect();
+        let kept: Vec<PlacedRow> = counted.iter().map(|row| row.row.clone()).collect();
         let depth = Depth::of(counted.iter().map(|row| (row.noise_ratio, row.releases)));
         let terms = self.terms();
+        // The handles of rows that the rule reads as well.
+        let carried_rows: Vec<PlacedRow> = self.carried.iter().map(|row| row.row.clone()).collect();
+        let mut of_rule = Vec::new();
         let (optimizer, memory) = (&self.plan.optimizer, self.memory.as_ref());
         let candidate = if let Some(charge) = charge {
             next_private_model(spec, &terms, &self.base, kept, charge, optimizer, memory)?
@@ -361,20 +316,29 @@ impl RoundInputs {
             let rule = rule(self.plan.rule, byzantine, &options)?;
             let server = (optimizer, memory);
             let mut candidate = next_model_of(spec, &terms, &self.base, kept, &*rule, server, depth)?;
-            // Evidence is about updates of this round; what a carried site sent has its own where it came.
-            let mut own = own.into_iter();
-            candidate.evidence.retain(|_| own.next().unwrap_or(true));
+            // A candidate's evidence is about updates of this round; what the rule said of a carried site is in that site's account.
+            let said = own.into_iter().zip(std::mem::take(&mut candidate.evidence));
+            let (of_own, of_others): (Vec<_>, Vec<_>) = said.partition(|(own, _)| *own);
+            candidate.evidence = of_own.into_iter().map(|(_, said)| said).collect();
+            of_rule = of_others.into_iter().map(|(_, said)| said).collect();
             candidate
         };
         let averaged: Vec<u64> = self.seen.iter().map(|seen| seen.updates).collect();
         let behind: Vec<Option<Behind>> = self.seen.iter().map(|seen| seen.behind).collect();
-        let carried = self.carried.into_iter().zip(of_carried);
-        let carried = carried.map(|(carried, finding)| CarriedAccount {
-            node: carried.node,
-            behind: carried.behind,
-            finding,
-        });
-        let carried = carried.collect();
+        // Both are by name.
+        let mut of_rule = of_rule.into_iter();
+        let carried: Vec<CarriedFacts> = self
+            .carried
+            .into_iter()
+            .zip(of_carried)
+            .map(|(carried, finding)| CarriedFacts {
+                node: carried.node,
+                behind: carried.behind,
+                by_rule: if finding.is_none() { of_rule.next() } else { None },
+                finding,
+            })
+            .collect();
+        let carried_rows = PayloadRows::new(carried_rows, terms.values)?;
         let rows = PayloadRows::new(self.rows, terms.values)?;
         let account = account(
             &rows,
@@ -391,11 +355,11 @@ impl RoundInputs {
                 averaged: &averaged,
                 behind: &behind,
                 of_mean: &of_mean,
+                carried: (!carried.is_empty()).then_some((&carried_rows, carried.as_slice())),
                 noise: terms.noise_multiplier.value() * terms.clip_norm.value(),
                 withstood: byzantine,
             },
         );
-        let account = RoundAccount { carried, ..account };
         Ok(RoundResult { candidate, account })
     }
 }
@@ -405,168 +369,7 @@ struct Counted<'a> {
     node: &'a NodeId,
     /// Whether the site sent an update for this round.
     own: bool,
-    row: &'a Row,
+    row: &'a PlacedRow,
     noise_ratio: f64,
     releases: u64,
-}
-
-/// What the rule sees of each row where earlier releases are added. Reads them one at a time.
-fn summed(
-    connection: &Connection,
-    blobs: &BlobStore,
-    announce: &AnnounceV1,
-    window: &Window,
-    stored: &[StoredRow],
-    rows: &[Row],
-) -> Result<Vec<Seen>, StoreError> {
-    let one = |(site, row): (&StoredRow, &Row)| {
-        let fresh = match site.stale {
-            None => Behind::one(announce.blocks_min, announce.blocks_max),
-            Some(stale) => {
-                let made_for = history::announced(connection, Round(stale.of_round))?;
-                Behind::one(made_for.blocks_min, made_for.blocks_max)
-            }
-        };
-        let (mean, noise_ratio, behind) = with_earlier(
-            connection,
-            blobs,
-            announce,
-            window,
-            &site.node,
-            Some((row, site.header.payload_digest, fresh)),
-        )?;
-        Ok(Seen {
-            row: (behind.releases > 1).then_some(mean),
-            noise_ratio,
-            updates: 1,
-            behind: Some(behind),
-        })
-    };
-    stored.iter().zip(rows).map(one).collect()
-}
-
-/// The rows of sites that count by their earlier releases alone: of a round that is combined those that may, as many as the rule has places for beside the stored
-/// rows; of one that is done again those that did.
-fn carried(
-    connection: &Connection,
-    blobs: &BlobStore,
-    announce: &AnnounceV1,
-    window: &Window,
-    plan: &RoundPlan,
-    stored: &[StoredRow],
-    which: Which<'_>,
-) -> Result<Vec<CarriedRow>, StoreError> {
-    let nodes = match which {
-        Which::Waiting => sums::carried(connection, window)?,
-        Which::Carried => evidence::carried(connection, announce.round)?,
-        Which::Tried(tried) => {
-            let carried = tried.iter().filter(|tried| tried.carried);
-            carried.map(|tried| tried.site.clone()).collect()
-        }
-    };
-    // A late update of the site may stand for it. Stored rows are by name.
-    let has_own = |node: &NodeId| stored.binary_search_by(|row| row.node.cmp(node)).is_ok();
-    let nodes: Vec<NodeId> = nodes.into_iter().filter(|node| !has_own(node)).collect();
-    let nodes = if which == Which::Waiting {
-        let places = plan.rule.rows_max().saturating_sub(stored.len());
-        drawn(nodes, places, announce.nonce)
-    } else {
-        nodes
-    };
-    nodes
-        .into_iter()
-        .map(|node| {
-            let (row, noise_ratio, behind) = with_earlier(connection, blobs, announce, window, &node, None)?;
-            Ok(CarriedRow {
-                node,
-                row,
-                noise_ratio,
-                behind,
-            })
-        })
-        .collect()
-}
-
-/// As many of `nodes`, which are by name, as there are places: those with the least SHA-256(nonce ‖ name), as a round draws whom it asks, so that in time all have
-/// their turn and nobody's name is worth anything.
-fn drawn(nodes: Vec<NodeId>, places: usize, nonce: u64) -> Vec<NodeId> {
-    if nodes.len() <= places {
-        return nodes;
-    }
-    let hashed = |node: NodeId| {
-        let text = [&nonce.to_le_bytes()[..], node.as_str().as_bytes()].concat();
-        (Digest::of(&text), node)
-    };
-    let mut hashed: Vec<(Digest, NodeId)> = nodes.into_iter().map(hashed).collect();
-    hashed.sort_unstable_by_key(|(digest, _)| digest.0);
-    hashed.truncate(places);
-    let mut nodes: Vec<NodeId> = hashed.into_iter().map(|(_, node)| node).collect();
-    nodes.sort_unstable();
-    nodes
-}
-
-/// The mean of a site's releases, the one at hand first, its noise ratio, and what is in it. The same bytes as those at hand are not among the earlier ones.
-fn with_earlier(
-    connection: &Connection,
-    blobs: &BlobStore,
-    announce: &AnnounceV1,
-    window: &Window,
-    node: &NodeId,
-    fresh: Option<(&Row, Digest, Behind)>,
-) -> Result<(Row, f64, Behind), StoreError> {
-    let dimension = usize::try_from(announce.values).unwrap_or(usize::MAX);
-    let most = window.keep() - u32::from(fresh.is_some());
-    let (mut rows, mut behind) = (Vec::new(), Behind::default());
-    let digest = fresh.map(|(_, digest, _)| digest);
-    if let Some((row, _, one)) = fresh {
-        rows.push(row.clone());
-        behind = one;
-    }
-    for kept in sums::earlier(connection, window, node, digest, most)? {
-        rows.push(sums::row(connection, blobs, node, kept)?);
-        behind = behind.plus(kept.behind);
-    }
-    let (mean, ratio) = mean_of(dimension, &rows);
-    Ok((mean, ratio, behind))
-}
-
-/// What the rule sees of each row. Reads the site's earlier updates one at a time.
-fn seen(
-    connection: &Connection,
-    blobs: &BlobStore,
-    announce: &AnnounceV1,
-    plan: &RoundPlan,
-    stored: &[StoredRow],
-    rows: &[Row],
-) -> Result<Vec<Seen>, StoreError> {
-    let average = plan.site_average;
-    let before = if average.rounds() > 1 {
-        late::lineage(connection, announce, average)?
-    } else {
-        Vec::new()
-    };
-    let dimension = usize::try_from(announce.values).unwrap_or(usize::MAX);
-    let one = |(site, row): (&StoredRow, &Row)| {
-        let stale = site.stale.map_or(1.0, |stale| stale.weight);
-        if before.is_empty() && stale >= 1.0 {
-            return Ok(Seen::AS_IT_CAME);
-        }
-        let mut mean = Mean::new(dimension);
-        mean.add(row, 1.0, stale);
-        for (round, age) in &before {
-            if let Some((row, stale)) = late::counted(connection, blobs, *round, &site.node)? {
-                mean.add(&row, average.weight(*age), stale);
-            }
-        }
-        if mean.updates() == 1 && stale >= 1.0 {
-            return Ok(Seen::AS_IT_CAME);
-        }
-        Ok(Seen {
-            noise_ratio: mean.noise_ratio(),
-            updates: mean.updates(),
-            behind: None,
-            row: Some(mean.into_row()),
-        })
-    };
-    stored.iter().zip(rows).map(one).collect()
 }

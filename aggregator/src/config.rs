@@ -24,6 +24,7 @@ use crate::accumulate::Accumulate;
 use crate::average::SiteAverage;
 use crate::central::CentralNoiseSettings;
 use crate::evidence::reputation::QuarantineLimits;
+use crate::fleet::{FleetSettings, FleetTerms};
 use crate::floor::FloorSettings;
 use crate::layout::{LayoutError, ModelSpec};
 use crate::models::frame_bytes_max;
@@ -126,6 +127,8 @@ pub struct Settings {
     pub quarantine: QuarantineSettings,
     /// From the combined changes to the model's step.
     pub server_optimizer: OptimizerSettings,
+    /// Counts of unhealthy nodes, and slots for shared actions.
+    pub fleet: FleetSettings,
 }
 
 impl Default for Settings {
@@ -144,6 +147,7 @@ impl Default for Settings {
             central_noise: CentralNoiseSettings::default(),
             quarantine: QuarantineSettings::default(),
             server_optimizer: OptimizerSettings::default(),
+            fleet: FleetSettings::default(),
         }
     }
 }
@@ -348,6 +352,9 @@ pub struct LimitSettings {
     /// Bytes of updates held in memory while they are checked and stored, 1 MiB to 64 GiB and at least two updates, default 256 MiB.
     /// Beyond it uploads are refused with `busy` and a time to come back.
     pub upload_bytes_in_flight_max: usize,
+    /// Bytes of a round's updates in memory while they are combined, 0 to 1 TiB, default 1 GiB. Beyond it they lie in a file in `data_dir`, which must have room for
+    /// them; the model has the same bits. Too low: rounds wait for the disk. Too high: the system may kill the aggregator in a large round.
+    pub round_memory_bytes: u64,
     /// Messages one edge may send in one round, 4 to 1 000 000, default 64. Beyond it the connection is closed.
     pub messages_per_round_max: u32,
     /// Bytes one edge may send in one round, as a multiple of one update's size, 1 to 1 000, default 4.
@@ -368,6 +375,7 @@ impl Default for LimitSettings {
         Self {
             connections_max: 6_000,
             upload_bytes_in_flight_max: 256 << 20,
+            round_memory_bytes: 1 << 30,
             messages_per_round_max: 64,
             updates_per_round_max: 4,
             write_timeout: Duration::from_secs(30),
@@ -406,6 +414,8 @@ pub struct CheckedConfig {
     pub quarantine: QuarantineLimits,
     /// From the combined changes to the model's step.
     pub server_optimizer: ServerOptimizer,
+    /// Account of the fleet; `None`: off.
+    pub fleet: Option<FleetTerms>,
     /// Who tries a model before it is published; `None`: nobody.
     pub validation: Option<ValidationTerms>,
 }
@@ -564,6 +574,7 @@ impl Settings {
             advertise: self.advertise,
             quarantine: self.quarantine.check()?,
             server_optimizer: self.server_optimizer.check(rounds.kind)?,
+            fleet: Some(self.fleet.check()?).filter(|_| self.fleet.enabled),
             rounds,
             model,
             limits,
@@ -771,6 +782,7 @@ fn check_limits(limits: LimitSettings) -> Result<LimitSettings, ConfigError> {
         1 << 20,
         64 << 30,
     )?;
+    count("limits.round_memory_bytes", limits.round_memory_bytes, 0, 1 << 40)?;
     count(
         "limits.messages_per_round_max",
         limits.messages_per_round_max.into(),
@@ -798,7 +810,7 @@ fn wrong(key: &'static str, reason: String) -> ConfigError {
     ConfigError::Value { key, reason }
 }
 
-fn count(key: &'static str, got: u64, low: u64, high: u64) -> Result<(), ConfigError> {
+pub(crate) fn count(key: &'static str, got: u64, low: u64, high: u64) -> Result<(), ConfigError> {
     if (low..=high).contains(&got) {
         Ok(())
     } else {
@@ -806,7 +818,12 @@ fn count(key: &'static str, got: u64, low: u64, high: u64) -> Result<(), ConfigE
     }
 }
 
-fn span(key: &'static str, got: Duration, low: Duration, high: Duration) -> Result<(), ConfigError> {
+pub(crate) fn span(
+    key: &'static str,
+    got: Duration,
+    low: Duration,
+    high: Duration,
+) -> Result<(), ConfigError> {
     if (low..=high).contains(&got) {
         return Ok(());
     }
@@ -858,7 +875,7 @@ mod tests {
 
     #[test]
     fn refuses_values_out_of_range_and_names_key_and_value() {
-        let cases: [(&str, &str, &str); 22] = [
+        let cases: [(&str, &str, &str); 23] = [
             (
                 "federation = \"demo\"\n[rounds]\nmoments_keep = 1",
                 "rounds.moments_keep",
@@ -961,6 +978,11 @@ mod tests {
                  upload_bytes_in_flight_max = 1048576",
                 "limits.upload_bytes_in_flight_max",
                 "model.dimension",
+            ),
+            (
+                "federation = \"demo\"\n[limits]\nround_memory_bytes = 1099511627777",
+                "limits.round_memory_bytes",
+                "1099511627777",
             ),
         ];
         for (text, key, value) in cases {

@@ -122,6 +122,10 @@ impl DataDir {
     pub fn blobs(&self) -> PathBuf {
         self.root.join("blobs")
     }
+    /// Where rows of a round lie that have no room in memory.
+    pub fn spill(&self) -> PathBuf {
+        self.root.join("spill")
+    }
     /// The authority that issues aggregators.
     pub fn aggregator_authority(&self) -> PathBuf {
         self.root.join("authority/aggregators")

@@ -5,6 +5,8 @@
 //! it fill up is closed.
 
 mod carry_out;
+mod compute;
+mod fleet;
 mod link;
 mod panel;
 mod work;
@@ -25,10 +27,12 @@ use crate::admit::{AdmitError, check_ledger};
 use crate::audit::AuditKey;
 use crate::central::{Central, CentralStatus, OpenError};
 use crate::config::CheckedConfig;
+use crate::fleet::{Fleet, FleetStatus};
 use crate::floor::FloorSettings;
 use crate::metrics::Metrics;
 use crate::models::{ModelError, Models};
 use crate::robust::Row;
+use crate::spill::RoundMemory;
 use crate::store::evidence::RoundPlan;
 use crate::store::history;
 use crate::store::models::{self, ModelRow};
@@ -38,6 +42,7 @@ use crate::store::{Store, StoreError, Urgency};
 use crate::validate::ValidatedUpdate;
 use crate::validation::ValidationTerms;
 
+pub(crate) use fleet::OfFleet;
 pub(crate) use link::refusal;
 pub use link::{Arrival, Link, OUTBOX_MAX};
 use work::Done;
@@ -107,6 +112,8 @@ pub(crate) enum DriverInput {
     },
     /// A site says what a candidate does on its rows.
     Appraised { node: NodeId, appraisal: AppraisalV1 },
+    /// A site speaks to the fleet.
+    OfFleet { node: NodeId, said: OfFleet },
     /// A node takes no part.
     Declined {
         node: NodeId,
@@ -138,6 +145,8 @@ pub struct DriverStatus {
     pub central: Option<CentralStatus>,
     /// What validators made of the last candidate, in words; `None`: none was asked since the start.
     pub validation: Option<String>,
+    /// How the fleet is; `None`: no account is kept of it.
+    pub fleet: Option<FleetStatus>,
 }
 
 /// Shared views that the driver keeps up to date.
@@ -170,6 +179,8 @@ pub(crate) struct Driver {
     /// What each site has declared.
     guarantees: BTreeMap<NodeId, GuaranteeV1>,
     floor: FloorSettings,
+    /// Account of the fleet; `None`: off.
+    fleet: Option<Fleet>,
     central: Option<Central>,
     ledgers: BTreeMap<NodeId, LedgerHead>,
     receipts: BTreeMap<(Round, NodeId), StoredUpload>,
@@ -188,6 +199,10 @@ pub(crate) struct Driver {
     waiting: Option<panel::Waiting>,
     /// What they made of the model of the round that ends for it.
     turned_down: Option<panel::TurnedDown>,
+    /// The round that could not be combined last, and the word for it.
+    failed: Option<(Round, &'static str)>,
+    /// Where the rows of a round are while it is combined.
+    round_memory: RoundMemory,
     /// Another model is being put in force: until that is done nothing of what the machine asks for is carried out, and nothing new is taken.
     rolling: bool,
     opened_at: Option<Instant>,
@@ -256,6 +271,7 @@ impl Driver {
             tracing::warn!("{}", central.statement);
         }
         let (machine, receipts) = begin(&store, &round_config, rule, &found, now).await?;
+        let fleet = fleet::begin(&store, config.fleet, now).await?;
         let status = Arc::new(Mutex::new(DriverStatus {
             phase: machine.status().phase,
             round: machine.status().round,
@@ -267,6 +283,7 @@ impl Driver {
             quorum: rounds.quorum,
             central: central_status,
             validation: None,
+            fleet: None,
         }));
         let ledgers = found
             .registry
@@ -285,7 +302,9 @@ impl Driver {
             spec: Arc::new(config.model.clone()),
             federation: config.federation.clone(),
             frame_bytes_max: crate::models::frame_bytes_max(layout.values),
-            cache_bytes_max: CACHE_BYTES_MAX.min(config.limits.upload_bytes_in_flight_max / 2),
+            cache_bytes_max: CACHE_BYTES_MAX
+                .min(config.limits.upload_bytes_in_flight_max / 2)
+                .min(usize::try_from(config.limits.round_memory_bytes).unwrap_or(usize::MAX)),
             nonce_seed: found.nonce_seed,
             start,
             store,
@@ -295,6 +314,7 @@ impl Driver {
             links: BTreeMap::new(),
             guarantees: found.guarantees,
             floor: config.privacy_floor.clone(),
+            fleet,
             central,
             ledgers,
             receipts,
@@ -318,6 +338,8 @@ impl Driver {
             validation_terms: config.validation.clone(),
             waiting: None,
             turned_down: None,
+            failed: None,
+            round_memory: RoundMemory::of(config),
             rolling: false,
             work: JoinSet::new(),
             status: Arc::clone(&status),
@@ -327,6 +349,7 @@ impl Driver {
         };
         driver.heed_budget();
         driver.heed_validators();
+        driver.show_fleet();
         Ok((
             driver,
             Views {
@@ -349,7 +372,11 @@ impl Driver {
         loop {
             let rolling = self.rolling;
             let waiting = self.waiting.as_ref().map(panel::Waiting::timeout);
-            let deadline = [self.machine.poll_timeout(), waiting].into_iter().flatten().min();
+            let of_fleet = self.fleet_timeout();
+            let deadline = [self.machine.poll_timeout(), waiting, of_fleet]
+                .into_iter()
+                .flatten()
+                .min();
             let deadline = deadline.filter(|_| !rolling);
             let deadline = deadline.map(|moment| self.start + moment.0);
             let timer = async {
@@ -372,6 +399,7 @@ impl Driver {
                     self.machine.handle_timeout(now);
                     self.pump(None);
                     self.conclude_validation();
+                    self.tell_fleet();
                 }
                 changed = changes.changed() => if changed.is_ok() {
                     self.refresh();
@@ -394,6 +422,7 @@ impl Driver {
                 self.pump(None);
             }
             DriverInput::Appraised { node, appraisal } => self.appraised(&node, &appraisal),
+            DriverInput::OfFleet { node, said } => self.of_fleet(&node, said),
             DriverInput::Declared { node, guarantee } => self.declared(node, *guarantee),
             DriverInput::Update {
                 node,

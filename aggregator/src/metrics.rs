@@ -33,6 +33,13 @@ pub struct Direction {
     pub direction: &'static str,
 }
 
+/// One label: which kind of slot.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Kind {
+    /// `action` or `checkpoint`.
+    pub kind: &'static str,
+}
+
 /// One label: which socket buffer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Buffer {
@@ -95,6 +102,16 @@ pub struct Metrics {
     pub storage_full: Gauge,
     /// Candidates that validators were asked about, by what came of it.
     pub validations: Family<Outcome, Counter>,
+    /// Nodes that tell how they are.
+    pub fleet_nodes: Gauge,
+    /// Those of them with an unhealthy service.
+    pub fleet_unhealthy: Gauge,
+    /// Those that act on one.
+    pub fleet_acting: Gauge,
+    /// Slots that are lent now.
+    pub slots_held: Family<Kind, Gauge>,
+    /// Slots granted, refused and released.
+    pub leases: Family<Outcome, Counter>,
     /// Time left on the aggregator's certificate.
     pub certificate_left: Gauge<f64, AtomicU64>,
     /// ε that the central noise has spent on every site; 0 while it is off.
@@ -138,6 +155,11 @@ impl Metrics {
             audit_leaves: Gauge::default(),
             storage_full: Gauge::default(),
             validations: Family::default(),
+            fleet_nodes: Gauge::default(),
+            fleet_unhealthy: Gauge::default(),
+            fleet_acting: Gauge::default(),
+            slots_held: Family::default(),
+            leases: Family::default(),
             certificate_left: Gauge::default(),
             central_epsilon: Gauge::default(),
             central_epsilon_limit: Gauge::default(),
@@ -209,6 +231,19 @@ impl Metrics {
         registry.register("store_commits", "Transactions committed", m.commits.clone());
         registry.register("audit_leaves", "Leaves of the audit log", m.audit_leaves.clone());
         registry.register("storage_full", "1 while the disk is full", m.storage_full.clone());
+        let help = "Nodes that tell how they are";
+        registry.register("fleet_nodes", help, m.fleet_nodes.clone());
+        let help = "Nodes with an unhealthy service";
+        registry.register("fleet_unhealthy_nodes", help, m.fleet_unhealthy.clone());
+        registry.register(
+            "fleet_acting_nodes",
+            "Nodes that act on a service",
+            m.fleet_acting.clone(),
+        );
+        let help = "Slots of the fleet that are lent now";
+        registry.register("fleet_slots_held", help, m.slots_held.clone());
+        let help = "Requests for slots by outcome, and slots given back";
+        registry.register("fleet_leases", help, m.leases.clone());
         let help = "Time left on the aggregator's certificate";
         registry.register_with_unit(
             "certificate_left",

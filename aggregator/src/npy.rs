@@ -164,20 +164,24 @@ impl Start {
             reason,
         };
         let mut file = File::open(path).map_err(io)?;
+        let cut = |error: io::Error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => format("no .npy file: it ends in its header".into()),
+            _ => io(error),
+        };
         let mut start = [0_u8; 8];
-        file.read_exact(&mut start).map_err(io)?;
+        file.read_exact(&mut start).map_err(cut)?;
         if start[..6] != *MAGIC || !(1..=2).contains(&start[6]) {
             return Err(format("no .npy file of version 1 or 2".into()));
         }
         let mut length = [0_u8; 4];
         file.read_exact(&mut length[..if start[6] == 1 { 2 } else { 4 }])
-            .map_err(io)?;
+            .map_err(cut)?;
         let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
         if length > HEADER_BYTES_MAX {
             return Err(format(format!("a header of {length} bytes")));
         }
         let mut header = vec![0_u8; length];
-        file.read_exact(&mut header).map_err(io)?;
+        file.read_exact(&mut header).map_err(cut)?;
         let header = String::from_utf8_lossy(&header).into_owned();
         let (kind, width) = match value(&header, "'descr':") {
             Some("'<f2'") => (Kind::F16, 2),

@@ -51,6 +51,9 @@ pub(crate) fn render(status: &Status, rounds: &[RoundRow], decisions: &[Record])
     if let Some(validation) = &status.validation {
         let _written = write!(page, "<p>Validation, {}</p>", escape(validation));
     }
+    if let Some(fleet) = &status.fleet {
+        let _written = write!(page, "<p>Fleet: {}</p>", escape(&fleet.words()));
+    }
     let inside: Vec<&SiteStatus> = status
         .sites
         .iter()

@@ -1,5 +1,7 @@
 //! From the stored updates of a round to the next model: a pure function of base, ordered updates and terms.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use theriac_model::global::{GlobalError, GlobalModel};
 use theriac_model::moments;
@@ -12,7 +14,9 @@ use theriac_protocol::units::Digest;
 
 use crate::accumulate::Depth;
 use crate::layout::ModelSpec;
-use crate::robust::{Combined, PayloadRows, Row, RowEvidence, Rows as _, Rule, RuleError};
+use crate::robust::{
+    Combined, PayloadRows, PlacedRow, Row, RowEvidence, Rows as _, Rule, RuleError, SpillError,
+};
 use crate::server_optimizer::{NotFinite, OptimizerState, ServerOptimizer};
 
 /// Why a round gives no model.
@@ -42,6 +46,9 @@ pub enum PublishError {
         /// Length of the stored payload.
         found: usize,
     },
+    /// The file with the round's rows cannot be read back.
+    #[error("the file with the round's rows: {0}")]
+    Spill(#[from] Arc<SpillError>),
     /// No noise of the centre could be added.
     #[error(transparent)]
     Noise(#[from] NoiseError),
@@ -109,11 +116,11 @@ pub fn next_model_with(
 ///
 /// # Errors
 /// [`PublishError`].
-pub fn next_model_of(
+pub fn next_model_of<R: Into<PlacedRow>>(
     spec: &ModelSpec,
     terms: &RoundTerms,
     base: &[u8],
-    rows: Vec<Row>,
+    rows: Vec<R>,
     rule: &dyn Rule,
     server: (&ServerOptimizer, Option<&OptimizerState>),
     depth: Depth,
@@ -141,11 +148,11 @@ pub fn next_model_of(
 ///
 /// # Errors
 /// [`PublishError`]; the charge stays.
-pub fn next_private_model(
+pub fn next_private_model<R: Into<PlacedRow>>(
     spec: &ModelSpec,
     terms: &RoundTerms,
     base: &[u8],
-    rows: Vec<Row>,
+    rows: Vec<R>,
     charge: CentralCharge,
     optimizer: &ServerOptimizer,
     memory: Option<&OptimizerState>,

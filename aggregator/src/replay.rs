@@ -1,18 +1,19 @@
 //! A past round done again from what is stored: the same bits, or the first place where they are not.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use rusqlite::Connection;
 use serde::Serialize;
 use theriac_audit::checkpoint::LogPublicKey;
 use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
 
 use crate::accumulate::Behind;
-use crate::combine::{RoundInputs, Seen, Which};
+use crate::combine::{RoundInputs, RowSource, Seen, Which};
 use crate::evidence::reputation::Reputation;
 use crate::evidence::{Closing, Decision, RULE_VERSION, Record, RoundAccount, StoredRow, conclude};
 use crate::layout::ModelSpec;
-use crate::store::blob::BlobStore;
+use crate::publish::PublishError;
+use crate::robust::SpillError;
 use crate::store::evidence::{self, ChainError, RoundPlan};
 use crate::store::heads::{self, Checked, TreeError};
 use crate::store::validation::{self, Recorded};
@@ -75,6 +76,9 @@ pub enum ReplayError {
     /// The stored round cannot be combined.
     #[error("different: the round gives no model: {0}")]
     NoModel(String),
+    /// The file with the round's rows cannot be read back. Nothing is known about the record.
+    #[error("not done: the file with the round's rows: {0}")]
+    Spill(Arc<SpillError>),
     /// The store cannot be read.
     #[error(transparent)]
     Store(StoreError),
@@ -87,6 +91,15 @@ impl ReplayError {
             self,
             Self::Pruned(_) | Self::Nothing(_) | Self::OtherProgram { .. }
         )
+    }
+}
+
+impl From<PublishError> for ReplayError {
+    fn from(error: PublishError) -> Self {
+        match error {
+            PublishError::Spill(failure) => Self::Spill(failure),
+            other => Self::NoModel(other.to_string()),
+        }
     }
 }
 
@@ -131,23 +144,23 @@ pub struct Replayed {
 }
 
 /// Does round `round` again and compares: the chain of records, the audit log and its signed heads (`key` is the log's), every payload's digest, the decision about
-/// every row, the model's bits, every figure, what each site earned, and what validators' words came to. A round whose model its validators turned down is
+/// every row, the model's bits and the stored ones, every figure, what each site earned, and what validators' words came to. A round whose model its validators turned down is
 /// done up to that model.
 ///
 /// # Errors
 /// [`ReplayError`]; see [`ReplayError::is_impossible`].
 pub fn replay(
-    connection: &Connection,
-    blobs: &BlobStore,
+    source: RowSource<'_>,
     spec: &ModelSpec,
     key: &LogPublicKey,
     round: Round,
 ) -> Result<Replayed, ReplayError> {
+    let connection = source.connection;
     let detail = history::detail(connection, round)?;
     let validated = validation::of_round(connection, round)?;
     let Some(version) = detail.round.published else {
         if let Some(recorded) = validated {
-            return turned_down(connection, blobs, spec, key, round, recorded);
+            return turned_down(source, spec, key, round, recorded);
         }
         let why = format!("round {round} gave no model ({})", detail.round.state);
         return Err(ReplayError::Nothing(why));
@@ -193,15 +206,7 @@ pub fn replay(
         earned.insert(node, record.before);
     }
     let none = &mut BTreeMap::new();
-    let inputs = RoundInputs::load(
-        connection,
-        blobs,
-        round,
-        plan.clone(),
-        &earned,
-        none,
-        Which::Carried,
-    )?;
+    let inputs = RoundInputs::load(source, round, plan.clone(), &earned, none, Which::Carried)?;
     let is_short = |(site, seen): (&StoredRow, &Seen)| {
         let record = records.get(site.node.as_str());
         record.and_then(|record| record.averaged).unwrap_or(1) > seen.updates
@@ -235,15 +240,18 @@ pub fn replay(
             found: base.digest,
         });
     }
-    let result = inputs
-        .run(spec, None)
-        .map_err(|error| ReplayError::NoModel(error.to_string()))?;
+    let result = inputs.run(spec, None)?;
     if model.digest != result.candidate.digest {
         return Err(ReplayError::Model {
             version,
             expected: model.digest,
             found: result.candidate.digest,
         });
+    }
+    // The record's digest may be right and the bytes that edges are sent another.
+    match models::model_payload(connection, source.blobs, ModelVersion(version)) {
+        Ok(_) | Err(StoreError::Gone { .. }) => {}
+        Err(other) => return Err(other.into()),
     }
     let measured = result.account.rows.len();
     let on_record = records
@@ -317,7 +325,7 @@ struct Held {
 
 /// Reads chain and log as they are at one moment: beside a server that ends rounds, one table would else be read before an end and the next one after it.
 fn held_to_the_log(
-    connection: &Connection,
+    connection: &rusqlite::Connection,
     key: &LogPublicKey,
     round: Round,
     model: Option<Digest>,
@@ -334,13 +342,13 @@ fn held_to_the_log(
 
 /// A round that ended without a model because of its validators: its candidate from the stored updates, and the decision from their recorded words.
 fn turned_down(
-    connection: &Connection,
-    blobs: &BlobStore,
+    source: RowSource<'_>,
     spec: &ModelSpec,
     key: &LogPublicKey,
     round: Round,
     recorded: Recorded,
 ) -> Result<Replayed, ReplayError> {
+    let connection = source.connection;
     let Held { chain, leaves, head } = held_to_the_log(connection, key, round, None, true)?;
     let plan = recorded.plan.clone();
     if plan.rule_version != RULE_VERSION {
@@ -363,7 +371,7 @@ fn turned_down(
     let none = &mut BTreeMap::new();
     // A round that publishes nothing takes no late update in, so those that it tried still wait.
     let which = Which::Tried(&recorded.validation.behind);
-    let inputs = RoundInputs::load(connection, blobs, round, plan, &earned, none, which)?;
+    let inputs = RoundInputs::load(source, round, plan, &earned, none, which)?;
     let rows = inputs.stored.iter().map(|row| &row.node);
     if !rows.eq(&recorded.validation.rows) {
         let why = format!(
@@ -380,9 +388,7 @@ fn turned_down(
         let why = format!("round {round} {RELEASES_DELETED}");
         return Err(ReplayError::Pruned(why));
     }
-    let result = inputs
-        .run(spec, None)
-        .map_err(|error| ReplayError::NoModel(error.to_string()))?;
+    let result = inputs.run(spec, None)?;
     let measured = result.account.rows.len();
     let counted = |row: &&crate::evidence::RowAccount| row.decision == Decision::Combined;
     let combined = result.account.rows.iter().filter(counted).count();
@@ -434,7 +440,7 @@ fn decided_again(recorded: &Recorded, candidate: Digest, published: bool) -> Res
 
 /// The records of the round, concluded again from its account, from who else was asked, and from what each site had earned by the record before.
 fn concluded_again(
-    connection: &Connection,
+    connection: &rusqlite::Connection,
     round: Round,
     plan: &RoundPlan,
     account: RoundAccount,

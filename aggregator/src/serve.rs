@@ -178,6 +178,16 @@ impl Running {
 pub async fn serve(config: CheckedConfig, shutdown: watch::Receiver<bool>) -> Result<Running, ServeError> {
     let dir = DataDir::new(&config.data_dir);
     let ground = Ground::prepare(&config, &dir)?;
+    crate::spill::prepare(&dir.spill()).map_err(|source| DataDirError::Io {
+        what: "put rows of a round in",
+        path: dir.spill(),
+        source,
+    })?;
+    match crate::spill::sweep(&dir.spill()) {
+        Ok(0) => {}
+        Ok(files) => tracing::info!(files, "removed what an interrupted round had left of its rows"),
+        Err(error) => tracing::warn!(%error, "cannot remove what an interrupted round has left of its rows"),
+    }
     let (store, thread) = Store::open(&dir)?;
     let (metrics, registry) = Metrics::new();
     let models = Arc::new(Models::default());

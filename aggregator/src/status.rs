@@ -11,6 +11,7 @@ use theriac_protocol::units::NodeId;
 use crate::central::CentralStatus;
 use crate::driver::DriverStatus;
 use crate::evidence::reputation::Reputation;
+use crate::fleet::FleetStatus;
 use crate::store::ledgers::FormerLedger;
 use crate::store::records::{self, SiteRow};
 use crate::store::{StoreError, evidence, history, models, rounds, validation, word};
@@ -61,6 +62,9 @@ pub struct Status {
     /// What validators made of the last candidate; absent: none was asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<String>,
+    /// How the fleet is and who holds its slots; absent: `[fleet]` is off, or no server runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fleet: Option<FleetStatus>,
     /// Every enrolled site.
     pub sites: Vec<SiteStatus>,
 }
@@ -297,6 +301,7 @@ impl Status {
             central_noise: None,
             validation: validation::newest(connection)?
                 .map(|validation| format!("round {}: {}", validation.round, validation.words())),
+            fleet: None,
             sites: sites
                 .into_iter()
                 .map(|row| SiteStatus::new(row, false).with_standing(&standings))
@@ -320,6 +325,7 @@ impl Status {
         if driver.validation.is_some() {
             self.validation.clone_from(&driver.validation);
         }
+        self.fleet.clone_from(&driver.fleet);
         self.missing = match driver.phase {
             PhaseName::Idle => driver.quorum.saturating_sub(driver.connected.len()),
             _ => 0,

@@ -7,282 +7,63 @@
     reason = "a failed helper is a failed test"
 )]
 
-mod series;
+mod federation;
 
 use std::collections::BTreeMap;
 
+use federation::hand::Hand;
+use federation::{node, series};
 use theriac_aggregator::accumulate::{Accumulate, Behind, Depth, mean_of};
-use theriac_aggregator::average::SiteAverage;
-use theriac_aggregator::combine::{RoundInputs, RoundResult, Which};
-use theriac_aggregator::config::{CheckedConfig, RoundSettings, Settings};
-use theriac_aggregator::data_dir::DataDir;
+use theriac_aggregator::combine::{RoundInputs, RoundResult, RowSource, Which};
+use theriac_aggregator::config::RoundSettings;
 use theriac_aggregator::evidence::law::{Finding, Verdict};
 use theriac_aggregator::evidence::reputation::Reputation;
-use theriac_aggregator::evidence::{Decision, RULE_VERSION, Record, words};
+use theriac_aggregator::evidence::{Decision, Record, words};
 use theriac_aggregator::publish::next_model_of;
-use theriac_aggregator::replay::{ReplayError, replay};
 use theriac_aggregator::robust::{Options, Row, RuleName, rule};
 use theriac_aggregator::server_optimizer::ServerOptimizer;
-use theriac_aggregator::store::evidence::{self, Conclusion, RoundPlan};
-use theriac_aggregator::store::models::{self, ModelRow};
-use theriac_aggregator::store::rounds::{self, RoundRule};
-use theriac_aggregator::store::{Database, StoreError, late, records, sums, wall_clock};
+use theriac_aggregator::store::evidence::{self, RoundPlan};
+use theriac_aggregator::store::models;
+use theriac_aggregator::store::rounds;
+use theriac_aggregator::store::{StoreError, records, sums};
 use theriac_aggregator::validation::{Answer, Missing, Opinion, Tried, Validation};
-use theriac_aggregator::{InitOptions, enrol_directly, init};
-use theriac_audit::checkpoint::LogKey;
 use theriac_audit::leaf::SiteStanding;
 use theriac_model::moments::MOMENTS_PER_CHANNEL;
 use theriac_protocol::compress::encode_f32;
-use theriac_protocol::message::{AnnounceV1, Encoding, PrivacyClaimV1, UpdateKind, UpdateV1};
+use theriac_protocol::message::{AnnounceV1, Encoding};
 use theriac_protocol::refusal::{AbortReason, RefusalCode};
-use theriac_protocol::round::RoundTerms;
-use theriac_protocol::units::{
-    Delta, Digest, Epsilon, L2Norm, ModelVersion, NodeId, NoiseMultiplier, Round, Timestamp,
-};
+use theriac_protocol::units::{L2Norm, ModelVersion, NoiseMultiplier, Round, Timestamp};
 
 /// A week of time that no round of a test takes.
 const WEEK_MS: u64 = 7 * 86_400_000;
 const SITES: [&str; 4] = ["a", "b", "c", "d"];
 
-/// A federation whose rounds are driven by hand.
-struct Hand {
-    _temporary: tempfile::TempDir,
-    config: CheckedConfig,
-    database: Database,
-    plan: RoundPlan,
-    clip: L2Norm,
-    ledger: u64,
+/// A federation that adds up to `keep` releases of a site.
+fn federation_of(keep: u32) -> Hand {
+    let rounds = RoundSettings {
+        block_rows: 60,
+        blocks_min: 3,
+        blocks_max: 20,
+        ..RoundSettings::default()
+    };
+    let mut hand = Hand::new(rounds, &SITES, released);
+    assert_eq!(hand.config.rounds.accumulate.keep, 150, "on by default");
+    hand.plan.accumulate = Accumulate {
+        keep,
+        age_ms: WEEK_MS,
+    };
+    hand
 }
 
-fn node(name: &str) -> NodeId {
-    NodeId::new(name).unwrap()
+fn released(hand: &Hand, site: &str, round: u64) -> Vec<f32> {
+    let channels = hand.config.model.channels().unwrap();
+    let clip = hand.clip.value() as f32;
+    let noise = hand.config.rounds.noise_multiplier.value() as f32 * clip;
+    let seed = u32::from(site.as_bytes()[0]) * 1_000 + round as u32;
+    series::release(channels, clip, noise, seed)
 }
 
 impl Hand {
-    fn new(keep: u32) -> Self {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("data");
-        let settings = Settings {
-            federation: "demo".into(),
-            rounds: RoundSettings {
-                rule: RuleName::MEAN,
-                byzantine: 0,
-                quorum: 1,
-                block_rows: 60,
-                blocks_min: 3,
-                blocks_max: 20,
-                ..RoundSettings::default()
-            },
-            ..Settings::default()
-        };
-        let made = init(InitOptions {
-            settings,
-            ..InitOptions::new(&dir, "demo")
-        })
-        .unwrap();
-        enrol_directly(&dir, &SITES.map(node)).unwrap();
-        let config = made.checked;
-        assert_eq!(config.rounds.accumulate.keep, 150, "on by default");
-        Self {
-            _temporary: temporary,
-            database: Database::open(&DataDir::new(&dir)).unwrap(),
-            plan: RoundPlan {
-                rule: RuleName::MEAN,
-                byzantine: 0,
-                quarantine: config.quarantine,
-                optimizer: ServerOptimizer::default(),
-                rule_version: RULE_VERSION,
-                central_noise: false,
-                late_updates: true,
-                site_average: SiteAverage::OFF,
-                accumulate: Accumulate {
-                    keep,
-                    age_ms: WEEK_MS,
-                },
-            },
-            clip: config.rounds.clip_norm,
-            config,
-            ledger: 0,
-        }
-    }
-
-    fn terms(&self) -> RoundTerms {
-        let rounds = &self.config.rounds;
-        let layout = self.config.model.update(UpdateKind::Moments).unwrap();
-        RoundTerms {
-            kind: UpdateKind::Moments,
-            values: layout.values,
-            layout_digest: layout.digest,
-            clip_norm: self.clip,
-            noise_multiplier: rounds.noise_multiplier,
-            block_rows: rounds.block_rows,
-            blocks_min: rounds.blocks_min,
-            blocks_max: rounds.blocks_max,
-        }
-    }
-
-    fn open(&mut self, round: u64) -> AnnounceV1 {
-        let base = models::current_model(self.database.read()).unwrap();
-        let terms = self.terms();
-        let announce = AnnounceV1 {
-            round: Round(round),
-            nonce: round,
-            kind: terms.kind,
-            values: terms.values,
-            layout_digest: terms.layout_digest,
-            base_version: base.version,
-            base_digest: base.digest,
-            clip_norm: terms.clip_norm,
-            noise_multiplier: terms.noise_multiplier,
-            block_rows: terms.block_rows,
-            blocks_min: terms.blocks_min,
-            blocks_max: terms.blocks_max,
-            deadline_ms: 60_000,
-        };
-        let rule = RoundRule {
-            rule: RuleName::MEAN,
-            byzantine: 0,
-            quorum: 1,
-        };
-        let cohort = SITES.map(node);
-        self.database
-            .write(|work| rounds::open(work, &announce, &cohort, rule))
-            .unwrap();
-        announce
-    }
-
-    /// What a site releases in a round; the same again for the same site and round.
-    fn values(&self, site: &str, round: u64) -> Vec<f32> {
-        let channels = self.config.model.channels().unwrap();
-        let clip = self.clip.value() as f32;
-        let noise = self.config.rounds.noise_multiplier.value() as f32 * clip;
-        series::release(
-            channels,
-            clip,
-            noise,
-            u32::from(site.as_bytes()[0]) * 1_000 + round as u32,
-        )
-    }
-
-    fn header(&mut self, announce: &AnnounceV1, payload: &[u8]) -> UpdateV1 {
-        self.ledger += 1;
-        UpdateV1 {
-            round: announce.round,
-            nonce: announce.nonce,
-            kind: announce.kind,
-            base_digest: announce.base_digest,
-            layout_digest: announce.layout_digest,
-            values: announce.values,
-            encoding: Encoding::F32,
-            payload_digest: Digest::of(payload),
-            blocks_bound: announce.blocks_max,
-            privacy: PrivacyClaimV1 {
-                clip_norm: announce.clip_norm,
-                noise_multiplier: announce.noise_multiplier,
-                epsilon_spent: Epsilon::new(1.0).unwrap(),
-                delta: Delta::new(1e-6).unwrap(),
-                ledger_head: Digest::of(&self.ledger.to_le_bytes()),
-                ledger_records: self.ledger,
-            },
-        }
-    }
-
-    fn send(&mut self, announce: &AnnounceV1, site: &str) {
-        let values = self.values(site, announce.round.0);
-        self.send_values(announce, site, &values);
-    }
-
-    fn send_values(&mut self, announce: &AnnounceV1, site: &str, values: &[f32]) {
-        let payload = encode_f32(values);
-        let header = self.header(announce, &payload);
-        self.database
-            .blobs()
-            .put(&header.payload_digest, &payload)
-            .unwrap();
-        self.database
-            .write(|work| rounds::insert_upload(work, &node(site), &header, &payload, 1.0, RuleName::MEAN))
-            .unwrap();
-    }
-
-    /// As the driver computes it.
-    fn computed(&self, round: u64) -> (ModelRow, RoundResult) {
-        let read = self.database.read();
-        let earned = evidence::reputations(read).unwrap();
-        let (plan, none) = (self.plan.clone(), &mut BTreeMap::new());
-        let inputs = RoundInputs::load(
-            read,
-            self.database.blobs(),
-            Round(round),
-            plan,
-            &earned,
-            none,
-            Which::Waiting,
-        )
-        .unwrap();
-        let base = inputs.announce.base_version;
-        let result = inputs.run(&self.config.model, None).unwrap();
-        let row = ModelRow {
-            version: base.next(),
-            round: Round(round),
-            layout_digest: result.candidate.layout_digest,
-            values: result.candidate.values,
-            digest: result.candidate.digest,
-            rule: self.plan.rule.to_string(),
-            contributors: 3,
-            rolled_back_to: None,
-            released: wall_clock(),
-        };
-        (row, result)
-    }
-
-    /// Publishes in one transaction, as the driver does; `fail`: something goes wrong at its end.
-    fn written(&mut self, round: u64, fail: bool) -> Result<(), StoreError> {
-        let (row, RoundResult { candidate, account }) = self.computed(round);
-        self.database
-            .blobs()
-            .put(&candidate.digest, &candidate.payload)
-            .unwrap();
-        let counted = account
-            .rows
-            .iter()
-            .filter(|row| row.decision == Decision::Combined);
-        let members: Vec<(NodeId, Digest)> = counted
-            .map(|row| (row.node.clone(), row.payload_digest))
-            .collect();
-        assert_eq!(
-            members.len(),
-            candidate.evidence.len(),
-            "evidence is of the round's own rows"
-        );
-        let conclusion = Conclusion {
-            plan: self.plan.clone(),
-            account,
-            memory: None,
-        };
-        self.database.write(|work| {
-            rounds::publish(work, &row, &candidate.payload, &members, &candidate.evidence)?;
-            evidence::conclude_round(work, Round(round), conclusion.clone())?;
-            if fail {
-                return Err(StoreError::Full("for the test".into()));
-            }
-            Ok(())
-        })
-    }
-
-    fn publish(&mut self, round: u64) -> Vec<Record> {
-        self.written(round, false).unwrap();
-        evidence::of_round(self.database.read(), Round(round)).unwrap()
-    }
-
-    /// Opens a round, lets these sites send, publishes.
-    fn round(&mut self, round: u64, sites: &[&str]) -> Vec<Record> {
-        let announce = self.open(round);
-        for site in sites {
-            self.send(&announce, site);
-        }
-        self.publish(round)
-    }
-
     /// The model in force is what the mean rule makes of these sites, each the mean of its releases for these rounds, newest first.
     fn check(&self, round: u64, sites: &[(&str, &[u64])]) {
         let read = self.database.read();
@@ -328,12 +109,6 @@ impl Hand {
             .unwrap()
     }
 
-    fn replay(&self, round: u64) -> Result<usize, ReplayError> {
-        let (read, blobs) = (self.database.read(), self.database.blobs());
-        let key = LogKey::from_seed("theriac/demo", &[7; 32]).unwrap().public();
-        replay(read, blobs, &self.config.model, &key, Round(round)).map(|done| done.combined)
-    }
-
     fn all_are_the_same_again(&self, last: u64) {
         for round in 1..=last {
             let again = self.replay(round);
@@ -355,7 +130,7 @@ fn releases(record: &Record) -> u64 {
 
 #[test]
 fn every_release_is_added_once_and_the_same_bits_come_again() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     for round in 1..=4 {
         let records = hand.round(round, &["a", "b", "c"]);
         let rounds: Vec<u64> = (1..=round).rev().collect();
@@ -390,7 +165,7 @@ fn every_release_is_added_once_and_the_same_bits_come_again() {
 
 #[test]
 fn a_crash_between_model_and_records_leaves_both_or_neither() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     hand.round(1, &["a", "b", "c"]);
     let second = hand.open(2);
     hand.send(&second, "a");
@@ -409,7 +184,7 @@ fn a_crash_between_model_and_records_leaves_both_or_neither() {
 
 #[test]
 fn a_site_that_sends_nothing_counts_by_what_it_has_released_and_no_more_once_it_is_kept_out() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     hand.round(1, &["a", "b", "c"]);
     let records = hand.round(2, &["a"]);
     hand.check(2, &[("a", &[2, 1]), ("b", &[1]), ("c", &[1])]);
@@ -451,7 +226,7 @@ fn a_site_that_sends_nothing_counts_by_what_it_has_released_and_no_more_once_it_
 
 #[test]
 fn the_window_forgets_the_oldest_release_and_what_is_too_old() {
-    let mut hand = Hand::new(3);
+    let mut hand = federation_of(3);
     for round in 1..=5 {
         hand.round(round, &["a", "b"]);
     }
@@ -474,7 +249,7 @@ fn the_window_forgets_the_oldest_release_and_what_is_too_old() {
 
 #[test]
 fn other_terms_begin_other_sums_and_the_former_come_back_with_theirs() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     hand.round(1, &["a", "b"]);
     let clip = hand.clip;
     hand.clip = L2Norm::new(120.0).unwrap();
@@ -490,7 +265,7 @@ fn other_terms_begin_other_sums_and_the_former_come_back_with_theirs() {
 
 #[test]
 fn what_a_screen_or_the_quarantine_leaves_out_is_in_no_later_sum_either() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     let first = hand.open(1);
     hand.send(&first, "a");
     hand.send(&first, "b");
@@ -534,7 +309,7 @@ fn what_a_screen_or_the_quarantine_leaves_out_is_in_no_later_sum_either() {
 
 #[test]
 fn a_roll_back_a_new_key_a_revocation_and_an_operator_take_releases_out_and_the_past_stays_what_it_was() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     for round in 1..=3 {
         hand.round(round, &SITES);
     }
@@ -570,7 +345,7 @@ fn a_roll_back_a_new_key_a_revocation_and_an_operator_take_releases_out_and_the_
 
 #[test]
 fn payloads_stay_while_they_count_and_then_a_replay_says_that_it_cannot() {
-    let mut hand = Hand::new(3);
+    let mut hand = federation_of(3);
     for round in 1..=6 {
         hand.round(round, &["a", "b"]);
     }
@@ -605,19 +380,11 @@ fn payloads_stay_while_they_count_and_then_a_replay_says_that_it_cannot() {
 
 #[test]
 fn a_late_release_is_added_under_the_round_that_took_it_in() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     let first = hand.open(1);
     hand.send(&first, "a");
     hand.publish(1);
-    let payload = encode_f32(&hand.values("b", 1));
-    let header = hand.header(&first, &payload);
-    hand.database
-        .blobs()
-        .put(&header.payload_digest, &payload)
-        .unwrap();
-    hand.database
-        .write(|work| late::insert(work, &node("b"), &header, &payload, 1.0, RuleName::MEAN))
-        .unwrap();
+    hand.send_late(&first, "b");
     hand.round(2, &["a"]);
     hand.check(2, &[("a", &[2, 1]), ("b", &[1])]);
     hand.round(3, &["a", "b"]);
@@ -628,7 +395,7 @@ fn a_late_release_is_added_under_the_round_that_took_it_in() {
 /// Smaller targets that hide in the noise of one release show in the mean of a dozen.
 #[test]
 fn poison_that_one_release_hides_is_found_in_their_mean_and_added_no_more() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     let poisoned = |hand: &Hand, round: u64| {
         let mut values = hand.values("c", round);
         for channel in values.chunks_exact_mut(MOMENTS_PER_CHANNEL) {
@@ -691,7 +458,7 @@ fn poison_that_one_release_hides_is_found_in_their_mean_and_added_no_more() {
 
 #[test]
 fn poison_that_shows_only_once_its_site_is_silent_does_not_count_either() {
-    let mut hand = Hand::new(2);
+    let mut hand = federation_of(2);
     let last = 40;
     for round in 1..=last {
         let announce = hand.open(round);
@@ -729,7 +496,7 @@ fn poison_that_shows_only_once_its_site_is_silent_does_not_count_either() {
 
 #[test]
 fn what_no_honest_row_can_be_counts_in_no_later_round() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     let first = hand.open(1);
     hand.send(&first, "a");
     hand.send(&first, "b");
@@ -738,13 +505,7 @@ fn what_no_honest_row_can_be_counts_in_no_later_round() {
     let mut header = hand.header(&first, &payload);
     let claimed = 3.0 * first.noise_multiplier.value();
     header.privacy.noise_multiplier = NoiseMultiplier::new(claimed).unwrap();
-    hand.database
-        .blobs()
-        .put(&header.payload_digest, &payload)
-        .unwrap();
-    hand.database
-        .write(|work| rounds::insert_upload(work, &node("c"), &header, &payload, 1.0, RuleName::MEAN))
-        .unwrap();
+    hand.insert("c", &header, &payload);
     let records = hand.publish(1);
     assert_eq!(
         record(&records, "c", Decision::Combined).verdict,
@@ -764,7 +525,7 @@ fn what_no_honest_row_can_be_counts_in_no_later_round() {
 
 #[test]
 fn sites_that_are_carried_leave_room_for_the_quarantine() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     hand.round(1, &SITES);
     hand.plan.byzantine = 1;
     let inside = Reputation {
@@ -787,7 +548,7 @@ fn sites_that_are_carried_leave_room_for_the_quarantine() {
 
 #[test]
 fn what_is_dropped_while_a_round_is_open_is_not_kept_from_that_round_either() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     hand.round(1, &SITES);
     let second = hand.open(2);
     for site in ["a", "b", "d"] {
@@ -802,15 +563,7 @@ fn what_is_dropped_while_a_round_is_open_is_not_kept_from_that_round_either() {
         })
         .unwrap();
     hand.publish(2);
-    let payload = encode_f32(&hand.values("c", 2));
-    let header = hand.header(&second, &payload);
-    hand.database
-        .blobs()
-        .put(&header.payload_digest, &payload)
-        .unwrap();
-    hand.database
-        .write(|work| late::insert(work, &node("c"), &header, &payload, 1.0, RuleName::MEAN))
-        .unwrap();
+    hand.send_late(&second, "c");
     let records = hand.round(3, &["a"]);
     hand.check(3, &[("a", &[3, 2, 1])]);
     assert!(!records.iter().any(|record| record.decision == Decision::Carried));
@@ -826,7 +579,7 @@ fn what_is_dropped_while_a_round_is_open_is_not_kept_from_that_round_either() {
 
 #[test]
 fn no_more_sites_are_carried_than_the_rule_has_places_and_in_time_each_has_its_turn() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     hand.round(1, &["a", "b"]);
     let many = 2_200;
     hand.database
@@ -853,11 +606,14 @@ fn no_more_sites_are_carried_than_the_rule_has_places_and_in_time_each_has_its_t
     for round in 2..=3 {
         let announce = hand.open(round);
         hand.send(&announce, "a");
-        let (read, none) = (hand.database.read(), &mut BTreeMap::new());
-        let blobs = hand.database.blobs();
+        let source = RowSource {
+            connection: hand.database.read(),
+            blobs: hand.database.blobs(),
+            memory: &hand.memory,
+        };
+        let none = &mut BTreeMap::new();
         let inputs = RoundInputs::load(
-            read,
-            blobs,
+            source,
             Round(round),
             plan.clone(),
             &BTreeMap::new(),
@@ -882,7 +638,7 @@ fn no_more_sites_are_carried_than_the_rule_has_places_and_in_time_each_has_its_t
 
 #[test]
 fn a_round_that_validators_turned_down_is_done_again_whatever_became_of_who_was_carried() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     hand.round(1, &["a", "b", "c"]);
     let second = hand.open(2);
     hand.send(&second, "a");
@@ -942,7 +698,7 @@ fn a_round_that_validators_turned_down_is_done_again_whatever_became_of_who_was_
 
 #[test]
 fn a_round_of_a_store_from_before_there_were_records_cannot_be_done_again_and_is_not_called_tampered() {
-    let mut hand = Hand::new(150);
+    let mut hand = federation_of(150);
     let first = hand.open(1);
     hand.send(&first, "a");
     let (row, RoundResult { candidate, .. }) = hand.computed(1);

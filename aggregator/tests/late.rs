@@ -7,246 +7,50 @@
     reason = "a failed helper is a failed test"
 )]
 
-use std::collections::BTreeMap;
+mod federation;
 
+use federation::hand::Hand;
+use federation::node;
 use theriac_aggregator::accumulate::Depth;
 use theriac_aggregator::average::SiteAverage;
-use theriac_aggregator::combine::{RoundInputs, RoundResult, Which};
-use theriac_aggregator::config::{CheckedConfig, ModelSettings, RoundKind, RoundSettings, Settings};
-use theriac_aggregator::data_dir::DataDir;
+use theriac_aggregator::config::{RoundKind, RoundSettings};
 use theriac_aggregator::evidence::{Decision, RULE_VERSION, Record};
 use theriac_aggregator::publish::next_model_of;
-use theriac_aggregator::replay::{ReplayError, replay};
+use theriac_aggregator::replay::ReplayError;
 use theriac_aggregator::robust::{Options, Row, RuleName, rule};
 use theriac_aggregator::server_optimizer::ServerOptimizer;
-use theriac_aggregator::store::evidence::{self, ChainError, Conclusion, RoundPlan};
-use theriac_aggregator::store::models::{self, ModelRow};
-use theriac_aggregator::store::records;
-use theriac_aggregator::store::rounds::{self, RoundRule};
-use theriac_aggregator::store::{Database, StoreError, late, wall_clock};
-use theriac_aggregator::{InitOptions, enrol_directly, init};
-use theriac_audit::checkpoint::LogKey;
+use theriac_aggregator::store::evidence::{self, ChainError};
+use theriac_aggregator::store::heads::TreeError;
+use theriac_aggregator::store::{StoreError, Work, late, models, records, rounds};
 use theriac_audit::leaf::SiteStanding;
 use theriac_protocol::compress::encode_f32;
-use theriac_protocol::message::{AnnounceV1, Encoding, PrivacyClaimV1, UpdateV1};
+use theriac_protocol::message::{AnnounceV1, Encoding, UpdateV1};
 use theriac_protocol::refusal::{AbortReason, RefusalCode};
-use theriac_protocol::round::RoundTerms;
-use theriac_protocol::units::{Delta, Digest, Epsilon, ModelVersion, NodeId, Round};
+use theriac_protocol::units::{Digest, ModelVersion, Round};
 
 const KINDS: [RoundKind; 3] = [RoundKind::Moments, RoundKind::Gradient, RoundKind::Delta];
 
-/// A federation whose rounds are driven by hand.
-struct Hand {
-    _temporary: tempfile::TempDir,
-    config: CheckedConfig,
-    database: Database,
-    plan: RoundPlan,
-    ledger: u64,
+/// A federation of three sites, of whose updates the rule sees the mean with b = `average`.
+fn federation_of(kind: RoundKind, average: f64) -> Hand {
+    let rounds = RoundSettings {
+        kind,
+        ..RoundSettings::default()
+    };
+    let mut hand = Hand::new(rounds, &["a", "b", "c"], values);
+    hand.plan.site_average = SiteAverage::new(average).unwrap();
+    hand
 }
 
-fn node(name: &str) -> NodeId {
-    NodeId::new(name).unwrap()
+/// Values of a site in a round, all different and further from one another than noise is, so that no screen takes them for copies.
+fn values(hand: &Hand, site: &str, round: u64) -> Vec<f32> {
+    let scale = 40.0 * hand.terms().clip_norm.value() as f32;
+    let seed = u64::from(site.as_bytes()[0]) * 31 + round * 17;
+    (0..u64::from(hand.terms().values))
+        .map(|index| scale * (((index * 7 + seed) * 2_654_435_761 % 1_000) as f32 / 500.0 - 1.0))
+        .collect()
 }
 
 impl Hand {
-    fn new(kind: RoundKind, average: f64) -> Self {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("data");
-        let settings = Settings {
-            federation: "demo".into(),
-            rounds: RoundSettings {
-                kind,
-                rule: RuleName::MEAN,
-                byzantine: 0,
-                quorum: 1,
-                ..RoundSettings::default()
-            },
-            model: ModelSettings::default(),
-            ..Settings::default()
-        };
-        let made = init(InitOptions {
-            settings,
-            ..InitOptions::new(&dir, "demo")
-        })
-        .unwrap();
-        enrol_directly(&dir, &["a", "b", "c"].map(node)).unwrap();
-        let config = made.checked;
-        Self {
-            _temporary: temporary,
-            database: Database::open(&DataDir::new(&dir)).unwrap(),
-            plan: RoundPlan {
-                rule: RuleName::MEAN,
-                byzantine: 0,
-                quarantine: config.quarantine,
-                optimizer: ServerOptimizer::default(),
-                rule_version: RULE_VERSION,
-                central_noise: false,
-                late_updates: true,
-                site_average: SiteAverage::new(average).unwrap(),
-                accumulate: theriac_aggregator::accumulate::Accumulate::OFF,
-            },
-            config,
-            ledger: 0,
-        }
-    }
-
-    fn terms(&self) -> RoundTerms {
-        let rounds = &self.config.rounds;
-        let layout = self.config.model.update(rounds.kind).unwrap();
-        RoundTerms {
-            kind: rounds.kind,
-            values: layout.values,
-            layout_digest: layout.digest,
-            clip_norm: rounds.clip_norm,
-            noise_multiplier: rounds.noise_multiplier,
-            block_rows: rounds.block_rows,
-            blocks_min: rounds.blocks_min,
-            blocks_max: rounds.blocks_max,
-        }
-    }
-
-    fn open(&mut self, round: u64) -> AnnounceV1 {
-        let base = models::current_model(self.database.read()).unwrap();
-        let terms = self.terms();
-        let announce = AnnounceV1 {
-            round: Round(round),
-            nonce: round,
-            kind: terms.kind,
-            values: terms.values,
-            layout_digest: terms.layout_digest,
-            base_version: base.version,
-            base_digest: base.digest,
-            clip_norm: terms.clip_norm,
-            noise_multiplier: terms.noise_multiplier,
-            block_rows: terms.block_rows,
-            blocks_min: terms.blocks_min,
-            blocks_max: terms.blocks_max,
-            deadline_ms: 60_000,
-        };
-        let rule = RoundRule {
-            rule: RuleName::MEAN,
-            byzantine: 0,
-            quorum: 1,
-        };
-        let cohort = ["a", "b", "c"].map(node);
-        self.database
-            .write(|work| rounds::open(work, &announce, &cohort, rule))
-            .unwrap();
-        announce
-    }
-
-    /// Values of a site in a round, all different and further from one another than noise is, so that no screen takes them for copies.
-    fn values(&self, site: &str, round: u64) -> Vec<f32> {
-        let scale = 40.0 * self.terms().clip_norm.value() as f32;
-        let seed = u64::from(site.as_bytes()[0]) * 31 + round * 17;
-        (0..u64::from(self.terms().values))
-            .map(|index| scale * (((index * 7 + seed) * 2_654_435_761 % 1_000) as f32 / 500.0 - 1.0))
-            .collect()
-    }
-
-    fn header(&mut self, announce: &AnnounceV1, payload: &[u8]) -> UpdateV1 {
-        self.ledger += 1;
-        UpdateV1 {
-            round: announce.round,
-            nonce: announce.nonce,
-            kind: announce.kind,
-            base_digest: announce.base_digest,
-            layout_digest: announce.layout_digest,
-            values: announce.values,
-            encoding: Encoding::F32,
-            payload_digest: Digest::of(payload),
-            blocks_bound: announce.blocks_max,
-            privacy: PrivacyClaimV1 {
-                clip_norm: announce.clip_norm,
-                noise_multiplier: announce.noise_multiplier,
-                epsilon_spent: Epsilon::new(1.0).unwrap(),
-                delta: Delta::new(1e-6).unwrap(),
-                ledger_head: Digest::of(&self.ledger.to_le_bytes()),
-                ledger_records: self.ledger,
-            },
-        }
-    }
-
-    fn send(&mut self, announce: &AnnounceV1, site: &str) {
-        let payload = encode_f32(&self.values(site, announce.round.0));
-        let header = self.header(announce, &payload);
-        self.database
-            .blobs()
-            .put(&header.payload_digest, &payload)
-            .unwrap();
-        self.database
-            .write(|work| rounds::insert_upload(work, &node(site), &header, &payload, 1.0, RuleName::MEAN))
-            .unwrap();
-    }
-
-    fn send_late(&mut self, announce: &AnnounceV1, site: &str) -> UpdateV1 {
-        let payload = encode_f32(&self.values(site, announce.round.0));
-        let header = self.header(announce, &payload);
-        self.database
-            .blobs()
-            .put(&header.payload_digest, &payload)
-            .unwrap();
-        let insert = |database: &mut Database| {
-            database.write(|work| late::insert(work, &node(site), &header, &payload, 1.0, RuleName::MEAN))
-        };
-        let stored = insert(&mut self.database).unwrap();
-        assert_eq!(insert(&mut self.database).unwrap(), stored, "the same again");
-        let found = rounds::stored_upload(self.database.read(), announce.round, &node(site)).unwrap();
-        assert_eq!(found, Some(stored), "its receipt can be given again");
-        header
-    }
-
-    /// Combines and publishes as the driver does; the records of the round.
-    fn publish(&mut self, round: u64) -> Vec<Record> {
-        let read = self.database.read();
-        let earned = evidence::reputations(read).unwrap();
-        let (plan, none) = (self.plan.clone(), &mut BTreeMap::new());
-        let inputs = RoundInputs::load(
-            read,
-            self.database.blobs(),
-            Round(round),
-            plan.clone(),
-            &earned,
-            none,
-            Which::Waiting,
-        )
-        .unwrap();
-        let base = inputs.announce.base_version;
-        let RoundResult { candidate, account } = inputs.run(&self.config.model, None).unwrap();
-        let row = ModelRow {
-            version: base.next(),
-            round: Round(round),
-            layout_digest: candidate.layout_digest,
-            values: candidate.values,
-            digest: candidate.digest,
-            rule: plan.rule.to_string(),
-            contributors: 3,
-            rolled_back_to: None,
-            released: wall_clock(),
-        };
-        let blobs = self.database.blobs();
-        blobs.put(&candidate.digest, &candidate.payload).unwrap();
-        let counted = account
-            .rows
-            .iter()
-            .filter(|row| row.decision == Decision::Combined);
-        let members: Vec<(NodeId, Digest)> = counted
-            .map(|row| (row.node.clone(), row.payload_digest))
-            .collect();
-        let conclusion = Conclusion {
-            plan,
-            account,
-            memory: None,
-        };
-        self.database
-            .write(|work| {
-                rounds::publish(work, &row, &candidate.payload, &members, &candidate.evidence)?;
-                evidence::conclude_round(work, Round(round), conclusion.clone())
-            })
-            .unwrap();
-        evidence::of_round(self.database.read(), Round(round)).unwrap()
-    }
-
     /// The model in force, and what the mean of these rows makes of the model before it; `noise_ratio` as in [`next_model_of`].
     fn check(&self, announce: &AnnounceV1, rows: &[Vec<f32>], noise_ratio: f64) {
         let read = self.database.read();
@@ -269,12 +73,6 @@ impl Hand {
         let found = models::current_model(read).unwrap();
         assert_eq!(found.digest, expected.digest, "{:?}", terms.kind);
     }
-
-    fn replay(&self, round: u64) -> Result<usize, ReplayError> {
-        let (read, blobs) = (self.database.read(), self.database.blobs());
-        let key = LogKey::from_seed("theriac/demo", &[7; 32]).unwrap().public();
-        replay(read, blobs, &self.config.model, &key, Round(round)).map(|done| done.combined)
-    }
 }
 
 fn times(values: Vec<f32>, factor: f64) -> Vec<f32> {
@@ -294,7 +92,7 @@ fn record<'a>(records: &'a [Record], site: &str) -> &'a Record {
 #[test]
 fn late_update_of_every_kind_counts_once_in_the_next_round_with_its_staleness_weight() {
     for kind in KINDS {
-        let mut hand = Hand::new(kind, 0.0);
+        let mut hand = federation_of(kind, 0.0);
         let first = hand.open(1);
         hand.send(&first, "a");
         let silent = record(&hand.publish(1), "c").decision;
@@ -350,7 +148,7 @@ fn late_update_of_every_kind_counts_once_in_the_next_round_with_its_staleness_we
 #[test]
 fn late_update_gives_way_to_a_newer_one_to_a_roll_back_and_to_a_suspension() {
     let counts = |prepare: &dyn Fn(&mut Hand)| {
-        let mut hand = Hand::new(RoundKind::Delta, 0.0);
+        let mut hand = federation_of(RoundKind::Delta, 0.0);
         let first = hand.open(1);
         hand.send(&first, "a");
         hand.publish(1);
@@ -382,7 +180,7 @@ fn late_update_gives_way_to_a_newer_one_to_a_roll_back_and_to_a_suspension() {
     };
     assert!(counts(&rolled_back).is_empty());
     // One that the site has sent since.
-    let mut hand = Hand::new(RoundKind::Delta, 0.0);
+    let mut hand = federation_of(RoundKind::Delta, 0.0);
     let first = hand.open(1);
     hand.send(&first, "a");
     hand.publish(1);
@@ -397,7 +195,7 @@ fn late_update_gives_way_to_a_newer_one_to_a_roll_back_and_to_a_suspension() {
 /// A late update is no way round what was found in the update for the round itself.
 #[test]
 fn late_update_of_a_site_that_was_refused_does_not_count_and_the_refusal_stays_on_record() {
-    let mut hand = Hand::new(RoundKind::Delta, 0.0);
+    let mut hand = federation_of(RoundKind::Delta, 0.0);
     let first = hand.open(1);
     hand.send(&first, "a");
     hand.publish(1);
@@ -430,7 +228,7 @@ fn late_update_of_a_site_that_was_refused_does_not_count_and_the_refusal_stays_o
 #[test]
 fn late_update_that_came_before_the_rounds_own_records_is_on_record() {
     for published in [true, false] {
-        let mut hand = Hand::new(RoundKind::Delta, 0.0);
+        let mut hand = federation_of(RoundKind::Delta, 0.0);
         let first = hand.open(1);
         hand.send(&first, "a");
         hand.send_late(&first, "c");
@@ -454,6 +252,15 @@ fn late_update_that_came_before_the_rounds_own_records_is_on_record() {
             assert_eq!(said, [(Decision::Silent, None), late], "{site}, {published}");
         }
         assert_eq!(of_first.len(), 5, "{published}");
+        // The log names the last record of the chain, whoever it is about.
+        let last = "SELECT EXISTS (SELECT 1 FROM audit_leaf WHERE line LIKE '%decisions_recorded%'
+            AND line LIKE '%' || (SELECT lower(hex(hash)) FROM decision ORDER BY seq DESC LIMIT 1) || '%')";
+        let named: bool = hand
+            .database
+            .read()
+            .query_row(last, [], |row| row.get(0))
+            .unwrap();
+        assert!(named, "{published}");
         let second = hand.open(2);
         hand.send(&second, "a");
         hand.publish(2);
@@ -463,7 +270,7 @@ fn late_update_that_came_before_the_rounds_own_records_is_on_record() {
 
 #[test]
 fn late_update_for_a_round_without_a_model_is_as_fresh_as_any() {
-    let mut hand = Hand::new(RoundKind::Delta, 0.0);
+    let mut hand = federation_of(RoundKind::Delta, 0.0);
     let first = hand.open(1);
     hand.database
         .write(|work| rounds::abort(work, Round(1), AbortReason::QuorumMissed))
@@ -481,7 +288,7 @@ fn late_update_for_a_round_without_a_model_is_as_fresh_as_any() {
 #[test]
 fn rule_sees_the_mean_of_a_sites_updates_back_to_a_roll_back_and_can_see_it_again() {
     for kind in KINDS {
-        let mut hand = Hand::new(kind, 0.5);
+        let mut hand = federation_of(kind, 0.5);
         for round in 1..=3 {
             let announce = hand.open(round);
             hand.send(&announce, "a");
@@ -546,7 +353,7 @@ fn records_that_are_cut_loose_from_the_audit_log_are_tampered_with() {
         "DELETE FROM audit_leaf WHERE idx = (SELECT leaf_index FROM round_plan)",
         "DELETE FROM round_plan",
     ] {
-        let mut hand = Hand::new(RoundKind::Delta, 0.0);
+        let mut hand = federation_of(RoundKind::Delta, 0.0);
         let first = hand.open(1);
         hand.send(&first, "a");
         hand.publish(1);
@@ -564,23 +371,108 @@ fn records_that_are_cut_loose_from_the_audit_log_are_tampered_with() {
     }
 }
 
+/// Takes the newest record away, and makes the chain end before it.
+fn removed(work: &Work<'_>, seq: i64, _: &Record) -> Result<usize, StoreError> {
+    let connection = work.connection();
+    let head =
+        "UPDATE meta SET value = (SELECT hash FROM decision WHERE seq = ?1 - 1) WHERE key = 'decision_head'";
+    connection.execute(head, [seq])?;
+    Ok(connection.execute("DELETE FROM decision WHERE seq = ?1", [seq])?)
+}
+
+/// Writes the newest record anew, with another reason, and makes the chain end in it.
+fn changed(work: &Work<'_>, seq: i64, record: &Record) -> Result<usize, StoreError> {
+    let connection = work.connection();
+    let other = Record {
+        reason: None,
+        ..record.clone()
+    };
+    let line = other.to_line().unwrap();
+    let hash = Record::hash(&line).0;
+    connection.execute("UPDATE meta SET value = ?1 WHERE key = 'decision_head'", [hash])?;
+    let put = "UPDATE decision SET record = ?2, hash = ?3 WHERE seq = ?1";
+    Ok(connection.execute(put, (seq, line, hash))?)
+}
+
+/// The leaf of a late record names it, so that whoever changes the end of the chain and makes it fit again has the log against them.
+#[test]
+fn late_record_that_is_removed_or_changed_at_the_end_of_the_chain_is_tampered_with() {
+    type Change = fn(&Work<'_>, i64, &Record) -> Result<usize, StoreError>;
+    let changes: [(&str, Change); 2] = [("removed", removed), ("changed", changed)];
+    for (what, change) in changes {
+        let mut hand = federation_of(RoundKind::Delta, 0.0);
+        let first = hand.open(1);
+        hand.send(&first, "a");
+        hand.publish(1);
+        hand.send_late(&first, "c");
+        hand.send_late(&first, "b");
+        assert_eq!(hand.replay(1).unwrap(), 1, "{what}");
+        let newest = "SELECT seq, record FROM decision ORDER BY seq DESC LIMIT 1";
+        let (seq, record): (i64, String) = hand
+            .database
+            .read()
+            .query_row(newest, [], |row| Ok((row.get(0)?, row.get(1)?)))
+            .unwrap();
+        let record: Record = serde_json::from_str(&record).unwrap();
+        assert_eq!((record.site.as_str(), record.decision), ("b", Decision::Late));
+        let rows = hand.database.write(|work| change(work, seq, &record)).unwrap();
+        assert_eq!(rows, 1, "{what}");
+        let found = hand.replay(1);
+        assert!(
+            matches!(found, Err(ReplayError::Tree(TreeError::Record { round: 1, .. }))),
+            "{what}: {found:?}"
+        );
+    }
+}
+
+/// Records are deleted after their time from the beginning of the chain, a late one with those before it; their leaves stay.
+#[test]
+fn late_record_that_was_deleted_after_its_time_is_not_missed() {
+    let mut hand = federation_of(RoundKind::Delta, 0.0);
+    let first = hand.open(1);
+    hand.send(&first, "a");
+    hand.publish(1);
+    hand.send_late(&first, "c");
+    for round in 2..=3 {
+        let announce = hand.open(round);
+        hand.send(&announce, "a");
+        hand.publish(round);
+    }
+    let deleted = hand
+        .database
+        .write(|work| evidence::forget(work, Round(1)))
+        .unwrap();
+    assert_eq!(deleted, 4, "three of the round and the late one");
+    let none = hand.replay(1).unwrap_err();
+    assert!(none.is_impossible(), "{none}");
+    assert!(hand.replay(2).is_ok() && hand.replay(3).is_ok());
+}
+
+/// What another version of rules and measures did may have other bits, and nobody has tampered with it.
+#[test]
+fn round_of_another_version_of_the_rules_cannot_be_done_again_and_is_not_called_tampered() {
+    let mut hand = federation_of(RoundKind::Delta, 0.0);
+    let first = hand.open(1);
+    hand.send(&first, "a");
+    hand.plan.rule_version = RULE_VERSION - 1;
+    hand.publish(1);
+    let found = hand.replay(1).unwrap_err();
+    assert!(
+        found.is_impossible() && found.to_string().contains("by version 2 of"),
+        "{found}"
+    );
+}
+
 /// A copy and a row that is near to everybody have no part in the round, and the records say whose noise they share.
 #[test]
 fn screened_rows_are_on_record_as_screened_and_counted_nowhere() {
-    let mut hand = Hand::new(RoundKind::Moments, 0.0);
+    let mut hand = federation_of(RoundKind::Moments, 0.0);
     let first = hand.open(1);
     hand.send(&first, "a");
     hand.send(&first, "b");
     // The same as b's, in the next place by name.
-    let payload = encode_f32(&hand.values("b", 1));
-    let header = hand.header(&first, &payload);
-    hand.database
-        .blobs()
-        .put(&header.payload_digest, &payload)
-        .unwrap();
-    hand.database
-        .write(|work| rounds::insert_upload(work, &node("c"), &header, &payload, 1.0, RuleName::MEAN))
-        .unwrap();
+    let copied = hand.values("b", 1);
+    hand.send_values(&first, "c", &copied);
     let records = hand.publish(1);
     let copied = record(&records, "c");
     assert_eq!((copied.decision, copied.weight), (Decision::Screened, 0));

@@ -7,183 +7,70 @@
     reason = "a failed helper is a failed test"
 )]
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
+mod federation;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use theriac_aggregator::audit::AuditKey;
+use federation::centre::{Centre, Edge};
+use federation::header;
 use theriac_aggregator::config::{RoundKind, RoundSettings, Settings};
 use theriac_aggregator::data_dir::DataDir;
-use theriac_aggregator::layout::ModelSpec;
-use theriac_aggregator::replay::{ReplayError, Replayed, replay};
+use theriac_aggregator::replay::ReplayError;
 use theriac_aggregator::robust::RuleName;
 use theriac_aggregator::store::heads::TreeError;
-use theriac_aggregator::store::{Database, evidence, history, validation};
+use theriac_aggregator::store::{evidence, history, validation};
 use theriac_aggregator::validation::{Decision, Missing, Opinion};
-use theriac_aggregator::{InitOptions, Running, enrol_directly, init, serve};
-use theriac_certs::{Authority, Identity, trust};
+use theriac_certs::Identity;
 use theriac_protocol::compress::encode_f32;
 use theriac_protocol::message::{
-    AnnounceV1, Appraisal, AppraisalV1, CandidateV1, DeclineReason, DeclineV1, Encoding, FEATURE_VALIDATOR,
-    HelloV1, PrivacyClaimV1, ToAggregator, ToEdge, UpdateV1,
+    Appraisal, AppraisalV1, CandidateV1, DeclineReason, DeclineV1, FEATURE_VALIDATOR, ToAggregator, ToEdge,
 };
 use theriac_protocol::refusal::{AbortReason, RoundOutcome};
-use theriac_protocol::units::{Delta, Digest, Epsilon, ModelVersion, NodeId, NoiseMultiplier, Round};
-use theriac_transport::{EdgeSession, Limits, bind_client, connect};
-use tokio::sync::watch;
+use theriac_protocol::units::{Digest, ModelVersion, Round};
 
-const WAIT: Duration = Duration::from_secs(30);
 const SEED: u32 = 20;
 
 static LEDGER: AtomicU64 = AtomicU64::new(1);
 
-struct Centre {
-    _temporary: tempfile::TempDir,
-    dir: PathBuf,
-    config: PathBuf,
-    running: Option<Running>,
-    stop: watch::Sender<bool>,
+/// Sites `a` and `b` learn, `v` validates.
+async fn start(change: impl FnOnce(&mut RoundSettings)) -> (Centre, [Identity; 3]) {
+    let mut rounds = RoundSettings {
+        kind: RoundKind::Delta,
+        quorum: 2,
+        deadline: Duration::from_secs(25),
+        pause: Duration::ZERO,
+        clip_norm: Some(10.0),
+        noise_multiplier: Some(1.0),
+        rule: RuleName::MEAN,
+        byzantine: 0,
+        validators: vec!["v".into()],
+        validation_timeout: Duration::from_secs(30),
+        ..RoundSettings::default()
+    };
+    change(&mut rounds);
+    let mut centre = Centre::made(Settings {
+        rounds,
+        ..Settings::default()
+    });
+    let identities = centre.enrol(&["a", "b", "v"]);
+    centre.serve().await;
+    (centre, identities.try_into().map_err(|_| "three").unwrap())
 }
 
 impl Centre {
-    /// Sites `a` and `b` learn, `v` validates.
-    async fn start(change: impl FnOnce(&mut RoundSettings)) -> (Self, [Identity; 3]) {
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut rounds = RoundSettings {
-            kind: RoundKind::Delta,
-            quorum: 2,
-            deadline: Duration::from_secs(25),
-            pause: Duration::ZERO,
-            clip_norm: Some(10.0),
-            noise_multiplier: Some(1.0),
-            rule: RuleName::MEAN,
-            byzantine: 0,
-            validators: vec!["v".into()],
-            validation_timeout: WAIT,
-            ..RoundSettings::default()
-        };
-        change(&mut rounds);
-        let settings = Settings {
-            federation: "demo".into(),
-            listen: any,
-            join_listen: any,
-            http: any,
-            rounds,
-            ..Settings::default()
-        };
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = temporary.path().join("data");
-        let made = init(InitOptions {
-            settings,
-            ..InitOptions::new(&dir, "demo")
-        })
-        .unwrap();
-        let nodes = ["a", "b", "v"].map(|name| NodeId::new(name).unwrap());
-        let identities = enrol_directly(&dir, &nodes).unwrap();
-        let mut centre = Self {
-            _temporary: temporary,
-            dir,
-            config: made.config,
-            running: None,
-            stop: watch::channel(false).0,
-        };
-        centre.serve().await;
-        (centre, identities.try_into().map_err(|_| "three").unwrap())
-    }
-
-    async fn serve(&mut self) {
-        let config = theriac_aggregator::config::load(&self.config, []).unwrap();
-        self.stop = watch::channel(false).0;
-        self.running = Some(serve(config, self.stop.subscribe()).await.unwrap());
-    }
-
-    async fn stop(&mut self) {
-        self.stop.send_replace(true);
-        self.running.take().unwrap().wait().await.unwrap();
-    }
-
-    fn database(&self) -> Database {
-        Database::open(&DataDir::new(&self.dir)).unwrap()
-    }
-
-    fn replay(&self, round: u64) -> Result<Replayed, ReplayError> {
-        let key = AuditKey::load(&DataDir::new(&self.dir).audit_key(), "demo").unwrap();
-        let (database, key) = (self.database(), key.log_key().public());
-        replay(database.read(), database.blobs(), &spec(), &key, Round(round))
-    }
-
     fn change(&self, sql: &str) {
         let connection = rusqlite::Connection::open(DataDir::new(&self.dir).database()).unwrap();
         assert!(connection.execute(sql, []).unwrap() > 0, "{sql} changes nothing");
     }
 }
 
-fn spec() -> ModelSpec {
-    ModelSpec::profile("host-service-v1", 1).unwrap()
-}
-
-struct Edge {
-    session: EdgeSession,
-    round: Option<AnnounceV1>,
-}
-
 async fn dial(centre: &Centre, identity: &Identity, features: &[&str]) -> Edge {
     let records = LEDGER.fetch_add(1, Ordering::Relaxed);
-    let hello = HelloV1 {
-        protocol_min: 1,
-        protocol_max: 1,
-        software: "test".into(),
-        features: features.iter().map(|name| (*name).to_owned()).collect(),
-        profile: "host-service-v1".into(),
-        profile_digest: spec().profile_digest(),
-        layout_digest: spec().layout_digest(),
-        noise_multiplier_min: NoiseMultiplier::new(1.0).unwrap(),
-        ledger_head: Digest::of(&records.to_le_bytes()),
-        ledger_records: records,
-        model_version: ModelVersion(0),
-        model_digest: Digest::default(),
-        audit_checkpoint: None,
-        receipt_missing: None,
-    };
-    let authority = Authority::load(&DataDir::new(&centre.dir).aggregator_authority()).unwrap();
-    let deadline = tokio::time::Instant::now() + WAIT;
-    loop {
-        let tls = trust::client_config(identity, authority.certificate_der()).unwrap();
-        let endpoint = bind_client(&Limits::default()).unwrap();
-        let listen = centre.running.as_ref().unwrap().addresses().listen;
-        match connect(&endpoint, listen, "localhost", tls, hello.clone()).await {
-            Ok((session, welcome)) => {
-                return Edge {
-                    session,
-                    round: welcome.round,
-                };
-            }
-            // A site is known to a running server within a second.
-            Err(error) => assert!(tokio::time::Instant::now() < deadline, "not admitted: {error}"),
-        }
-    }
+    centre.dial_soon(identity, centre.hello(records, features)).await
 }
 
 impl Edge {
-    async fn recv(&mut self) -> ToEdge {
-        tokio::time::timeout(WAIT, self.session.recv())
-            .await
-            .expect("nothing came")
-            .expect("the session ended")
-    }
-
-    async fn announced(&mut self) -> AnnounceV1 {
-        if let Some(announce) = self.round.take() {
-            return announce;
-        }
-        loop {
-            if let ToEdge::Announce(announce) = self.recv().await {
-                return announce;
-            }
-        }
-    }
-
     /// Noise of the agreed strength, as an honest site's update mostly is.
     async fn reports(&mut self, seed: u32) {
         let announce = self.announced().await;
@@ -195,25 +82,7 @@ impl Edge {
         let values: Vec<f32> = (0..announce.values).map(|_| noise()).collect();
         let payload = encode_f32(&values);
         let records = LEDGER.fetch_add(1, Ordering::Relaxed);
-        let header = UpdateV1 {
-            round: announce.round,
-            nonce: announce.nonce,
-            kind: announce.kind,
-            base_digest: announce.base_digest,
-            layout_digest: announce.layout_digest,
-            values: announce.values,
-            encoding: Encoding::F32,
-            payload_digest: Digest::of(&payload),
-            blocks_bound: announce.blocks_max,
-            privacy: PrivacyClaimV1 {
-                clip_norm: announce.clip_norm,
-                noise_multiplier: announce.noise_multiplier,
-                epsilon_spent: Epsilon::new(1.0).unwrap(),
-                delta: Delta::new(1e-6).unwrap(),
-                ledger_head: Digest::of(&records.to_le_bytes()),
-                ledger_records: records,
-            },
-        };
+        let header = header(&announce, &payload, records);
         let update = ToAggregator::Update(header, payload.into());
         self.session.send(&update).await.unwrap();
         loop {
@@ -273,7 +142,7 @@ const NO_MODEL: RoundOutcome = RoundOutcome::Aborted(AbortReason::AggregationFai
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_a_validator_finds_worse_is_not_published_and_the_record_says_so_again() {
-    let (mut centre, [a, b, v]) = Centre::start(|rounds| rounds.rounds_max = Some(2)).await;
+    let (mut centre, [a, b, v]) = start(|rounds| rounds.rounds_max = Some(2)).await;
     let mut v = dial(&centre, &v, &[FEATURE_VALIDATOR]).await;
     let (mut a, mut b) = (dial(&centre, &a, &[]).await, dial(&centre, &b, &[]).await);
     for (round, appraisal, outcome) in [
@@ -329,8 +198,27 @@ async fn a_model_that_a_validator_finds_worse_is_not_published_and_the_record_sa
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_whose_stored_bytes_were_changed_is_not_the_same_bits() {
+    let (mut centre, [a, b, _]) = start(|rounds| {
+        rounds.rounds_max = Some(1);
+        rounds.validators.clear();
+    })
+    .await;
+    let (mut a, mut b) = (dial(&centre, &a, &[]).await, dial(&centre, &b, &[]).await);
+    a.reports(1).await;
+    b.reports(101).await;
+    a.ended().await;
+    b.ended().await;
+    centre.stop().await;
+    assert_eq!(centre.replay(1).unwrap().model_version, Some(1));
+    centre.change("UPDATE model SET payload = zeroblob(length(payload)) WHERE version = 1");
+    let changed = centre.replay(1).unwrap_err();
+    assert!(matches!(changed, ReplayError::Payload(_)), "{changed}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_changed_leaf_and_a_changed_root_are_named_by_the_replay() {
-    let (mut centre, [a, b, _]) = Centre::start(|rounds| {
+    let (mut centre, [a, b, _]) = start(|rounds| {
         rounds.rounds_max = Some(2);
         rounds.validators.clear();
     })
@@ -385,7 +273,7 @@ async fn a_changed_leaf_and_a_changed_root_are_named_by_the_replay() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_validator_that_goes_is_asked_again_when_it_is_back_also_by_a_restarted_server() {
-    let (mut centre, [a, b, v]) = Centre::start(|rounds| rounds.rounds_max = Some(1)).await;
+    let (mut centre, [a, b, v]) = start(|rounds| rounds.rounds_max = Some(1)).await;
     let mut validator = dial(&centre, &v, &[FEATURE_VALIDATOR]).await;
     let (mut first, mut second) = (dial(&centre, &a, &[]).await, dial(&centre, &b, &[]).await);
     validator.declines().await;
@@ -428,7 +316,7 @@ async fn an_edge_that_did_not_opt_in_is_never_asked_and_silence_holds_or_publish
             Decision::Unvalidated,
         ),
     ] {
-        let (mut centre, [a, b, v]) = Centre::start(|rounds| {
+        let (mut centre, [a, b, v]) = start(|rounds| {
             rounds.rounds_max = Some(1);
             rounds.validation_missing = missing;
             rounds.validation_timeout = Duration::from_secs(1);
@@ -463,7 +351,7 @@ async fn an_edge_that_did_not_opt_in_is_never_asked_and_silence_holds_or_publish
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_round_opens_while_no_validator_is_there_whose_word_it_would_wait_for() {
-    let (mut centre, [a, b, v]) = Centre::start(|rounds| rounds.rounds_max = Some(1)).await;
+    let (mut centre, [a, b, v]) = start(|rounds| rounds.rounds_max = Some(1)).await;
     let (_a, _b) = (dial(&centre, &a, &[]).await, dial(&centre, &b, &[]).await);
     // Connected, and not opted in.
     drop(dial(&centre, &v, &[]).await);

@@ -46,23 +46,31 @@ impl<W: Write> Output<W> {
         self.format
     }
 
-    /// Prints one result: `human` for people, `value` as one line of JSON for programs.
+    /// Prints one result: `human` for people, `value` as one line of JSON for programs. A reader that has seen enough, such as `head`, is no error.
     ///
     /// # Errors
-    /// When the writer fails, for example because a pipe was closed.
+    /// When the writer fails, for example because the disk is full.
     pub fn result<T: Serialize>(&mut self, value: &T, human: impl Display) -> io::Result<()> {
-        match self.format {
+        let written = match self.format {
             Format::Human => writeln!(self.writer, "{human}"),
-            Format::Json => {
-                serde_json::to_writer(&mut self.writer, value)?;
-                writeln!(self.writer)
-            }
-        }
+            Format::Json => serde_json::to_writer(&mut self.writer, value)
+                .map_err(io::Error::from)
+                .and_then(|()| writeln!(self.writer)),
+        };
+        enough(written.and_then(|()| self.writer.flush()))
     }
 
     /// Gives the writer back.
     pub fn into_inner(self) -> W {
         self.writer
+    }
+}
+
+/// A pipe whose reader went away has taken what it wanted.
+fn enough(written: io::Result<()>) -> io::Result<()> {
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
     }
 }
 

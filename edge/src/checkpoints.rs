@@ -259,8 +259,21 @@ impl Taker {
             .checkpoints
             .get_or_create(&kind_of(word))
             .inc();
+        let seconds = spent.as_secs_f64();
+        let metrics = &self.context.metrics;
+        metrics
+            .checkpoint_seconds
+            .get_or_create(&label(service))
+            .inc_by(seconds);
         let failure = taken.as_ref().err().map(ToString::to_string);
+        let bad = matches!(
+            taken,
+            Err(CheckpointError::NotGood { .. } | CheckpointError::Invalid { .. })
+        );
         self.context.board.update_service(service, |line| {
+            line.checkpoint_seconds += seconds;
+            line.checkpoints_taken += u64::from(failure.is_none());
+            line.checkpoints_refused += u64::from(bad);
             line.checkpoint_failure = failure;
             line.checkpoint_reason = Some(why.to_string());
         });

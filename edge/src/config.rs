@@ -397,8 +397,16 @@ pub struct ServiceSettings {
 #[serde(deny_unknown_fields)]
 pub struct ProbeSettings {
     /// `http://HOST:PORT/PATH`; any 2xx answer is well. Plain HTTP only: a probe stays on the host. Or
-    /// `postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE`, asked `select 1`; an ordinary role sees full connections too.
+    /// `postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE`, asked `select 1`; an ordinary role sees full connections too. Or
+    /// `redis://HOST:PORT` or `redis:///SOCKET`, asked `PING`.
     pub url: String,
+    /// File with the password of a Redis server, read anew at each probe. Default none.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
+    /// Longest time for which a Redis server may say that it loads its data (`LOADING`); until then it is starting, after that such an
+    /// answer is a failed probe. Default `10m`, range 0 to 24 h. Too short restarts a server that has much to read, which begins anew then.
+    #[serde(default = "default_loading_max", with = "settings::duration")]
+    pub loading_max: Duration,
     /// Time between probes. Default `500ms`, range 50 ms to 60 s. The time to find a hang is about
     /// `failures × (interval + timeout)`.
     #[serde(default = "default_probe_interval", with = "settings::duration")]
@@ -443,6 +451,11 @@ pub struct StateSettings {
     /// Valid checkpoints kept, 1 to 100, default 2.
     #[serde(default = "default_keep")]
     pub keep: usize,
+    /// With fewer bytes free its file system counts as full. Default: 16 MiB, or a fiftieth of it where that is less. 0: only when not a block
+    /// is left, for a volume that is meant to be nearly full all the time; nothing is done then before writes fail. Room is made until twice as
+    /// much is free, of the greater of this and the default.
+    #[serde(default)]
+    pub free_bytes_min: Option<u64>,
 }
 
 /// `[service.hook]`: a program of the operator's own as an action.
@@ -600,6 +613,10 @@ fn default_probe_interval() -> Duration {
     Duration::from_millis(500)
 }
 
+fn default_loading_max() -> Duration {
+    Duration::from_mins(10)
+}
+
 fn default_probe_timeout() -> Duration {
     Duration::from_secs(1)
 }
@@ -728,6 +745,8 @@ pub struct ProbeConfig {
     pub timeout: Duration,
     /// Longest time from start to first good answer.
     pub start_grace: Duration,
+    /// Longest time for which it may say that it loads its data.
+    pub loading_max: Duration,
 }
 
 impl EdgeConfig {
@@ -1169,12 +1188,27 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
                 Duration::ZERO,
                 Duration::from_mins(10),
             )?;
-            let url = probe
+            span(
+                &key("probe.loading_max"),
+                probe.loading_max,
+                Duration::ZERO,
+                Duration::from_hours(24),
+            )?;
+            let mut url = probe
                 .url
                 .parse()
                 .map_err(|error| wrong(key("probe.url"), error))?;
+            match (&mut url, &probe.password_file) {
+                (Probe::Redis(server), file) => server.password_file.clone_from(file),
+                (_, Some(_)) => {
+                    let words = "is for a Redis server: the probe goes elsewhere";
+                    return Err(wrong(key("probe.password_file"), words));
+                }
+                (_, None) => {}
+            }
             Ok::<_, ConfigError>(ProbeConfig {
                 url,
+                loading_max: probe.loading_max,
                 interval: probe.interval,
                 timeout: probe.timeout,
                 start_grace: probe.start_grace,
@@ -1490,6 +1524,14 @@ mod tests {
             (
                 "[[service]]\nname = 'a'\nargv = ['x']\n[[service]]\nname = 'a'\nargv = ['x']",
                 "twice",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nprobe.url = 'http://a/'\nprobe.password_file = '/p'",
+                "probe.password_file",
+            ),
+            (
+                "[[service]]\nname = 'a'\nargv = ['x']\nprobe.url = 'redis://a:1'\nprobe.loading_max = '25h'",
+                "probe.loading_max",
             ),
             (
                 "[[service]]\nname = 'a'\nargv = ['x']\nprobe.url = 'https://a/'",

@@ -148,13 +148,12 @@ pub fn apply(config: &mut EdgeConfig) -> Result<Option<Loaded>, HealingPolicyErr
     }))
 }
 
-/// Notes the version that holds, and refuses one that is older than what held before.
+/// Refuses a version that is older than what held before. The version that is known, 0 where none is.
 ///
 /// # Errors
-/// [`HealingPolicyError::Stale`], [`HealingPolicyError::Read`] when the note cannot be written.
-pub fn note_version(loaded: &Loaded, dir: &StateDir) -> Result<(), HealingPolicyError> {
-    let note = dir.healing_version();
-    let known = std::fs::read_to_string(&note)
+/// [`HealingPolicyError::Stale`]
+pub fn check_version(loaded: &Loaded, dir: &StateDir) -> Result<u64, HealingPolicyError> {
+    let known = std::fs::read_to_string(dir.healing_version())
         .ok()
         .and_then(|text| text.trim().parse::<u64>().ok())
         .unwrap_or(0);
@@ -165,7 +164,17 @@ pub fn note_version(loaded: &Loaded, dir: &StateDir) -> Result<(), HealingPolicy
             known,
         });
     }
+    Ok(known)
+}
+
+/// Notes the version that holds, and refuses one that is older than what held before.
+///
+/// # Errors
+/// [`HealingPolicyError::Stale`], [`HealingPolicyError::Read`] when the note cannot be written.
+pub fn note_version(loaded: &Loaded, dir: &StateDir) -> Result<(), HealingPolicyError> {
+    let known = check_version(loaded, dir)?;
     if loaded.version > known {
+        let note = dir.healing_version();
         write_durably(&note, format!("{}\n", loaded.version).as_bytes())
             .map_err(|source| HealingPolicyError::Read { path: note, source })?;
     }
@@ -489,6 +498,7 @@ mod tests {
             policy: "d".to_owned(),
             facts: serde_json::from_str(&facts).unwrap(),
             ruling: evaluate::Ruling::NeedApproval,
+            propensity: evaluate::CERTAIN,
             previous: String::new(),
         }
     }

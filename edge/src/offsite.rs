@@ -321,7 +321,7 @@ pub(crate) async fn fetch(
     Ok((store, fetched))
 }
 
-/// Notes a drill's verdict. After one that found the store's objects damaged or missing, the newest checkpoint is copied anew with every
+/// Notes a drill's verdict, unless it could not come to one. After one that found the store's objects damaged or missing, the newest checkpoint is copied anew with every
 /// part opened, so that those it shares with others are whole again.
 pub(crate) fn note_drill(
     dir: &StateDir,
@@ -329,6 +329,17 @@ pub(crate) fn note_drill(
     sequence: u64,
     outcome: Result<(), &OffsiteError>,
 ) -> std::io::Result<()> {
+    let of_copies = |error: &OffsiteError| {
+        use OffsiteError::{Checkpoint, Damaged, Missing, NoCopy};
+        matches!(
+            error,
+            Damaged { .. } | Missing { .. } | NoCopy { .. } | Checkpoint(_)
+        )
+    };
+    // Where the store is away, or the key, nothing was learnt of any copy: what the last drill found stands.
+    if outcome.is_err_and(|error| !of_copies(error)) {
+        return Ok(());
+    }
     let damaged = matches!(
         outcome,
         Err(OffsiteError::Damaged { .. } | OffsiteError::Missing { .. })

@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 use theriac_heal::incident::PressureSeen;
 
+use crate::network::Network;
+use crate::sockets::SocketTable;
+
 /// Shares of the last ten seconds, 0 to 1; `None` where the kernel does not tell.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Pressure {
@@ -63,13 +66,8 @@ impl Clients {
 
     /// How many times the usual number is connected; what is seen while the service is `well` becomes usual. `None` for fewer than
     /// eight, and before anything is usual.
-    pub fn look(&mut self, well: bool) -> Option<f64> {
-        let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
-        let found: u32 = tables
-            .iter()
-            .filter_map(|table| std::fs::read_to_string(table).ok())
-            .map(|table| connected(&table, self.port))
-            .sum();
+    pub(crate) fn look(&mut self, sockets: &mut SocketTable, well: bool) -> Option<f64> {
+        let found = connected(sockets.lines(well), self.port);
         self.note(f64::from(found), well)
     }
 
@@ -107,6 +105,10 @@ fn connected(table: &str, port: u16) -> u32 {
 pub struct Waits {
     /// Its clients, where it is probed over TCP.
     clients: Option<Clients>,
+    /// The ways to it, likewise.
+    network: Option<Network>,
+    /// What the kernel says of that port.
+    sockets: Option<SocketTable>,
     /// Nanoseconds run and waited for a processor, by thread.
     before: BTreeMap<i32, (u64, u64)>,
     at: Option<Instant>,
@@ -119,6 +121,8 @@ impl Waits {
     pub fn of(port: Option<u16>) -> Self {
         Self {
             clients: port.map(Clients::new),
+            network: port.map(Network::new),
+            sockets: port.map(SocketTable::of),
             ..Self::default()
         }
     }
@@ -172,15 +176,24 @@ impl Waits {
                 .sum();
             Some(nanoseconds as f64 / 1e9 / seconds?)
         };
+        let (clients, network) = (self.clients.as_mut(), self.network.as_mut());
+        let (crowd, network) = match self.sockets.as_mut() {
+            Some(sockets) => (
+                clients.and_then(|clients| clients.look(sockets, well)),
+                network.and_then(|network| network.look(sockets, well)),
+            ),
+            None => (None, None),
+        };
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let seen = PressureSeen {
             waits_for_cpu: grown(&|times| times.1),
             waits_for_disk: (self.disk.len() == DISK_LOOKS)
                 .then(|| self.disk.iter().sum::<f64>() / DISK_LOOKS as f64),
             uses_cpu: grown(&|times| times.0).map(|cpu| (cpu / cores as f64).min(1.0)),
-            crowd: self.clients.as_mut().and_then(|clients| clients.look(well)),
+            crowd,
             host_io_full: Pressure::of_host().io_full,
             descriptors,
+            network,
         };
         self.before = after;
         seen

@@ -1,13 +1,15 @@
-//! One question to a service on this host: a bounded HTTP GET, or `select 1` over a PostgreSQL server's Unix socket.
+//! One question to a service on this host: a bounded HTTP GET, `select 1` over a PostgreSQL server's Unix socket, or `PING` to a Redis server.
 //!
 //! A probe asks on a new connection, as a client would: the kernel accepts connections for a hung process, so only an
 //! answer proves that somebody is there. What is read is bounded and never interpreted beyond its status.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use theriac_heal::checkpoint::redis::{self, Address, Pinged, RedisError};
 use theriac_heal::postgres::PostgresError;
 use theriac_heal::postgres::owner::Owner;
 use theriac_heal::postgres::session::{Session, Target};
@@ -24,14 +26,42 @@ pub enum Probe {
     Http(ProbeUrl),
     /// `postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE`.
     Postgres(Target),
+    /// `redis://HOST:PORT` or `redis:///SOCKET`.
+    Redis(RedisProbe),
+}
+
+/// A Redis server and where its password stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RedisProbe {
+    /// Where it listens.
+    pub address: Address,
+    /// A file with its password, read anew at each probe; at most 4 KiB, blanks at its ends are left out.
+    pub password_file: Option<PathBuf>,
 }
 
 impl Probe {
+    /// Whether a loopback address of this host is asked.
+    pub fn is_of_this_host(&self) -> bool {
+        let host = match self {
+            Self::Http(url) => crate::config::host_and_port(&url.authority).map(|(host, _)| host),
+            Self::Postgres(_) => return true,
+            Self::Redis(server) => match &server.address {
+                Address::Unix(_) => return true,
+                Address::Tcp(text) => text.rsplit_once(':').map(|(host, _)| host.to_owned()),
+            },
+        };
+        host.is_some_and(|host| {
+            let host = host.trim_start_matches('[').trim_end_matches(']');
+            host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        })
+    }
+
     /// The TCP port that is asked; `None` for a Unix socket.
     pub fn tcp_port(&self) -> Option<u16> {
         match self {
             Self::Http(url) => crate::config::host_and_port(&url.authority).map(|(_, port)| port),
             Self::Postgres(_) => None,
+            Self::Redis(server) => server.address.tcp_port(),
         }
     }
 }
@@ -44,6 +74,19 @@ impl FromStr for Probe {
             url: url.to_owned(),
             reason,
         };
+        if let Some(rest) = url.strip_prefix("redis://") {
+            let address = match rest.strip_prefix('/') {
+                Some(_) => format!("unix:{rest}"),
+                None => rest.to_owned(),
+            };
+            let address = address.parse().map_err(|_| {
+                wrong("a Redis server is asked at redis://HOST:PORT or redis:///SOCKET; its password stands in probe.password_file")
+            })?;
+            return Ok(Self::Redis(RedisProbe {
+                address,
+                password_file: None,
+            }));
+        }
         let Some(rest) = url.strip_prefix("postgresql://") else {
             return url.parse().map(Self::Http);
         };
@@ -83,6 +126,27 @@ pub async fn ask(probe: &Probe, timeout: Duration) -> Result<(bool, String), Pro
             let code = status(url, timeout).await?;
             Ok(((200..=299).contains(&code), format!("status {code}")))
         }
+        Probe::Redis(server) => {
+            let asked = async {
+                let password = server
+                    .password_file
+                    .as_deref()
+                    .map(password)
+                    .transpose()
+                    .map_err(|error| {
+                        ProbeError::Refused(format!("the password file cannot be read: {error}"))
+                    })?;
+                match redis::ping(&server.address, password.as_deref(), timeout).await? {
+                    Pinged::Pong => Ok((true, "it answers PING".to_owned())),
+                    Pinged::Loading(words) => Err(ProbeError::Loading(words)),
+                    Pinged::NoPlace(words) => Err(ProbeError::NoPlace(words)),
+                    Pinged::Refused(words) => Err(ProbeError::Refused(words)),
+                }
+            };
+            tokio::time::timeout(timeout, asked)
+                .await
+                .map_err(|_| ProbeError::TimedOut(timeout))?
+        }
         Probe::Postgres(target) => {
             let asked = async {
                 // Whoever made the socket is who the server runs as, and so whom `peer` lets in.
@@ -102,6 +166,19 @@ pub async fn ask(probe: &Probe, timeout: Duration) -> Result<(bool, String), Pro
     }
 }
 
+/// A password from its file.
+fn password(path: &Path) -> std::io::Result<String> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    std::fs::File::open(path)?
+        .take(PASSWORD_BYTES_MAX)
+        .read_to_string(&mut text)?;
+    Ok(text.trim().to_owned())
+}
+
+/// Most bytes of a file with a password that are read.
+const PASSWORD_BYTES_MAX: u64 = 4 << 10;
+
 /// `http://HOST:PORT/PATH`, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProbeUrl {
@@ -114,7 +191,7 @@ pub struct ProbeUrl {
 /// Why a text is no [`ProbeUrl`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{url}` is no probe address: {reason}; write http://HOST:PORT/PATH or postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE"
+    "`{url}` is no probe address: {reason}; write http://HOST:PORT/PATH, postgresql://ROLE@/SOCKET_DIR:PORT/DATABASE or redis://HOST:PORT"
 )]
 pub struct ProbeUrlError {
     url: String,
@@ -179,6 +256,18 @@ pub enum ProbeError {
     /// The server let no session in, or did not answer.
     #[error(transparent)]
     Postgres(#[from] PostgresError),
+    /// The Redis server is not there, or what came is not its protocol.
+    #[error(transparent)]
+    Redis(#[from] RedisError),
+    /// The Redis server reads its data: it starts.
+    #[error("{0}")]
+    Loading(String),
+    /// The Redis server has as many clients as it may.
+    #[error("{0}")]
+    NoPlace(String),
+    /// The Redis server is there and refuses.
+    #[error("{0}")]
+    Refused(String),
     /// What came is no HTTP answer.
     #[error("the answer is not HTTP")]
     NotHttp,
@@ -188,9 +277,19 @@ pub enum ProbeError {
 }
 
 impl ProbeError {
-    /// Whether a PostgreSQL server said that it has no slot left for an ordinary client (`too_many_connections`).
+    /// Whether the server itself said that it has no slot left for an ordinary client (`too_many_connections`, `max number of clients`).
     pub fn is_no_slot(&self) -> bool {
-        matches!(self, Self::Postgres(error) if is_no_slot(error))
+        matches!(self, Self::NoPlace(_)) || matches!(self, Self::Postgres(error) if is_no_slot(error))
+    }
+
+    /// Whether the server said that it starts, and will serve.
+    pub fn is_loading(&self) -> bool {
+        matches!(self, Self::Loading(_))
+    }
+
+    /// Whether the server answered with a refusal that no restart mends.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused(_))
     }
 }
 
@@ -320,6 +419,65 @@ mod tests {
         ] {
             assert!(wrong.parse::<Probe>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_redis_server_is_named_by_port_or_socket() {
+        let probe = |text: &str| text.parse::<Probe>().unwrap();
+        assert_eq!(probe("redis://127.0.0.1:6379").tcp_port(), Some(6379));
+        let Probe::Redis(server) = probe("redis:///run/redis/redis.sock") else {
+            panic!("it is one")
+        };
+        assert_eq!(server.address, Address::Unix("/run/redis/redis.sock".into()));
+        assert_eq!(probe("redis:///run/redis/redis.sock").tcp_port(), None);
+        for wrong in [
+            "redis://",
+            "redis://127.0.0.1",
+            "redis://:secret@h:6379/0",
+            "redis://h:0",
+        ] {
+            let refused = wrong.parse::<Probe>().unwrap_err().to_string();
+            assert!(refused.contains("probe.password_file"), "{refused}");
+        }
+    }
+
+    /// A server that says one thing to whoever comes, and then closes.
+    async fn says(words: &'static [u8]) -> Probe {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let probe = format!("redis://{}", listener.local_addr().unwrap())
+            .parse()
+            .unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(words).await.unwrap();
+        });
+        probe
+    }
+
+    #[tokio::test]
+    async fn what_a_redis_server_answers_instead_of_pong_is_told_apart() {
+        let of = |error: &ProbeError| (error.is_loading(), error.is_no_slot(), error.is_refusal());
+        for (words, kind) in [
+            (
+                &b"-LOADING Redis is loading the dataset in memory\r\n"[..],
+                (true, false, false),
+            ),
+            (b"-ERR max number of clients reached\r\n", (false, true, false)),
+            (
+                b"-MISCONF Redis is configured to save RDB snapshots\r\n",
+                (false, false, true),
+            ),
+            (b"-NOAUTH Authentication required.\r\n", (false, false, true)),
+            (b"-BUSY Redis is busy running a script.\r\n", (false, false, true)),
+            (b":7\r\n", (false, false, true)),
+            (b"HTTP/1.1 400 Bad Request\r\n", (false, false, false)),
+            (b"", (false, false, false)),
+        ] {
+            let error = ask(&says(words).await, Duration::from_secs(5)).await.unwrap_err();
+            assert_eq!(of(&error), kind, "{error}");
+        }
+        let answered = ask(&says(b"+PONG\r\n").await, Duration::from_secs(5)).await;
+        assert!(answered.unwrap().0);
     }
 
     #[tokio::test]

@@ -50,7 +50,9 @@ impl Responder {
     /// Shows on each service's line what stands against it.
     pub(crate) fn show_standing(&self, machine: &IncidentMachine) {
         for name in self.hands.keys() {
-            let words = machine.standing(name).words();
+            let held = machine.open_incident(name).and_then(|incident| incident.held());
+            let mut words = machine.standing(name).words();
+            words.extend(held.map(str::to_owned));
             self.board.update_service(name, |line| line.standing = words);
         }
     }

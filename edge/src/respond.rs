@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::HOST;
+use crate::fleet::FleetDesk;
 use crate::healing_policy::Rulings;
 use crate::metrics::{Metrics, kind};
 use crate::service::{Command, ServiceShared};
@@ -69,6 +70,8 @@ pub struct Responder {
     pub keys: Vec<PolicyPublicKey>,
     /// So many of them have to sign before what stands against a service is lifted; 0 for the word of somebody at the host.
     pub lifted_by: u32,
+    /// Where word is left for the fleet.
+    pub fleet: FleetDesk,
 }
 
 /// Intents of reversible actions without effect, or with harm, that were told to be taken back; they outlive the task.
@@ -181,6 +184,9 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
     approvals.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         responder.carry_out(&mut machine).await;
+        if responder.meet_fleet(&mut machine) {
+            continue;
+        }
         let due = machine
             .poll_timeout()
             .map(|due| due.saturating_sub(clock::now().monotonic));
@@ -197,9 +203,11 @@ pub async fn run(responder: Responder, events: Events, mut shutdown: Shutdown) -
                 None => return Ok(()),
             },
             () = timeout => machine.handle_timeout(clock::now()),
+            () = responder.fleet.lent() => {}
             _ = approvals.tick() => {
                 responder.follow_switch(&mut machine);
                 responder.tell_risks(&mut machine);
+                responder.show_fleet(&machine);
                 responder.save_again(&machine).await;
                 responder.take_approvals(&mut machine).await;
             }
@@ -234,6 +242,11 @@ impl Responder {
         machine
             .named(&self.board.status().node)
             .reinstated_by(self.lifted_by)
+            .probing(
+                configs()
+                    .filter(|(_, config)| config.probe.is_some())
+                    .map(|(_, config)| config.name.as_str()),
+            )
     }
 
     /// Starts the services, but not where an open incident has a decision pending: there the machine is told how things
@@ -241,8 +254,8 @@ impl Responder {
     async fn begin(&self, machine: &IncidentMachine) {
         for (name, hand) in &self.hands {
             let pending = machine.open_incident(name).is_some_and(|incident| {
-                use IncidentState::{Acting, AwaitingApproval, CoolingDown};
-                matches!(incident.state, Acting | AwaitingApproval | CoolingDown)
+                use IncidentState::{Acting, AwaitingApproval, CoolingDown, Held};
+                matches!(incident.state, Acting | AwaitingApproval | CoolingDown | Held)
             });
             let command = if pending { Command::Look } else { Command::Begin };
             self.command(hand, command).await;
@@ -306,7 +319,10 @@ impl Responder {
                         .actions
                         .get_or_create(&kind(intent.action.as_str()))
                         .inc();
-                    self.pass_on(intent, Command::Execute).await;
+                    // The disk may have been slow since it was decided; who would do it may have to wait for longer.
+                    let begin_by = machine.begin_by(intent.id).unwrap_or_default();
+                    self.pass_on(intent, |intent| Command::Execute(intent, begin_by))
+                        .await;
                 }
                 Output::Reconcile(intent) => self.pass_on(intent, Command::Reconcile).await,
                 Output::Notify(notice) => notify(&notice),
@@ -417,7 +433,7 @@ impl Responder {
         }
     }
 
-    async fn pass_on(&self, intent: Intent, command: fn(Intent) -> Command) {
+    async fn pass_on(&self, intent: Intent, command: impl FnOnce(Intent) -> Command) {
         if let Some(hand) = self.hands.get(&intent.service) {
             self.command(hand, command(intent)).await;
         } else {
@@ -571,6 +587,7 @@ fn notify(notice: &Notice) {
 
 #[cfg(test)]
 mod tests {
+    use theriac_heal::policy::fleet::FleetSeen;
     use theriac_heal::types::{ActionKind, Plan, When};
     use theriac_privacy::policy::signed::PolicyKey;
 
@@ -590,6 +607,7 @@ mod tests {
         events: mpsc::Sender<Input>,
         commands: mpsc::Receiver<Command>,
         stop: ShutdownSender,
+        desk: FleetDesk,
         task: tokio::task::JoinHandle<Result<(), StoreError>>,
         _root: tempfile::TempDir,
     }
@@ -625,7 +643,9 @@ mod tests {
             undone: Undone::default(),
             keys: Vec::new(),
             lifted_by: 0,
+            fleet: FleetDesk::default(),
         };
+        let desk = responder.fleet.clone();
         let new_normals = responder.new_normals.clone();
         let (storage, unsaved) = (responder.storage.clone(), responder.unsaved.clone());
         let (events, received) = mpsc::channel(16);
@@ -645,6 +665,7 @@ mod tests {
             events,
             commands,
             stop,
+            desk,
             task,
             _root: root,
         }
@@ -688,7 +709,7 @@ mod tests {
         let mut stage = stage();
         assert!(matches!(stage.next().await, Command::Begin));
         stage.crash().await;
-        let Command::Execute(intent) = stage.next().await else {
+        let Command::Execute(intent, _) = stage.next().await else {
             panic!("no action")
         };
         let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
@@ -698,12 +719,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_flood_of_reports_takes_no_room_from_what_the_node_itself_sees() {
+        let mut stage = stage();
+        assert!(matches!(stage.next().await, Command::Begin));
+        let (nodes, unhealthy, acting) = (3, 3, 3);
+        for _ in 0..100_000 {
+            stage.desk.report(FleetSeen {
+                nodes,
+                unhealthy,
+                acting,
+            });
+        }
+        let service = "kv".to_owned();
+        stage.events.try_send(Input::AnomalyCleared { service }).unwrap();
+        stage.crash().await;
+        assert!(matches!(stage.next().await, Command::Execute(..)));
+        stage.finish().await;
+    }
+
+    #[tokio::test]
     async fn every_ruling_is_written_down_and_says_the_same_when_asked_again() {
         use theriac_heal::policy::evaluate::{Ruling, RulingRecord, evaluate};
         let mut stage = stage();
         assert!(matches!(stage.next().await, Command::Begin));
         stage.crash().await;
-        assert!(matches!(stage.next().await, Command::Execute(_)));
+        assert!(matches!(stage.next().await, Command::Execute(..)));
         let text = std::fs::read_to_string(stage.dir.rulings()).unwrap();
         let records: Vec<RulingRecord> = text
             .lines()
@@ -744,7 +784,7 @@ mod tests {
         }
         assert!(stage.commands.try_recv().is_err(), "an action with the switch on");
         std::fs::remove_file(stage.dir.stop_file()).unwrap();
-        assert!(matches!(stage.next().await, Command::Execute(_)));
+        assert!(matches!(stage.next().await, Command::Execute(..)));
         stage.finish().await;
     }
 
@@ -782,7 +822,7 @@ mod tests {
         let mut stage = stage();
         assert!(matches!(stage.next().await, Command::Begin));
         stage.crash().await;
-        assert!(matches!(stage.next().await, Command::Execute(_)));
+        assert!(matches!(stage.next().await, Command::Execute(..)));
         let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
         let mut missed = reader.incidents(9).unwrap().remove(0);
         missed.id = IncidentId(7);
@@ -816,7 +856,7 @@ mod tests {
         for attempts in [2, 1] {
             stage.crash().await;
             for _ in 0..attempts {
-                let Command::Execute(intent) = stage.next().await else {
+                let Command::Execute(intent, _) = stage.next().await else {
                     panic!("no action")
                 };
                 let (id, outcome) = (intent.id, failed.clone());
@@ -863,7 +903,7 @@ mod tests {
         reader.decide(&word("0".repeat(64), None)).unwrap();
         reader.decide(&word(stored().hash(), Some(forged))).unwrap();
         reader.decide(&word(stored().hash(), None)).unwrap();
-        let Command::Execute(intent) = stage.next().await else {
+        let Command::Execute(intent, _) = stage.next().await else {
             panic!("no action")
         };
         assert_eq!(intent.action, ActionKind::Start);
@@ -912,7 +952,7 @@ mod tests {
         let mut stage = stage();
         assert!(matches!(stage.next().await, Command::Begin));
         stage.crash().await;
-        assert!(matches!(stage.next().await, Command::Execute(_)));
+        assert!(matches!(stage.next().await, Command::Execute(..)));
         let anomaly = || Input::Anomaly {
             service: HOST.to_owned(),
             score: 9.0,
@@ -956,7 +996,7 @@ mod tests {
         let mut stage = stage();
         assert!(matches!(stage.next().await, Command::Begin));
         stage.crash().await;
-        assert!(matches!(stage.next().await, Command::Execute(_)));
+        assert!(matches!(stage.next().await, Command::Execute(..)));
         // The same store, another process: what it finds is an intent without outcome.
         let machine = stage.store.machine().await.unwrap().unwrap();
         let config = HealConfig {

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use crate::client::{self, Client, opening};
 use crate::config::{EdgeConfig, NoiseBackend};
 use crate::detect::{LaneShared, load_detector};
+use crate::fleet::{FleetDesk, FleetEnd};
 use crate::healing_policy::{self, HealingPolicyError};
 use crate::http::{self, Page};
 use crate::metrics::Metrics;
@@ -213,6 +214,7 @@ impl Edge {
                     storage: storage.clone(),
                     board: board.clone(),
                     metrics: Arc::clone(&metrics),
+                    fleet: None,
                 })
             }
         };
@@ -277,6 +279,8 @@ impl Edge {
             storage.clone().run(store.clone(), shutdown)
         });
         let hands = self.start_services(&mut tasks, &events);
+        let desk = FleetDesk::default();
+        let fleet = self.fleet_end(&desk);
         let new_normals = respond::NewNormals::default();
         let responder = Responder {
             hands,
@@ -291,6 +295,7 @@ impl Edge {
             undone: respond::Undone::default(),
             keys: self.config.healing_policy.keys.clone(),
             lifted_by: self.config.healing_policy.lifted_by(),
+            fleet: desk,
         };
         tasks.spawn("respond", move |shutdown| {
             respond::run(responder.clone(), Arc::clone(&received), shutdown)
@@ -308,12 +313,27 @@ impl Edge {
             new_normals,
         };
         tasks.spawn("watch", move |shutdown| watch::run(watch.clone(), shutdown));
-        if let Some(client) = self.client.clone() {
+        if fleet.is_some() && self.client.is_none() {
+            tracing::warn!(
+                "the policy of healing has budgets of the fleet, and this edge is in no federation: nothing is braked, and shared actions go to a person"
+            );
+        }
+        if let Some(mut client) = self.client.clone() {
+            client.fleet = fleet;
             tasks.spawn("federation", move |shutdown| {
                 Box::pin(client::run(client.clone(), shutdown))
             });
         }
         tasks
+    }
+
+    /// The link's end of what concerns the fleet; `None` where the policy has no budgets of it: then nothing is told and nothing heard.
+    fn fleet_end(&self, desk: &FleetDesk) -> Option<FleetEnd> {
+        let mut policies = self.config.services.iter().map(|service| &service.healing);
+        policies.find_map(|policy| policy.fleet).map(|budget| FleetEnd {
+            budget,
+            desk: desk.clone(),
+        })
     }
 
     fn start_page(&self, tasks: &mut Tasks) {

@@ -1,6 +1,6 @@
 //! One supervised service: the task that owns its process, the task that probes it, and what others may know of it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,9 +12,10 @@ use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLim
 use theriac_heal::executor::cgroup::Hierarchies;
 use theriac_heal::executor::clock;
 use theriac_heal::executor::hook::Hook;
+use theriac_heal::executor::listening::listening;
 use theriac_heal::executor::postgres::PostgresHands;
 use theriac_heal::executor::process::{
-    Leftover, OutputTo, ServiceExit, ServiceSpec, Supervisor, process_state,
+    Leftover, OutputTo, ProcessError, ServiceExit, ServiceSpec, Supervisor, process_state,
 };
 use theriac_heal::executor::proxy::Proxy;
 use theriac_heal::executor::service::{ServiceHands, ServiceState};
@@ -30,7 +31,7 @@ use crate::config::{HookSettings, ProbeConfig, ServiceConfig, StateSettings, Web
 use crate::logs::LogWatch;
 use crate::metrics::{Metrics, service as label};
 use crate::pressure::Waits;
-use crate::probe::{self, ProbeError};
+use crate::probe::{self, Probe, ProbeError};
 use crate::sample::ProbeWindow;
 use crate::state_dir::StateDir;
 use crate::status::Board;
@@ -61,6 +62,8 @@ const HURRIED_EVERY: Duration = Duration::from_millis(50);
 const HURRY_FOR: Duration = Duration::from_secs(5);
 /// Good probes in a row after which there is no hurry any more.
 const HURRY_GOOD: u32 = 5;
+/// So many parts of the time for verification has a process to live before the answers of a program that had its port before it count.
+const PROVES_AFTER: u32 = 3;
 
 /// What others may know and say.
 #[derive(Debug)]
@@ -80,6 +83,8 @@ pub struct ServiceShared {
     /// What stands before it.
     pub proxy: Option<Arc<Proxy>>,
     pid: AtomicU32,
+    /// Sockets of others that listened on its port before its process was started. Held for one addition or look.
+    strangers: Mutex<BTreeSet<u64>>,
     answers: AtomicBool,
     hurry: Notify,
     look_now: Notify,
@@ -105,6 +110,7 @@ impl ServiceShared {
             corrupt: AtomicBool::new(false),
             state_in_use: tokio::sync::Mutex::new(()),
             pid: AtomicU32::new(0),
+            strangers: Mutex::default(),
             answers: AtomicBool::new(false),
             hurry: Notify::new(),
             look_now: Notify::new(),
@@ -143,6 +149,16 @@ impl ServiceShared {
         *self.risks.lock().unwrap_or_else(PoisonError::into_inner) = risks;
     }
 
+    /// Whether those alone listen on its port that did before its process was started: then it is not the one that answers there.
+    fn strangers_alone(&self) -> bool {
+        let strangers = self.strangers.lock().unwrap_or_else(PoisonError::into_inner);
+        if strangers.is_empty() {
+            return false;
+        }
+        let now = local_port(&self.config).map_or_else(BTreeSet::new, listening);
+        !now.is_empty() && now.is_subset(&strangers)
+    }
+
     pub(crate) fn set_pid(&self, pid: Option<u32>) {
         self.pid.store(pid.unwrap_or(0), Ordering::Release);
     }
@@ -151,8 +167,9 @@ impl ServiceShared {
 /// What the owner of the process is told.
 #[derive(Debug)]
 pub enum Command {
-    /// Carry a durable intent out, then report [`Input::Executed`].
-    Execute(Intent),
+    /// Carry a durable intent out, then report [`Input::Executed`]; where its effect does not begin by that moment of [`clock::now`] it is not done, and
+    /// that is reported.
+    Execute(Intent, Duration),
     /// Find out what became of an intent before the restart of the edge, then report [`Input::Reconciled`].
     Reconcile(Intent),
     /// Take back what a reversible action of that intent did.
@@ -208,7 +225,10 @@ pub async fn own(
         tokio::select! {
             // First of all: an exit must not wait for a command that would find it anyway.
             biased;
-            exit = hands.supervisor.exited() => context.exited(exit).await,
+            exit = hands.supervisor.exited() => {
+                let occupied = hands.supervisor.free_for_a_start().err();
+                context.exited(exit, occupied).await;
+            }
             Some(ended) = beside.join_next_with_id(), if !beside.is_empty() => {
                 undo_at = hands.undo_due().await;
                 let (id, outcome) = how_it_ended(ended, hands.supervisor.pid().is_some());
@@ -217,7 +237,9 @@ pub async fn own(
                 }
             }
             command = commands.recv() => match command {
-                Some(Command::Execute(intent)) if !intent.action.renews_process() => {
+                Some(Command::Execute(intent, begin_by))
+                    if !intent.action.renews_process() && !is_too_late(begin_by) =>
+                {
                     context.acts(&intent);
                     let hands = hands.beside();
                     let meant = intent.clone();
@@ -293,12 +315,8 @@ async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: 
         Command::Look if hands.supervisor.pid().is_some() => {}
         Command::Look => {
             let status = "it did not run when the edge started".to_owned();
-            context
-                .tell(Input::Exited {
-                    service: shared.name.clone(),
-                    status,
-                })
-                .await;
+            let occupied = hands.supervisor.free_for_a_start().err();
+            context.does_not_run(status, occupied).await;
         }
         Command::Reconcile(intent) => {
             let running = hands.supervisor.pid().is_some();
@@ -311,18 +329,28 @@ async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: 
                 })
                 .await;
         }
-        Command::Execute(intent) => {
+        Command::Execute(intent, begin_by) => {
             context.acts(&intent);
             // A copy of the state that is under way would see it change.
             let in_use = match intent.action {
                 ActionKind::RestoreAndStart => Some(shared.state_in_use.lock().await),
                 _ => None,
             };
-            let outcome = hands.execute(&intent).await;
+            // Whoever waited until now may have waited for too long: a person was told, and another node may have the slot that this one had.
+            let outcome = if is_too_late(begin_by) {
+                tracing::warn!(service = shared.name, intent = intent.id.0, action = %intent.action, "not begun in time");
+                Outcome::NotNeeded
+            } else {
+                hands.execute(&intent).await
+            };
             drop(in_use);
             report(context, hands, &intent, outcome).await;
         }
     }
+}
+
+fn is_too_late(begin_by: Duration) -> bool {
+    clock::now().monotonic > begin_by
 }
 
 /// Tells the machine how an action ended, and has its effect looked for at once.
@@ -332,6 +360,12 @@ async fn report(context: &ServiceContext, hands: &ServiceHands, intent: &Intent,
     if let Outcome::Failed { running, .. } = &mut outcome {
         *running = hands.supervisor.pid().is_some();
     }
+    if matches!(outcome, Outcome::Failed { running: false, .. })
+        && let Err(occupied) = hands.supervisor.free_for_a_start()
+    {
+        context.does_not_run(String::new(), Some(occupied)).await;
+    }
+    context.note_strangers(hands);
     context.show(hands.supervisor.pid(), hands.supervisor.starts());
     context
         .tell(Input::Executed {
@@ -363,16 +397,16 @@ async fn begin(context: &ServiceContext, hands: &mut ServiceHands) {
     match hands.supervisor.start().await {
         Ok(pid) => {
             hands.place(pid);
+            context.note_strangers(hands);
             context.runs(pid, hands.supervisor.starts()).await;
             context.shared.hurry.notify_one();
         }
         Err(error) => {
+            tracing::error!(service, %error, "not started");
             context.show(None, hands.supervisor.starts());
+            let occupied = matches!(error, ProcessError::Occupied { .. });
             context
-                .tell(Input::Exited {
-                    service,
-                    status: error.to_string(),
-                })
+                .does_not_run(error.to_string(), occupied.then_some(error))
                 .await;
         }
     }
@@ -386,7 +420,7 @@ impl ServiceContext {
             .update_service(name, |line| "acting".clone_into(&mut line.state));
     }
 
-    async fn exited(&self, exit: ServiceExit) {
+    async fn exited(&self, exit: ServiceExit, occupied: Option<ProcessError>) {
         let status = match exit {
             ServiceExit::Code(code) => format!("exit code {code}"),
             ServiceExit::Signal(signal) => format!("killed by signal {signal}"),
@@ -408,11 +442,29 @@ impl ServiceContext {
             .service_up
             .get_or_create(&label(&self.shared.name))
             .set(0);
-        self.tell(Input::Exited {
-            service: self.shared.name.clone(),
-            status,
+        self.does_not_run(status, occupied).await;
+    }
+
+    /// Tells why: how it ended, or that another server has its data.
+    async fn does_not_run(&self, status: String, occupied: Option<ProcessError>) {
+        let service = self.shared.name.clone();
+        self.tell(match occupied {
+            Some(other) => Input::Occupied {
+                service,
+                detail: other.to_string(),
+            },
+            None => Input::Exited { service, status },
         })
         .await;
+    }
+
+    fn note_strangers(&self, hands: &ServiceHands) {
+        let mut strangers = self
+            .shared
+            .strangers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        strangers.clone_from(hands.supervisor.strangers());
     }
 
     async fn runs(&self, pid: u32, starts: u64) {
@@ -480,33 +532,75 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
     let mut good = 0_u32;
     // Since when the present process runs without having answered.
     let mut starting: Option<Instant> = None;
+    // Since when it says that it loads its data.
+    let mut loading: Option<Instant> = None;
     let mut process = None;
+    // Before its first process there is nothing to ask: what fails until then is no hang.
+    let mut begun_once = false;
+    // Since when the present process runs.
+    let mut since = Instant::now();
+    let proves_after = shared.config.healing.verify_window / PROVES_AFTER;
     loop {
         let begun = Instant::now();
+        begun_once |= shared.pid().is_some();
         if shared.pid() != process {
             process = shared.pid();
+            since = begun;
             starting = Some(begun);
+            // What the former one was at says nothing of how long this one takes.
+            loading = None;
         }
         let answer = probe::ask(&config.url, config.timeout).await;
         let latency = begun.elapsed();
-        let refused = answer.as_ref().err().is_some_and(ProbeError::is_no_slot);
+        let error = answer.as_ref().err();
+        let refused = error.is_some_and(ProbeError::is_no_slot);
+        let refusal = error.is_some_and(ProbeError::is_refusal);
+        loading = match error {
+            Some(error) if error.is_loading() => loading.or(Some(begun)),
+            _ => None,
+        };
+        let loads = loading.is_some_and(|since| since.elapsed() < config.loading_max);
         let (ok, detail) = answer.unwrap_or_else(|error| (false, error.to_string()));
+        // Who had the port before this process is a proxy that stands before it, or a stranger because of whom it will soon end. It says nothing
+        // of the process until that has lived for a while.
+        let proves_in = proves_after.saturating_sub(since.elapsed());
+        let unproven = ok && process.is_some() && !proves_in.is_zero() && shared.strangers_alone();
+        if unproven {
+            // Its time to be verified runs meanwhile.
+            hurry_until = Some(Instant::now() + proves_in + HURRY_FOR);
+        }
         if !ok {
             shared.look_now.notify_one();
         }
-        good = if ok { good.saturating_add(1) } else { 0 };
-        if ok || starting.is_some_and(|since| since.elapsed() >= config.start_grace) {
+        good = if ok && !unproven {
+            good.saturating_add(1)
+        } else {
+            0
+        };
+        if ok && !unproven || starting.is_some_and(|since| since.elapsed() >= config.start_grace) {
             starting = None;
         }
-        if starting.is_none() {
+        if starting.is_none() && begun_once && !loads && !unproven {
             context.note_probe(ok, latency);
             let service = shared.name.clone();
             if !ok {
                 context.tell_pressure().await;
             }
-            if refused && crate::postgres::is_postgres(&shared.config) {
-                let (service, detail) = (service.clone(), detail.clone());
-                context.tell(Input::SessionsRefused { service, detail }).await;
+            let (named, words) = (service.clone(), detail.clone());
+            match &config.url {
+                Probe::Postgres(_) if refused && crate::postgres::is_postgres(&shared.config) => {
+                    let (service, detail) = (named, words);
+                    context.tell(Input::SessionsRefused { service, detail }).await;
+                }
+                Probe::Redis(_) if refused => {
+                    let (service, detail) = (named, words);
+                    context.tell(Input::SessionsRefused { service, detail }).await;
+                }
+                _ if refusal => {
+                    let (service, detail) = (named, words);
+                    context.tell(Input::Refused { service, detail }).await;
+                }
+                _ => {}
             }
             context
                 .tell(Input::Probe {
@@ -518,15 +612,15 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
                 .await;
         }
         let hurried = hurry_until.is_some_and(|until| Instant::now() < until) && good < HURRY_GOOD;
-        let pause = if hurried {
-            HURRIED_EVERY
-        } else {
-            config.interval.saturating_sub(begun.elapsed())
+        let pause = match (unproven, hurried) {
+            (true, _) => config.interval.min(proves_in),
+            (false, true) => HURRIED_EVERY,
+            (false, false) => config.interval.saturating_sub(begun.elapsed()),
         };
         tokio::select! {
             () = tokio::time::sleep(pause.max(HURRIED_EVERY)) => {}
             () = shared.hurry.notified() => {
-                hurry_until = Some(Instant::now() + HURRY_FOR);
+                hurry_until = hurry_until.max(Some(Instant::now() + HURRY_FOR));
                 good = 0;
             }
         }
@@ -643,6 +737,14 @@ async fn look_whether_writable(context: &ServiceContext, was_writable: bool) -> 
     was_writable || !on
 }
 
+/// Bytes that must be free for a file system of `size` bytes not to count as full. However few are asked for, one on which not a block is left
+/// is full.
+fn full_below(state: &StateSettings, size: u64, block: u64) -> u64 {
+    state
+        .free_bytes_min
+        .map_or_else(|| room_needed(size), |least| least.max(block))
+}
+
 /// Tells when the file system of the service's state has no room, or has room again. Returns whether it is full.
 async fn look_at_room(context: &ServiceContext, space: Option<&SpaceHands>, was_full: bool) -> bool {
     let Some(state) = &context.shared.config.state else {
@@ -653,10 +755,13 @@ async fn look_at_room(context: &ServiceContext, space: Option<&SpaceHands>, was_
     };
     let size = found.f_blocks.saturating_mul(found.f_frsize);
     let free_bytes = found.f_bavail.saturating_mul(found.f_frsize);
-    let needed = room_needed(size);
+    let (below, needed) = (
+        full_below(state, size, found.f_frsize),
+        room_needed(size).max(state.free_bytes_min.unwrap_or(0)),
+    );
     let service = context.shared.name.clone();
     match was_full {
-        false if free_bytes < needed => {
+        false if free_bytes < below => {
             let bytes = space
                 .cloned()
                 .map(|hands| tokio::task::spawn_blocking(move || hands.relievable()));
@@ -746,6 +851,7 @@ fn hands(context: &ServiceContext) -> Result<ServiceHands, CheckpointError> {
     {
         crate::postgres::supervise(&mut spec, &state.dir);
     }
+    spec.listens_on = local_port(config);
     let record = context.dir.root().join(format!("service-{}.json", config.name));
     let state = config
         .state
@@ -801,6 +907,12 @@ fn hands(context: &ServiceContext) -> Result<ServiceHands, CheckpointError> {
     })
 }
 
+/// The port of this host that it is asked on; `None` where it is asked over another address, or none.
+fn local_port(config: &ServiceConfig) -> Option<u16> {
+    let url = &config.probe.as_ref()?.url;
+    url.is_of_this_host().then(|| url.tcp_port()).flatten()
+}
+
 fn hook(settings: &HookSettings) -> Hook {
     Hook {
         argv: settings.argv.clone(),
@@ -824,7 +936,7 @@ fn webhook(context: &ServiceContext, settings: &WebhookSettings) -> Option<Webho
     Some(Webhook {
         url: settings.url.parse().ok()?,
         secret,
-        node: format!("{}-{name}", context.board.status().node),
+        node: context.board.status().node,
         timeout: settings.timeout,
         attempts: settings.attempts,
         pause: WEBHOOK_PAUSE,
@@ -875,6 +987,7 @@ fn space_hands(context: &ServiceContext) -> Option<SpaceHands> {
             .collect(),
         quarantine: space.quarantine.join(&context.shared.name),
         min_age: space.min_age,
+        free_bytes_min: state.free_bytes_min.unwrap_or(0),
     })
 }
 

@@ -62,6 +62,9 @@ pub struct Status {
     /// Whether the stop switch is on: nothing new is begun.
     #[serde(default)]
     pub healing_stopped: bool,
+    /// How the fleet is, as the aggregator tells, and what that holds back, in words; absent where the policy has no budgets of the fleet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fleet: Option<String>,
     /// Whether the state directory can be written and has room: `ok`, `full` or `failing`. Unless `ok`, nothing is trained
     /// or sent.
     pub storage: Storage,
@@ -131,6 +134,15 @@ pub struct ServiceStatus {
     pub alarm: bool,
     /// Complete checkpoints of its state.
     pub checkpoints: u64,
+    /// Seconds spent on taking and proving checkpoints since the edge started, failed attempts too.
+    #[serde(default)]
+    pub checkpoint_seconds: f64,
+    /// Checkpoints that became valid since then.
+    #[serde(default)]
+    pub checkpoints_taken: u64,
+    /// Copies since then that were found to be bad, and are in quarantine or gone.
+    #[serde(default)]
+    pub checkpoints_refused: u64,
     /// Why the latest attempt to take one failed; absent after one that did not.
     #[serde(default)]
     pub checkpoint_failure: Option<String>,
@@ -225,6 +237,9 @@ pub struct IncidentView {
     pub verdict: Option<String>,
     /// Why a person has to look.
     pub handed_over: Option<String>,
+    /// While it waits for approval: SHA-256 of the plan that an approval would be of, as `actions approve --plan` takes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<String>,
 }
 
 /// One action of an incident.
@@ -272,6 +287,10 @@ impl From<&Incident> for IncidentView {
                 .collect(),
             verdict: incident.verdict.map(|verdict| verdict.to_string()),
             handed_over: incident.handed_over.clone(),
+            plan: incident
+                .recommended()
+                .and(incident.plan.as_ref())
+                .map(theriac_heal::types::Plan::hash),
         }
     }
 }
@@ -312,6 +331,7 @@ impl Board {
             federation: Federation::Off,
             federation_detail: None,
             healing_stopped: false,
+            fleet: None,
             round: 0,
             epsilon_spent: None,
             epsilon_ever: None,
@@ -355,6 +375,9 @@ impl Board {
             threshold: None,
             alarm: false,
             checkpoints: 0,
+            checkpoint_seconds: 0.0,
+            checkpoints_taken: 0,
+            checkpoints_refused: 0,
             checkpoint_failure: None,
             standing: Vec::new(),
             checkpoint_reason: None,

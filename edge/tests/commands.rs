@@ -6,14 +6,17 @@
     reason = "a test that cannot go on fails, one that is left out says so"
 )]
 
+mod command;
+
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, SystemTime};
 
 use clap::Parser as _;
+use command::{Place, command, json, problem};
 use theriac_certs::{Authority, JoinToken, Role, Validity};
-use theriac_command::problem::{Exit, Problem};
+use theriac_command::problem::Exit;
 use theriac_edge::commands::{Arguments, execute};
 use theriac_edge::state_dir::{Joined, StateDir};
 use theriac_model::arm::Arm;
@@ -22,24 +25,6 @@ use theriac_model::feature::FeatureSchema;
 use theriac_model::global::{GlobalModel, delta_layout};
 use theriac_model::io::{read_npy, read_recording};
 use theriac_protocol::units::NodeId;
-
-async fn command(words: &[&str]) -> (Result<ExitCode, Problem>, String) {
-    let words = ["theriac-edge", "--format", "json"].iter().chain(words);
-    let arguments = Arguments::try_parse_from(words).unwrap();
-    let mut out = Vec::new();
-    let result = Box::pin(execute(arguments, &mut out)).await;
-    (result, String::from_utf8(out).unwrap())
-}
-
-async fn json(words: &[&str]) -> serde_json::Value {
-    let (result, out) = command(words).await;
-    result.unwrap();
-    serde_json::from_str(&out).unwrap()
-}
-
-async fn problem(words: &[&str]) -> Problem {
-    command(words).await.0.unwrap_err()
-}
 
 fn metrics(path: &Path, rows: u32, edit: impl Fn(u32, &mut Vec<String>)) {
     let mut text = String::from("time,load,memory,disk\n");
@@ -57,21 +42,7 @@ fn metrics(path: &Path, rows: u32, edit: impl Fn(u32, &mut Vec<String>)) {
     std::fs::write(path, text).unwrap();
 }
 
-struct Place(tempfile::TempDir);
-
 impl Place {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn text(&self, name: &str) -> String {
-        self.path(name).to_str().unwrap().to_owned()
-    }
-
     async fn trained(&self) -> String {
         metrics(&self.path("train.csv"), 600, |_, _| {});
         let (input, model) = (self.text("train.csv"), self.text("host.safetensors"));
@@ -1133,127 +1104,5 @@ async fn the_reader_in_the_documents_scores_as_score_does() {
     assert!(
         !refused.status.success() && said.contains("format version 9"),
         "{said}"
-    );
-}
-
-/// An incident whose start waits for approval, as the machine makes it, in a store of its own.
-async fn awaiting_approval(place: &Place) -> (String, theriac_heal::types::Plan) {
-    use theriac_heal::incident::{HealConfig, IncidentMachine, Input};
-    use theriac_heal::policy::{HealPolicy, NodeBudget};
-    use theriac_heal::types::Now;
-
-    let mut machine = IncidentMachine::new(HealConfig {
-        services: [("kv".to_owned(), HealPolicy::default())].into(),
-        node: NodeBudget::default(),
-        depends_on: std::collections::BTreeMap::new(),
-        clock_id: "boot".to_owned(),
-    });
-    let exited = Input::Exited {
-        service: "kv".to_owned(),
-        status: "exit status: 1".to_owned(),
-    };
-    machine.handle(Now::default(), exited);
-    let incident = machine.open_incident("kv").unwrap();
-    let dir = StateDir::open(&place.path("state")).unwrap();
-    let store = theriac_edge::store::Store::open(&dir).unwrap();
-    store.save_incident(incident).await.unwrap();
-    let text = format!(
-        "state_dir = '{}'\n[[service]]\nname = 'kv'\nargv = ['/bin/true']\n",
-        place.text("state")
-    );
-    std::fs::write(place.path("edge.toml"), text).unwrap();
-    (place.text("edge.toml"), incident.plan.clone().unwrap())
-}
-
-#[tokio::test]
-async fn an_approval_says_what_it_is_of_and_another_plan_than_the_one_meant_is_refused() {
-    let place = Place::new();
-    let (config, plan) = awaiting_approval(&place).await;
-    let other = problem(&["actions", "approve", "1", "--plan", "abc", "--config", &config]).await;
-    assert!(
-        other.code == "TH-E0333" && other.to_string().contains("start of kv for crash"),
-        "{other}"
-    );
-    let dir = StateDir::open(&place.path("state")).unwrap();
-    let store = theriac_edge::store::Store::open(&dir).unwrap();
-    assert!(
-        store.take_approvals().await.unwrap().is_empty(),
-        "nothing was approved"
-    );
-    let meant = plan.hash();
-    let said = json(&["actions", "approve", "1", "--plan", &meant, "--config", &config]).await;
-    assert_eq!(
-        (&said["action"], &said["class"], &said["plan"]),
-        (&"start".into(), &"crash".into(), &meant.as_str().into())
-    );
-    let words = store.take_approvals().await.unwrap();
-    assert_eq!((words.len(), words[0].plan.as_deref()), (1, Some(meant.as_str())));
-}
-
-#[tokio::test]
-async fn what_stands_against_a_service_is_listed_and_lifted_by_a_signature_over_exactly_it() {
-    use theriac_heal::breaker::Breaker;
-    use theriac_heal::incident::MachineState;
-    use theriac_heal::policy::RiskClass;
-    use theriac_heal::standing::{Demotion, Standing};
-    use theriac_heal::types::{ActionKind, When};
-    use theriac_privacy::policy::signed::{PolicyKey, PolicySignature, Subject};
-
-    let place = Place::new();
-    let ann = PolicyKey::from_seed(&[7; 32]);
-    std::fs::write(place.path("ann.key"), ann.to_text()).unwrap();
-    let text = format!(
-        "node = 'site-a'\nstate_dir = '{}'\n[healing_policy]\nkeys = ['{}']\n[[service]]\nname = 'kv'\nargv = ['/bin/true']\n",
-        place.text("state"),
-        ann.public()
-    );
-    std::fs::write(place.path("edge.toml"), text).unwrap();
-    let config = place.text("edge.toml");
-    let dir = StateDir::open(&place.path("state")).unwrap();
-    let store = theriac_edge::store::Store::open(&dir).unwrap();
-    let nothing = problem(&["actions", "reinstate", "kv", "--config", &config]).await;
-    assert_eq!(nothing.code, "TH-E0378", "{nothing}");
-    let state = MachineState {
-        demoted: vec![Demotion {
-            service: "kv".to_owned(),
-            class: RiskClass::R2,
-            at: When {
-                monotonic_ms: 5,
-                unix_ms: 1_700_000_000_000,
-            },
-        }],
-        breakers: vec![Breaker {
-            service: "kv".to_owned(),
-            action: ActionKind::Hook,
-            failures: 3,
-            at_ms: 5,
-            since_unix_ms: 1_700_000_000_000,
-        }],
-        ..MachineState::default()
-    };
-    store.save_machine(&state).await.unwrap();
-    let standing = Standing::of("site-a", "kv", &state.demoted, &state.breakers);
-    let listed = json(&["actions", "standing", "--config", &config]).await;
-    assert_eq!(listed, serde_json::json!([standing]));
-    let unsigned = problem(&["actions", "reinstate", "kv", "--config", &config]).await;
-    assert!(
-        unsigned.to_string().contains("1 of them have to sign"),
-        "{unsigned}"
-    );
-    assert!(store.take_approvals().await.unwrap().is_empty());
-    let key = place.text("ann.key");
-    let said = json(&["actions", "reinstate", "kv", "--key", &key, "--config", &config]).await;
-    assert_eq!(said["standing"], standing.hash().as_str());
-    let words = store.take_approvals().await.unwrap();
-    assert_eq!(words[0].incident, theriac_edge::store::REINSTATEMENT);
-    let signature: PolicySignature = words[0].signature.as_ref().unwrap().parse().unwrap();
-    signature
-        .verify_text(Subject::Reinstatement, &standing.text(), ann.public())
-        .unwrap();
-    assert!(
-        signature
-            .verify_text(Subject::Approval, &standing.text(), ann.public())
-            .is_err(),
-        "it is no approval"
     );
 }

@@ -188,8 +188,18 @@ async fn a_damaged_copy_fails_its_drill_and_a_store_that_is_away_is_for_later() 
     let refused = place.refused(&["list", "--offsite"]).await;
     assert_eq!((refused.code, refused.exit), ("TH-E0365", Exit::Temporary));
     assert!(!place.path("remote").exists());
+    let stands = || {
+        let now = fs::read_to_string(place.path("state/checkpoints/app.offsite")).unwrap();
+        assert_eq!(
+            now, noted,
+            "a drill that learnt nothing overwrote what one had found"
+        );
+    };
+    assert_eq!(place.refused(&["drill", "app"]).await.code, "TH-E0365");
+    stands();
     fs::remove_file(place.path("key")).unwrap();
     assert_eq!(place.refused(&["drill", "app"]).await.code, "TH-E0367");
+    stands();
     let listed = place.checkpoints(&["list"]).await;
     assert_eq!(
         listed[0]["state"], "valid, proved by a shadow run",

@@ -234,6 +234,67 @@ async fn a_pile_up_and_a_full_house_are_healed_without_a_restart_and_why_tells_i
     running.await.unwrap().unwrap();
 }
 
+/// The administrator runs the server on the same data. Whatever the edge may do by itself, and though it has a record of an earlier run that was
+/// cleanly ended, that server lives through the edge's start, its incident and its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_somebody_else_runs_is_a_persons_at_once_and_outlives_the_edge() {
+    for autonomy in ["observe", "recommend", "act"] {
+        let mut cluster = Cluster::made(false, &[]);
+        cluster.begin();
+        let started = cluster.psql("select pg_postmaster_start_time()");
+        let state = cluster.dir.path().join("edge");
+        let file = cluster.dir.path().join("edge.toml");
+        let socket = cluster.target.socket_dir.display();
+        std::fs::write(
+            &file,
+            format!(
+                "state_dir = {state:?}\nhttp.listen = '127.0.0.1:0'\n[[service]]\nname = 'pg'\nargv = {:?}\nstop_grace = '30s'\n\
+                 probe = {{ url = 'postgresql://postgres@{socket}:5432/postgres', interval = '100ms' }}\n\
+                 state = {{ dir = {:?}, interval = '1h' }}\n\
+                 checkpoint = {{ kind = 'postgresql', socket_dir = '{socket}', user = 'postgres', requests = 0 }}\n\
+                 healing = {{ autonomy = '{autonomy}', cooldown = '0s' }}\n",
+                cluster.argv(),
+                cluster.data(),
+            ),
+        )
+        .unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let config = EdgeConfig::load(Some(&file), []).unwrap();
+        let running = tokio::spawn(async move {
+            let until = async move { drop(stopped.await) };
+            Box::pin(run(config, None, until)).await
+        });
+        let begun = Instant::now();
+        let incident = loop {
+            let listed = edge(&file, &["incidents", "list"]);
+            let shown = serde_json::from_slice::<serde_json::Value>(&listed.stdout).unwrap_or_default();
+            if shown[0]["state"] == "handed_to_human" {
+                break json(&edge(&file, &["incidents", "show", "1"]));
+            }
+            assert!(begun.elapsed() < Duration::from_mins(1), "{autonomy}: {listed:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let pid = std::fs::read_to_string(cluster.data().join("postmaster.pid")).unwrap();
+        let words = format!(
+            "another server, process {}, which this edge did not start",
+            pid.lines().next().unwrap()
+        );
+        assert!(
+            incident["handed_over"].as_str().unwrap().contains(&words)
+                && incident["actions"].as_array().unwrap().is_empty(),
+            "{incident}"
+        );
+        drop(stop);
+        running.await.unwrap().unwrap();
+        assert_eq!(
+            cluster.psql("select pg_postmaster_start_time()"),
+            started,
+            "{autonomy}"
+        );
+        cluster.stop();
+    }
+}
+
 async fn app(cluster: &Cluster) -> Result<Session, PostgresError> {
     let target = Target {
         user: "app".to_owned(),

@@ -141,7 +141,7 @@ fn service(more: &str) -> String {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let program = std::env::current_exe().unwrap().display().to_string();
     format!(
-        "healing.autonomy = 'act'\nhealing.cooldown = '1s'\n[[service]]\nname = 'kv'\n\
+        "healing.autonomy = 'act'\nhealing.restore_autonomy = 'act'\nhealing.cooldown = '1s'\n[[service]]\nname = 'kv'\n\
          argv = ['{program}', '--exact', 'service_process', '--nocapture']\nenv = {{ {ADDRESS} = '{free}' }}\n\
          stop_grace = '200ms'\nprobe = {{ url = 'http://{free}/', interval = '100ms', timeout = '500ms' }}\n{more}"
     )
@@ -328,7 +328,7 @@ async fn checkpoints_that_cannot_be_taken_are_told_and_do_not_stop_anything_else
     let failure = async |edge: &Edge| {
         edge.until("word of the failure", async |edge| {
             let status = edge.status().await?;
-            let line = &status.services[0];
+            let line = status.services.first()?;
             assert_eq!(line.checkpoints, 0);
             line.checkpoint_failure.clone()
         })
@@ -388,6 +388,102 @@ async fn a_second_edge_on_one_state_directory_and_a_taken_port_are_refused() {
         "{error}"
     );
     edge.finish().await;
+}
+
+/// The port is another program's, which answers for as long as the service lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_dies_is_not_healed_by_another_program_on_its_port_and_a_person_has_it_started_again() {
+    let root = tempfile::tempdir().unwrap();
+    let stranger = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = stranger.local_addr().unwrap();
+    let answering = tokio::spawn(async move {
+        loop {
+            use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+            let (mut stream, _) = stranger.accept().await.unwrap();
+            // A prober that went away is none of its business.
+            let _read = stream.read(&mut [0; 1024]).await;
+            let _sent = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nok").await;
+        }
+    });
+    let program = std::env::current_exe().unwrap().display().to_string();
+    let state = root.path().join("state");
+    // It takes its time before it finds that it cannot have the port.
+    let edge = Edge::start(
+        &state,
+        &format!(
+            "healing = {{ autonomy = 'act', cooldown = '0s' }}\n[[service]]\nname = 'kv'\n\
+             argv = ['{program}', '--exact', 'service_process', '--nocapture']\n\
+             env = {{ {ADDRESS} = '{address}', {DELAY_MS} = '1500' }}\n\
+             probe = {{ url = 'http://{address}/', interval = '100ms', timeout = '500ms', start_grace = '0s' }}\n"
+        ),
+    );
+    let handed = |state: &'static str| {
+        async move |edge: &Edge| {
+            let incidents = edge.incidents().await?;
+            assert!(
+                incidents.iter().all(|incident| incident.healed_unix_ms.is_none()) || state == "healed",
+                "{incidents:?}"
+            );
+            incidents.into_iter().find(|incident| incident.state == state)
+        }
+    };
+    let incident = edge.until("handed over", handed("handed_to_human")).await;
+    answering.abort();
+    assert!(answering.await.unwrap_err().is_cancelled());
+    let reader = theriac_edge::store::StoreReader::open(&state.join("edge.db"))
+        .unwrap()
+        .unwrap();
+    let retry = theriac_edge::store::Word {
+        incident: theriac_heal::types::IncidentId(incident.id),
+        approve: true,
+        plan: None,
+        signature: None,
+    };
+    reader.decide(&retry).unwrap();
+    let healed = edge.until("healed", handed("healed")).await;
+    assert_eq!(healed.id, incident.id);
+    edge.finish().await;
+}
+
+/// The port that is asked belongs to a proxy, which passes what it is asked on, and was there before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_behind_a_proxy_of_somebody_else_is_well_and_is_healed() {
+    let root = tempfile::tempdir().unwrap();
+    let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (front, behind) = (proxy.local_addr().unwrap(), {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap()
+    });
+    let passing = tokio::spawn(async move {
+        loop {
+            let (mut client, _) = proxy.accept().await.unwrap();
+            // Whom it cannot reach it cannot answer for.
+            if let Ok(mut service) = tokio::net::TcpStream::connect(behind).await {
+                let _passed = tokio::io::copy_bidirectional(&mut client, &mut service).await;
+            }
+        }
+    });
+    let program = std::env::current_exe().unwrap().display().to_string();
+    let edge = Edge::start(
+        &root.path().join("state"),
+        &format!(
+            "healing = {{ autonomy = 'act', cooldown = '0s', verify_window = '9s' }}\n[[service]]\nname = 'kv'\n\
+             argv = ['{program}', '--exact', 'service_process', '--nocapture']\n\
+             env = {{ {ADDRESS} = '{behind}' }}\n\
+             probe = {{ url = 'http://{front}/', interval = '100ms', timeout = '500ms', start_grace = '2s' }}\n"
+        ),
+    );
+    let first = edge.well(0).await;
+    signal(first, Signal::KILL);
+    let healed = edge.healed().await;
+    assert_eq!(healed.actions.len(), 1, "{healed:?}");
+    // It goes on so: nobody restarts it for its proxy.
+    let second = edge.well(0).await;
+    assert_ne!(first, second);
+    assert_eq!(edge.incidents().await.unwrap().len(), 1);
+    edge.finish().await;
+    passing.abort();
+    assert!(passing.await.unwrap_err().is_cancelled());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -76,6 +76,8 @@ pub enum FaultClass {
     FdExhaustion,
     /// The file system of its state could be written and cannot any more: a restart cannot help.
     ReadOnlyFs,
+    /// What is sent to it gets lost on the way: a restart cannot help.
+    NetworkLoss,
     /// Something is wrong and the evidence names nothing that an action here would mend.
     Unknown,
 }
@@ -105,7 +107,7 @@ impl RestartHelps {
 
 impl FaultClass {
     /// Every class there is.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Crash,
         Self::Hang,
         Self::MemoryLeak,
@@ -120,6 +122,7 @@ impl FaultClass {
         Self::LockPileup,
         Self::FdExhaustion,
         Self::ReadOnlyFs,
+        Self::NetworkLoss,
         Self::Unknown,
     ];
 
@@ -144,6 +147,7 @@ impl FaultClass {
             Self::LockPileup => "many of its sessions wait behind one",
             Self::FdExhaustion => "it has as many files open as it may",
             Self::ReadOnlyFs => "its file system cannot be written any more",
+            Self::NetworkLoss => "packets to it or from it get lost",
             Self::Unknown => "something is wrong, and it is not known what",
         }
     }
@@ -162,7 +166,8 @@ impl FaultClass {
             | Self::CpuStarvation
             | Self::ConnectionExhaustion
             | Self::LockPileup
-            | Self::ReadOnlyFs => RestartHelps::No,
+            | Self::ReadOnlyFs
+            | Self::NetworkLoss => RestartHelps::No,
             Self::Unknown => RestartHelps::Unknown,
         }
     }
@@ -202,6 +207,7 @@ impl FaultClass {
             Self::LockPileup => "lock_pileup",
             Self::FdExhaustion => "fd_exhaustion",
             Self::ReadOnlyFs => "read_only_fs",
+            Self::NetworkLoss => "network_loss",
             Self::Unknown => "unknown",
         }
     }
@@ -585,6 +591,9 @@ pub struct ActionRecord {
     pub outcome: Option<Outcome>,
     /// What verification found.
     pub verdict: Option<Verdict>,
+    /// A person who had the incident asked for another try after it: what renews the process may be done anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub before_retry: bool,
 }
 
 /// Where an incident stands.
@@ -597,6 +606,8 @@ pub enum IncidentState {
     AwaitingApproval,
     /// An action is chosen and waits for its cool-down.
     CoolingDown,
+    /// An action is chosen, and the fleet holds it back.
+    Held,
     /// An intent is being recorded or carried out.
     Acting,
     /// The action is done; the service is watched.
@@ -622,6 +633,7 @@ impl fmt::Display for IncidentState {
             Self::Open => "open",
             Self::AwaitingApproval => "awaiting_approval",
             Self::CoolingDown => "cooling_down",
+            Self::Held => "held",
             Self::Acting => "acting",
             Self::Verifying => "verifying",
             Self::Healed => "healed",

@@ -361,6 +361,11 @@ fn a_store_without_a_valid_checkpoint_says_so() {
     let none = place.store().restore(&place.state());
     assert!(matches!(none, Err(CheckpointError::NoneValid { refused: 0, .. })));
     let only = place.store().take(&place.state(), 1).unwrap();
+    let other = place.store().verify(only.sequence + 6).unwrap_err().to_string();
+    assert!(
+        other.contains(&format!("valid are: {}", only.sequence)),
+        "{other}"
+    );
     fs::write(only.path.join("MANIFEST"), "theriac").unwrap();
     assert!(matches!(
         place.store().restore(&place.state()),

@@ -187,6 +187,7 @@ fn hands(dir: &Path) -> ServiceHands {
 fn config() -> HealConfig {
     let policy = HealPolicy {
         autonomy: Autonomy::Act,
+        restore_autonomy: Autonomy::Act,
         cooldown: Duration::ZERO,
         ..HealPolicy::default()
     };

@@ -26,6 +26,8 @@ impl World {
     fn new(file: &str) -> Self {
         let below = HealPolicy {
             autonomy: Autonomy::Act,
+            // Counts for nothing under a file.
+            restore_autonomy: Autonomy::Act,
             cooldown: Duration::ZERO,
             ..HealPolicy::default()
         };
@@ -58,7 +60,10 @@ impl World {
                 service: service.clone(),
                 pid: 7,
             });
-            world.probe(&service, true);
+            // One that was just started has to prove that it serves.
+            for _ in 0..3 {
+                world.probe(&service, true);
+            }
         }
         world
     }
@@ -123,6 +128,10 @@ impl World {
             let read: RulingRecord = serde_json::from_str(&text).unwrap();
             let says = evaluate(&self.policies[&read.facts.service], self.node, &read.facts);
             assert_eq!(says, read.ruling, "{text}");
+            // Logged with each, and taken for 1 in a line from before it was.
+            assert!(text.contains("\"propensity\":1.0"), "{text}");
+            let older = text.replacen("\"propensity\":1.0,", "", 1);
+            assert_eq!(serde_json::from_str::<RulingRecord>(&older).unwrap(), read);
         }
     }
 }
@@ -313,5 +322,53 @@ fn the_policy_and_the_conditions_of_the_guide_hold() {
     assert!(conditions.len() >= 4, "{conditions:?}");
     for condition in conditions {
         Expression::parse(condition).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn budgets_of_the_fleet_hold_for_every_service_and_are_in_the_digest_and_nothing_is_without_them() {
+    use theriac_heal::policy::evaluate::digest;
+    let rest = "version = 1\n[[service]]\nname = 'app'\naction = [{ id = 'restart', class = 'R2' }]\n";
+    let fleet = "[budgets]\nfleet = { max_nodes_acting = '10%', hold_max = '5m' }\n";
+    let plain = World::new(rest);
+    let text = serde_json::to_string(&plain.policies).unwrap();
+    assert!(!text.contains("fleet") && !text.contains("shared"), "{text}");
+    let with = World::new(&rest.replacen("[[service]]", &format!("{fleet}[[service]]"), 1));
+    for (name, policy) in &with.policies {
+        let budget = policy.fleet.unwrap();
+        let read = (budget.max_nodes_acting.hundredths(), budget.hold_max);
+        assert_eq!(read, (10, Duration::from_mins(5)), "{name}");
+    }
+    let digests = [&plain, &with].map(|world| digest(world.policies.iter(), world.node));
+    assert_ne!(digests[0], digests[1]);
+}
+
+#[test]
+fn a_shared_action_without_budgets_of_the_fleet_and_a_misspelt_budget_are_refused() {
+    let over = |text: &str| {
+        let file: PolicyFile = toml::from_str(text).map_err(|error| error.to_string())?;
+        let mut policies = BTreeMap::from([("app".to_owned(), HealPolicy::default())]);
+        let laid = file.over(&mut policies, NodeBudget::default());
+        laid.map(drop).map_err(|error| error.to_string())
+    };
+    let action = "[[service]]\nname = 'app'\naction = [{ id = 'restart', class = 'R2', shared = true }]\n";
+    let alone = over(&format!("version = 1\n{action}")).unwrap_err();
+    assert!(
+        alone.contains("`restart`") && alone.contains("[budgets]"),
+        "{alone}"
+    );
+    assert_eq!(
+        over(&format!("version = 1\n[budgets]\nfleet = {{}}\n{action}")),
+        Ok(())
+    );
+    for bad in [
+        "{ max_nodes = '20%' }",
+        "{ hold_max = '1s' }",
+        "{ stop_if_unhealthy_over = '0%' }",
+    ] {
+        assert!(
+            over(&format!("version = 1\n[budgets]\nfleet = {bad}\n")).is_err(),
+            "{bad} was taken"
+        );
     }
 }

@@ -39,6 +39,7 @@ fn hands(disk: &Path, quarantine: &Path) -> SpaceHands {
         protected: Vec::new(),
         quarantine: quarantine.to_owned(),
         min_age: Duration::ZERO,
+        free_bytes_min: 0,
     }
 }
 

@@ -148,10 +148,11 @@ struct CampaignArgs {
     out: PathBuf,
     /// Which faults, all that this machine can bring by default: `kill9`, `hang`, `memory_leak`, `cpu_hog`, `disk_full`, `disk_creep`,
     /// `overload`, `dependency_down`; on PostgreSQL `pg_kill9`, `pg_hang`, `connection_exhaustion`, `connection_creep`, `lock_pileup`,
-    /// `pg_disk_full`.
+    /// `pg_disk_full`, `slow_disk`; on Redis `redis_kill9`, `redis_hang`, `packet_loss`.
     #[arg(long, value_delimiter = ',', conflicts_with = "slice")]
     faults: Vec<Trouble>,
-    /// Who heals, all by default: `theriac`, `without_prediction`, `without_diagnosis`, `threshold`, `monit` (its Debian package).
+    /// Who heals, all by default: `theriac`, `theriac_direct` (no proxy before the HTTP service), `without_prediction`, `without_diagnosis`,
+    /// `threshold`, `monit` (its Debian package).
     #[arg(long, value_delimiter = ',')]
     healers: Vec<Healer>,
     /// How often each fault comes.

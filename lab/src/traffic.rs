@@ -48,6 +48,9 @@ pub struct TrafficReport {
     pub kinds: BTreeMap<FailureKind, u64>,
     /// The failures, oldest first; at most 100 000, the rest is only counted.
     pub failures: Vec<Failure>,
+    /// Those that ended well, oldest answer first; at most 100 000.
+    #[serde(skip)]
+    pub answered: Vec<Answered>,
     /// Writes that were acknowledged.
     pub acknowledged_writes: u64,
     /// Keys whose last acknowledged write could not be read back, known after [`Traffic::stop`].
@@ -63,6 +66,22 @@ impl TrafficReport {
             .iter()
             .filter(|failure| (from..=until).contains(&failure.unix_ms))
             .count() as u64
+    }
+}
+
+/// One request that was answered well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answered {
+    /// When it was due, milliseconds since the Unix epoch.
+    pub due_ms: u64,
+    /// When it was answered, likewise.
+    pub at_ms: u64,
+}
+
+impl Answered {
+    /// How long it took.
+    pub fn took_ms(&self) -> u64 {
+        self.at_ms.saturating_sub(self.due_ms)
     }
 }
 
@@ -225,7 +244,7 @@ impl Shared {
                         if version_of(self.seed, &key, &bytes)
                             .is_some_and(|v| (least..=sent).contains(&v)) =>
                     {
-                        seen.succeeded();
+                        seen.succeeded(due_ms);
                     }
                     Ok(_) => seen.failed(due_ms, FailureKind::WrongValue, false),
                     Err(kind) => seen.failed(due_ms, kind, false),
@@ -336,7 +355,7 @@ impl Seen {
         match failure {
             None => {
                 self.report.acknowledged_writes += 1;
-                self.succeeded();
+                self.succeeded(due_ms);
             }
             Some(kind) => {
                 // Only a refused connection says for certain that it will not take effect later.
@@ -351,9 +370,13 @@ impl Seen {
         }
     }
 
-    fn succeeded(&mut self) {
+    fn succeeded(&mut self, due_ms: u64) {
         self.report.requests += 1;
         self.report.ok += 1;
+        if self.report.answered.len() < FAILURES_MAX {
+            let at_ms = unix_ms();
+            self.report.answered.push(Answered { due_ms, at_ms });
+        }
     }
 
     fn failed(&mut self, due_ms: u64, kind: FailureKind, write: bool) {

@@ -18,9 +18,10 @@ use serde::de::DeserializeOwned;
 
 use crate::frame::{FrameHeader, HEADER_BYTES, kind};
 use crate::message::{
-    AnnounceV1, AppraisalV1, CandidateV1, ClosedV1, DeclineV1, Encoding, FetchModelV1, GoodbyeV1,
-    GuaranteeV1, HelloV1, JoinReplyV1, JoinRequestV1, LedgerSealV1, ModelV1, ReceiptV1, ToAggregator, ToEdge,
-    UpdateV1, VerdictV1, WelcomeV1,
+    AnnounceV1, AppraisalV1, CandidateV1, ClosedV1, DeclineV1, Encoding, FetchModelV1, FleetReportV1,
+    GoodbyeV1, GuaranteeV1, HealthV1, HelloV1, JoinReplyV1, JoinRequestV1, LeaseGrantedV1, LeaseRefusedV1,
+    LeaseReleaseV1, LeaseRequestV1, LedgerSealV1, ModelV1, ReceiptV1, ToAggregator, ToEdge, UpdateV1,
+    VerdictV1, WelcomeV1,
 };
 use crate::refusal::{RefusalCode, RefusalV1};
 
@@ -28,6 +29,9 @@ use crate::refusal::{RefusalCode, RefusalV1};
 pub const PLAIN_BYTES_MAX: usize = 64 * 1024;
 /// Most bytes of a body on the join listener.
 pub const JOIN_BYTES_MAX: usize = 16 * 1024;
+
+/// Most bytes of a message of the fleet: a few numbers each.
+pub const FLEET_BYTES_MAX: usize = 64;
 
 /// A message ready to send: write `head`, then `payload`. The payload is shared, not copied.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +61,10 @@ pub fn body_bytes_max(kind: u16, payload_bytes_max: u32) -> Option<u32> {
     const PLAIN: u32 = PLAIN_BYTES_MAX as u32;
     #[expect(clippy::cast_possible_truncation, reason = "16,384")]
     const JOIN: u32 = JOIN_BYTES_MAX as u32;
+    #[expect(clippy::cast_possible_truncation, reason = "64")]
+    const FLEET: u32 = FLEET_BYTES_MAX as u32;
     match kind {
+        _ if is_of_fleet(kind) => Some(FLEET),
         kind::UPDATE_V1 | kind::MODEL_V1 | kind::CANDIDATE_V1 => {
             Some(payload_bytes_max.saturating_add(4 + PLAIN))
         }
@@ -93,6 +100,9 @@ pub fn encode_to_aggregator(message: &ToAggregator) -> Result<Encoded, CodecErro
         ToAggregator::Verdict(verdict) => plain(kind::VERDICT_V1, verdict),
         ToAggregator::Guarantee(guarantee) => plain(kind::GUARANTEE_V1, guarantee),
         ToAggregator::Appraisal(appraisal) => plain(kind::APPRAISAL_V1, appraisal),
+        ToAggregator::Health(health) => plain(kind::HEALTH_V1, health),
+        ToAggregator::LeaseRequest(request) => plain(kind::LEASE_REQUEST_V1, request),
+        ToAggregator::LeaseRelease(release) => plain(kind::LEASE_RELEASE_V1, release),
         ToAggregator::Goodbye => frame(kind::EDGE_GOODBYE_V1, &[], &Bytes::new()),
     }
 }
@@ -112,6 +122,9 @@ pub fn decode_to_aggregator(kind: u16, body: Bytes) -> Result<ToAggregator, Code
         kind::VERDICT_V1 => read_plain(kind, &body).map(ToAggregator::Verdict),
         kind::GUARANTEE_V1 => read_plain(kind, &body).map(ToAggregator::Guarantee),
         kind::APPRAISAL_V1 => read_plain(kind, &body).map(ToAggregator::Appraisal),
+        kind::HEALTH_V1 => read_plain(kind, &body).map(ToAggregator::Health),
+        kind::LEASE_REQUEST_V1 => read_plain(kind, &body).map(ToAggregator::LeaseRequest),
+        kind::LEASE_RELEASE_V1 => read_plain(kind, &body).map(ToAggregator::LeaseRelease),
         kind::EDGE_GOODBYE_V1 => consumed(kind, 0, body.len()).map(|()| ToAggregator::Goodbye),
         _ => Err(CodecError::UnsupportedKind { kind }),
     }
@@ -131,6 +144,9 @@ pub fn encode_to_edge(message: &ToEdge) -> Result<Encoded, CodecError> {
         ToEdge::Closed(closed) => plain(kind::CLOSED_V1, closed),
         ToEdge::Seal(seal) => plain(kind::LEDGER_SEAL_V1, seal),
         ToEdge::Candidate(candidate, payload) => with_payload(kind::CANDIDATE_V1, candidate, payload),
+        ToEdge::Fleet(report) => plain(kind::FLEET_REPORT_V1, report),
+        ToEdge::LeaseGranted(granted) => plain(kind::LEASE_GRANTED_V1, granted),
+        ToEdge::LeaseRefused(refused) => plain(kind::LEASE_REFUSED_V1, refused),
         ToEdge::Goodbye(goodbye) => plain(kind::AGGREGATOR_GOODBYE_V1, goodbye),
     }
 }
@@ -153,6 +169,9 @@ pub fn decode_to_edge(kind: u16, body: Bytes) -> Result<ToEdge, CodecError> {
         kind::CANDIDATE_V1 => {
             read_with_payload(kind, body).map(|(header, payload)| ToEdge::Candidate(header, payload))
         }
+        kind::FLEET_REPORT_V1 => read_plain(kind, &body).map(ToEdge::Fleet),
+        kind::LEASE_GRANTED_V1 => read_plain(kind, &body).map(ToEdge::LeaseGranted),
+        kind::LEASE_REFUSED_V1 => read_plain(kind, &body).map(ToEdge::LeaseRefused),
         kind::AGGREGATOR_GOODBYE_V1 => read_plain(kind, &body).map(ToEdge::Goodbye),
         _ => Err(CodecError::UnsupportedKind { kind }),
     }
@@ -398,6 +417,13 @@ impl Checked for CandidateV1 {}
 impl Checked for AnnounceV1 {}
 impl Checked for ClosedV1 {}
 impl Checked for GoodbyeV1 {}
+// Counts may be impossible together: whoever reads them judges that.
+impl Checked for HealthV1 {}
+impl Checked for LeaseRequestV1 {}
+impl Checked for LeaseReleaseV1 {}
+impl Checked for FleetReportV1 {}
+impl Checked for LeaseGrantedV1 {}
+impl Checked for LeaseRefusedV1 {}
 
 fn signature(field: &'static str, found: usize) -> Result<(), CodecError> {
     match found {
@@ -489,8 +515,22 @@ fn read_with_payload<T: DeserializeOwned + Checked>(
     Ok((from_bytes(kind, &body[4..])?, payload))
 }
 
+fn is_of_fleet(kind: u16) -> bool {
+    matches!(
+        kind,
+        kind::HEALTH_V1
+            | kind::LEASE_REQUEST_V1
+            | kind::LEASE_RELEASE_V1
+            | kind::FLEET_REPORT_V1
+            | kind::LEASE_GRANTED_V1
+            | kind::LEASE_REFUSED_V1
+    )
+}
+
 fn limit(kind: u16) -> usize {
-    if kind == kind::JOIN_REQUEST_V1 || kind == kind::JOIN_REPLY_V1 {
+    if is_of_fleet(kind) {
+        FLEET_BYTES_MAX
+    } else if kind == kind::JOIN_REQUEST_V1 || kind == kind::JOIN_REPLY_V1 {
         JOIN_BYTES_MAX
     } else {
         PLAIN_BYTES_MAX

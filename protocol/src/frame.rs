@@ -40,6 +40,12 @@ pub mod kind {
     pub const GUARANTEE_V1: u16 = 0x0701;
     /// [`AppraisalV1`](crate::message::AppraisalV1), edge to aggregator.
     pub const APPRAISAL_V1: u16 = 0x0801;
+    /// [`HealthV1`](crate::message::HealthV1), edge to aggregator.
+    pub const HEALTH_V1: u16 = 0x0901;
+    /// [`LeaseRequestV1`](crate::message::LeaseRequestV1), edge to aggregator.
+    pub const LEASE_REQUEST_V1: u16 = 0x0A01;
+    /// [`LeaseReleaseV1`](crate::message::LeaseReleaseV1), edge to aggregator.
+    pub const LEASE_RELEASE_V1: u16 = 0x0B01;
     /// Goodbye of an edge; no body.
     pub const EDGE_GOODBYE_V1: u16 = 0x0601;
 
@@ -64,6 +70,12 @@ pub mod kind {
     pub const LEDGER_SEAL_V1: u16 = 0x8801;
     /// [`CandidateV1`](crate::message::CandidateV1) and its payload, aggregator to edge.
     pub const CANDIDATE_V1: u16 = 0x8901;
+    /// [`FleetReportV1`](crate::message::FleetReportV1), aggregator to edge.
+    pub const FLEET_REPORT_V1: u16 = 0x8A01;
+    /// [`LeaseGrantedV1`](crate::message::LeaseGrantedV1), aggregator to edge.
+    pub const LEASE_GRANTED_V1: u16 = 0x8B01;
+    /// [`LeaseRefusedV1`](crate::message::LeaseRefusedV1), aggregator to edge.
+    pub const LEASE_REFUSED_V1: u16 = 0x8C01;
     /// [`GoodbyeV1`](crate::message::GoodbyeV1), aggregator to edge.
     pub const AGGREGATOR_GOODBYE_V1: u16 = 0x8701;
 }

@@ -24,6 +24,11 @@
 //!     │                                             │   the same bytes again: the same receipt
 //!     │ ◀── Closed {published version, or why not}  │   the outbox may be emptied now
 //!     │                                             │
+//!     │ ◀── Fleet {nodes, unhealthy, acting}        │   only with `fleet-1` in the Hello and [fleet] here
+//!     │ Health {services unhealthy, acting} ──────▶ │   counts, from the first Fleet on
+//!     │ LeaseRequest {kind, share} ───────────────▶ │   a slot for a shared action or checkpoint
+//!     │ ◀── LeaseGranted {ttl} or LeaseRefused      │   LeaseRelease when it is over
+//!     │                                             │
 //!     │ Goodbye ─────────────▶ or ◀──────── Goodbye │
 //! ```
 //!
@@ -36,6 +41,8 @@
 //! - [`round::RoundMachine`]: the aggregator's half; [`participant::Participant`]: the edge's half. Each takes inputs
 //!   (`handle`, `handle_timeout`) and gives outputs (`poll_output`, `poll_timeout`); a driver carries them out.
 //!
+//! - [`fleet`]: slots that are lent for a time, in two halves as well.
+//!
 //! # What holds
 //!
 //! - Acknowledged means durable: a receipt, an announcement and a round's end each follow the write they speak of.
@@ -46,6 +53,7 @@
 
 pub mod codec;
 pub mod compress;
+pub mod fleet;
 pub mod frame;
 pub mod message;
 pub mod participant;

@@ -8,11 +8,18 @@
 //! and convert both to what the program uses. The golden files in `protocol/golden/` fail the build when a
 //! struct's bytes change.
 
+mod fleet;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::refusal::{RefusalV1, RoundOutcome};
 use crate::units::{Delta, Digest, Epsilon, L2Norm, ModelVersion, NodeId, NoiseMultiplier, Round, Timestamp};
+
+pub use fleet::{
+    FEATURE_FLEET, FleetReportV1, HealthV1, LeaseGrantedV1, LeaseKind, LeaseRefusal, LeaseRefusedV1,
+    LeaseReleaseV1, LeaseRequestV1,
+};
 
 /// Lowest protocol version that this build speaks.
 pub const PROTOCOL_MIN: u16 = 1;
@@ -37,6 +44,12 @@ pub enum ToAggregator {
     Guarantee(GuaranteeV1),
     /// What a validator makes of a candidate; only an edge that was sent a [`ToEdge::Candidate`] says it.
     Appraisal(AppraisalV1),
+    /// How the edge's services are; said after the first [`ToEdge::Fleet`], like the next two.
+    Health(HealthV1),
+    /// The edge asks for a slot of the fleet.
+    LeaseRequest(LeaseRequestV1),
+    /// The edge gives one back.
+    LeaseRelease(LeaseReleaseV1),
     /// The edge leaves.
     Goodbye,
 }
@@ -62,6 +75,12 @@ pub enum ToEdge {
     /// A model that is not published yet, for a validator to try on its own rows; the payload is as that of [`ToEdge::Model`]. Only said to an edge
     /// whose Hello lists [`FEATURE_VALIDATOR`] and that the aggregator's configuration names.
     Candidate(CandidateV1, Bytes),
+    /// How the fleet is; only said to an edge whose Hello lists [`FEATURE_FLEET`], like the next two.
+    Fleet(FleetReportV1),
+    /// A slot is lent.
+    LeaseGranted(LeaseGrantedV1),
+    /// No slot is lent.
+    LeaseRefused(LeaseRefusedV1),
     /// The aggregator is going down; come back after the given time.
     Goodbye(GoodbyeV1),
 }

@@ -138,7 +138,10 @@ impl Centre {
                 | ToAggregator::FetchModel(_)
                 | ToAggregator::Verdict(_)
                 | ToAggregator::Guarantee(_)
-                | ToAggregator::Appraisal(_),
+                | ToAggregator::Appraisal(_)
+                | ToAggregator::Health(_)
+                | ToAggregator::LeaseRequest(_)
+                | ToAggregator::LeaseRelease(_),
             ) => Answer::Silence,
             Err(error) => refused(error.refusal_code()),
         }

@@ -307,7 +307,7 @@ impl Edge {
         let text = format!(
             "state_dir = \"{}\"\n[sampling]\ninterval = \"100ms\"\nhistory_rows = 600\n\
              [detection]\nwarm_up_rows = 60\nfit_rows = 60\n[http]\nlisten = \"{}\"\n\
-             [healing]\nautonomy = \"act\"\ncooldown = \"200ms\"\nmax_actions = 1000\nsettle = \"0s\"\nanomaly_confirm = 600\n\
+             [healing]\nautonomy = \"act\"\nrestore_autonomy = \"act\"\ncooldown = \"200ms\"\nmax_actions = 1000\nsettle = \"0s\"\nanomaly_confirm = 600\n\
              [healing_budget]\nmax_actions = 1000\n\
              [federation]\nretry_base = \"50ms\"\nretry_max = \"300ms\"\nprivacy_policy = \"{}\"\npolicy_key = \"{officer}\"\n{federation}\n{more}\n",
             edge.dir.display(),

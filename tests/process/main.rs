@@ -9,6 +9,8 @@ mod bad_identity;
 #[cfg(test)]
 mod bad_start;
 #[cfg(test)]
+mod braked_fleet;
+#[cfg(test)]
 mod central_noise;
 #[cfg(test)]
 mod child;

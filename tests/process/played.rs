@@ -142,7 +142,12 @@ impl Played {
                     sent.ok()?;
                 }
                 Ok(report @ (ToAggregator::Update(..) | ToAggregator::Decline(_))) => return Some(report),
-                Ok(ToAggregator::Verdict(_) | ToAggregator::Guarantee(_) | ToAggregator::Appraisal(_)) => {}
+                Ok(
+                    ToAggregator::Verdict(_)
+                    | ToAggregator::Guarantee(_)
+                    | ToAggregator::Appraisal(_)
+                    | ToAggregator::Health(_),
+                ) => {}
                 Ok(other) => panic!("{other:?} instead of a report"),
                 Err(_) => return None,
             }

@@ -211,7 +211,10 @@ async fn greet(
             | ToEdge::Model(..)
             | ToEdge::Closed(_)
             | ToEdge::Seal(_)
-            | ToEdge::Candidate(..)),
+            | ToEdge::Candidate(..)
+            | ToEdge::Fleet(_)
+            | ToEdge::LeaseGranted(_)
+            | ToEdge::LeaseRefused(_)),
         ) => Err(ConnectError::Protocol(format!(
             "a {} before the welcome",
             word(&other)
@@ -244,6 +247,8 @@ fn word(message: &ToEdge) -> &'static str {
         ToEdge::Closed(_) => "round's end",
         ToEdge::Seal(_) => "counter-signature",
         ToEdge::Candidate(..) => "candidate",
+        ToEdge::Fleet(_) => "report of the fleet",
+        ToEdge::LeaseGranted(_) | ToEdge::LeaseRefused(_) => "word on a slot",
         ToEdge::Goodbye(_) => "goodbye",
     }
 }

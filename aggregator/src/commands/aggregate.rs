@@ -32,19 +32,19 @@ pub(super) struct AggregateArgs {
     #[arg(long)]
     output: PathBuf,
     /// Radius of centered clipping, above 0.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     tau: Option<f64>,
     /// Passes of centered clipping (default 1), steps of the geometric median (default 3; converged: at most 2000).
     #[arg(long)]
     iterations: Option<u32>,
     /// Smallest distance that the geometric median divides by (default 0.1; converged: 1e-9).
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     nu: Option<f64>,
     /// How many of the best rows Multi-Krum keeps (default n − f).
     #[arg(long)]
     keep: Option<usize>,
     /// Largest norm that `clipping` leaves alone.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     clip: Option<f64>,
     /// Rows in a bucket (default 2).
     #[arg(long)]
@@ -76,6 +76,15 @@ pub(super) struct AggregateArgs {
 pub(super) fn aggregate(args: AggregateArgs) -> Result<ExitCode, Problem> {
     // A rule that cannot be is refused before a matrix of gigabytes is read.
     let rule = Composed::new(args.rule, args.byzantine, &options(&args)).map_err(rule_problem)?;
+    if let (Ok(input), Ok(output)) = (args.input.canonicalize(), args.output.canonicalize())
+        && input == output
+    {
+        let problem = Problem::usage(
+            "TH-E0721",
+            format!("--output {}: it is the input", args.output.display()),
+        );
+        return Err(problem.hint("the result would take the place of the updates: name another file"));
+    }
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(args.threads.map_or(0, usize::from))
         .build()

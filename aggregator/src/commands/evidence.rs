@@ -9,10 +9,12 @@ use theriac_command::problem::{self, Problem};
 use theriac_protocol::units::{NodeId, Round};
 
 use super::{Common, load, open, print, store_problem};
+use crate::combine::RowSource;
 use crate::evidence::law::{Finding, Verdict};
 use crate::evidence::reputation::QuarantineLimits;
 use crate::evidence::{Decision, Record, words};
 use crate::replay::{Replayed, replay as do_again};
+use crate::spill::RoundMemory;
 use crate::status::FormerLedgerStatus;
 use crate::store::evidence::{self, RoundPlan};
 use crate::store::history::RoundDetail;
@@ -309,12 +311,20 @@ pub(super) fn replay(common: &Common, round: u64) -> Result<ExitCode, Problem> {
     let key = crate::audit::AuditKey::load(&dir.audit_key(), &config.federation)
         .map_err(|error| crate::serve::ServeError::from(error).problem())?;
     let key = key.log_key().public();
-    match do_again(database.read(), database.blobs(), &config.model, &key, Round(round)) {
+    let memory = RoundMemory::beside_the_server(&config);
+    let source = RowSource {
+        connection: database.read(),
+        blobs: database.blobs(),
+        memory: &memory,
+    };
+    match do_again(source, &config.model, &key, Round(round)) {
         Ok(same) => {
             print(common.format, &same, same_again(&same))?;
             Ok(ExitCode::SUCCESS)
         }
         Err(crate::replay::ReplayError::Store(error)) => Err(store_problem(&error)),
+        Err(error @ crate::replay::ReplayError::Spill(_)) => Err(Problem::failed("TH-E0704", error)
+            .hint("check the disk of data_dir, or of the folder for temporary files (TMPDIR), or raise limits.round_memory_bytes")),
         Err(error) if error.is_impossible() => {
             let hint = match error {
                 crate::replay::ReplayError::Pruned(_) => format!(

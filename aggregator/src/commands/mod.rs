@@ -8,7 +8,6 @@ mod server;
 mod setup;
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -179,13 +178,8 @@ fn store_problem(error: &StoreError) -> Problem {
 
 /// Prints one result.
 fn print<T: Serialize>(format: Format, value: &T, human: impl std::fmt::Display) -> Result<(), Problem> {
-    let mut output = Output::new(format, std::io::stdout().lock());
-    output
+    Output::new(format, std::io::stdout().lock())
         .result(value, human)
-        .map_err(|error| output_problem(&error))?;
-    output
-        .into_inner()
-        .flush()
         .map_err(|error| output_problem(&error))
 }
 

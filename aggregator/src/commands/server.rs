@@ -77,7 +77,7 @@ pub(super) fn check_config(common: &Common) -> Result<ExitCode, Problem> {
     let value = json!({
         "config": common.config, "ok": true, "federation": config.federation, "data_dir": config.data_dir,
         "listen": config.listen, "join_listen": config.join_listen, "http": config.http,
-        "rule": rounds.rule, "byzantine": rounds.byzantine, "quorum": rounds.quorum,
+        "rule": rounds.rule, "byzantine": rounds.byzantine, "withstands": rounds.rule.withstands(rounds.byzantine), "quorum": rounds.quorum,
         "central_noise": config.central_noise.as_ref().map(statement),
         "quarantine": config.quarantine, "server_optimizer": config.server_optimizer,
     });
@@ -85,8 +85,16 @@ pub(super) fn check_config(common: &Common) -> Result<ExitCode, Problem> {
         .central_noise
         .as_ref()
         .map_or_else(String::new, |terms| format!("\n{}", statement(terms)));
+    let nobody = if rounds.rule.withstands(rounds.byzantine) < rounds.byzantine {
+        format!(
+            "\n{} withstands nobody: f = {} bounds the quorum and the quarantine, not the harm",
+            rounds.rule, rounds.byzantine
+        )
+    } else {
+        String::new()
+    };
     let human = format!(
-        "{} is good: federation {}, {} with quorum {} and f = {}, data in {}{central}",
+        "{} is good: federation {}, {} with quorum {} and f = {}, data in {}{central}{nobody}",
         common.config.display(),
         config.federation,
         rounds.rule,
@@ -253,6 +261,7 @@ mod tests {
             quorum: 3,
             central: None,
             validation: None,
+            fleet: None,
         };
         let at_rest = Status::at_rest(database.read(), "demo", 3).unwrap();
         at_rest.with_driver(&driver, storage_full)

@@ -105,6 +105,8 @@ seed = {seed}
 connections_max = {connections_max}
 # Bytes of updates in memory while they are checked and stored, 1048576 to 68719476736; beyond it uploads are refused.
 upload_bytes_in_flight_max = {upload_bytes}
+# Bytes of a round's updates in memory while they are combined, 0 to 1099511627776; beyond it they lie in a file in data_dir, with the same result.
+round_memory_bytes = {round_memory}
 # Messages one edge may send in one round, 4 to 1000000; beyond it the connection is closed.
 messages_per_round_max = {messages}
 # Bytes one edge may send in one round, as a multiple of one update's size, 1 to 1000.
@@ -122,6 +124,16 @@ enabled = {quarantined}
 # Trust below which a site enters (a new one has 0.8), and from which on it leaves, at most 0.78.
 enter_below = {enter_below}
 leave_at = {leave_at}
+
+[fleet]
+# Account of which nodes are unhealthy, told to edges whose policy has [budgets] fleet, and slots for shared actions (docs/healing.md). Off by default.
+enabled = {fleet}
+# Most nodes that hold a slot of one kind at a time, in hundredths of those that tell how they are, 1 to 100; one always may.
+share = {fleet_share}
+# Term of a slot, 1s to 1h: four fifths of it longer than healing.action_timeout of any edge and 35 s, rounded up to ten. After a start nothing is lent for the longest term there was.
+lease_ttl = {lease_ttl}
+# A node that has told nothing for so long counts no more, 10s to 10m.
+state_age = {state_age}
 
 [server_optimizer]
 # "fedavg", "fedavgm", "fedadam" or "fedyogi": from the combined changes to the model's step. Only with kind = "delta".
@@ -223,6 +235,7 @@ sampling_rate = {central_rate}
         seed = model.seed,
         connections_max = limits.connections_max,
         upload_bytes = limits.upload_bytes_in_flight_max,
+        round_memory = limits.round_memory_bytes,
         messages = limits.messages_per_round_max,
         updates = limits.updates_per_round_max,
         write_timeout = time(limits.write_timeout),
@@ -231,6 +244,10 @@ sampling_rate = {central_rate}
         quarantined = quarantine.enabled,
         enter_below = real(quarantine.enter_below),
         leave_at = real(quarantine.leave_at),
+        fleet = settings.fleet.enabled,
+        fleet_share = settings.fleet.share,
+        lease_ttl = time(settings.fleet.lease_ttl),
+        state_age = time(settings.fleet.state_age),
         optimizer = optimizer.name,
         rate = real(optimizer.rate),
         momentum = real(optimizer.momentum),
@@ -298,6 +315,8 @@ mod tests {
         changed.rounds.kind = RoundKind::Delta;
         changed.model.dimension = Some(10);
         changed.quarantine.enabled = false;
+        changed.fleet.enabled = true;
+        changed.fleet.share = 10;
         changed.server_optimizer.name = crate::server_optimizer::OptimizerName::FedYogi;
         changed.privacy_floor = crate::floor::FloorSettings {
             unit: Some(FloorUnit::Block),

@@ -340,10 +340,11 @@ impl Driver {
         let (store, records_kept) = (self.store.clone(), self.records_kept);
         let turned_down = self.turned_down.clone();
         let turned_down = turned_down.filter(|turned_down| turned_down.validation.round == round.0);
+        let word = self.abort_word(round, reason);
         self.work.spawn(async move {
             let ended = until_it_works(&store, "end a round", move |work| {
                 match &turned_down {
-                    None => rounds::abort(work, round, reason)?,
+                    None => rounds::abort_as(work, round, reason, word)?,
                     Some(TurnedDown { validation, plan }) => {
                         rounds::abort_as(work, round, reason, validation.decision.abort_word())?;
                         validations::record(work, validation, plan)?;
@@ -357,15 +358,22 @@ impl Driver {
         });
     }
 
+    /// The word for a round's end without a model, but for its validators'.
+    fn abort_word(&self, round: Round, reason: AbortReason) -> &'static str {
+        let failed = self
+            .failed
+            .filter(|(of, _)| *of == round && reason == AbortReason::AggregationFailed);
+        failed.map_or(rounds::abort_word(reason), |(_, word)| word)
+    }
+
     fn closed(&mut self, to: &[NodeId], closed: ClosedV1) {
         let outcome = match closed.outcome {
             RoundOutcome::Published(_) => "published",
             RoundOutcome::Aborted(reason) => {
                 let ended = self.turned_down.take();
                 let ended = ended.filter(|ended| ended.validation.round == closed.round.0);
-                ended.map_or(rounds::abort_word(reason), |ended| {
-                    ended.validation.decision.abort_word()
-                })
+                let word = self.abort_word(closed.round, reason);
+                ended.map_or(word, |ended| ended.validation.decision.abort_word())
             }
         };
         self.metrics.rounds.get_or_create(&Outcome { outcome }).inc();

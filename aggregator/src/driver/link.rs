@@ -33,6 +33,8 @@ pub struct Link {
     pub seals: bool,
     /// Whether the edge's operator lets it say what candidates do on its rows.
     pub validates: bool,
+    /// Whether the edge's policy has budgets of the fleet.
+    pub fleet: bool,
 }
 
 impl Link {
@@ -49,6 +51,11 @@ impl Link {
 
     pub(super) fn send_encoded(&self, frame: Arc<Encoded>) -> bool {
         self.outbox.try_send(frame).is_ok()
+    }
+
+    /// Whether half the outbox is free. What is soon said again better is not said else: it is to close no link that takes its time for a long message.
+    pub(super) fn has_room(&self) -> bool {
+        2 * self.outbox.capacity() >= OUTBOX_MAX
     }
 
     fn remote(&self) -> SocketAddr {
@@ -132,6 +139,7 @@ impl Driver {
         self.heed_validators();
         tracing::info!(%node, "connected");
         self.ask_validator(&node);
+        self.greet_fleet(&node);
         drop(reply.send(Ok(())));
         self.carry_out_all(outputs, None);
         if let Some(round) = receipt_missing {

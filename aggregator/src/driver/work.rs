@@ -1,30 +1,27 @@
 //! What runs beside the driver and comes back to it: writes, reads and the aggregation.
 
-use std::sync::PoisonError;
 use std::time::Duration;
 
-use theriac_privacy::central::CentralCharge;
 use theriac_protocol::message::{ToEdge, UpdateV1};
-use theriac_protocol::refusal::RefusalCode;
-use theriac_protocol::round::{BaseModel, Input};
-use theriac_protocol::units::{Digest, NodeId, Round};
+use theriac_protocol::refusal::{AbortReason, RefusalCode};
+use theriac_protocol::round::Input;
+use theriac_protocol::units::{NodeId, Round};
 
 use super::Driver;
-use crate::combine::{RoundInputs, RoundResult, Which};
 use crate::evidence::reputation::Changes;
-use crate::publish::Candidate;
+use crate::publish::{Candidate, PublishError};
 use crate::robust::Row;
-use crate::store::evidence::{self, Conclusion};
+use crate::store::evidence::Conclusion;
 use crate::store::models::ModelRow;
 use crate::store::records::Registry;
-use crate::store::rounds::StoredUpload;
-use crate::store::{Store, StoreError, Urgency, Work, wall_clock};
+use crate::store::rounds::{self, StoredUpload};
+use crate::store::{Store, StoreError, Urgency, Work};
 use crate::validation::Validation;
 
 /// First wait before a write that must succeed is tried again.
-const RETRY_FIRST: Duration = Duration::from_millis(250);
+pub(super) const RETRY_FIRST: Duration = Duration::from_millis(250);
 /// Longest such wait.
-const RETRY_MAX: Duration = Duration::from_secs(5);
+pub(super) const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// A finished piece of work.
 #[derive(Debug)]
@@ -54,7 +51,7 @@ pub(super) enum Done {
     /// A round was combined, or could not be.
     Computed {
         round: Round,
-        result: Result<Box<Computed>, String>,
+        result: Result<Box<Computed>, NoModel>,
     },
     /// A round's model is durable, and this is how the quarantine changed.
     Published(Round, Changes),
@@ -72,6 +69,41 @@ pub(super) enum Done {
     RolledOver(Result<Box<(ModelRow, Option<Round>)>, String>),
     /// A write of which nobody waits for the result.
     Written(Result<(), StoreError>),
+}
+
+/// Why a round could not be combined.
+#[derive(Debug)]
+pub(super) struct NoModel {
+    /// The word for the round's row.
+    pub(super) word: &'static str,
+    reason: String,
+}
+
+impl NoModel {
+    pub(super) fn other(reason: impl std::fmt::Display) -> Self {
+        Self {
+            word: rounds::abort_word(AbortReason::AggregationFailed),
+            reason: reason.to_string(),
+        }
+    }
+}
+
+impl From<StoreError> for NoModel {
+    fn from(error: StoreError) -> Self {
+        Self::other(format!("{error}; {}", error.hint()))
+    }
+}
+
+impl From<PublishError> for NoModel {
+    fn from(error: PublishError) -> Self {
+        match error {
+            PublishError::Spill(_) => Self {
+                word: "rows_unreadable",
+                reason: error.to_string(),
+            },
+            _ => Self::other(error),
+        }
+    }
 }
 
 /// A computed model that waits for its publication.
@@ -117,9 +149,10 @@ impl Driver {
             }
             Done::Computed {
                 round,
-                result: Err(reason),
+                result: Err(NoModel { word, reason }),
             } => {
-                tracing::warn!(round = round.0, reason, "the round gives no model");
+                tracing::warn!(round = round.0, reason, word, "the round gives no model");
+                self.failed = Some((round, word));
                 self.heed_budget();
                 self.machine.handle(now, Input::AggregationFailed { round });
             }
@@ -237,90 +270,6 @@ impl Driver {
             self.models.set_current(&row, candidate.payload);
         }
     }
-
-    /// Starts the aggregation of the stored updates, on the threads for CPU work.
-    pub(super) fn compute(&mut self, round: Round, base: BaseModel, members: Vec<(NodeId, Digest)>) {
-        let mut cache = std::mem::take(&mut self.cache);
-        self.cache_bytes = 0;
-        let (store, spec, plan) = (self.store.clone(), self.spec.clone(), self.plan.clone());
-        let seconds = self.metrics.aggregation_seconds.clone();
-        let (central, status) = (self.central.clone(), std::sync::Arc::clone(&self.status));
-        let (charge_store, charge_terms) = (self.store.clone(), self.config.terms.clone());
-        let work = move |charge: Option<CentralCharge>| {
-            let begun = std::time::Instant::now();
-            let load = |connection: &rusqlite::Connection| {
-                let earned = evidence::reputations(connection)?;
-                RoundInputs::load(
-                    connection,
-                    store.blobs(),
-                    round,
-                    plan.clone(),
-                    &earned,
-                    &mut cache,
-                    Which::Waiting,
-                )
-            };
-            let inputs = store.read_blocking(load).map_err(|error| error.to_string())?;
-            debug_assert!(
-                inputs
-                    .stored
-                    .iter()
-                    .zip(&inputs.rows)
-                    .filter(|(stored, _)| stored.stale.is_none())
-                    .map(|(stored, row)| (stored.node.clone(), Digest::of(&row.payload)))
-                    .eq(members),
-                "the machine and the store agree, and a stored payload has its digest"
-            );
-            let result = inputs.run(&spec, charge).map_err(|error| error.to_string())?;
-            let RoundResult { candidate, account } = result;
-            let row = ModelRow {
-                version: base.version.next(),
-                round,
-                layout_digest: candidate.layout_digest,
-                values: candidate.values,
-                digest: candidate.digest,
-                rule: plan.rule.to_string(),
-                contributors: u32::try_from(candidate.evidence.len() + account.carried_that_count())
-                    .unwrap_or(u32::MAX),
-                rolled_back_to: None,
-                released: wall_clock(),
-            };
-            seconds.observe(begun.elapsed().as_secs_f64());
-            let memory = candidate.memory.clone().map(|memory| (row.version, memory));
-            let conclusion = Conclusion {
-                plan,
-                account,
-                memory,
-            };
-            Ok(Box::new(Computed {
-                row,
-                candidate,
-                conclusion,
-                validation: None,
-            }))
-        };
-        self.work.spawn(async move {
-            // Before a single update is read for the sum.
-            let charged = match &central {
-                Some(central) => central
-                    .charge(&charge_store, round, &charge_terms)
-                    .await
-                    .map(Some),
-                None => Ok(None),
-            };
-            let result = match charged {
-                Ok(charge) => tokio::task::spawn_blocking(move || work(charge))
-                    .await
-                    .unwrap_or_else(|error| Err(error.to_string())),
-                Err(refused) => Err(refused.to_string()),
-            };
-            if let Some(central) = central {
-                let spent = tokio::task::spawn_blocking(move || central.status()).await.ok();
-                status.lock().unwrap_or_else(PoisonError::into_inner).central = spent;
-            }
-            Done::Computed { round, result }
-        });
-    }
 }
 
 /// Writes what must be written before the round can go on, again and again: a full disk or a locked file stops the round, not
@@ -354,5 +303,19 @@ pub(super) async fn with_urgency<T: Send + 'static>(
                 wait = (wait * 2).min(RETRY_MAX);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_cannot_be_read_back_have_a_word_of_their_own_on_record() {
+        let cut = crate::robust::SpillError::NonFinite { row: 3, column: 1 };
+        let unreadable = NoModel::from(PublishError::from(std::sync::Arc::new(cut)));
+        assert_eq!(unreadable.word, "rows_unreadable");
+        let rule = NoModel::from(PublishError::from(crate::robust::RuleError::NoRows));
+        assert_eq!(rule.word, "aggregation_failed");
     }
 }

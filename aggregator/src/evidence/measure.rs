@@ -96,25 +96,45 @@ pub fn rows(
     segments: &[Segment],
     noise_std: &[Option<f64>],
 ) -> Vec<RowMeasure> {
-    let raw: Vec<RawMeasure> = (0..rows.count())
-        .into_par_iter()
-        .map(|row| {
-            RawMeasure::of(
-                rows,
-                row,
-                combined,
-                segments,
-                noise_std.get(row).copied().flatten(),
-            )
-        })
-        .collect();
+    rows_beside(rows, None, combined, segments, noise_std).0
+}
+
+/// As [`rows`], whose measures are the same bits, and the measures of rows of another kind `beside` them, without a test of their noise. What is ordinary in a layer
+/// is what it is among `rows`; where there are none of those, among those beside them.
+pub fn rows_beside(
+    rows: &PayloadRows,
+    beside: Option<&PayloadRows>,
+    combined: &[f32],
+    segments: &[Segment],
+    noise_std: &[Option<f64>],
+) -> (Vec<RowMeasure>, Vec<RowMeasure>) {
+    let all = |rows: &PayloadRows, noise_std: &[Option<f64>]| -> Vec<RawMeasure> {
+        (0..rows.count())
+            .into_par_iter()
+            .map(|row| {
+                RawMeasure::of(
+                    rows,
+                    row,
+                    combined,
+                    segments,
+                    noise_std.get(row).copied().flatten(),
+                )
+            })
+            .collect()
+    };
+    let raw = all(rows, noise_std);
+    let beside = beside.map_or_else(Vec::new, |rows| all(rows, &[]));
+    let ordinary = if raw.is_empty() { &beside } else { &raw };
     let medians: Vec<f64> = (0..segments.len())
-        .map(|segment| median(raw.iter().map(|row| row.segments[segment].sqrt()).collect()))
+        .map(|segment| median(ordinary.iter().map(|row| row.segments[segment].sqrt()).collect()))
         .collect();
     let combined_norm = dot(combined, combined).sqrt();
-    raw.into_iter()
-        .map(|row| row.finish(combined_norm, segments, &medians))
-        .collect()
+    let finished = |raw: Vec<RawMeasure>| -> Vec<RowMeasure> {
+        raw.into_iter()
+            .map(|row| row.finish(combined_norm, segments, &medians))
+            .collect()
+    };
+    (finished(raw), finished(beside))
 }
 
 /// Inner products of all pairs, over the values that `keep` lets through. `None` when there are more than [`PAIR_ROWS_MAX`] rows.
@@ -402,6 +422,28 @@ mod tests {
         assert!((pairs.distance(0, 1) - 29.0_f64.sqrt()).abs() < 1e-12);
         let masked = super::pairs(&payloads(&values), &|index| index > 0).unwrap();
         assert_eq!((masked.product(0, 0), masked.values, masked.of), (16.0, 2, 2));
+    }
+
+    #[test]
+    fn rows_beside_others_change_nothing_of_theirs_and_are_held_against_what_is_ordinary_there() {
+        let values = vec![vec![3.0, 4.0, 0.0], vec![0.0, 0.0, 2.0], vec![-3.0, -4.0, 0.0]];
+        let combined = [3.0, 4.0, 0.0];
+        let parts = [("a", 0..2), ("b", 2..3)].map(|(name, range)| Segment {
+            name: name.into(),
+            range,
+        });
+        let own = payloads(&values);
+        let carried = payloads(&[vec![3.0, 24.0, 0.0]]);
+        let (measured, beside) = rows_beside(&own, Some(&carried), &combined, &parts, &[Some(1.0); 3]);
+        assert_eq!(measured, rows(&own, &combined, &parts, &[Some(1.0); 3]));
+        // The middle distance of the three in `a` is 5, that of the one beside them 20.
+        let far = &beside[0];
+        assert_eq!((far.distance, far.noise_distance), (20.0, None));
+        assert_eq!((far.layers[0].layer.as_str(), far.layers[0].ratio), ("a", 4.0));
+        let none = PayloadRows::new(Vec::<Row>::new(), 3).unwrap();
+        let (_, alone) = rows_beside(&none, Some(&carried), &combined, &parts, &[]);
+        let ratio = alone[0].layers[0].ratio;
+        assert_eq!((alone.len(), ratio), (1, 1.0), "ordinary among themselves");
     }
 
     #[test]

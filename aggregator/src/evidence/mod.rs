@@ -34,8 +34,9 @@ use crate::robust::{PayloadRows, RowEvidence, Rows as _};
 
 /// Format of a record.
 pub const FORMAT: u32 = 1;
-/// Version of rules, measures and laws. It changes whenever the same stored round would give other bits.
-pub const RULE_VERSION: u32 = 2;
+/// Version of rules, measures and laws. It changes whenever the same stored round would give other bits. Since 3 `dedup` takes out a cover of near pairs and no
+/// more than the rule can do without, and the rows of sites that count by earlier releases have figures.
+pub const RULE_VERSION: u32 = 3;
 /// Values of a channel's moments whose signs have a law: the squares and products `Σ p pᵀ`.
 const SIGNED_MOMENTS: usize = 15;
 /// Parts into which bare numbers are cut.
@@ -285,6 +286,21 @@ pub struct CarriedAccount {
     pub behind: Behind,
     /// Why its releases together are no moments of a series, so that it did not count.
     pub finding: Option<Finding>,
+    /// The figures of that row. Nothing is said of pairs: its distance from single updates, with all their noise, cannot be set beside theirs.
+    pub features: Features,
+}
+
+/// A site that is carried, before its row is measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CarriedFacts {
+    /// Which.
+    pub node: NodeId,
+    /// What is in its row.
+    pub behind: Behind,
+    /// Why it does not count.
+    pub finding: Option<Finding>,
+    /// What the rule said of its row, where it counted.
+    pub by_rule: Option<RowEvidence>,
 }
 
 /// All rows of a round, measured.
@@ -336,6 +352,8 @@ pub struct RoundFacts<'a> {
     pub behind: &'a [Option<Behind>],
     /// For each row why the releases in that mean are no moments of a series, where they are none.
     pub of_mean: &'a [Option<Finding>],
+    /// The rows of sites that are carried, and whose they are, in the same order; `None`: there are none.
+    pub carried: Option<(&'a PayloadRows, &'a [CarriedFacts])>,
 }
 
 /// The parts of a gradient `[5C + 1, channel]`: one for each lag, over all channels, and the constant.
@@ -361,7 +379,8 @@ pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
         .collect();
     let names: Vec<String> = facts.stored.iter().map(|row| row.node.to_string()).collect();
     let std: Vec<Option<f64>> = laws.iter().map(RowLaw::tested_std).collect();
-    let measures = measure::rows(rows, facts.combined, facts.segments, &std);
+    let beside = facts.carried.map(|(rows, _)| rows);
+    let (measures, of_carried) = measure::rows_beside(rows, beside, facts.combined, facts.segments, &std);
     let all = measure::pairs(rows, &|_| true);
     let signed = match facts.kind {
         UpdateKind::Moments => measure::pairs(rows, &|index| index % MOMENTS_PER_CHANNEL < SIGNED_MOMENTS),
@@ -399,10 +418,22 @@ pub fn account(rows: &PayloadRows, facts: &RoundFacts<'_>) -> RoundAccount {
             }
         })
         .collect();
+    let sites = facts.carried.map_or(&[][..], |(_, sites)| sites);
+    let carried = sites
+        .iter()
+        .zip(of_carried)
+        .map(|(site, measure)| CarriedAccount {
+            node: site.node.clone(),
+            behind: site.behind,
+            finding: site.finding.clone(),
+            features: features(0, measure, None, &[], site.by_rule.as_ref(), facts.norm_bound),
+        })
+        .collect();
     RoundAccount {
+        // Of updates of the round alone: means of releases have less noise, and quartiles of both kinds would be those of neither.
         quantiles: quantiles(&rows),
         rows,
-        carried: Vec::new(),
+        carried,
         withstood: facts.withstood,
     }
 }
@@ -523,6 +554,7 @@ pub fn conclude(
         byzantine: closing.byzantine as u64,
         ..Record::blank(closing.round, node, decision, Reputation::default())
     };
+    let withstood = Some(account.withstood as u64).filter(|f| *f != closing.byzantine as u64);
     let mut records = BTreeMap::new();
     for row in account.rows {
         let verdict = match row.decision {
@@ -538,7 +570,7 @@ pub fn conclude(
             stale: row.stale,
             averaged: Some(row.averaged).filter(|updates| *updates > 1),
             behind: row.behind,
-            withstood: Some(account.withstood as u64).filter(|f| *f != closing.byzantine as u64),
+            withstood,
             ..blank(&row.node, row.decision, row.reason)
         };
         records.insert(row.node, record);
@@ -571,7 +603,7 @@ pub fn conclude(
         };
         records.entry(node).or_insert(record);
     }
-    // It says nothing about what the site did: what it had earned stays.
+    // It says nothing about what the site did in this round, and what it sent was judged where it came: what it had earned stays.
     let carried: Vec<Record> = account
         .carried
         .into_iter()
@@ -580,10 +612,14 @@ pub fn conclude(
                  node,
                  behind,
                  finding,
+                 features,
              }| {
                 let standing = reputations.get(&node).copied().unwrap_or_default();
                 Record {
                     behind: Some(behind),
+                    features: Some(features),
+                    quantiles: account.quantiles.clone(),
+                    withstood,
                     weight: u8::from(finding.is_none()),
                     findings: finding.into_iter().collect(),
                     before: standing,

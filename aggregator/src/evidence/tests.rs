@@ -254,6 +254,7 @@ impl Fleet {
                 averaged: &[],
                 behind: &[],
                 of_mean: &[],
+                carried: None,
                 noise: 0.0,
                 withstood: self.byzantine,
             },

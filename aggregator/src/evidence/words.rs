@@ -44,6 +44,11 @@ pub fn decision(record: &Record) -> String {
                 found.join("; ")
             )
         }
+        Decision::Carried if is_outvoted(record) => format!(
+            "it sent nothing in this round, its earlier releases reached {} with weight 1, {}, and the rule itself left all of them out: the others outvoted them",
+            record.rule,
+            record.behind.map_or_else(String::new, behind)
+        ),
         Decision::Carried => format!(
             "it sent nothing in this round and counted with weight 1 of {} by its earlier releases: {}",
             record.rule,
@@ -93,7 +98,8 @@ pub fn all_behind(records: &[Record]) -> Option<String> {
 /// Whether the rule itself gave the row no weight at all.
 pub fn is_outvoted(record: &Record) -> bool {
     let share = record.features.as_ref().and_then(|row| row.trimmed_share);
-    record.decision == Decision::Combined && share.is_some_and(|share| share >= 1.0)
+    matches!(record.decision, Decision::Combined | Decision::Carried)
+        && share.is_some_and(|share| share >= 1.0)
 }
 
 /// A refusal's word with what it means and what was found.
@@ -182,7 +188,8 @@ pub fn finding(finding: &Finding) -> String {
     }
 }
 
-/// The figures of a row against the round's, one line each: `distance 5.10 (the middle of the round is 1.20, the largest 5.10)`.
+/// The figures of a row against those of the round's updates, one line each: `distance 5.10 (the middle of the round is 1.20, the largest 5.10)`; of a site that is carried
+/// first of what they are.
 pub fn figures(record: &Record) -> Vec<String> {
     let Some(features) = &record.features else {
         return Vec::new();
@@ -205,7 +212,15 @@ pub fn figures(record: &Record) -> Vec<String> {
             format!(" (round: {min:.4} to {max:.4}, middle {middle:.4})")
         })
     };
-    let mut lines = vec![
+    let carried = record.behind.filter(|_| record.decision == Decision::Carried);
+    let carried = carried.map(|of| {
+        let of = behind(of);
+        format!(
+            "of the mean of {of}, not of an update of this round: the more there are, the less noise is in it"
+        )
+    });
+    let mut lines: Vec<String> = carried.into_iter().collect();
+    lines.extend([
         format!(
             "norm {norm:.4}, at most {norm_bound:.4} is taken{}",
             against("norm")
@@ -215,7 +230,7 @@ pub fn figures(record: &Record) -> Vec<String> {
             against("distance")
         ),
         format!("cosine to the combined values {cosine:.4}{}", against("cosine")),
-    ];
+    ]);
     if let (Some(nearest), Some(site)) = (nearest, nearest_site) {
         lines.push(format!(
             "nearest row is {site}'s at {nearest:.4}{}",
@@ -302,7 +317,7 @@ pub fn advice(site: &str, last: Option<&Record>, reputation: &Reputation) -> Str
             "nothing: the site's own policy decided; `theriac-edge privacy status` on its host says more"
                 .into()
         }
-        (false, Some(Decision::Combined)) if last.is_some_and(is_outvoted) => format!(
+        (false, Some(Decision::Combined | Decision::Carried)) if last.is_some_and(is_outvoted) => format!(
             "nothing has to be done about one round: sites that differ are outvoted now and then. If the rule leaves it out in most rounds, compare its data \
              and its host with the others'; `theriac-aggregator sites suspend {site}` keeps it out meanwhile"
         ),

@@ -95,6 +95,26 @@ impl Composed {
         })
     }
 
+    /// How many of `n` rows with `f` hostile ones the stages from `at` on leave.
+    fn before(&self, at: usize, n: usize, f: usize) -> Result<usize, RuleError> {
+        let mut left = n;
+        for stage in &self.stages[at..] {
+            stage.check(left, f)?;
+            left = stage.rows_after(left);
+        }
+        Ok(left)
+    }
+
+    /// Whether the stages from `at` on and the rule take `n` rows with `f` hostile ones.
+    fn rest(&self, at: usize, n: usize, f: usize) -> Result<(), RuleError> {
+        super::minority(n, f)?;
+        let left = self.before(at, n, f)?;
+        match &self.method {
+            Some(method) => method.check(left, self.name.withstands(f)),
+            None => Ok(()),
+        }
+    }
+
     fn prepare<T: Scalar>(&self, rows: &dyn Rows<T>) -> Result<Prepared, RuleError> {
         let mut state = Prepared {
             mixes: Vec::new(),
@@ -114,6 +134,9 @@ impl Composed {
                 gram: state.gram.as_ref().unwrap_or(&none),
             };
             let mixed = stage.mix(round);
+            if stage.removes() && self.rest(at + 1, mixed.mix.outputs(), mixed.f).is_err() {
+                continue;
+            }
             let later = self.stages[at + 1..].iter().any(|stage| stage.needs_gram())
                 || self.method.as_ref().is_some_and(|method| method.needs_gram());
             state.gram = state.gram.filter(|_| later).map(|gram| gram.mixed(&mixed.mix));
@@ -186,13 +209,8 @@ impl Rule for Composed {
             return Err(RuleError::NoRule(self.name.to_string()));
         };
         let f = self.name.withstands(self.byzantine);
-        let mut left = n;
-        for stage in &self.stages {
-            // What runs before a rule takes f also where the rule, a mean, takes none.
-            stage.check(left, self.byzantine)?;
-            left = stage.rows_after(left);
-        }
-        method.check(left, f)
+        // What runs before a rule takes f also where the rule, a mean, takes none.
+        method.check(self.before(0, n, self.byzantine)?, f)
     }
     fn combine(&self, rows: &dyn Rows<f32>) -> Result<Combined<f32>, RuleError> {
         self.explained(rows)

@@ -56,7 +56,7 @@ pub enum RuleError {
     /// Bucketing leaves no honest majority of buckets.
     #[error(
         "buckets of {size} from {n} updates are {buckets} buckets, and {f} hostile updates can spoil {f} of them, no minority: \
-         use --bucket 1 or fewer hostile updates"
+         smaller buckets (--bucket 1; a configuration's are of 2), more updates or fewer hostile ones"
     )]
     BucketsTooLarge {
         /// Rows in a bucket, s.
@@ -122,13 +122,11 @@ pub enum RuleError {
         expected: &'static str,
     },
     /// A value whose square does not fit.
-    #[error(
-        "update {row} has values above {limit:e}: their squares are too large to measure distances; leave it out"
-    )]
+    #[error("{}", too_large(*row, *limit))]
     TooLarge {
         /// Which row, from 0.
         row: usize,
-        /// Largest magnitude.
+        /// Largest magnitude; infinite where any value has a square that fits, and the differences of updates have none.
         limit: f64,
     },
     /// The result is no number, because updates are near the largest one.
@@ -149,4 +147,16 @@ pub enum RuleError {
         /// Its length.
         found: usize,
     },
+}
+
+fn too_large(row: usize, limit: f64) -> String {
+    if limit.is_finite() {
+        format!(
+            "update {row} has values above {limit:e}: their squares are too large to measure distances; leave it out"
+        )
+    } else {
+        format!(
+            "update {row} and others are so far apart, near the largest number there is, that their differences do not fit: bound their norm first"
+        )
+    }
 }

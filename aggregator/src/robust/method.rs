@@ -76,6 +76,10 @@ pub(super) trait Stage: Send + Sync + fmt::Debug {
     fn check(&self, n: usize, f: usize) -> Result<(), RuleError> {
         super::minority(n, f)
     }
+    /// Whether it takes rows out by what they hold; what would leave too few for the rule is then not done.
+    fn removes(&self) -> bool {
+        false
+    }
     /// The new rows.
     fn mix(&self, round: Round<'_>) -> Mixed;
 }

@@ -11,7 +11,7 @@
 //! columns in cache. Mixed rows never exist as a whole.
 //!
 //! Rows are read stripe by stripe straight from stored payloads ([`PayloadRows`]), so no second copy of a round exists in
-//! `f32`.
+//! `f32`; a payload may lie in memory or in a file ([`PlacedRow`]), and the bits are the same.
 //!
 //! Start at [`rule`] (a name and f to a [`Rule`]) and [`Rule::combine`]. A rule never sees an unvalidated row: the values
 //! are finite ([`crate::validate`]).
@@ -32,6 +32,7 @@ mod centered_clipping;
 mod clipping;
 mod column;
 mod compose;
+mod cover;
 mod dedup;
 mod eigen;
 mod error;
@@ -50,6 +51,7 @@ mod name;
 mod network;
 mod nnm;
 mod options;
+mod placed;
 mod rows;
 mod spill;
 mod tiles;
@@ -60,10 +62,12 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use compose::{Composed, MixedRows};
+pub(crate) use cover::{Cover, cover};
 pub use error::RuleError;
 pub use gram::{Distances, GRAM_ROWS_MAX, distances_squared};
 pub use name::{Base, Before, RuleName, STAGES_MAX};
 pub use options::Options;
+pub use placed::{FileRow, PlacedRow, RowFile};
 pub use rows::{MatrixRows, PayloadRows, Row, Rows, Scalar};
 pub use spill::{FileRows, SpillError, Width};
 pub use tiles::{CHUNK, LANES};

@@ -4,11 +4,12 @@ use std::ops::{Add, Mul, Sub};
 
 use bytes::Bytes;
 use pulp::Simd;
-use theriac_protocol::compress::{decode_range, payload_len};
+use theriac_protocol::compress::payload_len;
 use theriac_protocol::message::Encoding;
 
 use super::mix::{self, TILE};
 use super::network::{self, Op};
+use super::placed::PlacedRow;
 use super::tiles::LANES;
 use super::{RuleError, kernel};
 
@@ -156,10 +157,10 @@ pub struct Row {
     pub payload: Bytes,
 }
 
-/// Rows read straight from stored payloads.
+/// Rows read straight from stored payloads, in memory or in a file.
 #[derive(Debug)]
 pub struct PayloadRows {
-    rows: Vec<Row>,
+    rows: Vec<PlacedRow>,
     dimension: usize,
 }
 
@@ -168,15 +169,17 @@ impl PayloadRows {
     ///
     /// # Errors
     /// [`RuleError::Ragged`] when a payload has another length than its encoding says.
-    pub fn new(rows: Vec<Row>, dimension: u32) -> Result<Self, RuleError> {
+    pub fn new<R: Into<PlacedRow>>(rows: Vec<R>, dimension: u32) -> Result<Self, RuleError> {
         let expected = usize::try_from(dimension).unwrap_or(usize::MAX);
-        for (row, Row { encoding, payload }) in rows.iter().enumerate() {
-            if payload_len(*encoding, dimension) != Some(payload.len()) {
-                let width = payload_len(*encoding, 1).unwrap_or(1).max(1);
+        let rows: Vec<PlacedRow> = rows.into_iter().map(Into::into).collect();
+        for (row, placed) in rows.iter().enumerate() {
+            let (encoding, found) = (placed.encoding(), placed.bytes());
+            if payload_len(encoding, dimension) != Some(found) {
+                let width = payload_len(encoding, 1).unwrap_or(1).max(1);
                 return Err(RuleError::Ragged {
                     row,
                     expected,
-                    found: payload.len() / width,
+                    found: found / width,
                 });
             }
         }
@@ -195,8 +198,7 @@ impl Rows<f32> for PayloadRows {
         self.dimension
     }
     fn read(&self, row: usize, start: usize, out: &mut [f32]) {
-        let Row { encoding, payload } = &self.rows[row];
-        decode_range(*encoding, payload, start, out);
+        self.rows[row].read(start, out);
     }
 }
 

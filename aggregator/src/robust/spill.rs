@@ -11,6 +11,9 @@ use std::sync::OnceLock;
 
 use super::Rows;
 
+/// Bytes that are read at once.
+const PAGE: usize = 4096;
+
 /// How a number is written, least significant byte first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Width {
@@ -86,32 +89,59 @@ impl FileRows {
     fn try_read(&self, row: usize, start: usize, out: &mut [f32]) -> Result<(), SpillError> {
         let width = self.width.bytes();
         let at = (row * self.dimension + start) as u64 * width as u64 + self.offset;
-        let mut buffer = [0_u8; 4096];
-        for (piece, out) in out.chunks_mut(buffer.len() / width).enumerate() {
-            let bytes = &mut buffer[..out.len() * width];
-            let skipped = (piece * (4096 / width) * width) as u64;
-            let read = self.file.read_exact_at(bytes, at + skipped);
-            read.map_err(|source| SpillError::Io { row, source })?;
-            match self.width {
-                Width::F16 => {
-                    for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                        *value = half_to_single(u16::from_le_bytes(*bytes));
-                    }
-                }
-                Width::F32 => {
-                    for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                        *value = f32::from_le_bytes(*bytes);
-                    }
+        let decode = |bytes: &[u8], out: &mut [f32]| match self.width {
+            Width::F16 => {
+                for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *value = half_to_single(u16::from_le_bytes(*bytes));
                 }
             }
-        }
-        match out.iter().position(|value| !value.is_finite()) {
-            Some(column) => Err(SpillError::NonFinite {
+            Width::F32 => {
+                for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *value = f32::from_le_bytes(*bytes);
+                }
+            }
+        };
+        read_values(&self.file, at, width, decode, out).map_err(|failed| failed.of(row, start))
+    }
+}
+
+/// Why values could not be read: before it is known of which row they are.
+pub(super) enum Failed {
+    Io(io::Error),
+    NonFinite(usize),
+}
+
+impl Failed {
+    /// In values from `start` on of `row`.
+    pub(super) fn of(self, row: usize, start: usize) -> SpillError {
+        match self {
+            Self::Io(source) => SpillError::Io { row, source },
+            Self::NonFinite(column) => SpillError::NonFinite {
                 row,
                 column: start + column,
-            }),
-            None => Ok(()),
+            },
         }
+    }
+}
+
+/// Reads `out.len()` values of `width` bytes (1, 2 or 4) from byte `at` on, a page at a time. All of them are finite, or it fails.
+pub(super) fn read_values(
+    file: &File,
+    at: u64,
+    width: usize,
+    decode: impl Fn(&[u8], &mut [f32]),
+    out: &mut [f32],
+) -> Result<(), Failed> {
+    let mut buffer = [0_u8; PAGE];
+    for (piece, out) in out.chunks_mut(PAGE / width).enumerate() {
+        let bytes = &mut buffer[..out.len() * width];
+        let read = file.read_exact_at(bytes, at + (piece * PAGE) as u64);
+        read.map_err(Failed::Io)?;
+        decode(bytes, out);
+    }
+    match out.iter().position(|value| !value.is_finite()) {
+        Some(column) => Err(Failed::NonFinite(column)),
+        None => Ok(()),
     }
 }
 

@@ -196,7 +196,10 @@ pub(super) fn record_late(
         reason: reason.map(str::to_owned),
         ..Record::blank(round, node, Decision::Late, standing)
     };
-    chain(work, vec![record]).map(drop)
+    let (_, _, head) = chain(work, vec![record])?;
+    let records = 1;
+    work.audit(AuditEvent::DecisionsRecorded { round, records, head })?;
+    Ok(())
 }
 
 fn append(

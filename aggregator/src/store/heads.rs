@@ -3,7 +3,9 @@
 //! Whoever can write the database can write it anew; without the log's key, which is not in it, not so that an old head still fits. Against somebody who has the key
 //! too only a head that is kept elsewhere helps (`audit export`, an edge's Welcome).
 
-use rusqlite::Connection;
+use std::collections::BTreeSet;
+
+use rusqlite::{Connection, OptionalExtension as _};
 use theriac_audit::checkpoint::{LogPublicKey, SignedHead};
 use theriac_audit::leaf::{AuditEvent, AuditRecord};
 use theriac_audit::tree::{MerkleTree, leaf_hash, verify_inclusion};
@@ -80,6 +82,16 @@ pub enum TreeError {
         /// What should be there.
         what: String,
     },
+    /// A record that the log names is not there.
+    #[error(
+        "leaf {index} of the audit log names a record of round {round} that is not in the chain: it was removed or changed"
+    )]
+    Record {
+        /// The round.
+        round: u64,
+        /// The leaf.
+        index: u64,
+    },
     /// A leaf of the round is not in the tree under a head.
     #[error("leaf {index}, of round {round}, is not in the tree of {size} leaves whose head was signed")]
     Outside {
@@ -104,8 +116,8 @@ pub struct Checked {
 }
 
 /// Reads the whole log, holds every leaf to its hash and the tree to the stored heads, and proves that the leaves of `round` that end it are in the tree under the first
-/// head after it. `model`: the digest that the round's released model has on record; `recorded`: whether records of the round are kept, or were. Memory: 64 bytes a
-/// leaf. A round may end meanwhile: the heads are read first, so that none speaks of leaves that are read no more.
+/// head after it. Each leaf that names a record of the round, also one that came late, must have that record, unless its part of the chain was deleted after its time.
+/// `model`: the digest that the round's released model has on record; `recorded`: whether records of the round are kept, or were. Memory: 64 bytes a leaf. A round may end meanwhile: the heads are read first, so that none speaks of leaves that are read no more.
 ///
 /// # Errors
 /// [`StoreError::Database`]; inside, the first thing that does not fit.
@@ -121,7 +133,12 @@ pub fn check(
         Err(error) => return Ok(Err(error)),
     };
     let mut tree = MerkleTree::new();
-    let mut ends = Ends::default();
+    let oldest = "SELECT round FROM decision ORDER BY seq LIMIT 1";
+    let oldest: Option<i64> = connection.query_row(oldest, [], |row| row.get(0)).optional()?;
+    let mut ends = Ends {
+        oldest: oldest.map(|round| Round(from_sql(round))),
+        ..Ends::default()
+    };
     let mut statement = connection.prepare_cached("SELECT idx, hash, line FROM audit_leaf ORDER BY idx")?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
@@ -160,6 +177,12 @@ pub fn check(
         Ok(found) => found,
         Err(error) => return Ok(Err(error)),
     };
+    if let Some(index) = ends.without_its_record(connection, round)? {
+        return Ok(Err(TreeError::Record {
+            round: round.0,
+            index,
+        }));
+    }
     let last = found.iter().map(|(index, _)| *index).max().unwrap_or(0);
     let head = heads.iter().find(|(size, _)| *size > last);
     if let Some((size, root)) = head {
@@ -189,6 +212,12 @@ struct Ends {
     records: Option<(u64, Digest)>,
     released: Option<(u64, Digest)>,
     validated: Option<(u64, Digest)>,
+    /// Every leaf that speaks of records of the round, and the hash of the last of those.
+    named: Vec<(u64, Digest)>,
+    /// Round of the oldest record that is kept. Records are deleted from the beginning of the chain, whole rounds of them, so its first one is the first of its round.
+    oldest: Option<Round>,
+    /// The leaf of that round's records: from it on all records that the log names are kept.
+    kept_from: Option<u64>,
 }
 
 impl Ends {
@@ -208,7 +237,19 @@ impl Ends {
         };
         let place = match record.event {
             AuditEvent::RoundClosed { round, .. } if round == of => &mut self.closed,
-            AuditEvent::DecisionsRecorded { round, .. } if round == of => &mut self.records,
+            AuditEvent::DecisionsRecorded { round, records, head } => {
+                if self.oldest == Some(round) {
+                    self.kept_from.get_or_insert(index);
+                }
+                if round != of {
+                    return;
+                }
+                // Of no records the hash is that of an earlier round's.
+                if records > 0 {
+                    self.named.push((index, head));
+                }
+                &mut self.records
+            }
             AuditEvent::ModelReleased { round, digest, .. } if round == of && Some(digest) == model => {
                 &mut self.released
             }
@@ -217,6 +258,19 @@ impl Ends {
         };
         // A roll-back releases the same bytes again, later.
         place.get_or_insert((index, hash));
+    }
+
+    /// The first leaf that names a record of the round which is kept no more, and should be.
+    fn without_its_record(&self, connection: &Connection, of: Round) -> Result<Option<u64>, StoreError> {
+        let Some(from) = self.kept_from else {
+            return Ok(None);
+        };
+        let mut statement = connection.prepare_cached("SELECT hash FROM decision WHERE round = ?1")?;
+        let hashes = statement.query_map([to_sql(of.0)], |row| row.get(0))?;
+        let there: BTreeSet<[u8; 32]> = hashes.collect::<Result<_, _>>()?;
+        let mut named = self.named.iter();
+        let gone = named.find(|(index, head)| *index >= from && !there.contains(&head.0));
+        Ok(gone.map(|(index, _)| *index))
     }
 
     fn complete(

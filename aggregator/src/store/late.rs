@@ -1,14 +1,14 @@
 //! Updates that came after their round's end, and what of earlier rounds a site's row is made of.
 
 use rusqlite::{Connection, OptionalExtension as _};
-use theriac_audit::leaf::{AuditEvent, UpdateDecision};
-use theriac_protocol::message::{AnnounceV1, Encoding, UpdateV1};
+use theriac_protocol::message::{AnnounceV1, UpdateV1};
 use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
 
 use super::blob::BlobStore;
-use super::records::{self, node_id};
+use super::records::node_id;
 use super::rounds::StoredUpload;
-use super::{StoreError, Work, evidence, from_sql, history, models, to_sql, wall_clock};
+use super::uploads::{self, Table};
+use super::{StoreError, Work, evidence, from_sql, history, models, to_sql};
 use crate::average::{SiteAverage, Stale, staleness_weight};
 use crate::evidence::StoredRow;
 use crate::robust::{Row, RuleName};
@@ -37,46 +37,9 @@ pub fn insert(
             Err(StoreError::Conflict(why))
         };
     }
-    let leaf_index = work.audit(AuditEvent::UpdateVerdict {
-        round: header.round,
-        node: node.clone(),
-        verdict: UpdateDecision::Accepted,
-        reason: None,
-        payload_digest: header.payload_digest,
-        rule: rule.to_string(),
-        ledger_head: header.privacy.ledger_head,
-    })?;
-    let in_row = models::fits_row(payload.len());
-    let scale = match header.encoding {
-        Encoding::F32 => None,
-        Encoding::Int8 { scale } => Some(f64::from(scale)),
-    };
-    let text = serde_json::to_string(header).map_err(|error| StoreError::Conflict(error.to_string()))?;
-    work.connection()
-        .prepare_cached(
-            "INSERT INTO late_upload (round, node, payload_digest, scale, header, ledger_head, leaf_index, stored_unix_ms,
-                 norm, place, payload) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
-        )?
-        .execute((
-            to_sql(header.round.0),
-            node.as_str(),
-            header.payload_digest.0,
-            scale,
-            text,
-            header.privacy.ledger_head.0,
-            to_sql(leaf_index),
-            to_sql(wall_clock().0),
-            norm,
-            if in_row { "row" } else { "blob" },
-            in_row.then_some(payload),
-        ))?;
-    records::advance_ledger(work, node, &header.privacy)?;
+    let stored = uploads::insert(work, Table::Late, node, header, payload, norm, rule)?;
     evidence::record_late(work, header.round, header, node, Some(KEPT))?;
-    Ok(StoredUpload {
-        payload_digest: header.payload_digest,
-        leaf_index,
-        ledger_head: header.privacy.ledger_head,
-    })
+    Ok(stored)
 }
 
 /// Records the late updates of a round that came before its own records were written.
@@ -288,5 +251,5 @@ pub fn row(
     round: Round,
     node: &NodeId,
 ) -> Result<Row, StoreError> {
-    super::rounds::row_of(connection, blobs, "late_upload", round, node)
+    uploads::row(connection, blobs, Table::Late, round, node)
 }

@@ -21,6 +21,7 @@ pub mod rounds;
 pub mod schema;
 pub mod sums;
 pub mod tokens;
+mod uploads;
 pub mod validation;
 mod writer;
 
@@ -160,7 +161,7 @@ impl StoreError {
         problem.hint(self.hint())
     }
 
-    fn io(what: &'static str, path: &Path, error: &io::Error) -> Self {
+    pub(crate) fn io(what: &'static str, path: &Path, error: &io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Self::Full(format!("cannot {what} {}", path.display()))

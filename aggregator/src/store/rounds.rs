@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension as _};
 use theriac_audit::leaf::{AuditEvent, UpdateDecision};
-use theriac_protocol::message::{AnnounceV1, DeclineReason, Encoding, UpdateV1};
+use theriac_protocol::message::{AnnounceV1, DeclineReason, UpdateV1};
 use theriac_protocol::refusal::{AbortReason, RefusalCode, RoundOutcome};
 use theriac_protocol::round::{BaseModel, OpenRound};
 use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
@@ -14,6 +14,7 @@ use super::blob::BlobStore;
 pub use super::history::{RoundDetail, RoundRow, UploadDetail, detail, list, outcomes};
 use super::models::{self, ModelRow};
 use super::records::{self, node_id};
+use super::uploads::{self, Table};
 use super::{StoreError, Work, evidence, from_sql, to_sql, wall_clock};
 use crate::robust::{Row, RowEvidence, RuleName};
 
@@ -158,47 +159,7 @@ pub fn insert_upload(
     norm: f64,
     rule: RuleName,
 ) -> Result<StoredUpload, StoreError> {
-    let leaf_index = work.audit(AuditEvent::UpdateVerdict {
-        round: header.round,
-        node: node.clone(),
-        verdict: UpdateDecision::Accepted,
-        reason: None,
-        payload_digest: header.payload_digest,
-        rule: rule.to_string(),
-        ledger_head: header.privacy.ledger_head,
-    })?;
-    let in_row = models::fits_row(payload.len());
-    // JSON may lose the last bit of a float, and the scale must come back exactly: it has its own column.
-    let scale = match header.encoding {
-        Encoding::F32 => None,
-        Encoding::Int8 { scale } => Some(f64::from(scale)),
-    };
-    let text = serde_json::to_string(header).map_err(|error| StoreError::Conflict(error.to_string()))?;
-    work.connection()
-        .prepare_cached(
-            "INSERT INTO upload (round, node, payload_digest, bytes, scale, header, ledger_head, leaf_index,
-                 stored_unix_ms, norm, place, payload) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
-        )?
-        .execute((
-            to_sql(header.round.0),
-            node.as_str(),
-            header.payload_digest.0,
-            to_sql(payload.len() as u64),
-            scale,
-            text,
-            header.privacy.ledger_head.0,
-            to_sql(leaf_index),
-            to_sql(wall_clock().0),
-            norm,
-            if in_row { "row" } else { "blob" },
-            in_row.then_some(payload),
-        ))?;
-    records::advance_ledger(work, node, &header.privacy)?;
-    Ok(StoredUpload {
-        payload_digest: header.payload_digest,
-        leaf_index,
-        ledger_head: header.privacy.ledger_head,
-    })
+    uploads::insert(work, Table::InTime, node, header, payload, norm, rule)
 }
 
 /// Audits and counts a refused update; `detail`: what was found in it, beside what was expected. One that is refused for good marks its sender in the round, while that is open.
@@ -293,43 +254,7 @@ pub fn upload_row(
     round: Round,
     node: &NodeId,
 ) -> Result<Row, StoreError> {
-    row_of(connection, blobs, "upload", round, node)
-}
-
-/// As [`upload_row`], of `table`: `upload` or `late_upload`.
-pub(super) fn row_of(
-    connection: &Connection,
-    blobs: &BlobStore,
-    table: &'static str,
-    round: Round,
-    node: &NodeId,
-) -> Result<Row, StoreError> {
-    let row = connection
-        .prepare_cached(&format!(
-            "SELECT scale, place, payload, payload_digest FROM {table} WHERE round = ?1 AND node = ?2"
-        ))?
-        .query_row((to_sql(round.0), node.as_str()), |row| {
-            Ok((
-                row.get::<_, Option<f64>>(0)?,
-                (row.get(1)?, row.get(2)?, row.get(3)?),
-            ))
-        })
-        .optional()?;
-    let what = if table == "upload" {
-        "upload"
-    } else {
-        "late upload"
-    };
-    let (scale, place) = row.ok_or_else(|| StoreError::NotFound {
-        what,
-        name: format!("{round}/{node}"),
-    })?;
-    #[expect(clippy::cast_possible_truncation, reason = "it was written from an f32")]
-    let encoding = scale.map_or(Encoding::F32, |scale| Encoding::Int8 { scale: scale as f32 });
-    Ok(Row {
-        encoding,
-        payload: models::payload(blobs, place, format!("{what} {round}/{node}"))?,
-    })
+    uploads::row(connection, blobs, Table::InTime, round, node)
 }
 
 /// Ends a round with a model: model, evidence, round and audit leaves in this one transaction. The model's blob, when it

@@ -14,7 +14,8 @@ use theriac_protocol::units::{Digest, ModelVersion, NodeId, Round};
 
 use super::blob::BlobStore;
 use super::records::node_id;
-use super::{StoreError, Work, from_sql, history, late, models, rounds, to_sql};
+use super::uploads::{self, Table};
+use super::{StoreError, Work, from_sql, history, models, rounds, to_sql};
 use crate::accumulate::{Accumulate, Behind, sum_terms};
 use crate::robust::Row;
 
@@ -52,17 +53,6 @@ impl Dropped {
     fn reaches_open_round(self) -> bool {
         matches!(self, Self::Revoked | Self::NewKey | Self::Operator)
     }
-}
-
-/// One release of a site.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kept {
-    /// The round that it was made for.
-    pub of: Round,
-    /// Whether it came late, and lies with those that did.
-    pub late: bool,
-    /// Its part of a mean.
-    pub behind: Behind,
 }
 
 /// What the current window holds of a site.
@@ -147,39 +137,96 @@ impl Window {
 /// What makes a release count in a window.
 const IN_WINDOW: &str = "terms_digest = ?1 AND into_round < ?2 AND opened_unix_ms >= ?3 AND (dropped_round IS NULL OR dropped_round > ?2)";
 
-/// The newest releases of a site in the window, at most `most`, newest first, without the one whose payload has digest `but`.
+/// All releases in a window with their values. They come in the order of the table, backwards: nothing is sorted, so a payload is in memory while it is looked at. A
+/// site's release for a round is taken in by it or by the next one, so from the newest round to the oldest is also the order in which they were taken in. The signs
+/// before columns keep the index on them, whose order is another one, out of the plan.
+const ALL_IN_WINDOW: &str = "SELECT kept.node, kept.round, kept.late, kept.payload_digest, kept.blocks_min, kept.blocks_max,
+         coalesce(upload.scale, late_upload.scale), coalesce(upload.place, late_upload.place), coalesce(upload.payload, late_upload.payload)
+     FROM kept_release AS kept
+         LEFT JOIN upload ON kept.late = 0 AND upload.round = kept.round AND upload.node = kept.node
+         LEFT JOIN late_upload ON kept.late = 1 AND late_upload.round = kept.round AND late_upload.node = kept.node
+     WHERE +kept.terms_digest = ?1 AND +kept.into_round < ?2 AND kept.opened_unix_ms >= ?3
+         AND (kept.dropped_round IS NULL OR kept.dropped_round > ?2)
+     ORDER BY kept.node DESC, kept.round DESC";
+
+/// One release in a window, before anything of it but its site is read.
+#[derive(Debug)]
+pub struct Release<'a> {
+    row: &'a rusqlite::Row<'a>,
+    blobs: &'a BlobStore,
+}
+
+impl Release<'_> {
+    /// Whose it is.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub fn node(&self) -> Result<&str, StoreError> {
+        let text = self.row.get_ref(0)?.as_str();
+        Ok(text.map_err(rusqlite::Error::from)?)
+    }
+
+    /// SHA-256 of its payload.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub fn digest(&self) -> Result<Digest, StoreError> {
+        Ok(Digest(self.row.get(3)?))
+    }
+
+    /// Its part of a mean.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub fn behind(&self) -> Result<Behind, StoreError> {
+        Ok(Behind::one(self.row.get(4)?, self.row.get(5)?))
+    }
+
+    /// Its values. Blocks for a blob.
+    ///
+    /// # Errors
+    /// As [`upload_row`](super::rounds::upload_row).
+    pub fn row(&self) -> Result<Row, StoreError> {
+        let table = if self.row.get(2)? {
+            Table::Late
+        } else {
+            Table::InTime
+        };
+        let name = || Ok::<_, StoreError>(format!("{}/{}", self.row.get::<_, i64>(1)?, self.node()?));
+        let Some(place) = self.row.get::<_, Option<String>>(7)? else {
+            return Err(StoreError::NotFound {
+                what: table.what(),
+                name: name()?,
+            });
+        };
+        Ok(Row {
+            encoding: uploads::encoding(self.row.get(6)?),
+            payload: models::payload(
+                self.blobs,
+                (place, self.row.get(8)?, self.row.get(3)?),
+                format!("{} {}", table.what(), name()?),
+            )?,
+        })
+    }
+}
+
+/// Gives `take` every release in the window by one query: those of a site one after another, the newest first.
 ///
 /// # Errors
-/// [`StoreError::Database`].
-pub fn earlier(
+/// [`StoreError::Database`], and those of `take`.
+pub fn each(
     connection: &Connection,
+    blobs: &BlobStore,
     window: &Window,
-    node: &NodeId,
-    but: Option<Digest>,
-    most: u32,
-) -> Result<Vec<Kept>, StoreError> {
-    let mut statement = connection.prepare_cached(&format!(
-        "SELECT round, late, blocks_min, blocks_max FROM kept_release WHERE {IN_WINDOW} AND node = ?4
-             AND payload_digest IS NOT ?6 ORDER BY into_round DESC, round DESC LIMIT ?5"
-    ))?;
-    let rows = statement.query_map(
-        (
-            window.terms.0,
-            to_sql(window.round.0),
-            window.from_unix_ms,
-            node.as_str(),
-            most,
-            but.map(|digest| digest.0),
-        ),
-        |row| {
-            Ok(Kept {
-                of: Round(from_sql(row.get(0)?)),
-                late: row.get(1)?,
-                behind: Behind::one(row.get(2)?, row.get(3)?),
-            })
-        },
-    )?;
-    Ok(rows.collect::<Result<_, _>>()?)
+    mut take: impl FnMut(&Release<'_>) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let mut statement = connection.prepare_cached(ALL_IN_WINDOW)?;
+    let window = (window.terms.0, to_sql(window.round.0), window.from_unix_ms);
+    let mut rows = statement.query(window)?;
+    while let Some(row) = rows.next()? {
+        take(&Release { row, blobs })?;
+    }
+    Ok(())
 }
 
 /// Sites that may count in the round by their earlier releases alone: active, with a release in the window, without an update of their own in the round, and
@@ -197,18 +244,6 @@ pub fn carried(connection: &Connection, window: &Window) -> Result<BTreeSet<Node
     let window = (window.terms.0, to_sql(window.round.0), window.from_unix_ms);
     let rows = statement.query_map(window, |row| row.get::<_, String>(0))?;
     rows.map(|name| node_id(&name?)).collect()
-}
-
-/// The values of a release. Blocks for a blob.
-///
-/// # Errors
-/// As [`upload_row`](super::rounds::upload_row).
-pub fn row(connection: &Connection, blobs: &BlobStore, node: &NodeId, kept: Kept) -> Result<Row, StoreError> {
-    if kept.late {
-        late::row(connection, blobs, kept.of, node)
-    } else {
-        rounds::upload_row(connection, blobs, kept.of, node)
-    }
 }
 
 /// From the next round on the releases of a site count no more; how many those were. What it sent for a round that is open now, or sends late for one before, is in no
@@ -349,4 +384,33 @@ pub fn standing(
         sums.insert(node_id(&row.get::<_, String>(0)?)?, SiteSum { behind, since });
     }
     Ok(sums)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A sort would hold every payload of the window at once.
+    #[test]
+    fn releases_are_read_in_the_order_of_their_table() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = crate::data_dir::DataDir::new(dir.path().join("data"));
+        crate::init::init(crate::init::InitOptions::new(data.root(), "demo")).unwrap();
+        let database = super::super::Database::open(&data).unwrap();
+        let mut statement = database
+            .read()
+            .prepare(&format!("EXPLAIN QUERY PLAN {ALL_IN_WINDOW}"))
+            .unwrap();
+        let steps: Vec<String> = statement
+            .query_map(([0_u8; 32], 1, 1), |row| row.get(3))
+            .unwrap()
+            .collect::<Result<_, _>>()
+            .unwrap();
+        assert!(
+            !steps.iter().any(|step| step.contains("TEMP B-TREE")),
+            "{steps:?}"
+        );
+        let searched = |step: &String| step.starts_with("SEARCH") && step.contains("(round=? AND node=?)");
+        assert_eq!(steps.iter().filter(|step| searched(step)).count(), 2, "{steps:?}");
+    }
 }

@@ -1,7 +1,7 @@
 //! The one thread that writes: a bounded queue, and one transaction for all that waits.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -52,11 +52,25 @@ pub struct Store {
     jobs: SyncSender<Job>,
     room: Arc<Semaphore>,
     reader: Arc<Mutex<Connection>>,
+    /// A reader of its own for what takes long.
+    loader: Arc<Mutex<Connection>>,
     blobs: Arc<BlobStore>,
     log: Arc<AuditLog>,
     changed: Arc<watch::Sender<u64>>,
     commits: Arc<AtomicU64>,
     full: Arc<AtomicBool>,
+    /// How many wait for room that a small write does not prove.
+    waiting: Arc<AtomicUsize>,
+}
+
+/// Something waits for room on the disk, for as long as this lives; see [`Store::is_full`].
+#[derive(Debug)]
+pub(crate) struct WaitsForRoom(Arc<AtomicUsize>);
+
+impl Drop for WaitsForRoom {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The writing thread. It ends when every [`Store`] is dropped; what was queued is written first.
@@ -87,7 +101,7 @@ impl Store {
     /// Those of [`Database::open`]; [`StoreError::Corrupt`] when the audit log has a hole.
     pub fn open(dir: &DataDir) -> Result<(Self, StoreThread), StoreError> {
         let database = Database::open(dir)?;
-        let reader = Database::open(dir)?;
+        let (reader, loader) = (Database::open(dir)?, Database::open(dir)?);
         let blobs = Arc::clone(database.blobs());
         let log = Arc::new(AuditLog::load(database.read())?);
         let (jobs, queue) = sync_channel(QUEUE_MAX);
@@ -113,11 +127,13 @@ impl Store {
             jobs,
             room: Arc::new(Semaphore::new(QUEUE_MAX)),
             reader: Arc::new(Mutex::new(reader.connection)),
+            loader: Arc::new(Mutex::new(loader.connection)),
             blobs,
             log,
             changed,
             commits,
             full,
+            waiting: Arc::default(),
         };
         Ok((store, StoreThread { thread }))
     }
@@ -177,7 +193,25 @@ impl Store {
     ) -> Result<T, StoreError> {
         // A reader that panicked leaves a connection that is still good: reads change nothing.
         let connection = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
-        work(&connection)
+        self.noting_a_full_disk(work(&connection))
+    }
+
+    /// As [`Store::read_blocking`] for the rows of a whole round, which may take minutes: no other reader waits for it.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub(crate) fn load_blocking<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let connection = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
+        self.noting_a_full_disk(work(&connection))
+    }
+
+    /// Says that something large waits for room: until what is returned is dropped the disk counts as full, whatever small write succeeds.
+    pub(crate) fn waits_for_room(&self) -> WaitsForRoom {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        WaitsForRoom(Arc::clone(&self.waiting))
     }
 
     /// Makes a payload that does not fit a row durable, off the async threads.
@@ -200,10 +234,10 @@ impl Store {
         result
     }
 
-    /// Whether a write has failed for want of room and none has succeeded since. While nobody writes, the writing thread tries by
+    /// Whether a write has failed for want of room and none has succeeded since, or the rows of a round wait for room. While nobody writes, the writing thread tries by
     /// itself, so this turns false soon after there is room again.
     pub fn is_full(&self) -> bool {
-        self.full.load(Ordering::Relaxed)
+        self.full.load(Ordering::Relaxed) || self.waiting.load(Ordering::Relaxed) > 0
     }
 
     /// The blobs.

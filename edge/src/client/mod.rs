@@ -4,6 +4,7 @@
 //! without detection or healing noticing.
 
 mod appraising;
+mod fleet;
 pub mod opening;
 mod work;
 
@@ -17,6 +18,7 @@ use bytes::Bytes;
 use rand::Rng as _;
 use theriac_audit::seal::verify_seal;
 use theriac_certs::{Identity, files, trust};
+use theriac_heal::executor::clock;
 use theriac_model::gate::Judgement;
 use theriac_model::global::{
     GlobalError, GlobalModel, delta_layout, gradient_layout, linear_model_layout, model_layout,
@@ -24,8 +26,8 @@ use theriac_model::global::{
 };
 use theriac_privacy::ledger::{LedgerError, Seal};
 use theriac_protocol::message::{
-    AnnounceV1, FEATURE_GRADIENT, FEATURE_LEDGER_SEAL, FEATURE_VALIDATOR, FetchModelV1, GateVerdict, HelloV1,
-    LedgerSealV1, ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
+    AnnounceV1, FEATURE_FLEET, FEATURE_GRADIENT, FEATURE_LEDGER_SEAL, FEATURE_VALIDATOR, FetchModelV1,
+    GateVerdict, HelloV1, LedgerSealV1, ModelV1, PROTOCOL_MAX, PROTOCOL_MIN, ToAggregator, ToEdge,
 };
 use theriac_protocol::participant::{Input, LayoutDigests, Output, Participant, ParticipantConfig};
 use theriac_protocol::refusal::RefusalCode;
@@ -38,6 +40,7 @@ use tokio::task::JoinHandle;
 
 use crate::config::{FederationSettings, host_and_port};
 use crate::detect::LaneShared;
+use crate::fleet::FleetEnd;
 use crate::global_store::{self, Held};
 use crate::metrics::{Metrics, kind};
 use crate::state_dir::{Joined, StateDir};
@@ -122,6 +125,8 @@ pub struct Client {
     pub board: Board,
     /// The counters.
     pub metrics: Arc<Metrics>,
+    /// What concerns the fleet; `None`: nothing is told and nothing heard.
+    pub fleet: Option<FleetEnd>,
 }
 
 /// Everything that lives longer than one session.
@@ -138,6 +143,8 @@ struct Driver {
     /// A candidate of the aggregator's that waits, see [`appraising`].
     asked: Option<appraising::Asked>,
     appraising: appraising::Appraising,
+    /// The fleet, where the policy has budgets of it.
+    fleet: Option<fleet::Fleet>,
     /// What is to be said in the session at hand.
     to_say: Option<ToAggregator>,
     /// Lanes, by their place in [`Client::lanes`], on whose rows the held model was not judged yet: it has just come, or there are too few rows.
@@ -408,6 +415,7 @@ impl Driver {
             .map(|held| client.unjudged(held))
             .unwrap_or_default();
         let verdicts = vec![None; client.lanes.len()];
+        let fleet = client.fleet.clone().map(fleet::Fleet::new);
         Ok(Self {
             client,
             participant,
@@ -419,6 +427,7 @@ impl Driver {
             judging: None,
             asked: None,
             appraising: None,
+            fleet,
             to_say: None,
             unjudged,
             verdicts,
@@ -511,6 +520,7 @@ impl Driver {
             features: [FEATURE_LEDGER_SEAL, FEATURE_GRADIENT]
                 .into_iter()
                 .chain(self.client.settings.validator.then_some(FEATURE_VALIDATOR))
+                .chain(self.client.fleet.is_some().then_some(FEATURE_FLEET))
                 .map(str::to_owned)
                 .collect(),
             profile: schema.name.clone(),
@@ -559,6 +569,7 @@ impl Driver {
                 },
                 answer = next_answer(&mut self.training, &mut self.judging, &mut self.appraising) => self.answered(answer),
                 () = timeout => None,
+                () = fleet::due(self.fleet.as_ref()) => None,
                 _ = rejudge.tick() => {
                     self.judge_held();
                     None
@@ -572,6 +583,9 @@ impl Driver {
         };
         self.sealed = false;
         self.forget_asked();
+        if let Some(fleet) = &mut self.fleet {
+            fleet.disconnected();
+        }
         self.participant.handle(self.now(), Input::Disconnected);
         if let Err(reason) = self.carry_out(None).await {
             tracing::debug!(reason, "left undone at the end of the session");
@@ -626,6 +640,10 @@ impl Driver {
             }
             // Taken out before.
             ToEdge::Seal(_) => return Ok(None),
+            ToEdge::Fleet(_) | ToEdge::LeaseGranted(_) | ToEdge::LeaseRefused(_) => {
+                self.heard_of_fleet(&message)?;
+                return Ok(None);
+            }
             ToEdge::Goodbye(goodbye) => {
                 return Err(Ended::Asked(Duration::from_millis(u64::from(
                     goodbye.retry_after_ms,
@@ -683,6 +701,24 @@ impl Driver {
         .map_err(|error| lost(error.to_string()))
     }
 
+    /// `Err`: more was said than is borne.
+    fn heard_of_fleet(&mut self, message: &ToEdge) -> Result<(), Ended> {
+        let fleet = self.fleet.as_mut();
+        if fleet.is_some_and(|fleet| !fleet.bears(clock::now().monotonic)) {
+            return Err(Ended::Lost(
+                "the aggregator says more of the fleet than any honest one does".to_owned(),
+            ));
+        }
+        match (&mut self.fleet, message) {
+            (Some(fleet), ToEdge::Fleet(report)) => fleet.reported(report),
+            (Some(fleet), ToEdge::LeaseGranted(granted)) => fleet.granted(granted),
+            (Some(fleet), ToEdge::LeaseRefused(refused)) => fleet.refused(refused),
+            // This edge's Hello does not ask for it.
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// Does what the participant asks for. `sender` is `None` between sessions.
     async fn carry_out(&mut self, mut sender: Option<&mut EdgeSender>) -> Result<(), String> {
         while let Some(output) = self.participant.poll_output() {
@@ -728,10 +764,13 @@ impl Driver {
                 sender.send(&message).await.map_err(|error| error.to_string())?;
             }
         }
-        if let Some(sender) = sender
-            && let Some(message) = self.to_say.take()
-        {
-            sender.send(&message).await.map_err(|error| error.to_string())?;
+        if let Some(sender) = sender {
+            let said = self.to_say.take();
+            let of_fleet = self.fleet.iter_mut();
+            let of_fleet = of_fleet.flat_map(|fleet| std::iter::from_fn(|| fleet.next_to_say()));
+            for message in said.into_iter().chain(of_fleet) {
+                sender.send(&message).await.map_err(|error| error.to_string())?;
+            }
         }
         Ok(())
     }

@@ -67,6 +67,7 @@ async fn driver(root: &std::path::Path, lanes: Vec<Arc<LaneShared>>) -> Driver {
         dir,
         board,
         metrics,
+        fleet: None,
     };
     Driver::new(client).await.unwrap()
 }

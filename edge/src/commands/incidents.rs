@@ -8,10 +8,11 @@ use clap::{Args, Subcommand};
 use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
 use theriac_heal::types::{Incident, IncidentId, IncidentState, Plan};
-use theriac_privacy::policy::signed::Subject;
+use theriac_privacy::policy::signed::{PolicyKey, Subject};
 
 use super::privacy::read_key;
 use super::{ConfigArguments, or_dash, standing, unprinted};
+use crate::healing_policy;
 use crate::run::EdgeError;
 use crate::state_dir::StateDir;
 use crate::status::IncidentView;
@@ -53,7 +54,8 @@ pub(super) enum ActionsCommand {
         config: ConfigArguments,
     },
     /// Approves the recommended action of an incident as it is planned now; the running edge carries it out within a second, or once as
-    /// many people as its policy asks for have signed.
+    /// many people as its policy asks for have signed. Of an incident that was handed to you it says that you have mended what stood in the
+    /// way: what renews the process may be tried again, within the budgets.
     #[command(after_help = "Example:\n  theriac-edge actions approve 3 --key operator.key")]
     Approve(Approval),
     /// Declines it; the incident is then yours.
@@ -207,6 +209,9 @@ impl OneIncident {
         output: &mut Output<W>,
     ) -> Result<ExitCode, Problem> {
         let incident = self.find()?;
+        if approve && incident.state == IncidentState::HandedToHuman && key.is_none() && meant.is_none() {
+            return self.retry(&incident, output);
+        }
         if incident.state != IncidentState::AwaitingApproval {
             let text = format!(
                 "incident {} is {}: nothing waits for approval",
@@ -222,17 +227,18 @@ impl OneIncident {
             let text = format!("incident {} has another plan now: {present}", self.id);
             return Err(Problem::failed("TH-E0333", text).hint("approve that one, if it is what you want"));
         }
+        let key = key.map(read_key).transpose()?;
+        let asked = match &incident.plan {
+            Some(plan) if approve => self.counts(plan, key.as_ref())?,
+            _ => None,
+        };
         if let Some(reader) = reader(&self.config)? {
-            let plan = incident.plan.as_ref();
-            let sign = |key: &Path| {
-                let text = plan.map(Plan::text).unwrap_or_default();
-                Ok::<_, Problem>(read_key(key)?.sign_text(Subject::Approval, &text).to_string())
-            };
+            let text = incident.plan.as_ref().map(Plan::text).unwrap_or_default();
             let word = Word {
                 incident: incident.id,
                 approve,
                 plan: hash.clone(),
-                signature: key.map(sign).transpose()?,
+                signature: key.map(|key| key.sign_text(Subject::Approval, &text).to_string()),
             };
             reader.decide(&word).map_err(failed)?;
         }
@@ -242,13 +248,74 @@ impl OneIncident {
             "incident": self.id, "decision": word, "plan": hash,
             "action": what.map(|plan| plan.action), "class": what.map(|plan| plan.class),
             "service": incident.service, "expires_unix_ms": what.map(|plan| plan.expires.unix_ms),
+            "signatures_needed": asked,
+        });
+        let needed = asked.filter(|need| *need > 1).map_or_else(String::new, |need| {
+            format!(" once {need} different people have signed it")
         });
         let human = format!(
-            "incident {} {word}: {present}; the running edge takes it up while that is its plan",
+            "incident {} {word}: {present}; the running edge takes it up{needed} while that is its plan",
             self.id
         );
         output.result(&value, human).map_err(unprinted)?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// A person who has the incident, and mended what stood in the way, has the next action tried again.
+    fn retry<W: Write>(&self, incident: &Incident, output: &mut Output<W>) -> Result<ExitCode, Problem> {
+        if let Some(reader) = reader(&self.config)? {
+            let word = Word {
+                incident: incident.id,
+                approve: true,
+                plan: None,
+                signature: None,
+            };
+            reader.decide(&word).map_err(failed)?;
+        }
+        let value = serde_json::json!({
+            "incident": self.id, "decision": "retry", "class": incident.class, "service": incident.service,
+        });
+        let human = format!(
+            "incident {} of {} is taken up again for {}; what comes of it stands in `theriac-edge incidents why {}`",
+            self.id, incident.service, incident.class, self.id
+        );
+        output.result(&value, human).map_err(unprinted)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl OneIncident {
+    /// How many signatures the plan asks for, `None` where the word of one person at the host is enough.
+    ///
+    /// # Errors
+    /// An approval that would not count: without a key where signatures are asked for, or by a key that is not pinned.
+    fn counts(&self, plan: &Plan, key: Option<&PolicyKey>) -> Result<Option<u32>, Problem> {
+        let mut config = self.config.load()?;
+        healing_policy::apply(&mut config).map_err(super::policy::refused)?;
+        let pinned = |key: &PolicyKey| config.healing_policy.keys.contains(&key.public());
+        let refused = |text: String, hint: &str| Err(Problem::failed("TH-E0333", text).hint(hint.to_owned()));
+        if let Some(key) = key.filter(|key| !pinned(key)) {
+            let text = format!(
+                "an approval by {} would not count: healing_policy.keys does not name it",
+                key.public()
+            );
+            return refused(text, "sign with a key that is named there");
+        }
+        let mut services = config.services.iter();
+        let service = services.find(|service| service.name.as_str() == plan.service);
+        let asked = service
+            .map(|service| service.healing.approvals(plan.action))
+            .filter(|asked| asked.signed);
+        match asked {
+            Some(asked) if key.is_none() => refused(
+                format!(
+                    "{} of {} asks for {} signatures: one without a key would not count",
+                    plan.action, plan.service, asked.need
+                ),
+                "give --key FILE, a private key of `privacy keygen` whose public one healing_policy.keys names",
+            ),
+            asked => Ok(asked.map(|asked| asked.need)),
+        }
     }
 }
 

@@ -35,7 +35,9 @@ pub(super) enum PolicyCommand {
     )]
     Sign(SignArguments),
     /// Asks the policy again about every ruling in a log, and tells where it says something else; exit code 1 then.
-    #[command(after_help = "Example:\n  theriac-edge policy replay --config edge.toml --log rulings.jsonl")]
+    #[command(
+        after_help = "Example:\n  theriac-edge policy replay --config edge.toml --rulings rulings.jsonl"
+    )]
     Replay(ReplayArguments),
     /// Tells what came of each action on each service, and whether that suffices for `require_evidence`.
     #[command(after_help = "Example:\n  theriac-edge policy evidence --config edge.toml")]
@@ -58,9 +60,9 @@ pub(super) struct SignArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct ReplayArguments {
-    /// The log; default: `rulings.jsonl` in the state directory, after the full one before it, `rulings.1.jsonl`, where it is there.
-    #[arg(long)]
-    log: Option<PathBuf>,
+    /// The log of rulings; default: `rulings.jsonl` in the state directory, after the full one before it, `rulings.1.jsonl`, where it is there.
+    #[arg(long, value_name = "FILE")]
+    rulings: Option<PathBuf>,
     /// A head that an earlier replay printed: the log must still hold that line.
     #[arg(long)]
     head: Option<String>,
@@ -113,6 +115,10 @@ fn check<W: Write>(arguments: &ConfigArguments, output: &mut Output<W>) -> Resul
     let mut config = arguments.load()?;
     let loaded = healing_policy::apply(&mut config).map_err(refused)?;
     let digest = digest(&config);
+    if let Some(loaded) = &loaded {
+        healing_policy::check_version(loaded, &StateDir::existing(&config.state_dir.path))
+            .map_err(refused)?;
+    }
     let Some(loaded) = loaded else {
         let value = serde_json::json!({ "file": null, "digest": digest });
         let human = format!("no policy file is named: [healing] of edge.toml holds\n  digest   {digest}");
@@ -194,16 +200,17 @@ fn replay<W: Write>(arguments: &ReplayArguments, output: &mut Output<W>) -> Resu
     let mut config = arguments.config.load()?;
     healing_policy::apply(&mut config).map_err(refused)?;
     let path = arguments
-        .log
+        .rulings
         .clone()
         .unwrap_or_else(|| StateDir::existing(&config.state_dir.path).rulings());
     let read = |path: &Path| std::fs::read_to_string(path).map_err(|error| unreadable(path, &error));
-    let older = Some(healing_policy::older(&path)).filter(|older| arguments.log.is_none() && older.exists());
+    let older =
+        Some(healing_policy::older(&path)).filter(|older| arguments.rulings.is_none() && older.exists());
     let text = older.as_deref().map_or_else(|| Ok(String::new()), read)? + &read(&path)?;
     let policies = respond::policies(of_services(&config));
     let mut found = replayed(&text, &policies, config.healing_budget, &digest(&config))
         .map_err(|error| unreadable(&path, &error))?;
-    if arguments.log.is_none() && older.is_none() {
+    if arguments.rulings.is_none() && older.is_none() {
         found.is_whole_log();
     }
     if let Some(head) = &arguments.head {
@@ -404,7 +411,7 @@ pub(super) fn refused(error: HealingPolicyError) -> Problem {
 
 fn unreadable(path: &Path, error: &dyn std::fmt::Display) -> Problem {
     Problem::failed("TH-E0371", format!("{}: {error}", path.display()))
-        .hint("give the rulings.jsonl of the edge's state directory with --log; a line that was cut or edited is no ruling")
+        .hint("give the rulings.jsonl of the edge's state directory with --rulings; a line that was cut or edited is no ruling")
 }
 
 #[cfg(test)]
@@ -436,6 +443,7 @@ mod tests {
             healed_before: 0,
             demoted: false,
             breaker: None,
+            fleet: None,
             halted: false,
             approved: false,
             approved_by: std::collections::BTreeSet::new(),
@@ -455,6 +463,7 @@ mod tests {
                 policy: policy.to_owned(),
                 facts,
                 ruling,
+                propensity: evaluate::CERTAIN,
                 previous: String::new(),
             };
             serde_json::to_string(&record).unwrap() + "\n"
@@ -483,6 +492,7 @@ mod tests {
                 policy: "d".to_owned(),
                 ruling: evaluate::evaluate(&policies["kv"], node, &facts),
                 facts,
+                propensity: evaluate::CERTAIN,
                 previous: String::new(),
             };
             healing_policy::Rulings::of(&dir).append(&record).unwrap();

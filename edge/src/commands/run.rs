@@ -72,8 +72,11 @@ pub(super) fn check<W: Write>(
         return Ok(ExitCode::SUCCESS);
     }
     let mut config = arguments.config.load()?;
-    healing_policy::apply(&mut config).map_err(super::policy::refused)?;
+    let policy = healing_policy::apply(&mut config).map_err(super::policy::refused)?;
     let dir = StateDir::existing(&config.state_dir.path);
+    if let Some(policy) = &policy {
+        healing_policy::check_version(policy, &dir).map_err(super::policy::refused)?;
+    }
     let joined = dir.joined().map_err(EdgeError::from)?;
     let node = node_name(config.node.clone(), joined.as_ref())?;
     let joined = joined.is_some();

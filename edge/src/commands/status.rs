@@ -112,6 +112,9 @@ fn human(status: &Status, health: &str) -> String {
         format!("storage     {}", word(status.storage)),
         format!("host risk   {}", risk(&status.risk)),
     ];
+    if let Some(fleet) = &status.fleet {
+        lines.push(format!("fleet       {fleet}"));
+    }
     if let Some(reason) = &status.gate_reason {
         lines.push(format!("gate        {reason}"));
     }

@@ -76,6 +76,27 @@ pub enum ProxyMode {
 }
 
 impl ProxySettings {
+    /// One with the defaults for everything else: requests, held for 5 s while the service restarts.
+    pub fn between(listen: SocketAddr, upstream: SocketAddr) -> Self {
+        Self {
+            listen,
+            upstream,
+            mode: ProxyMode::Http,
+            connections_max: connections_max(),
+            connect_timeout: second(),
+            response_timeout: response_timeout(),
+            header_timeout: ten_seconds(),
+            idle_timeout: idle_timeout(),
+            hold: hold(),
+            failures: failures(),
+            open_for: open_for(),
+            retry_percent: retry_percent(),
+            drain_on: BTreeSet::new(),
+            drain_timeout: ten_seconds(),
+            drain_lasts: ten_seconds(),
+        }
+    }
+
     /// What is wrong: the key and why.
     pub(super) fn wrong(&self, action_timeout: Duration) -> Option<(&'static str, String)> {
         let (ms, s, minute) = (Duration::from_millis, Duration::from_secs, Duration::from_mins(1));

@@ -64,7 +64,8 @@ impl Owned {
         let Input::Started { pid, .. } = self.next().await else {
             panic!("it was to start");
         };
-        self.commands.send(Command::Execute(intent())).await.unwrap();
+        let execute = Command::Execute(intent(), Duration::MAX);
+        self.commands.send(execute).await.unwrap();
         let begun = Instant::now();
         let hook = loop {
             assert!(begun.elapsed() < Duration::from_mins(1), "the hook never began");
@@ -109,6 +110,25 @@ async fn an_exit_is_heard_while_a_hook_runs_and_the_hook_ends_by_itself() {
         ),
         "{ended:?}"
     );
+    owned.stop.stop();
+    owned.task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn what_can_not_begin_in_time_any_more_is_not_done_and_told() {
+    let mut owned = Owned::new();
+    owned.commands.send(Command::Begin).await.unwrap();
+    assert!(matches!(owned.next().await, Input::Started { .. }));
+    for action in [ActionKind::Hook, ActionKind::Restart, ActionKind::RestoreAndStart] {
+        let intent = Intent { action, ..intent() };
+        let execute = Command::Execute(intent, Duration::ZERO);
+        owned.commands.send(execute).await.unwrap();
+        let told = owned.next().await;
+        let id = IntentId(1);
+        let outcome = Outcome::NotNeeded;
+        assert_eq!(told, Input::Executed { id, outcome }, "{action}");
+    }
+    assert!(!owned.hook.exists());
     owned.stop.stop();
     owned.task.await.unwrap().unwrap();
 }

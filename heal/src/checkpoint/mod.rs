@@ -2,6 +2,7 @@
 
 pub mod account;
 mod apart;
+mod durable;
 pub mod kind;
 mod limits;
 mod manifest;

@@ -7,9 +7,10 @@ use data_encoding::HEXLOWER;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::durable::Durability;
 use super::store::{
-    Checkpoint, CheckpointError, CheckpointStore, Durability, MANIFEST, QUARANTINE, Staged, at, names,
-    sync_dir, verify_at, write_synced, write_tree,
+    Checkpoint, CheckpointError, CheckpointStore, MANIFEST, QUARANTINE, Staged, at, names, sync_dir,
+    verify_at, write_synced, write_tree,
 };
 use super::verdict::{Finding, ShadowRun};
 use super::which::Which;
@@ -186,7 +187,7 @@ impl CheckpointStore {
     pub fn export(&self, which: impl Into<Which>, to: &Path) -> Result<(), CheckpointError> {
         let checkpoint = self.verify(which)?;
         let manifest = verify_at(&checkpoint.path)?;
-        write_tree(&checkpoint.path, &manifest, to, Durability::Not)
+        write_tree(&checkpoint.path, &manifest, to, Durability::not())
     }
 }
 

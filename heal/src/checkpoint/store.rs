@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
+use super::durable::Durability;
 use super::manifest::{Entry, Kind, Manifest, copy_digest};
 use super::which::Which;
 
@@ -128,6 +129,16 @@ pub enum CheckpointError {
         path: PathBuf,
         /// How many were refused.
         refused: usize,
+    },
+    /// None has the number that was named.
+    #[error("{place} holds no valid checkpoint {named}; valid are: {}", if names.is_empty() { "none".to_owned() } else { names.join(", ") })]
+    NoSuch {
+        /// The store.
+        place: String,
+        /// What was named.
+        named: Which,
+        /// Those that are there.
+        names: Vec<String>,
     },
     /// Two have the number that was named.
     #[error("{place} holds more than one checkpoint of number {sequence}: name one of {}", names.join(", "))]
@@ -403,7 +414,7 @@ impl CheckpointStore {
     /// Reads every byte of a checkpoint and compares it with the manifest.
     ///
     /// # Errors
-    /// [`CheckpointError::Corrupt`], [`CheckpointError::NoneValid`] when there is none of that number,
+    /// [`CheckpointError::Corrupt`], [`CheckpointError::NoSuch`] when there is none of that number,
     /// [`CheckpointError::SeveralOfNumber`] when the number alone does not tell.
     pub fn verify(&self, which: impl Into<Which>) -> Result<Checkpoint, CheckpointError> {
         let checkpoint = self.named(which.into())?;
@@ -513,7 +524,7 @@ impl CheckpointStore {
             &checkpoint.path,
             &manifest,
             &partial,
-            Durability::of(manifest.entries.len()),
+            Durability::at_once(manifest.entries.len()),
         );
         if written.is_err()
             && let Err(error) = fs::remove_dir_all(&partial)
@@ -548,11 +559,13 @@ impl CheckpointStore {
                 sequence: which.sequence,
                 names,
             })?;
+        let names = list.iter().map(|found| found.sequence.to_string()).collect();
         list.into_iter()
             .find(|found| only == Some((found.sequence, found.unix_ms)))
-            .ok_or_else(|| CheckpointError::NoneValid {
-                path: self.dir.clone(),
-                refused: 0,
+            .ok_or_else(|| CheckpointError::NoSuch {
+                place: self.dir.display().to_string(),
+                named: which,
+                names,
             })
     }
 
@@ -587,7 +600,7 @@ impl CheckpointStore {
         let mut entries = Vec::new();
         let mut folders = Vec::new();
         let walked = walk(state, self.limits.entries_max)?;
-        let sync = Durability::of(walked.len());
+        let mut sync = Durability::paced();
         for (path, metadata) in walked {
             let (source, copy) = (joined(state, &path), joined(&tree, &path));
             let kind = if metadata.is_dir() {
@@ -599,12 +612,12 @@ impl CheckpointStore {
                 std::os::unix::fs::symlink(&target, &copy).map_err(at(&copy))?;
                 Kind::Link { target }
             } else {
-                copy_file(&source, &copy, metadata.mode(), sync)?
+                copy_file(&source, &copy, metadata.mode(), &mut sync)?
             };
             entries.push(Entry::new(path, kind, &metadata));
         }
-        seal(&folders, sync)?;
-        sync.end(&tree)?;
+        seal(&folders, &mut sync)?;
+        sync.end(&tree).map_err(|error| full_or(&tree, error))?;
         Ok(entries)
     }
 }
@@ -655,43 +668,12 @@ pub(super) fn walk(dir: &Path, max: usize) -> Result<Vec<(PathBuf, fs::Metadata)
     Ok(found)
 }
 
-fn copy_file(from: &Path, to: &Path, mode: u32, sync: Durability) -> Result<Kind, CheckpointError> {
+fn copy_file(from: &Path, to: &Path, mode: u32, sync: &mut Durability) -> Result<Kind, CheckpointError> {
     let mut source = File::open(from).map_err(at(from))?;
     let mut copy = create(to, mode)?;
-    let (bytes, sha256) = copy_digest(&mut source, &mut copy).map_err(|error| full_or(to, error))?;
-    if sync == Durability::Each {
-        copy.sync_all().map_err(|error| full_or(to, error))?;
-    }
+    let copied = sync.copy(&mut source, &mut copy);
+    let (bytes, sha256) = copied.map_err(|error| full_or(to, error))?;
     Ok(Kind::File { bytes, sha256 })
-}
-
-/// How a copied tree is made durable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Durability {
-    /// Not at all: it is thrown away.
-    Not,
-    /// File by file.
-    Each,
-    /// Once, with all that the file system has to write. A journal commit for each of a thousand files costs many times that.
-    Whole,
-}
-
-impl Durability {
-    fn of(entries: usize) -> Self {
-        if entries > SYNC_EACH_MAX {
-            Self::Whole
-        } else {
-            Self::Each
-        }
-    }
-
-    fn end(self, tree: &Path) -> Result<(), CheckpointError> {
-        if self == Self::Whole {
-            let dir = File::open(tree).map_err(at(tree))?;
-            rustix::fs::syncfs(&dir).map_err(|error| full_or(tree, error.into()))?;
-        }
-        Ok(())
-    }
 }
 
 fn create(path: &Path, mode: u32) -> Result<File, CheckpointError> {
@@ -707,11 +689,9 @@ fn create(path: &Path, mode: u32) -> Result<File, CheckpointError> {
 }
 
 /// Syncs folders where that is done one by one, innermost first, and gives them their permissions.
-fn seal(folders: &[(PathBuf, u32)], sync: Durability) -> Result<(), CheckpointError> {
+fn seal(folders: &[(PathBuf, u32)], sync: &mut Durability) -> Result<(), CheckpointError> {
     for (folder, mode) in folders.iter().rev() {
-        if sync == Durability::Each {
-            sync_dir(folder)?;
-        }
+        sync.folder(folder).map_err(at(folder))?;
         fs::set_permissions(folder, fs::Permissions::from_mode(mode & 0o7777)).map_err(at(folder))?;
     }
     Ok(())
@@ -722,7 +702,7 @@ pub(super) fn write_tree(
     from: &Path,
     manifest: &Manifest,
     to: &Path,
-    sync: Durability,
+    mut sync: Durability,
 ) -> Result<(), CheckpointError> {
     let tree = from.join(TREE);
     let mut folders = Vec::new();
@@ -740,7 +720,7 @@ pub(super) fn write_tree(
                 std::os::unix::fs::symlink(target, &path).map_err(|error| full_or(&path, error))?;
             }
             Kind::File { .. } => {
-                let found = copy_file(&source, &path, entry.mode, sync)?;
+                let found = copy_file(&source, &path, entry.mode, &mut sync)?;
                 differs(from, entry, &found)?;
             }
         }
@@ -749,8 +729,8 @@ pub(super) fn write_tree(
             std::os::unix::fs::lchown(&path, Some(entry.uid), Some(entry.gid)).map_err(at(&path))?;
         }
     }
-    seal(&folders, sync)?;
-    sync.end(to)
+    seal(&folders, &mut sync)?;
+    sync.end(to).map_err(|error| full_or(to, error))
 }
 
 /// Reads a checkpoint whole: the manifest, every byte of every file, and that nothing is missing or extra.
@@ -969,5 +949,3 @@ const REPLACED: &str = ".replaced-";
 const ATTEMPTS_MAX: u32 = 3;
 /// Most bytes that must stay free after a restore: what the service needs to begin with.
 const RESTORE_FREE_BYTES: u64 = 1 << 20;
-/// Entries up to which each is synced by itself.
-const SYNC_EACH_MAX: usize = 64;

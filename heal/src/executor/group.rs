@@ -6,11 +6,13 @@ use std::path::Path;
 use procfs::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// A process group of ours. The session tells it from a later group that got the same number.
+/// A process group of ours. The session and the start of its leader tell it from a later group that got the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Group {
     pub(super) id: i32,
     pub(super) session: i32,
+    /// Start of its leader, which was ours, in clock ticks since boot; 0 where that is not known.
+    pub(super) leader_start: u64,
 }
 
 /// One process as `/proc/PID/stat` shows it.
@@ -22,11 +24,15 @@ pub(super) struct Member {
     pub(super) session: i32,
     /// Clock ticks since boot.
     pub(super) start_ticks: u64,
+    pub(super) parent: i32,
 }
 
 impl Group {
     /// Its processes that are not yet dead. A zombie is: only its parent can do something about it.
     pub(super) fn members(self) -> Vec<Member> {
+        if self.is_anothers() {
+            return Vec::new();
+        }
         Member::all()
             .filter(|member| self.has(member) && !member.is_dead())
             .collect()
@@ -39,8 +45,19 @@ impl Group {
         }
     }
 
+    /// Whether a process of now is of this group, and the group still ours.
+    pub(super) fn holds(self, member: &Member) -> bool {
+        self.has(member) && !self.is_anothers()
+    }
+
     fn has(self, member: &Member) -> bool {
-        member.group == self.id && member.session == self.session
+        member.group == self.id && member.session == self.session && member.start_ticks >= self.leader_start
+    }
+
+    /// A number is given again only once nobody is left in the group: then whoever leads it now is not ours, and neither is the group.
+    fn is_anothers(self) -> bool {
+        let leads = u32::try_from(self.id).ok().and_then(Member::read);
+        self.leader_start != 0 && leads.is_some_and(|member| member.start_ticks != self.leader_start)
     }
 }
 
@@ -77,11 +94,16 @@ impl Member {
                             .starts_with(&[wanted.as_encoded_bytes(), b" "].concat())
                 })
             };
-            link("cwd").is_some_and(|cwd| cwd == dir) && program.is_none_or(runs)
+            member.works_in(&dir) && program.is_none_or(runs)
         };
         Self::all()
             .filter(|member| !member.is_dead() && is(member))
             .collect()
+    }
+
+    /// Whether its working directory is this one, given without links.
+    pub(super) fn works_in(&self, dir: &Path) -> bool {
+        std::fs::read_link(format!("/proc/{}/cwd", self.pid)).is_ok_and(|cwd| cwd == dir)
     }
 
     /// Signals this very process, if `still` holds for it once its number cannot be reused any more.
@@ -104,6 +126,11 @@ impl Member {
         self.group == self.pid.cast_signed()
     }
 
+    /// Whether its number still means it, dead or not.
+    pub(super) fn is_there(&self) -> bool {
+        Self::read(self.pid).is_some_and(|again| again.start_ticks == self.start_ticks)
+    }
+
     pub(super) fn is_dead(&self) -> bool {
         matches!(self.state, 'Z' | 'X' | 'x')
     }
@@ -123,6 +150,7 @@ impl Member {
             group: stat.pgrp,
             session: stat.session,
             start_ticks: stat.starttime,
+            parent: stat.ppid,
         })
     }
 }

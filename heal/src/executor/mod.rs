@@ -7,6 +7,8 @@ mod held;
 pub mod hook;
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
+pub mod listening;
+mod orphans;
 mod output;
 mod place;
 pub mod postgres;

@@ -5,8 +5,8 @@
 //! descriptors after the identity was checked, so a reused process id is never hit. A process that leaves the group by
 //! `setsid` or `setpgid` is out of reach.
 
-use std::collections::BTreeMap;
-use std::ffi::OsStr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::group::{Group, Member};
-use super::output;
+use super::{listening, orphans, output};
 use crate::incident::ProcessState;
 use crate::postgres::owner::Owner;
 
@@ -49,9 +49,11 @@ pub struct ServiceSpec {
     pub run_as: Option<Owner>,
     /// The polite signal.
     pub polite: Polite,
-    /// A directory that only this service's processes work in. What is left there of the same program once the service is dead is
-    /// killed before the next start: a server whose processes leave the group (PostgreSQL) refuses to start beside them.
+    /// The data directory of a PostgreSQL server. Its processes leave the group, and the next start fails beside them: those of our own dead
+    /// server are killed before it. While a server that we did not start runs there, nothing is started and nothing is ended.
     pub works_in: Option<PathBuf>,
+    /// The port of this host that it answers on, so that [`Supervisor::strangers`] can tell who had it before.
+    pub listens_on: Option<u16>,
 }
 
 /// How a service is asked to end.
@@ -79,6 +81,7 @@ impl ServiceSpec {
             run_as: None,
             polite: Polite::Terminate,
             works_in: None,
+            listens_on: None,
         }
     }
 }
@@ -156,6 +159,19 @@ pub enum ProcessError {
         /// Its process.
         pid: u32,
     },
+    /// Another server has its data directory.
+    #[error(
+        "another server, process {pid}, which this edge did not start, runs on {}; nothing is started while it does: stop it, or leave the service to it",
+        dir.display()
+    )]
+    Occupied {
+        /// The service.
+        service: String,
+        /// That server.
+        pid: u32,
+        /// The data directory.
+        dir: PathBuf,
+    },
     /// Processes of the group did not go away.
     #[error(
         "service {service}: processes {pids:?} are still there {waited:?} after KILL; look at them (state D waits for the disk)"
@@ -198,9 +214,14 @@ pub struct Supervisor {
     running: Option<Running>,
     /// The group of the last child, until it is known to be gone.
     group: Option<Group>,
+    /// The server of that group on its data directory, as its lock file named it, with the name of its program: another process than the
+    /// leader where a wrapper runs it.
+    server: Option<(Member, Option<OsString>)>,
     started_for: Option<u64>,
     starts: u64,
     last_start: Option<Instant>,
+    /// Sockets that listened on its port before the last start.
+    strangers: BTreeSet<u64>,
 }
 
 /// The child that runs now.
@@ -248,13 +269,16 @@ impl Supervisor {
             record,
             running: None,
             group: None,
+            server: None,
             started_for: None,
             starts: 0,
             last_start: None,
+            strangers: BTreeSet::new(),
         }
     }
 
-    /// Looks for a child of an earlier run: adopts it when it still runs, else ends what is left of its group.
+    /// Looks for a child of an earlier run: adopts it when it still runs, else ends what is left of its group. What has no proof of being
+    /// that run's is left alone.
     ///
     /// # Errors
     /// [`ProcessError::NotGone`] and [`ProcessError::Io`].
@@ -280,6 +304,7 @@ impl Supervisor {
                 self.group = Some(Group {
                     id: leader.group,
                     session: leader.session,
+                    leader_start: leader.start_ticks,
                 });
                 self.started_for = recorded.and_then(|record| record.intent);
                 self.running = Some(Running {
@@ -289,26 +314,29 @@ impl Supervisor {
                 return Ok(Leftover::Adopted { pid: leader.pid });
             }
         }
-        let mut groups: Vec<Group> = marked
-            .iter()
-            .filter(|member| !member.is_dead())
-            .map(|member| Group {
-                id: member.group,
-                session: member.session,
-            })
-            .collect();
-        groups.extend(recorded.map(|record| Group {
+        // The recorded one first: what is left of its server is known by the record alone, which stays until all are gone.
+        let of_record = recorded.map(|record| Group {
             id: record.pid.cast_signed(),
             session: record.session,
-        }));
-        groups.sort_unstable();
-        groups.dedup();
+            leader_start: record.start_ticks,
+        });
+        let mut groups: Vec<Group> = of_record.into_iter().collect();
+        for member in marked.iter().filter(|member| !member.is_dead()) {
+            let known = |group: &Group| (group.id, group.session) == (member.group, member.session);
+            if !groups.iter().any(known) {
+                groups.push(Group {
+                    id: member.group,
+                    session: member.session,
+                    leader_start: 0,
+                });
+            }
+        }
         let mut processes = 0;
         for group in groups {
-            processes += group.members().len();
             self.group = Some(group);
-            self.clear_group().await?;
+            processes += self.end_group().await?;
         }
+        self.forget_record();
         Ok(if processes == 0 {
             Leftover::None
         } else {
@@ -341,10 +369,15 @@ impl Supervisor {
             });
         };
         let (program, arguments) = (program.clone(), arguments.to_vec());
+        self.free_for_a_start()?;
         self.clear_group().await?;
         if let Some(last) = self.last_start {
             sleep_until(last + self.spec.start_spacing).await;
         }
+        self.strangers = self
+            .spec
+            .listens_on
+            .map_or_else(BTreeSet::new, listening::listening);
         let (stdout, stderr) = self.outputs()?;
         let mut command = Command::new(&program);
         command
@@ -379,6 +412,7 @@ impl Supervisor {
         self.group = Some(Group {
             id: pid.cast_signed(),
             session,
+            leader_start: member.map_or(0, |member| member.start_ticks),
         });
         self.started_for = intent;
         self.starts += 1;
@@ -399,6 +433,7 @@ impl Supervisor {
     /// Waits until the service ends; for ever when it does not run. Safe to cancel. Meanwhile keeps the output file within its bound.
     pub async fn exited(&mut self) -> ServiceExit {
         loop {
+            self.note_server();
             let Some(running) = &mut self.running else {
                 pending().await
             };
@@ -458,8 +493,10 @@ impl Supervisor {
             if let Some(running) = &self.running {
                 return Err(self.not_gone(vec![running.pid]));
             }
-            self.clear_orphans(deadline).await?;
+            // The group is known until its orphans are gone too: the next start waits for them.
+            self.clear_group().await?;
         }
+        self.forget_record();
         Ok(Stopped {
             exit,
             killed: killed || survivors > 0,
@@ -482,14 +519,52 @@ impl Supervisor {
         self.starts
     }
 
+    /// Sockets that listened on its port when it was last started by us, see [`listening::listening`]: they are not its own.
+    pub fn strangers(&self) -> &BTreeSet<u64> {
+        &self.strangers
+    }
+
+    /// Whether the service may be started: no server that we did not start has its data directory.
+    ///
+    /// # Errors
+    /// [`ProcessError::Occupied`].
+    pub fn free_for_a_start(&self) -> Result<(), ProcessError> {
+        let Some(dir) = &self.spec.works_in else {
+            return Ok(());
+        };
+        let ours = |server: &Member| {
+            let of_group = self.group.is_some_and(|group| group.holds(server));
+            of_group || self.pid() == Some(server.pid)
+        };
+        match orphans::server_of(dir).filter(|server| !ours(server)) {
+            None => Ok(()),
+            Some(server) => Err(ProcessError::Occupied {
+                service: self.spec.name.clone(),
+                pid: server.pid,
+                dir: dir.clone(),
+            }),
+        }
+    }
+
     /// The specification.
     pub fn spec(&self) -> &ServiceSpec {
         &self.spec
     }
 
-    /// KILLs the group until nobody is left. How many processes were there.
+    /// KILLs the group until nobody is left, and forgets it. How many processes were there.
     async fn clear_group(&mut self) -> Result<usize, ProcessError> {
+        let was_there = self.group.is_some();
+        let found = self.end_group().await?;
+        if was_there && self.group.is_none() {
+            self.forget_record();
+        }
+        Ok(found)
+    }
+
+    /// The same, and keeps the record.
+    async fn end_group(&mut self) -> Result<usize, ProcessError> {
         let Some(group) = self.group else { return Ok(0) };
+        self.note_server();
         let found = group.members().len();
         let deadline = Instant::now() + self.spec.kill_wait;
         loop {
@@ -504,16 +579,32 @@ impl Supervisor {
             }
             sleep(POLL_EVERY).await;
         }
-        if self.running.is_none() {
-            self.group = None;
+        if self.running.is_some() {
+            return Ok(found);
         }
-        Ok(found + self.clear_orphans(deadline).await?)
+        let orphans = self.clear_orphans(group, deadline).await?;
+        // A server refuses to start while the number in its lock file is a process's, also a dead one's that nobody has waited for yet.
+        while self.server.as_ref().is_some_and(|(server, _)| server.is_there()) && Instant::now() < deadline {
+            sleep(POLL_EVERY).await;
+        }
+        (self.group, self.server) = (None, None);
+        Ok(found + orphans)
     }
 
-    /// KILLs what has left the group and still works in the service's directory, once the service itself does not run. Called
-    /// only when it is known to have been ours: a server that somebody else runs there is not touched.
-    async fn clear_orphans(&self, deadline: Instant) -> Result<usize, ProcessError> {
-        let Some(dir) = self.spec.works_in.as_deref().filter(|_| self.running.is_none()) else {
+    /// Remembers which process of the group is the server, while that can be seen.
+    fn note_server(&mut self) {
+        if let (Some(dir), Some(group)) = (&self.spec.works_in, self.group)
+            && let Some(server) = orphans::server_of(dir).filter(|server| group.holds(server))
+        {
+            let exe = std::fs::read_link(format!("/proc/{}/exe", server.pid));
+            let program = exe.ok().and_then(|exe| exe.file_name().map(OsStr::to_owned));
+            self.server = Some((server, program));
+        }
+    }
+
+    /// KILLs what our dead server left on its data directory, see [`orphans`].
+    async fn clear_orphans(&self, ours: Group, deadline: Instant) -> Result<usize, ProcessError> {
+        let Some(dir) = self.spec.works_in.as_deref() else {
             return Ok(0);
         };
         let program = self
@@ -521,10 +612,21 @@ impl Supervisor {
             .argv
             .first()
             .and_then(|program| Path::new(program).file_name());
-        match clear_directory_until(dir, program, deadline).await {
-            Ok(found) => Ok(found),
-            Err(left) => Err(self.not_gone(left)),
-        }
+        // Of a wrapper neither the number nor the name is the server's.
+        let (ours, program) = match &self.server {
+            Some((server, runs)) if server.pid.cast_signed() != ours.id => (
+                Group {
+                    id: server.pid.cast_signed(),
+                    session: server.session,
+                    leader_start: server.start_ticks,
+                },
+                runs.as_deref(),
+            ),
+            _ => (ours, program),
+        };
+        orphans::clear(ours, dir, program, deadline)
+            .await
+            .map_err(|left| self.not_gone(left))
     }
 
     fn not_gone(&self, pids: Vec<u32>) -> ProcessError {
@@ -561,6 +663,15 @@ impl Supervisor {
         serde_json::from_slice(&std::fs::read(&self.record).ok()?).ok()
     }
 
+    /// What it named is gone, and its number may come to mean another's process.
+    fn forget_record(&self) {
+        if let Err(error) = std::fs::remove_file(&self.record)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(service = %self.spec.name, %error, "record of a process that is gone not removed");
+        }
+    }
+
     fn write_record(&self, record: &Record) -> Result<(), ProcessError> {
         let write = || {
             let beside = self.record.with_extension("new");
@@ -595,7 +706,8 @@ pub fn recorded_process(record: &Path) -> Option<u32> {
         .then_some(record.pid)
 }
 
-/// KILLs every process that works in `dir` (and runs `program`), until none is left or `wait` is over. How many there were at first.
+/// KILLs every process that works in `dir`, which is a copy of ours that nobody else knows of, (and runs `program`), until none is left or
+/// `wait` is over. How many there were at first.
 pub(crate) async fn clear_directory(dir: &Path, program: Option<&OsStr>, wait: Duration) -> usize {
     match clear_directory_until(dir, program, Instant::now() + wait).await {
         Ok(found) => found,

@@ -439,6 +439,7 @@ impl ServiceHands {
     }
 
     async fn start(&mut self, intent: Option<&Intent>) -> Result<u32, Refused> {
+        self.supervisor.free_for_a_start()?;
         if let Some(state) = &self.state {
             let (store, dir) = (state.checkpoints.clone(), state.dir.clone());
             blocking(move || store.finish_interrupted(&dir)).await?;
@@ -467,6 +468,8 @@ impl ServiceHands {
                 "the service has no state directory to restore".to_owned(),
             ));
         };
+        // Its data is not replaced under somebody else's server.
+        self.supervisor.free_for_a_start()?;
         let (store, dir) = (state.checkpoints.clone(), state.dir.clone());
         let nothing_to_restore = || {
             let empty = store.list()?.is_empty();

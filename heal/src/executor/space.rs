@@ -47,6 +47,8 @@ pub struct SpaceHands {
     pub quarantine: PathBuf,
     /// Least time since a file was written.
     pub min_age: Duration,
+    /// Where more is to stay free than [`room_needed`] says, in bytes; else 0.
+    pub free_bytes_min: u64,
 }
 
 /// What was moved.
@@ -181,7 +183,7 @@ impl SpaceHands {
     /// As [`Self::relievable`], and when the quarantine cannot be used or lies on the same file system.
     pub fn relieve(&self, number: u64) -> io::Result<Room> {
         let begun = Instant::now();
-        let needed = room_needed(size(&self.on)?);
+        let needed = room_needed(size(&self.on)?).max(self.free_bytes_min);
         let before = free(&self.on)?;
         let mut grounds = self.grounds()?;
         DirBuilder::new()

@@ -8,7 +8,8 @@ use super::observe::Observed;
 use super::verify::is_another;
 use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
 use crate::evidence::Came;
-use crate::policy::evaluate::{Facts, Ruling, RulingRecord};
+use crate::policy::evaluate::{CERTAIN, Facts, Ruling, RulingRecord};
+use crate::policy::fleet::RECORD_TIMEOUT;
 use crate::types::{
     ActionKind, ActionRecord, Evidence, FaultClass, Hypothesis, Incident, IncidentId, IncidentState, Intent,
     IntentId, NoticeKind, Now, Outcome, Plan, Verdict, When, Would,
@@ -33,9 +34,11 @@ impl IncidentMachine {
             Phase::Recording { .. } | Phase::Acting { .. } | Phase::Reconciling { .. } => self.put(open),
             Phase::Verifying { id, until } => self.verify(now, open.record, id, until),
             Phase::Watching { .. }
+            | Phase::Excused { .. }
             | Phase::LetBe
             | Phase::AwaitingApproval { .. }
             | Phase::CoolingDown { .. }
+            | Phase::Queued { .. }
             | Phase::Handed { .. }
                 if clear && !in_flight =>
             {
@@ -44,7 +47,7 @@ impl IncidentMachine {
                     let (service, action) = (plan.service.clone(), plan.action);
                     self.note_evidence(&service, action, Came::Wrong);
                 }
-                if matches!(open.phase, Phase::Watching { .. }) {
+                if matches!(open.phase, Phase::Watching { .. } | Phase::Excused { .. }) {
                     self.note_unneeded(&open.record);
                 }
                 self.close(now, open.record, IncidentState::Recovered);
@@ -62,13 +65,18 @@ impl IncidentMachine {
                 }
                 _ => self.put(open),
             },
-            Phase::AwaitingApproval { .. } | Phase::CoolingDown { .. } => match diagnosis {
-                // Approval was given for another diagnosis, so it does not carry over.
-                Some(diagnosis) if diagnosis.class != open.record.class => {
-                    self.decide(now, open.record, diagnosis, false);
+            Phase::AwaitingApproval { .. }
+            | Phase::CoolingDown { .. }
+            | Phase::Queued { .. }
+            | Phase::Excused { .. } => {
+                match diagnosis {
+                    // Approval was given for another diagnosis, so it does not carry over.
+                    Some(diagnosis) if diagnosis.class != open.record.class => {
+                        self.decide(now, open.record, diagnosis, false);
+                    }
+                    _ => self.put(open),
                 }
-                _ => self.put(open),
-            },
+            }
             Phase::Handed { .. } => match diagnosis {
                 Some(diagnosis)
                     if !in_flight && diagnosis.presses && diagnosis.class != open.record.class =>
@@ -88,8 +96,10 @@ impl IncidentMachine {
         if matches!(
             open.phase,
             Phase::Watching { .. }
+                | Phase::Excused { .. }
                 | Phase::LetBe
                 | Phase::CoolingDown { .. }
+                | Phase::Queued { .. }
                 | Phase::AwaitingApproval { .. }
         ) {
             open.phase = Phase::Watching { undecided: true };
@@ -107,7 +117,35 @@ impl IncidentMachine {
         };
         let remind_at = now.monotonic.saturating_add(seen.policy.remind_every);
         match open.phase {
-            Phase::Watching { .. } | Phase::LetBe | Phase::Reconciling { .. } => self.put(open),
+            Phase::Watching { .. } | Phase::LetBe => self.put(open),
+            Phase::Excused { .. } => {
+                let why = diagnose(seen).map_or_else(
+                    || "what it calls serves again, and it has yet to".to_owned(),
+                    |found| found.reason,
+                );
+                self.tell_still_open(&open.record, &why);
+                self.put(Open {
+                    phase: Phase::Excused { remind_at },
+                    ..open
+                });
+            }
+            Phase::Queued { approved, .. } => {
+                let other = self.in_the_way(service).unwrap_or_default();
+                let why =
+                    format!("its action still waits for the one on {other}, in the same failure domain");
+                self.tell_still_open(&open.record, &why);
+                self.put(Open {
+                    phase: Phase::Queued { approved, remind_at },
+                    ..open
+                });
+            }
+            Phase::Reconciling { id, .. } => {
+                let reason = format!(
+                    "what became of intent {id} when the node restarted was not found out within {:?}",
+                    seen.policy.action_timeout
+                );
+                self.hand_over(now, open.record, reason);
+            }
             Phase::AwaitingApproval { expires_at, .. } if expires_at <= now.monotonic => {
                 self.plan_again(now, open.record);
             }
@@ -138,20 +176,7 @@ impl IncidentMachine {
                     ..open
                 });
             }
-            Phase::CoolingDown { approved, .. } => match diagnose(seen) {
-                Some(diagnosis) => {
-                    let valid = open
-                        .record
-                        .plan
-                        .as_ref()
-                        .is_none_or(|plan| now.when().monotonic_ms <= plan.expires.monotonic_ms);
-                    self.decide(now, open.record, diagnosis, approved && valid);
-                }
-                None => self.put(Open {
-                    phase: Phase::Watching { undecided: true },
-                    ..open
-                }),
-            },
+            Phase::CoolingDown { approved, .. } => self.waited(now, open.record, approved),
             Phase::Recording { id, .. } => {
                 let reason = format!(
                     "intent {id} was not recorded within {} s",
@@ -185,10 +210,30 @@ impl IncidentMachine {
             return;
         };
         let timeout = seen.policy.action_timeout;
-        let called_off = self.halted || diagnose(seen).is_none();
+        let late = self.slot_is_over(now, &open.record);
+        let diagnosis = diagnose(seen);
+        let waits = self.has_to_wait(&service, diagnosis.as_ref());
+        // Meanwhile something else has come to the fore, and what was decided is not for that.
+        let other = diagnosis
+            .as_ref()
+            .is_some_and(|found| found.class != open.record.class);
+        let called_off = self.halted || waits || other || diagnosis.is_none();
+        if (waits || other || late && called_off)
+            && let Some(action) = open.record.actions.last()
+        {
+            // It is asked for again, or its slot ended meanwhile: nobody is to pay for that, and once is enough.
+            self.ledger.take_back(&service, action.intent.action);
+        }
         self.unrecorded.remove(&service);
         open.record.handed_over = None;
+        if late
+            && !called_off
+            && let Some(diagnosis) = diagnosis
+        {
+            return self.slot_too_short(now, open.record, diagnosis);
+        }
         if called_off {
+            self.fleet.held.remove(&service);
             finish(&mut open.record, now, Outcome::NotNeeded, None);
             open.record
                 .note(now, "the action was called off before it began".to_owned());
@@ -209,6 +254,8 @@ impl IncidentMachine {
             intent = Some(action.intent.clone());
         }
         open.record.acted.get_or_insert(now.when());
+        // Only now the wait for the fleet is over.
+        self.fleet.held.remove(&service);
         if let Some(intent) = &intent {
             self.breakers.attempted(&service, intent.action, now.monotonic);
         }
@@ -323,9 +370,16 @@ impl IncidentMachine {
     }
 
     pub(super) fn reconciled(&mut self, now: Now, id: IntentId, running: bool, took_effect: bool) {
-        let Some(mut open) =
-            self.take_if(|phase| matches!(phase, Phase::Reconciling { id: of } if *of == id))
-        else {
+        // Also word that comes after its time is heard: until then a person has it.
+        let service = self
+            .open
+            .iter()
+            .find(|(_, open)| {
+                matches!(open.phase, Phase::Reconciling { .. } | Phase::Handed { .. })
+                    && open.record.in_flight().is_some_and(|intent| intent.id == id)
+            })
+            .map(|(service, _)| service.clone());
+        let Some(mut open) = service.and_then(|service| self.open.remove(&service)) else {
             self.ignored += 1;
             return;
         };
@@ -385,7 +439,7 @@ impl IncidentMachine {
             .map(|open| open.record.service.clone());
         let Some((mut open, seen)) = service
             .as_ref()
-            .and_then(|service| Some((self.open.remove(service)?, self.services.get(service)?)))
+            .and_then(|service| Some((self.open.remove(service)?, self.services.get_mut(service)?)))
         else {
             self.ignored += 1;
             return;
@@ -397,6 +451,8 @@ impl IncidentMachine {
             self.plan_again(now, open.record);
             return;
         }
+        // Whoever has it says that the way is free; the hands look again.
+        seen.occupied = false;
         let Some(diagnosis) = diagnose(seen) else {
             self.ignored += 1;
             self.put(open);
@@ -433,7 +489,10 @@ impl IncidentMachine {
             self.put(open);
             return;
         } else {
-            // Who signed an earlier plan has not signed what comes now.
+            // Who signed an earlier plan has not signed what comes now. What was tried before the person mended something may be tried again.
+            for action in &mut open.record.actions {
+                action.before_retry = true;
+            }
             open.record.plan = None;
             open.record.approved_by.clear();
         }
@@ -468,7 +527,9 @@ impl IncidentMachine {
             .hypotheses
             .first()
             .map_or("", |taken| taken.reason.as_str());
-        let words = format!("{action} is recommended for {}: {reason}", record.service);
+        let held = self.hold_of(now, &record.service);
+        let held = held.map_or_else(String::new, |(by, _)| format!("; {by}"));
+        let words = format!("{action} is recommended for {}: {reason}{held}", record.service);
         self.notify(&record, NoticeKind::Recommended, words);
         self.put(Open {
             record,
@@ -480,8 +541,12 @@ impl IncidentMachine {
     }
 
     pub(super) fn deny(&mut self, now: Now, incident: IncidentId) {
-        let waits =
-            |phase: &Phase| matches!(phase, Phase::AwaitingApproval { .. } | Phase::CoolingDown { .. });
+        let waits = |phase: &Phase| {
+            matches!(
+                phase,
+                Phase::AwaitingApproval { .. } | Phase::CoolingDown { .. } | Phase::Queued { .. }
+            )
+        };
         let service = self
             .open
             .values()
@@ -493,6 +558,7 @@ impl IncidentMachine {
                     let (service, action) = (plan.service.clone(), plan.action);
                     self.note_evidence(&service, action, Came::Wrong);
                 }
+                self.fleet.held.remove(&open.record.service);
                 self.hand_over(now, open.record, "a person declined the action".to_owned());
             }
             None => self.ignored += 1,
@@ -524,6 +590,7 @@ impl IncidentMachine {
         seen.read_only |= record.class == FaultClass::ReadOnlyFs;
         let after = |span: Duration| now.monotonic.saturating_add(span);
         let (verify_window, remind_every) = (seen.policy.verify_window, seen.policy.remind_every);
+        let action_timeout = seen.policy.action_timeout;
         let in_flight = record.in_flight().cloned();
         let last = record.actions.last().map(|action| action.intent.id);
         let phase = match (in_flight, record.state, last) {
@@ -531,7 +598,10 @@ impl IncidentMachine {
                 let id = intent.id;
                 self.outputs.push_back(Output::Reconcile(intent));
                 record.set_state(IncidentState::Acting);
-                Phase::Reconciling { id }
+                Phase::Reconciling {
+                    id,
+                    deadline: after(action_timeout),
+                }
             }
             (None, IncidentState::Verifying, Some(id)) => Phase::Verifying {
                 id,
@@ -623,6 +693,7 @@ impl IncidentMachine {
         {
             self.decide(now, open.record, diagnosis, false);
         } else {
+            self.fleet.held.remove(&open.record.service);
             open.record.class = diagnosis.class;
             open.record.note(now, diagnosis.reason);
             self.outputs.push_back(Output::Updated(open.record.clone()));
@@ -668,6 +739,7 @@ impl IncidentMachine {
             breakers: &self.breakers,
             demoted: &self.demoted,
             healed_before: self.healed_before(now, &record),
+            fleet: self.fleet.facts(&record.service),
             evidence: &self.evidence,
             approved,
             now: now.monotonic,
@@ -690,19 +762,28 @@ impl IncidentMachine {
         // Whether the approval was of what is now to be done.
         let holds = ruled.last().is_some_and(|(facts, _)| facts.approved);
         if approved && !holds && !ruled.is_empty() {
-            record.note(
-                now,
-                "what was approved is not what would be done now, so the approval counts no more".to_owned(),
-            );
+            let words = if record.plan.is_some() {
+                "what was approved is not what would be done now, so the approval counts no more"
+            } else {
+                "what would be done now needs an approval of its own plan"
+            };
+            record.note(now, words.to_owned());
             record.plan = None;
             record.approved_by.clear();
         }
+        self.note_hold(now, &mut record, ruled.last());
         for (facts, ruling) in ruled {
             self.note_ruling(now, facts, ruling);
         }
         self.update_score(&mut record);
         match decision {
-            Decision::Act(action) => self.record_intent(now, record, action, diagnosis.reason),
+            Decision::Act(action) => match self.in_the_way(&record.service) {
+                Some(other) => {
+                    self.fleet.held.remove(&record.service);
+                    self.queue(now, record, action, &other, holds);
+                }
+                None => self.record_intent(now, record, action, diagnosis.reason),
+            },
             Decision::Wait { action, until } => {
                 if holds
                     && record.plan.is_none()
@@ -712,6 +793,23 @@ impl IncidentMachine {
                     record.plan = Some(plan(now, &record, action, seen, &self.policy, &self.name));
                 }
                 record.set_state(IncidentState::CoolingDown);
+                self.outputs.push_back(Output::Updated(record.clone()));
+                self.put(Open {
+                    record,
+                    phase: Phase::CoolingDown {
+                        until,
+                        approved: holds,
+                    },
+                });
+            }
+            Decision::Held { action, until, .. } => {
+                if holds
+                    && record.plan.is_none()
+                    && let Some(seen) = self.services.get(&record.service)
+                {
+                    record.plan = Some(plan(now, &record, action, seen, &self.policy, &self.name));
+                }
+                record.set_state(IncidentState::Held);
                 self.outputs.push_back(Output::Updated(record.clone()));
                 self.put(Open {
                     record,
@@ -745,6 +843,13 @@ impl IncidentMachine {
             Decision::Hold(_) | Decision::LetBe(_) => {
                 let phase = match decision {
                     Decision::LetBe(_) => Phase::LetBe,
+                    _ if record.class == FaultClass::DependencyDown => {
+                        let seen = self.services.get(&record.service);
+                        let every = seen.map_or(RECORD_TIMEOUT, |seen| seen.policy.remind_every);
+                        Phase::Excused {
+                            remind_at: now.monotonic.saturating_add(every),
+                        }
+                    }
                     _ => Phase::Watching { undecided: false },
                 };
                 record.set_state(IncidentState::Open);
@@ -771,6 +876,7 @@ impl IncidentMachine {
             policy: self.policy.clone(),
             facts,
             ruling,
+            propensity: CERTAIN,
             previous: String::new(),
         };
         let key = (record.facts.service.clone(), record.facts.action);
@@ -819,6 +925,7 @@ impl IncidentMachine {
             finished: None,
             outcome: None,
             verdict: None,
+            before_retry: false,
         });
         record.set_state(IncidentState::Acting);
         let deadline = now.monotonic.saturating_add(RECORD_TIMEOUT);
@@ -936,6 +1043,7 @@ impl IncidentMachine {
         if let Some(seen) = self.services.get_mut(&record.service) {
             seen.signs.clear();
         }
+        self.fleet.held.remove(&record.service);
         self.unrecorded.remove(&record.service);
         self.outputs.push_back(Output::Closed(record));
     }
@@ -975,6 +1083,7 @@ impl IncidentMachine {
             });
         } else {
             self.unrecorded.insert(service.clone(), next);
+            self.fleet.held.remove(&service);
             self.hand_over(now, record, format!("{reason}; nothing is done without a record"));
         }
         if let Some(open) = self.open.get_mut(&service)
@@ -989,11 +1098,12 @@ impl IncidentMachine {
             .handed_over
             .clone()
             .unwrap_or_else(|| "an action waits for approval".to_owned());
-        self.notify(
-            record,
-            NoticeKind::StillOpen,
-            format!("{} is still {}: {why}", record.service, record.class),
-        );
+        self.tell_still_open(record, &why);
+    }
+
+    fn tell_still_open(&mut self, record: &Incident, why: &str) {
+        let words = format!("{} is still {}: {why}", record.service, record.class);
+        self.notify(record, NoticeKind::StillOpen, words);
     }
 
     fn update_score(&self, record: &mut Incident) {
@@ -1028,7 +1138,14 @@ impl IncidentMachine {
 }
 
 /// What a person is asked to approve now.
-fn plan(now: Now, record: &Incident, action: ActionKind, seen: &Observed, policy: &str, node: &str) -> Plan {
+pub(super) fn plan(
+    now: Now,
+    record: &Incident,
+    action: ActionKind,
+    seen: &Observed,
+    policy: &str,
+    node: &str,
+) -> Plan {
     let made = now.when();
     let ttl_ms = u64::try_from(seen.policy.approvals(action).ttl.as_millis()).unwrap_or(u64::MAX);
     Plan {
@@ -1047,7 +1164,7 @@ fn plan(now: Now, record: &Incident, action: ActionKind, seen: &Observed, policy
     }
 }
 
-fn finish(record: &mut Incident, now: Now, outcome: Outcome, verdict: Option<Verdict>) {
+pub(super) fn finish(record: &mut Incident, now: Now, outcome: Outcome, verdict: Option<Verdict>) {
     if let Some(action) = record.actions.last_mut() {
         action.finished = Some(now.when());
         action.outcome = Some(outcome);
@@ -1058,7 +1175,5 @@ fn finish(record: &mut Incident, now: Now, outcome: Outcome, verdict: Option<Ver
     }
 }
 
-/// Time that the caller has to make an intent durable.
-const RECORD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time after which an intent that could not be recorded is decided anew.
 const RECORD_RETRY: Duration = Duration::from_secs(10);

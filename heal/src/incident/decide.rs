@@ -9,7 +9,8 @@ use crate::breaker::Breakers;
 use crate::budget::Ledger;
 use crate::evidence::{Counts, Evidence};
 use crate::policy::evaluate::{Because, Facts, Ruling, evaluate};
-use crate::policy::{HealPolicy, NodeBudget};
+use crate::policy::fleet::{FleetFacts, held_until_ms};
+use crate::policy::{HealPolicy, NodeBudget, RiskClass};
 use crate::standing::Demotion;
 use crate::types::{ActionKind, ActionRecord, Alternative, FaultClass, Incident, Outcome, Plan};
 
@@ -24,6 +25,12 @@ pub(super) enum Decision {
     Recommend(ActionKind),
     /// Autonomy `observe`: only say what would be done.
     WouldAct(ActionKind),
+    /// The action is right, and the fleet holds it back.
+    Held {
+        action: ActionKind,
+        reason: String,
+        until: Duration,
+    },
     /// Nothing is begun at present.
     Hold(String),
     /// Nothing is begun while nothing presses.
@@ -48,6 +55,8 @@ pub(super) struct Circumstances<'a> {
     pub(super) demoted: &'a [Demotion],
     /// Restarts within the window that were verified as healed for this class of trouble.
     pub(super) healed_before: u32,
+    /// What is known of the fleet, and since when it holds this incident.
+    pub(super) fleet: FleetFacts,
     /// What came of earlier decisions.
     pub(super) evidence: &'a [Evidence],
     /// A person approved the action for this incident.
@@ -81,6 +90,7 @@ pub(super) fn decide(incident: &Incident, diagnosis: &Diagnosis, with: &Circumst
         Decision::HandOver(reason)
         | Decision::Hold(reason)
         | Decision::LetBe(reason)
+        | Decision::Held { reason, .. }
         | Decision::Broken { reason, .. } => Alternative {
             action: None,
             chosen: true,
@@ -241,6 +251,22 @@ fn rung(
             chosen(false, format!("would be done: {}", diagnosis.reason));
             Decision::WouldAct(action)
         }
+        Ruling::Held { by, until_ms } => {
+            let reason = by.to_string();
+            chosen(false, reason.clone());
+            Decision::Held {
+                action,
+                reason,
+                until: Duration::from_millis(*until_ms),
+            }
+        }
+        Ruling::HeldTooLong { by } => {
+            chosen(
+                false,
+                format!("is recommended, since it was not done for so long: {by}"),
+            );
+            Decision::Recommend(action)
+        }
         Ruling::NeedApproval => {
             chosen(false, format!("is recommended: {}", diagnosis.reason));
             Decision::Recommend(action)
@@ -268,7 +294,9 @@ impl Circumstances<'_> {
         let (of_service, of_node) =
             self.ledger
                 .spent(&incident.service, &self.seen.policy, self.node, self.now);
-        let approved = self.approved && covers(incident.plan.as_ref(), diagnosis.class, action, self.seen);
+        let named = incident.plan.is_some() || self.seen.policy.class_of(action) < RiskClass::R3;
+        let covered = covers(incident.plan.as_ref(), diagnosis.class, action, self.seen);
+        let approved = self.approved && named && covered;
         Facts {
             incident: incident.id.0,
             service: incident.service.clone(),
@@ -299,13 +327,29 @@ impl Circumstances<'_> {
                 .find(|of| of.service == incident.service && of.action == action)
                 .map_or_else(Counts::default, |of| of.counts),
             breaker: self.breakers.tripped(&incident.service, action),
+            fleet: self.fleet_facts(incident, action, approved),
             now_ms: u64::try_from(self.now.as_millis()).unwrap_or(u64::MAX),
         }
     }
 }
 
+impl Circumstances<'_> {
+    /// What a ruling on this action rests on beside the node itself; `None` where the policy has no budgets of the fleet.
+    fn fleet_facts(&self, incident: &Incident, action: ActionKind, approved: bool) -> Option<FleetFacts> {
+        let policy = &self.seen.policy;
+        let budget = policy.fleet?;
+        let end = self.fleet.held_since_ms.map(|since| held_until_ms(budget, since));
+        let made = incident.plan.as_ref().map(|plan| plan.made.monotonic_ms);
+        Some(FleetFacts {
+            slot_until_ms: self.fleet.slot_until_ms.filter(|_| policy.is_shared(action)),
+            waived: approved && end.is_some_and(|end| made.is_some_and(|made| made >= end)),
+            ..self.fleet
+        })
+    }
+}
+
 /// Whether what was approved is this: the plan's action for the plan's class on the plan's session. What a person has, has no plan, and
-/// their word is for whatever comes next.
+/// their word is for whatever comes next, below R3: from there on nobody can have meant what they were not shown.
 fn covers(plan: Option<&Plan>, class: FaultClass, action: ActionKind, seen: &Observed) -> bool {
     plan.is_none_or(|plan| {
         plan.action == action && plan.class == class && plan.session == seen.session_of(action)
@@ -330,6 +374,10 @@ fn thousandths(share: f64) -> f64 {
 
 /// Actions for a class, cheapest first. An action may stand on several rungs.
 pub(super) fn ladder(class: FaultClass, seen: &Observed) -> Vec<ActionKind> {
+    // What runs there is somebody else's.
+    if seen.occupied {
+        return Vec::new();
+    }
     let policy = &seen.policy;
     let webhook = policy.webhook_for.contains(&class).then_some(ActionKind::Webhook);
     let hook = policy.hook_for.contains(&class).then_some(ActionKind::Hook);
@@ -363,6 +411,7 @@ fn own_ladder(class: FaultClass, seen: &Observed) -> Vec<ActionKind> {
         }
         FaultClass::DiskFull
         | FaultClass::ReadOnlyFs
+        | FaultClass::NetworkLoss
         | FaultClass::DiskSlow
         | FaultClass::CpuStarvation
         | FaultClass::Overload
@@ -416,7 +465,7 @@ fn rungs_left(incident: &Incident, rungs: &[ActionKind]) -> Vec<ActionKind> {
             .actions
             .iter()
             .filter(|done| done.intent.action == *action)
-            .filter(|done| used_up(done))
+            .filter(|done| used_up(done) && !(done.before_retry && action.renews_process()))
             .count();
         tried < allowed
     };

@@ -43,6 +43,11 @@ impl Observed {
         self.exit.is_some() || self.unresponsive || self.stopped_run > 0 || self.bad_run > 0
     }
 
+    /// Whether its process was started and has yet to prove that it serves.
+    pub(super) fn is_starting(&self) -> bool {
+        self.fresh && self.probed
+    }
+
     /// Whether every sign is gone: no symptom, nothing on the way to one, and good probes in a row where there are probes.
     pub(super) fn is_clear(&self) -> bool {
         self.known

@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::MemorySeen;
 use super::observe::Observed;
 use super::sessions::Inside;
+use super::{MemorySeen, NetworkSeen, PressureSeen};
 use crate::types::{Cause, FaultClass};
 
 /// What the trouble is taken to be.
@@ -50,7 +50,12 @@ pub(super) fn hypotheses(seen: &Observed) -> Vec<Diagnosis> {
         add(FaultClass::Corruption, CHECKED, reason);
     }
     if let Some(status) = &seen.exit {
-        add(FaultClass::Crash, 1.0, format!("its process ended: {status}"));
+        let reason = if seen.occupied {
+            status.clone()
+        } else {
+            format!("its process ended: {status}")
+        };
+        add(FaultClass::Crash, 1.0, reason);
     }
     if seen.stopped {
         let reason = "its process is stopped (state T)".to_owned();
@@ -66,8 +71,14 @@ pub(super) fn hypotheses(seen: &Observed) -> Vec<Diagnosis> {
         let reason = format!("{down}, which it calls, is down: a restart of this one cannot help");
         add(FaultClass::DependencyDown, DEPENDENCY, reason);
     }
-    if seen.unresponsive {
-        of_silence(seen, &mut add);
+    match &seen.refusal {
+        // It is there, and says itself what is wrong.
+        Some(words) if seen.unresponsive => {
+            let reason = format!("{}, but it answers, and refuses: {words}", failed(seen));
+            add(FaultClass::Unknown, 0.0, reason);
+        }
+        _ if seen.unresponsive => of_silence(seen, &mut add),
+        _ => {}
     }
     if seen.anomalous {
         let causes = seen.anomaly.as_ref().map_or(&[][..], |anomaly| &anomaly.causes);
@@ -100,14 +111,13 @@ pub(super) fn hypotheses(seen: &Observed) -> Vec<Diagnosis> {
 
 /// What makes a suspicion of the detector a reason to interrupt a service, in words to add, or what is missing. More memory or processor time
 /// than usual is no trouble by itself: a cache that fills, a nightly job. It is when probes fail or get slow; when its memory is nearly used up,
-/// or will be soon should it go on like this; when it takes the processors and has to queue for them itself, and no crowd of clients is why.
+/// or will be soon should it go on like this. Processor time alone presses on nobody: a service that it slows down shows that in its answers.
 fn pressing(seen: &Observed, class: FaultClass, causes: &[Cause]) -> Result<String, String> {
     let memory = class == FaultClass::MemoryLeak;
     if !memory && class != FaultClass::CpuContention {
         return Ok(String::new());
     }
-    let pressure = seen.pressure;
-    if let Some(crowd) = pressure.crowd.filter(|crowd| !memory && *crowd >= CROWD) {
+    if let Some(crowd) = seen.pressure.crowd.filter(|crowd| !memory && *crowd >= CROWD) {
         return Err(format!(
             "{crowd:.1} times the usual number of clients bring it along"
         ));
@@ -137,13 +147,14 @@ fn pressing(seen: &Observed, class: FaultClass, causes: &[Cause]) -> Result<Stri
             },
         );
     }
-    match (pressure.uses_cpu, pressure.waits_for_cpu) {
-        (Some(uses), Some(waits)) if uses >= OWN_CPU && waits >= THREADS_WAIT => Ok(format!(
-            "; and it takes {:.0} % of the processors while {waits:.1} of its threads wait for one",
-            100.0 * uses
-        )),
-        _ => Err("it answers as fast as ever, and the processors suffice".to_owned()),
-    }
+    seen.latency.risen().map_or_else(
+        || Err("it answers as fast as ever, so nobody who asks it notices".to_owned()),
+        |(now, usual)| {
+            Ok(format!(
+                "; and it answers in {now:.1} ms instead of {usual:.1} ms"
+            ))
+        },
+    )
 }
 
 fn of_sessions(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
@@ -179,9 +190,13 @@ fn of_sessions(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
     }
 }
 
-fn of_silence(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
+fn failed(seen: &Observed) -> String {
     let failed = seen.probes.iter().filter(|ok| !**ok).count();
-    let failed = format!("{failed} of the last {} probes failed", seen.probes.len());
+    format!("{failed} of the last {} probes failed", seen.probes.len())
+}
+
+fn of_silence(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
+    let failed = failed(seen);
     match seen.sessions.inside() {
         Inside::Nothing => {
             of_pressure(seen, &failed, add);
@@ -225,6 +240,19 @@ fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f
         );
         add(FaultClass::DiskSlow, PRESSED, reason);
     }
+    if let Some(network) = loses(&pressure) {
+        let dropped = match network.dropped {
+            0 => String::new(),
+            dropped => format!(", interfaces dropped {dropped} packets"),
+        };
+        let reason = format!(
+            "{failed} while it has read everything that came, {:.1} % of the host's TCP segments were sent again, and {} of its own \
+             connections wait for word of theirs{dropped}",
+            100.0 * network.resent,
+            network.unheard
+        );
+        add(FaultClass::NetworkLoss, PRESSED, reason);
+    }
     if waits_for_cpu >= THREADS_WAIT && uses_cpu < OWN_CPU {
         let reason = format!(
             "{failed} while {waits_for_cpu:.1} of its threads are ready to run and wait, and it has {:.0} % of the processors: others \
@@ -252,6 +280,14 @@ fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f
         let reason = format!("{failed} while {percent:.0} % of the files that it may have open are open");
         add(FaultClass::FdExhaustion, PRESSED, reason);
     }
+}
+
+/// What the way to it loses, where that may be why its probes fail. Of a hung one too the clients' packets go unanswered once the kernel takes
+/// no more for it: but then there is something that it has not read. And what gets lost on other ways is no reason why this one is silent.
+pub(super) fn loses(pressure: &PressureSeen) -> Option<NetworkSeen> {
+    pressure
+        .network
+        .filter(|network| network.resent >= RESENT && network.unheard > 0 && network.unread == 0)
 }
 
 /// The class that an anomaly's leading causes point to. A family of the service's resources is to blame when one of its channels,
@@ -345,6 +381,8 @@ const THREADS_WAIT: f64 = 0.5;
 const OWN_CPU: f64 = 0.5;
 /// So many times the usual clients make the difference between a load and a loop of its own.
 const CROWD: f64 = 3.0;
+/// Share of TCP segments sent again from which packets get lost; a sound network has a thousandth at most. A judgement.
+const RESENT: f64 = 0.01;
 /// Share of a process's limit of open files from which it can take no more clients.
 const DESCRIPTORS: f64 = 0.95;
 /// Share of the memory that it can have from which a service that is taken for leaking is not waited for. A judgement.

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! One incident is open for a service at a time, and what happens to the service meanwhile joins it. One action at a time is under
-//! way for a service. An action is charged to its budget when it is decided, recorded durably before it begins, and after a restart
+//! way in a failure domain, which is a service with what it calls, see `domain`. An action is charged to its budget when it is decided, recorded durably before it begins, and after a restart
 //! of the node its outcome is found out by looking. What renews the process and is found not to have happened is decided anew; anything
 //! else counts as done once its intent was durable, and is verified.
 
@@ -15,6 +15,9 @@ mod act;
 mod decide;
 mod detect;
 mod diagnose;
+mod domain;
+mod fleet;
+mod latency;
 mod observe;
 mod sessions;
 mod standing;
@@ -26,11 +29,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::fleet::Health;
 use self::observe::Observed;
 use crate::breaker::{Breaker, Breakers};
 use crate::budget::{Charge, Ledger};
 use crate::evidence::Evidence as Record;
 use crate::policy::evaluate::{self, RulingRecord};
+use crate::policy::fleet::FleetSeen;
 use crate::policy::{HealPolicy, NodeBudget};
 use crate::standing::{Demotion, Reinstated};
 use crate::types::{
@@ -73,6 +78,21 @@ pub struct PressureSeen {
     pub host_io_full: Option<f64>,
     /// Of its processes the largest share of its limit of open files that is open, 0 to 1.
     pub descriptors: Option<f64>,
+    /// What the way to it loses; `None` where that is not known or no more than usual.
+    pub network: Option<NetworkSeen>,
+}
+
+/// What the kernel tells of TCP since the last look, where far more is sent again than usual.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct NetworkSeen {
+    /// Share of the host's segments that were sent again, 0 to 1.
+    pub resent: f64,
+    /// Connections within the host to or from the service's port, such as its probe's, that wait for word of what they sent again.
+    pub unheard: u32,
+    /// Connections, taken or not, with something for the service that it has not read: it may be the one that does not answer.
+    pub unread: u32,
+    /// Packets that the host's interfaces dropped or found damaged.
+    pub dropped: u64,
 }
 
 /// How far a service's memory is from the most that it can have.
@@ -138,6 +158,13 @@ pub enum Input {
         service: String,
         /// How, in words, such as `killed by signal 9`.
         status: String,
+    },
+    /// The service cannot be started here: a server that was not started here runs on its data. A person has it then, at once.
+    Occupied {
+        /// The service.
+        service: String,
+        /// In words, with that server's process.
+        detail: String,
     },
     /// The state of the service's process was looked at.
     Process {
@@ -251,6 +278,14 @@ pub enum Input {
         /// What such a line speaks for, where it is known.
         hint: Option<FaultClass>,
     },
+    /// The service itself answered a probe with a refusal that no restart mends, such as a wrong password or a server that takes no writes
+    /// since its snapshots fail. Told before the [`Input::Probe`] that failed for it.
+    Refused {
+        /// The service.
+        service: String,
+        /// Its words.
+        detail: String,
+    },
     /// The service's failure risk at the shortest horizon. Policies may ask for it; nothing else goes by it.
     Risk {
         /// The service.
@@ -314,6 +349,14 @@ pub enum Input {
         standing: String,
         /// Whose signature it is; `None` for the word of somebody at the host.
         by: Option<String>,
+    },
+    /// How the fleet is. It only ever holds something back, see [`crate::policy::fleet`].
+    Fleet(FleetSeen),
+    /// The node holds a slot of the fleet, and lets go of it by then on the monotonic clock of [`Now`]. Counts while it is wanted, see
+    /// [`IncidentMachine::slot_wanted`].
+    Slot {
+        /// That moment.
+        until: Duration,
     },
     /// The stop switch: while on, nothing new is begun.
     Halt(bool),
@@ -418,6 +461,8 @@ pub struct IncidentMachine {
     clock_id: String,
     node: NodeBudget,
     depends_on: BTreeMap<String, Vec<String>>,
+    /// What each service calls, also through others.
+    called: BTreeMap<String, BTreeSet<String>>,
     /// Digest of all policies.
     policy: String,
     /// The last ruling of each service and action, so that one that is asked for again is written down once.
@@ -431,6 +476,8 @@ pub struct IncidentMachine {
     healed: Vec<HealedRestart>,
     /// Services whose last intent could not be recorded, with the time of the next reminder.
     unrecorded: BTreeMap<String, Duration>,
+    /// What is known of the fleet. Not kept: after a restart it is heard anew.
+    fleet: fleet::Fleet,
     halted: bool,
     last_incident: u64,
     last_intent: u64,
@@ -451,6 +498,8 @@ struct Open {
 enum Phase {
     /// More observations; `undecided` asks for a decision at the next diagnosis.
     Watching { undecided: bool },
+    /// What it calls to serve again.
+    Excused { remind_at: Duration },
     /// A sign that something presses: the detector alone suspects it, and it serves.
     LetBe,
     /// A person's word.
@@ -460,6 +509,8 @@ enum Phase {
     },
     /// The end of a cool-down.
     CoolingDown { until: Duration, approved: bool },
+    /// The end of another action in its failure domain.
+    Queued { approved: bool, remind_at: Duration },
     /// The intent to be durable.
     Recording { id: IntentId, deadline: Duration },
     /// The hands.
@@ -467,7 +518,7 @@ enum Phase {
     /// The effect.
     Verifying { id: IntentId, until: Duration },
     /// Word of what became of an intent before the node's restart.
-    Reconciling { id: IntentId },
+    Reconciling { id: IntentId, deadline: Duration },
     /// A person. The class is the one that was handed over. `retry_at`: only the record failed, or an executor, so it is tried again.
     Handed {
         remind_at: Duration,
@@ -485,6 +536,7 @@ impl IncidentMachine {
             policy: evaluate::digest(config.services.iter(), config.node),
             clock_id: config.clock_id,
             node: config.node,
+            called: domain::called(&config.depends_on),
             depends_on: config.depends_on,
             ruled: BTreeMap::new(),
             services: config
@@ -499,6 +551,7 @@ impl IncidentMachine {
             evidence: Vec::new(),
             healed: Vec::new(),
             unrecorded: BTreeMap::new(),
+            fleet: fleet::Fleet::default(),
             halted: false,
             last_incident: 0,
             last_intent: 0,
@@ -520,6 +573,17 @@ impl IncidentMachine {
     #[must_use]
     pub fn reinstated_by(mut self, need: u32) -> Self {
         self.reinstate_need = need;
+        self
+    }
+
+    /// The same, where these services are probed: one of them that was just started has to answer before it counts as up.
+    #[must_use]
+    pub fn probing<'a>(mut self, services: impl IntoIterator<Item = &'a str>) -> Self {
+        for name in services {
+            if let Some(seen) = self.services.get_mut(name) {
+                seen.probed = true;
+            }
+        }
         self
     }
 
@@ -563,6 +627,7 @@ impl IncidentMachine {
             let is_broken = state.broken.contains(&record.service);
             machine.reopen(now, record, is_broken);
         }
+        machine.look_at_dependencies(now);
         machine
     }
 
@@ -575,6 +640,7 @@ impl IncidentMachine {
             Input::Probe { service, .. }
             | Input::Started { service, .. }
             | Input::Exited { service, .. }
+            | Input::Occupied { service, .. }
             | Input::Process { service, .. }
             | Input::Anomaly { service, .. }
             | Input::AnomalyCleared { service }
@@ -591,10 +657,10 @@ impl IncidentMachine {
             | Input::Sessions { service, .. }
             | Input::SessionsUnseen { service, .. }
             | Input::SessionsRefused { service, .. }
+            | Input::Refused { service, .. }
             | Input::DiskRelieved { service } => {
                 let service = service.clone();
                 self.observe(now, &service, &input);
-                self.tell_dependents(now, &service);
             }
             Input::IntentDurable { id } => self.intent_durable(now, *id),
             Input::IntentFailed { id, detail } => self.intent_failed(now, *id, detail),
@@ -614,6 +680,8 @@ impl IncidentMachine {
                 standing,
                 by,
             } => self.reinstate(now, service, standing, by.clone()),
+            Input::Fleet(seen) => self.fleet_told(now, *seen),
+            Input::Slot { until } => self.slot_lent(now, *until),
             Input::Halt(on) if *on == self.halted => {}
             Input::Halt(on) => {
                 self.halted = *on;
@@ -623,7 +691,9 @@ impl IncidentMachine {
                 }
             }
         }
+        self.settle_domains(now);
         self.drop_former_words();
+        self.drop_unwanted_slot();
     }
 
     /// Lets time pass. Call when the moment of [`Self::poll_timeout`] has come; poll outputs and the timeout afterwards.
@@ -642,7 +712,10 @@ impl IncidentMachine {
         for service in due {
             self.timed_out(now, &service);
         }
+        self.settle_domains(now);
+        self.fleet_fell_silent(now);
         self.drop_former_words();
+        self.drop_unwanted_slot();
     }
 
     /// The next output, until `None`.
@@ -654,7 +727,9 @@ impl IncidentMachine {
     /// The monotonic time at which [`Self::handle_timeout`] is due.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Duration> {
-        self.open.values().filter_map(|open| open.phase.deadline()).min()
+        let of_fleet = self.fleet.lapses_at();
+        let open = self.open.values().filter_map(|open| open.phase.deadline());
+        open.chain(of_fleet).min()
     }
 
     /// What has to survive a restart of the node.
@@ -742,34 +817,6 @@ impl IncidentMachine {
         self.evaluate(now, service);
     }
 
-    /// What a service's state means for those that call it.
-    fn tell_dependents(&mut self, now: Now, service: &str) {
-        let dependents: Vec<String> = self
-            .depends_on
-            .iter()
-            .filter(|(_, called)| called.iter().any(|name| name == service))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for dependent in dependents {
-            let down = self.depends_on.get(&dependent).and_then(|called| {
-                called
-                    .iter()
-                    .find(|name| self.services.get(*name).is_some_and(Observed::is_down))
-                    .cloned()
-            });
-            let Some(seen) = self.services.get_mut(&dependent) else {
-                continue;
-            };
-            if seen.dependency_down != down {
-                if down.is_none() {
-                    seen.ask_anew();
-                }
-                seen.dependency_down = down;
-                self.evaluate(now, &dependent);
-            }
-        }
-    }
-
     fn notify(&mut self, record: &Incident, kind: NoticeKind, words: String) {
         let notice = Notice {
             incident: record.id,
@@ -784,7 +831,8 @@ impl IncidentMachine {
 impl Phase {
     fn deadline(&self) -> Option<Duration> {
         match self {
-            Self::Watching { .. } | Self::LetBe | Self::Reconciling { .. } => None,
+            Self::Watching { .. } | Self::LetBe => None,
+            Self::Excused { remind_at } | Self::Queued { remind_at, .. } => Some(*remind_at),
             Self::AwaitingApproval {
                 remind_at,
                 expires_at,
@@ -793,7 +841,9 @@ impl Phase {
                 Some(retry_at.map_or(*remind_at, |retry| retry.min(*remind_at)))
             }
             Self::CoolingDown { until, .. } | Self::Verifying { until, .. } => Some(*until),
-            Self::Recording { deadline, .. } | Self::Acting { deadline, .. } => Some(*deadline),
+            Self::Recording { deadline, .. }
+            | Self::Acting { deadline, .. }
+            | Self::Reconciling { deadline, .. } => Some(*deadline),
         }
     }
 }

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::diagnose::{Family, family_of};
+use super::diagnose::{Family, family_of, loses};
+use super::latency::Latency;
 use super::sessions::Sessions;
 use super::{Input, MemorySeen, PressureSeen, ProcessState};
 use crate::policy::HealPolicy;
@@ -19,6 +20,10 @@ pub(super) struct Observed {
     pub(super) policy: HealPolicy,
     /// How the process ended, until it runs again.
     pub(super) exit: Option<String>,
+    /// A server that was not started here has its data: nothing is done until a person says that it is gone.
+    pub(super) occupied: bool,
+    /// Its process was started and has not yet answered often enough to count as up.
+    pub(super) fresh: bool,
     /// The latest probes, oldest first; at most `probe_window`.
     pub(super) probes: VecDeque<bool>,
     /// Whether a probe was ever seen.
@@ -62,6 +67,12 @@ pub(super) struct Observed {
     pub(super) answers_between: bool,
     /// What the latest burst of errors in its output speaks for, until it answers again, a disk has room again, or a minute has passed.
     pub(super) log_hint: Option<LogHint>,
+    /// Its own words in the latest probe that it answered with a refusal; until one fails otherwise, or it answers again.
+    pub(super) refusal: Option<String>,
+    /// The refusal that belongs to the probe which is told next.
+    refusal_next: Option<String>,
+    /// How long its good probes take, against what is usual.
+    pub(super) latency: Latency,
     /// A service that this one calls and that does not serve.
     pub(super) dependency_down: Option<String>,
     /// What is known of its sessions; nothing where nobody looks at them.
@@ -98,6 +109,8 @@ impl Observed {
         Self {
             policy,
             exit: None,
+            occupied: false,
+            fresh: false,
             probes: VecDeque::new(),
             probed: false,
             known: false,
@@ -122,6 +135,9 @@ impl Observed {
             pressure: PressureSeen::default(),
             answers_between: false,
             log_hint: None,
+            refusal: None,
+            refusal_next: None,
+            latency: Latency::default(),
             dependency_down: None,
             sessions: Sessions::default(),
             risk: None,
@@ -152,12 +168,20 @@ impl Observed {
                 self.known = true;
                 self.ok_run = 0;
                 self.exit = Some(brief(status));
+                self.occupied = false;
                 // What a check said while the process wrote is old now: every start checks the state again.
                 self.corrupt = None;
                 self.stopped_run = 0;
                 self.stopped = false;
                 self.sessions = Sessions::default();
                 Some(format!("the process ended: {}", brief(status)))
+            }
+            Input::Occupied { detail, .. } => {
+                self.known = true;
+                self.ok_run = 0;
+                let new = !std::mem::replace(&mut self.occupied, true);
+                self.exit = Some(brief(detail));
+                new.then(|| brief(detail))
             }
             Input::Process { state, .. } => self.process(*state),
             Input::Anomaly {
@@ -209,6 +233,10 @@ impl Observed {
                 return None;
             }
             Input::Pressure { seen, .. } => {
+                if loses(&self.pressure).is_some() && loses(seen).is_none() {
+                    // What it did not answer while packets got lost says nothing of it.
+                    self.ask_anew();
+                }
                 self.pressure = *seen;
                 return None;
             }
@@ -240,6 +268,10 @@ impl Observed {
                 return None;
             }
             Input::SessionsRefused { detail, .. } => self.sessions.refused(brief(detail)),
+            Input::Refused { detail, .. } => {
+                self.refusal_next = Some(brief(detail));
+                return None;
+            }
             Input::DiskRelieved { .. } => {
                 self.log_hint = None;
                 return self
@@ -266,6 +298,8 @@ impl Observed {
         self.anomaly_cleared = false;
         self.calm_rows = 0;
         self.exit = None;
+        self.occupied = false;
+        self.fresh = true;
         self.corrupt = None;
         self.probes.clear();
         self.ok_run = 0;
@@ -278,6 +312,8 @@ impl Observed {
         self.pressure = PressureSeen::default();
         self.answers_between = false;
         self.log_hint = None;
+        (self.refusal, self.refusal_next) = (None, None);
+        self.latency.renew();
         self.forget_alarm();
         self.signs.clear();
         self.settle_until = now.monotonic.saturating_add(self.policy.settle);
@@ -313,7 +349,7 @@ impl Observed {
         self.memory = MemorySeen::default();
     }
 
-    /// What it did not answer while a service that it calls was down says nothing of itself: it is asked anew.
+    /// What it did not answer while a service that it calls was down, or the way to it lossy, says nothing of itself: it is asked anew.
     pub(super) fn ask_anew(&mut self) {
         self.unresponsive = false;
         self.probes.clear();
@@ -323,6 +359,11 @@ impl Observed {
     fn probe(&mut self, ok: bool, latency: Duration, detail: &str) -> Option<String> {
         self.probed = true;
         self.known = true;
+        let refusal = self.refusal_next.take();
+        if !ok {
+            self.refusal = refusal;
+        }
+        self.latency.probe(ok, latency, self.anomaly.is_none());
         self.probes.push_back(ok);
         while self.probes.len() > self.policy.probe_window as usize {
             self.probes.pop_front();
@@ -334,7 +375,10 @@ impl Observed {
             self.answers_between = self.ok_run < self.policy.verify_probes && self.probes.contains(&false);
             if self.ok_run >= self.policy.verify_probes {
                 self.served = true;
+                self.fresh = false;
                 self.log_hint = None;
+                self.refusal = None;
+                self.sessions.lets_in();
                 if !self.anomalous
                     && !self.sessions.suspect()
                     && self.exit.is_none()

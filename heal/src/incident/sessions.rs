@@ -134,7 +134,6 @@ impl Sessions {
 
     /// The server refused an ordinary client: that confirms it.
     pub(super) fn refused(&mut self, detail: String) -> Option<String> {
-        self.watched = true;
         self.unrefused = 0;
         self.room_run = 0;
         let seen = self.seen.unwrap_or_default();
@@ -163,6 +162,13 @@ impl Sessions {
 
     pub(super) fn probed_well(&mut self) {
         (self.failed, self.unrefused) = (0, 0);
+    }
+
+    /// It answers again, one probe after the other. Where no look tells of free slots, clients that are let in do.
+    pub(super) fn lets_in(&mut self) {
+        if !self.watched {
+            self.exhausted = None;
+        }
     }
 
     /// Its probes fail, no look is let in, and it does not even refuse: what was seen of its sessions is from before.

@@ -8,6 +8,8 @@ use crate::types::{FaultClass, Plan, Verdict};
 
 mod another;
 mod classes;
+mod domain;
+mod fleet;
 mod pressing;
 mod standing;
 
@@ -24,6 +26,7 @@ impl Story {
     fn new(change: impl FnOnce(&mut HealPolicy)) -> Self {
         let mut policy = HealPolicy {
             autonomy: Autonomy::Act,
+            restore_autonomy: Autonomy::Act,
             settle: Duration::ZERO,
             anomaly_lasting: Duration::ZERO,
             ..HealPolicy::default()
@@ -136,19 +139,15 @@ impl Story {
         self.anomaly("service_cpu");
     }
 
-    /// One for which something presses: its memory is nearly used up, or its threads have to wait for a processor.
+    /// One for which something presses: its memory is nearly used up, or its answers take longer.
     fn anomaly(&mut self, channel: &str) -> Vec<Output> {
-        self.presses(channel);
-        self.scored(channel, 9.0)
-    }
-
-    fn presses(&mut self, channel: &str) {
         if channel == "service_memory" {
             self.memory(Some(0.95), None);
         }
         if channel == "service_cpu" {
-            self.saturated(0.9, 2.0, None);
+            return self.caused(&[(channel, 5.0), ("service_probe_latency", 1.0)], 9.0);
         }
+        self.scored(channel, 9.0)
     }
 
     fn memory(&mut self, share: Option<f64>, full_in: Option<Duration>) {
@@ -173,12 +172,17 @@ impl Story {
     }
 
     fn scored(&mut self, channel: &str, score: f32) -> Vec<Output> {
-        let causes = vec![Cause {
-            channel: channel.to_owned(),
-            contribution: 5.0,
+        self.caused(&[(channel, 5.0)], score)
+    }
+
+    fn caused(&mut self, causes: &[(&str, f32)], score: f32) -> Vec<Output> {
+        let cause = |(channel, contribution): &(&str, f32)| Cause {
+            channel: (*channel).to_owned(),
+            contribution: *contribution,
             rising: Some(true),
             evidence: None,
-        }];
+        };
+        let causes = causes.iter().map(cause).collect();
         self.tell(Input::Anomaly {
             service: "a".into(),
             score,
@@ -662,8 +666,10 @@ fn corrupt_state_of_a_service_that_answers_is_not_replaced() {
 }
 
 #[test]
-fn a_restore_may_need_approval_where_a_start_does_not() {
-    let mut story = Story::new(|policy| policy.restore_autonomy = Autonomy::Recommend);
+fn a_restore_needs_approval_where_nobody_wrote_otherwise_and_a_start_does_not() {
+    let unwritten = HealPolicy::default().restore_autonomy;
+    assert_eq!(unwritten, Autonomy::Recommend);
+    let mut story = Story::new(|policy| policy.restore_autonomy = unwritten);
     story.crash();
     story.carry_out(corrupt(false));
     assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));

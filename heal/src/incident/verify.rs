@@ -74,7 +74,7 @@ impl IncidentMachine {
 impl IncidentMachine {
     /// Another fault came before what was renewed could be judged. That one is not waited out: it gets an incident of its own where the new
     /// process had served, and its own means at once where it had not.
-    fn give_way(&mut self, now: Now, mut record: Incident, another: Diagnosis) {
+    pub(super) fn give_way(&mut self, now: Now, mut record: Incident, another: Diagnosis) {
         let Some(seen) = self.services.get(&record.service) else {
             return;
         };

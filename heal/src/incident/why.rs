@@ -168,10 +168,22 @@ impl Incident {
             IncidentState::Open => "open".to_owned(),
             IncidentState::AwaitingApproval => "an action waits for approval".to_owned(),
             IncidentState::CoolingDown => "an action waits for its cool-down".to_owned(),
+            IncidentState::Held => self.held().unwrap_or("held by the fleet").to_owned(),
             IncidentState::Acting => "an action is under way".to_owned(),
             IncidentState::Verifying => "the action is being verified".to_owned(),
             IncidentState::HandedToHuman => "handed to a person".to_owned(),
         }
+    }
+
+    /// What the fleet holds it back for, in words, while it does.
+    pub fn held(&self) -> Option<&str> {
+        let nothing = self
+            .alternatives
+            .iter()
+            .rfind(|considered| considered.action.is_none());
+        nothing
+            .filter(|_| self.state == IncidentState::Held)
+            .map(|considered| considered.reason.as_str())
     }
 
     fn after(&self, at: When) -> String {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::fleet::{self, FleetFacts, Hold};
 use super::{ActionRule, Autonomy, HealPolicy, NodeBudget, RiskClass};
 use crate::breaker::Tripped;
 use crate::budget::{Charge, Ledger, Refusal};
@@ -57,6 +58,9 @@ pub struct Facts {
     /// The breaker before the action's executor on this service, where it has opened.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub breaker: Option<Tripped>,
+    /// What is known of the fleet, where the policy has budgets for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fleet: Option<FleetFacts>,
     /// Milliseconds on the node's monotonic clock.
     pub now_ms: u64,
 }
@@ -71,6 +75,18 @@ pub enum Ruling {
     Wait {
         /// In milliseconds.
         until_ms: u64,
+    },
+    /// Not now: the fleet holds it back.
+    Held {
+        /// What does.
+        by: Hold,
+        /// Looked at again then, if nothing is heard before; in milliseconds.
+        until_ms: u64,
+    },
+    /// The fleet has held it back for as long as it may: a person has to approve it.
+    HeldTooLong {
+        /// What holds it.
+        by: Hold,
     },
     /// A person has to approve it.
     NeedApproval,
@@ -208,18 +224,19 @@ pub fn evaluate(policy: &HealPolicy, node: NodeBudget, facts: &Facts) -> Ruling 
         (Autonomy::Act, Err(Refusal::CoolingDown { until })) => Ruling::Wait {
             until_ms: millis(until),
         },
-        (Autonomy::Act, _) => Ruling::Act,
+        (Autonomy::Act, _) => fleet::ruling(policy, facts).unwrap_or(Ruling::Act),
     }
 }
 
-/// How much the node may do by itself here. From risk class R3 on nothing is done without a person; after harm neither.
+/// How much the node may do by itself here. From risk class R3 on nothing is done without a person, who may have approved restores beforehand by
+/// [`HealPolicy::restore_autonomy`] where there is no file; after harm neither.
 fn autonomy(policy: &HealPolicy, rule: Option<&ActionRule>, facts: &Facts) -> Autonomy {
     let written = match (rule, facts.action) {
         (Some(rule), _) => rule.autonomy,
         (None, ActionKind::RestoreAndStart) => policy.autonomy.min(policy.restore_autonomy),
         (None, _) => policy.autonomy,
     };
-    // Without a file restoring has a key of its own.
+    // Without a file restoring has a key of its own: who wrote `act` there has approved every restore beforehand.
     let by_class = match rule {
         Some(rule) => rule.class >= RiskClass::R3,
         None => facts.action != ActionKind::RestoreAndStart && RiskClass::of(facts.action) >= RiskClass::R3,
@@ -236,7 +253,7 @@ fn autonomy(policy: &HealPolicy, rule: Option<&ActionRule>, facts: &Facts) -> Au
 }
 
 /// Whether enough people have approved it.
-fn is_approved(policy: &HealPolicy, facts: &Facts) -> bool {
+pub(super) fn is_approved(policy: &HealPolicy, facts: &Facts) -> bool {
     let asked = policy.approvals(facts.action);
     facts.approved && (!asked.signed || facts.approved_by.len() >= asked.need as usize)
 }
@@ -291,9 +308,22 @@ pub struct RulingRecord {
     pub facts: Facts,
     /// The ruling.
     pub ruling: Ruling,
+    /// Probability, above 0 to 1, with which this ruling is made where these facts hold under that policy. 1: [`evaluate`] draws nothing by lot.
+    /// Logged all the same, so that the log stays one that other policies can be weighed on (inverse propensity, Horvitz and Thompson 1952)
+    /// should one ever draw.
+    #[serde(default = "certain")]
+    pub propensity: f64,
     /// SHA-256 of the line before it in the log, hexadecimal; empty in the first one. Whoever writes the log fills it in.
     #[serde(default)]
     pub previous: String,
+}
+
+/// The propensity of a ruling that follows from its facts.
+pub const CERTAIN: f64 = 1.0;
+
+/// Lines from before it was logged were made by rules as well.
+fn certain() -> f64 {
+    CERTAIN
 }
 
 /// SHA-256 of one line of a log of rulings, without its end, hexadecimal: what the next line holds as [`RulingRecord::previous`].
@@ -342,6 +372,7 @@ impl Facts {
             approved_by: BTreeSet::new(),
             evidence: Counts::default(),
             breaker: None,
+            fleet: None,
             now_ms: 1_000_000,
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::expression::{Expression, ExpressionError};
+use super::fleet::FleetBudget;
 use super::{ActionRule, Autonomy, HealPolicy, NodeBudget, PolicyError, RiskClass};
 use crate::types::{ActionKind, FaultClass};
 
@@ -61,6 +62,8 @@ pub enum Level {
 pub struct Budgets {
     /// Over all services of the node. Default: `[healing_budget]` of `edge.toml`.
     pub node: Option<NodeBudget>,
+    /// Over all nodes of the federation. Default none: nothing of the fleet is heard or told.
+    pub fleet: Option<FleetBudget>,
 }
 
 /// `[[service]]`
@@ -105,6 +108,9 @@ pub struct ActionPolicy {
     pub approval: bool,
     /// So many different people have to sign each plan, within its time.
     pub approvals: Option<ApprovalsSection>,
+    /// Whether it needs one of the fleet's slots, `budgets.fleet.max_nodes_acting` of them: without one it waits, and then goes to a person.
+    #[serde(default)]
+    pub shared: bool,
 }
 
 /// `approvals = { need = 2, ttl = "15m" }`
@@ -176,6 +182,7 @@ impl PolicyFile {
             return Err(FileError::Version);
         }
         let node = self.budgets.node.unwrap_or(node).check()?;
+        let fleet = self.budgets.fleet.map(FleetBudget::check).transpose()?;
         let known: Vec<String> = services.keys().cloned().collect();
         let mut listed = BTreeMap::new();
         for service in &self.service {
@@ -188,12 +195,13 @@ impl PolicyFile {
                 let hint = super::did_you_mean(&service.name, &names);
                 return Err(wrong(format!("is no [[service]] of edge.toml{hint}")));
             };
-            let policy = service.over(policy, self.autonomy, &wrong)?;
+            let policy = service.over(policy, self.autonomy, fleet, &wrong)?;
             if listed.insert(service.name.clone(), policy).is_some() {
                 return Err(wrong("is there twice".to_owned()));
             }
         }
         for (name, policy) in services.iter_mut() {
+            policy.fleet = fleet;
             match listed.remove(name) {
                 Some(laid) => *policy = laid,
                 // Nothing is listed for it, so nothing is done to it.
@@ -209,9 +217,11 @@ impl ServicePolicy {
         &self,
         below: &HealPolicy,
         autonomy: AutonomySection,
+        fleet: Option<FleetBudget>,
         wrong: &dyn Fn(String) -> FileError,
     ) -> Result<HealPolicy, FileError> {
         let mut policy = below.clone();
+        policy.fleet = fleet;
         policy.inhibit.extend(self.inhibit.iter().copied());
         if let Some(max) = &self.max {
             (policy.max_actions, policy.window) = rate(max).map_err(wrong)?;
@@ -241,6 +251,12 @@ impl ServicePolicy {
             if action.cooldown.is_some_and(|cooldown| cooldown > super::DAY) {
                 return Err(wrong("a cooldown of more than 24h".to_owned()));
             }
+            if action.shared && fleet.is_none() {
+                return Err(wrong(
+                    "shared = true asks for a slot of the fleet, and there is no fleet in [budgets]"
+                        .to_owned(),
+                ));
+            }
             let when = action.when.as_deref().map(Expression::parse).transpose();
             let when = when.map_err(|source| FileError::When {
                 service: self.name.clone(),
@@ -263,6 +279,7 @@ impl ServicePolicy {
                     .transpose()
                     .map_err(wrong)?,
                 evidence: autonomy.require_evidence,
+                shared: action.shared,
             };
             if rules.insert(kind, rule).is_some() {
                 return Err(wrong("is there twice".to_owned()));

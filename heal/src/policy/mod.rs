@@ -3,6 +3,7 @@
 pub mod evaluate;
 pub mod expression;
 pub mod file;
+pub mod fleet;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use self::expression::Expression;
+use self::fleet::FleetBudget;
 use crate::types::{ActionKind, FaultClass};
 
 /// How much the node may do by itself.
@@ -141,6 +143,9 @@ pub struct ActionRule {
     pub approvals: Option<Approvals>,
     /// Whether the node acts by itself only on recorded evidence, see [`crate::evidence::Counts::suffice`].
     pub evidence: bool,
+    /// Whether it needs a slot of the fleet.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
 }
 
 /// Who has to approve an action, and for how long that counts.
@@ -172,8 +177,9 @@ pub struct HealPolicy {
     pub rules: Option<BTreeMap<ActionKind, ActionRule>>,
     /// How much the node may do by itself. Default `recommend`: nothing is touched before somebody said so.
     pub autonomy: Autonomy,
-    /// The same for restoring a checkpoint over corrupt state (the replaced state is kept). The lower of the two holds.
-    /// Default `act`.
+    /// The same for restoring a checkpoint over corrupt state (R3; the replaced state is kept). The lower of the two holds.
+    /// Default `recommend`: a person approves each. `act`, which somebody has to write, is a standing approval of every such restore;
+    /// with a policy file it counts for nothing, and each is approved.
     pub restore_autonomy: Autonomy,
     /// Least time between two actions of one kind on this service. Default 10 s, 0 s to 24 h. Too short: a service that
     /// dies at once burns its budget in seconds. Too long: the second crash waits.
@@ -228,6 +234,9 @@ pub struct HealPolicy {
     /// Actions that are configured for some classes, in this order after hooks and before the class's own ladder. Default none.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub configured: BTreeMap<FaultClass, Vec<ActionKind>>,
+    /// The budgets of the fleet, where the policy file has them: one for all services of the node. Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fleet: Option<FleetBudget>,
     /// An incident that a person has to look at is told again after this time. Default 15 min, 10 s to 24 h.
     pub remind_every: Duration,
 }
@@ -306,7 +315,7 @@ impl HealingSection {
         Ok(HealPolicy {
             rules: None,
             autonomy: self.autonomy.unwrap_or(Autonomy::Recommend),
-            restore_autonomy: self.restore_autonomy.unwrap_or(Autonomy::Act),
+            restore_autonomy: self.restore_autonomy.unwrap_or(Autonomy::Recommend),
             cooldown: span(
                 "healing.cooldown",
                 self.cooldown,
@@ -336,6 +345,7 @@ impl HealingSection {
             target_digests: BTreeMap::new(),
             session_actions: true,
             configured: BTreeMap::new(),
+            fleet: None,
             probe_failures: count(
                 "healing.probe_failures",
                 self.probe_failures.unwrap_or_else(|| probe_window.min(2)),
@@ -428,6 +438,12 @@ impl HealPolicy {
     pub fn class_of(&self, action: ActionKind) -> RiskClass {
         let rule = self.rules.as_ref().and_then(|rules| rules.get(&action));
         rule.map_or(RiskClass::of(action), |rule| rule.class)
+    }
+
+    /// Whether an action needs a slot of the fleet here.
+    pub fn is_shared(&self, action: ActionKind) -> bool {
+        let rule = self.rules.as_ref().and_then(|rules| rules.get(&action));
+        rule.is_some_and(|rule| rule.shared)
     }
 
     /// Who has to approve an action. What changes topology or data asks for two unless the file says otherwise.
@@ -603,6 +619,24 @@ mod duration_opt {
         deserializer: D,
     ) -> Result<Option<Duration>, D::Error> {
         super::duration::deserialize(deserializer).map(Some)
+    }
+}
+
+#[cfg(test)]
+impl ActionRule {
+    /// Done without a person, and nothing else said of it.
+    pub(crate) fn example(class: RiskClass) -> Self {
+        Self {
+            class,
+            autonomy: Autonomy::Act,
+            cooldown: None,
+            max: None,
+            inhibit: BTreeSet::new(),
+            when: None,
+            approvals: None,
+            evidence: false,
+            shared: false,
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod fleet;
 mod op;
 mod oracle;
 mod small;
@@ -59,7 +60,7 @@ fn the_generator_reaches_what_the_invariants_are_about() {
     let mut runner = TestRunner::deterministic();
     let (mut executed, mut repeated, mut restored, mut harmed, mut relieved) = (0, 0, 0, 0, 0);
     let mut reached: BTreeMap<&str, usize> = BTreeMap::new();
-    for _ in 0..800 {
+    for _ in 0..1_200 {
         let strategy = (setting(), prop::collection::vec(op(), 60..120));
         let (setting, ops) = strategy.new_tree(&mut runner).unwrap().current();
         let world = run(setting, &ops);
@@ -71,7 +72,7 @@ fn the_generator_reaches_what_the_invariants_are_about() {
         restored += of(&|action| action == theriac_heal::types::ActionKind::RestoreAndStart);
         relieved += of(&|action| !action.renews_process());
         harmed += usize::from(!world.machine.export().demoted.is_empty());
-        for (what, times) in &world.oracle.reached {
+        for (what, times) in world.oracle.reached.iter().chain(&world.oracle.fleet.reached) {
             *reached.entry(what).or_default() += times;
         }
     }
@@ -81,10 +82,64 @@ fn the_generator_reaches_what_the_invariants_are_about() {
         repeated > 10 && restored > 20 && harmed > 20,
         "{repeated} {restored} {harmed}"
     );
-    for what in ["approved", "R3 approved", "reinstated", "signed", "half-open"] {
+    for what in [
+        "approved",
+        "R3 approved",
+        "reinstated",
+        "signed",
+        "half-open",
+        "let go",
+        "not for the brake",
+        "brake overruled",
+        "a person was asked",
+        "slot",
+        "slot waived",
+        "called off",
+    ] {
         assert!(
-            reached.get(what).is_some_and(|times| *times >= 2),
+            // The rarest has stories of its own.
+            reached
+                .get(what)
+                .is_some_and(|times| *times >= 2 || what == "slot waived"),
             "{what}: {reached:?}"
         );
     }
+}
+
+/// What a node does while its aggregator says nothing but what cannot be, it does as if it had no budgets of the fleet.
+#[test]
+fn an_absurd_fleet_changes_nothing_that_is_done() {
+    use proptest::strategy::ValueTree as _;
+
+    let mut runner = TestRunner::deterministic();
+    let with = Setting::Fleet.policy();
+    let without = theriac_heal::policy::HealPolicy {
+        fleet: None,
+        ..with.clone()
+    };
+    let mut done = 0;
+    for _ in 0..300 {
+        let strategy = prop::collection::vec(op(), 60..120);
+        let told = strategy.new_tree(&mut runner).unwrap().current();
+        let absurd = told.into_iter().map(|op| match op {
+            Op::Report { acting, .. } => Op::Report {
+                nodes: 7,
+                unhealthy: 8,
+                acting,
+            },
+            other => other,
+        });
+        let ops: Vec<Op> = absurd.collect();
+        let acted = |policy| {
+            let mut world = World::under(policy);
+            for op in &ops {
+                world.apply(op);
+            }
+            world.done
+        };
+        let alone = acted(&without);
+        done += alone.len();
+        assert_eq!(acted(&with), alone, "{ops:?}");
+    }
+    assert!(done > 300, "{done}");
 }

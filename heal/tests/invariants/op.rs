@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use theriac_heal::policy::fleet::FleetBudget;
 use theriac_heal::policy::{ActionRule, Approvals, Autonomy, HealPolicy, RiskClass};
 use theriac_heal::types::{ActionKind, FaultClass};
 
@@ -24,6 +25,10 @@ pub(crate) enum Setting {
     Configured,
     /// A file: restarts want two signatures, restores are R4, starts and sessions are the node's own.
     Signed,
+    /// A file with budgets of the fleet: everything is the node's own.
+    Fleet,
+    /// The same, and a restart needs a slot.
+    Shared,
 }
 
 #[derive(Debug, Clone)]
@@ -75,12 +80,13 @@ pub(crate) enum Op {
         /// Which session is the root.
         pid: i32,
     },
-    /// An ordinary client was refused, or nobody was let in to look.
+    /// Nobody was let in to look, an ordinary client was refused, or the server refuses for a reason of its own.
     Refused {
         service: usize,
-        unseen: bool,
+        how: usize,
     },
-    /// Why its threads do not run: nothing, overload, others on the processors, a slow disk, open files, itself.
+    /// Why its threads do not run, or its answers do not come: nothing, overload, others on the processors, a slow disk, open files, itself,
+    /// lost packets.
     Pressure {
         service: usize,
         why: usize,
@@ -122,12 +128,29 @@ pub(crate) enum Op {
         times: usize,
         apart_ms: u64,
     },
+    /// Where a restart needs a slot: a hang under one that is lent for so long, while the record takes so long and nobody looks; or with none until a person is asked and approves.
+    Lent {
+        service: usize,
+        ms: u64,
+        late_ms: u64,
+        never: bool,
+    },
     Deny {
         incident: u64,
     },
     Reinstate {
         service: usize,
         stale: bool,
+    },
+    /// The aggregator says how the fleet is: sick, busy, well, or what cannot be.
+    Report {
+        nodes: u32,
+        unhealthy: u32,
+        acting: u32,
+    },
+    /// The aggregator lends a slot for so long, wanted or not.
+    Slot {
+        ms: u64,
     },
     Halt(bool),
     Wall {
@@ -161,7 +184,28 @@ pub(crate) fn setting() -> impl Strategy<Value = Setting> {
         2 => Just(Setting::Recommend),
         1 => Just(Setting::Observe),
         2 => Just(Setting::Signed),
+        2 => Just(Setting::Fleet),
+        2 => Just(Setting::Shared),
     ]
+}
+
+fn report() -> impl Strategy<Value = Op> {
+    let counts = prop_oneof![
+        3 => Just((20, 9, 0)),
+        2 => Just((20, 0, 0)),
+        1 => Just((20, 1, 4)),
+        1 => Just((2, 1, 0)),
+        1 => Just((3, 2, 0)),
+        1 => Just((0, 0, 0)),
+        1 => Just((u32::MAX, u32::MAX, u32::MAX)),
+        1 => Just((20, u32::MAX, 0)),
+        1 => any::<(u32, u32, u32)>(),
+    ];
+    counts.prop_map(|(nodes, unhealthy, acting)| Op::Report {
+        nodes,
+        unhealthy,
+        acting,
+    })
 }
 
 fn word() -> impl Strategy<Value = Word> {
@@ -188,9 +232,9 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         1 => (service.clone(), any::<bool>()).prop_map(|(service, good)| Op::State { service, good }),
         2 => (service.clone(), any::<bool>(), any::<bool>(), any::<bool>(), 7..9_i32)
             .prop_map(|(service, piled, running, full, pid)| Op::Sessions { service, piled, running, full, pid }),
-        1 => (service.clone(), any::<bool>()).prop_map(|(service, unseen)| Op::Refused { service, unseen }),
+        1 => (service.clone(), 0..3_usize).prop_map(|(service, how)| Op::Refused { service, how }),
         1 => (service.clone(), prop::bool::weighted(0.3)).prop_map(|(service, on)| Op::ReadOnly { service, on }),
-        1 => (service.clone(), 0..6_usize).prop_map(|(service, why)| Op::Pressure { service, why }),
+        1 => (service.clone(), 0..7_usize).prop_map(|(service, why)| Op::Pressure { service, why }),
         1 => (service.clone(), any::<bool>()).prop_map(|(service, full)| Op::Disk { service, full }),
     ];
     prop_oneof![
@@ -207,7 +251,12 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         1 => (1..8_u64).prop_map(|incident| Op::Deny { incident }),
         3 => (service.clone(), 1..5_usize, prop_oneof![Just(6_000_u64), Just(310_000)])
             .prop_map(|(service, times, apart_ms)| Op::Failure { service, times, apart_ms }),
+        2 => (service.clone(), 151_000..400_000_u64, 0..400_000_u64, prop::bool::weighted(0.3))
+            .prop_map(|(service, ms, late_ms, never)| Op::Lent { service, ms, late_ms, never }),
         1 => (service, any::<bool>()).prop_map(|(service, stale)| Op::Reinstate { service, stale }),
+        4 => report(),
+        2 => prop_oneof![1_000..149_000_u64, 151_000..400_000_u64, Just(u64::MAX / 4)]
+            .prop_map(|ms| Op::Slot { ms }),
         1 => prop::bool::weighted(0.3).prop_map(Op::Halt),
         1 => any::<bool>().prop_map(|back| Op::Wall { back }),
     ]
@@ -219,7 +268,14 @@ impl Setting {
             autonomy: match self {
                 Self::Recommend => Autonomy::Recommend,
                 Self::Observe => Autonomy::Observe,
-                Self::Act | Self::Hooked | Self::Configured | Self::Signed => Autonomy::Act,
+                Self::Act | Self::Hooked | Self::Configured | Self::Signed | Self::Fleet | Self::Shared => {
+                    Autonomy::Act
+                }
+            },
+            // Both are met: with a standing approval of restores, and without.
+            restore_autonomy: match self {
+                Self::Act | Self::Configured => Autonomy::Act,
+                _ => HealPolicy::default().restore_autonomy,
             },
             max_actions: if matches!(self, Self::Hooked | Self::Configured) {
                 12
@@ -252,12 +308,29 @@ impl Setting {
         if self == Self::Signed {
             policy.rules = Some(rules());
         }
+        if matches!(self, Self::Fleet | Self::Shared) {
+            let mut rules: BTreeMap<_, _> = ActionKind::ALL
+                .into_iter()
+                .map(|action| (action, rule(action)))
+                .collect();
+            if let Some(restart) = rules.get_mut(&ActionKind::Restart) {
+                restart.shared = self == Self::Shared;
+            }
+            policy.rules = Some(rules);
+            policy.fleet = Some(FleetBudget {
+                hold_max: HOLD_MAX,
+                ..FleetBudget::default()
+            });
+        }
         policy
     }
 }
 
-fn rules() -> BTreeMap<ActionKind, ActionRule> {
-    let rule = |action| ActionRule {
+/// The longest hold in these histories.
+pub(crate) const HOLD_MAX: Duration = Duration::from_mins(2);
+
+fn rule(action: ActionKind) -> ActionRule {
+    ActionRule {
         class: RiskClass::of(action),
         autonomy: Autonomy::Act,
         cooldown: None,
@@ -266,7 +339,11 @@ fn rules() -> BTreeMap<ActionKind, ActionRule> {
         when: None,
         approvals: None,
         evidence: false,
-    };
+        shared: false,
+    }
+}
+
+fn rules() -> BTreeMap<ActionKind, ActionRule> {
     let mut rules: BTreeMap<_, _> = ActionKind::ALL
         .into_iter()
         .map(|action| (action, rule(action)))

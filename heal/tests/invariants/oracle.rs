@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::fleet::FleetOracle;
 use theriac_heal::breaker::{FAILURES_MAX, FORGOTTEN_AFTER, OPEN_FOR};
 use theriac_heal::policy::{Autonomy, HealPolicy, RiskClass};
 use theriac_heal::standing::{Demotion, Standing};
@@ -44,6 +45,8 @@ pub(crate) struct Oracle {
     spoken: BTreeSet<IncidentId>,
     /// Effects that do not renew the process, for ever.
     beside: BTreeSet<(IncidentId, ActionKind)>,
+    /// The fleet.
+    pub(crate) fleet: FleetOracle,
     /// Reached, so that a test can ask whether anything was tested.
     pub(crate) reached: BTreeMap<&'static str, usize>,
 }
@@ -88,6 +91,7 @@ impl Oracle {
     pub(crate) fn died(&mut self, lasting: Lasting) {
         self.granted.clear();
         self.spoken.clear();
+        self.fleet.died();
         self.lasting = lasting;
     }
 
@@ -108,10 +112,13 @@ impl Oracle {
             !policy.inhibit.contains(&intent.class) || called,
             "an action that its class inhibits: {intent:?}"
         );
+        let live = self.is_live(intent, now_ms);
+        let spoken = self.spoken.contains(&intent.incident) && !policy.approvals(intent.action).signed;
+        self.fleet.decided(policy, intent, live || spoken, now_ms);
         let demoted = self.demotions(&intent.service).iter().any(|of| of.covers(class));
         let alone = written(policy, intent.action) == Autonomy::Act
             && !demoted
-            // Without a file restoring has a key of its own.
+            // Without a file `restore_autonomy` may be a standing approval of restores, where it was written.
             && !(class >= RiskClass::R3
                 && (policy.rules.is_some() || intent.action != ActionKind::RestoreAndStart));
         if alone {
@@ -119,19 +126,10 @@ impl Oracle {
             self.spoken.remove(&intent.incident);
             return;
         }
-        let live = self.granted.values().any(|plan| {
-            plan.incident == intent.incident
-                && plan.action == intent.action
-                && plan.class == intent.class
-                && plan.session == intent.session
-                && plan.expires.monotonic_ms >= now_ms
-                && if plan.signed {
-                    plan.by.len() >= plan.need
-                } else {
-                    plan.unsigned || !plan.by.is_empty()
-                }
-        });
-        let word = self.spoken.remove(&intent.incident) && !policy.approvals(intent.action).signed;
+        // A word that names no plan is for nothing of R3 or above.
+        let word = self.spoken.remove(&intent.incident)
+            && !policy.approvals(intent.action).signed
+            && class < RiskClass::R3;
         assert!(
             live || word,
             "done without a live approval of it: {intent:?}, {:?}",
@@ -147,6 +145,22 @@ impl Oracle {
         if demoted {
             *self.reached.entry("demoted and approved").or_default() += 1;
         }
+    }
+
+    /// Whether enough people have approved exactly this.
+    fn is_live(&self, intent: &Intent, now_ms: u64) -> bool {
+        self.granted.values().any(|plan| {
+            plan.incident == intent.incident
+                && plan.action == intent.action
+                && plan.class == intent.class
+                && plan.session == intent.session
+                && plan.expires.monotonic_ms >= now_ms
+                && if plan.signed {
+                    plan.by.len() >= plan.need
+                } else {
+                    plan.unsigned || !plan.by.is_empty()
+                }
+        })
     }
 
     /// An effect begins.

@@ -4,17 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use theriac_heal::incident::{
-    HealConfig, IncidentMachine, Input, MachineState, MemorySeen, Output, PileUp, PressureSeen, ProcessState,
-    SessionsSeen,
+    HealConfig, IncidentMachine, Input, MachineState, MemorySeen, NetworkSeen, Output, PileUp, PressureSeen,
+    ProcessState, SessionsSeen,
 };
 use theriac_heal::policy::evaluate::{Ruling, evaluate};
+use theriac_heal::policy::fleet::FleetSeen;
 use theriac_heal::policy::{HealPolicy, NodeBudget};
 use theriac_heal::types::{
-    ActionKind, Cause, FaultClass, IncidentId, IncidentState, Intent, IntentId, Now, Outcome, Plan,
+    ActionKind, Cause, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Now, Outcome, Plan,
     RestartHelps,
 };
 
-use crate::op::{Of, Op, SERVICES, Setting, Word};
+use crate::op::{HOLD_MAX, Of, Op, SERVICES, Setting, Word};
 use crate::oracle::{Lasting, Oracle};
 
 const NODE: &str = "site-a";
@@ -47,9 +48,15 @@ pub(crate) struct World {
     pub(crate) outcomes: BTreeMap<(IncidentId, ActionKind), usize>,
     full: BTreeSet<String>,
     read_only: BTreeSet<String>,
+    /// Whose process was seen stopped at the last look: that is its own trouble.
+    stopped: BTreeSet<String>,
+    /// Whose latest probe in this life of the node failed.
+    silent: BTreeSet<String>,
     pub(crate) oracle: Oracle,
     /// Plans that stood before.
     former: BTreeMap<IncidentId, String>,
+    /// Actions of an incident before the last time that a person who has it asked for another try.
+    retried: BTreeMap<IncidentId, usize>,
     stale: String,
     halted: bool,
     stalled: bool,
@@ -95,8 +102,11 @@ impl World {
             outcomes: BTreeMap::new(),
             full: BTreeSet::new(),
             read_only: BTreeSet::new(),
+            stopped: BTreeSet::new(),
+            silent: BTreeSet::new(),
             oracle: Oracle::default(),
             former: BTreeMap::new(),
+            retried: BTreeMap::new(),
             stale: "none".to_owned(),
             halted: false,
             stalled: false,
@@ -112,12 +122,19 @@ impl World {
 
     pub(crate) fn apply(&mut self, op: &Op) {
         match op {
-            Op::Probe { service, ok } => self.tell(Input::Probe {
-                service: name(*service),
-                ok: *ok,
-                latency: Duration::from_millis(2),
-                detail: "timed out".to_owned(),
-            }),
+            Op::Probe { service, ok } => {
+                if *ok {
+                    self.silent.remove(SERVICES[*service]);
+                } else {
+                    self.silent.insert(name(*service));
+                }
+                self.tell(Input::Probe {
+                    service: name(*service),
+                    ok: *ok,
+                    latency: Duration::from_millis(2),
+                    detail: "timed out".to_owned(),
+                });
+            }
             Op::Exit { service } => {
                 self.tell(Input::Exited {
                     service: name(*service),
@@ -130,8 +147,10 @@ impl World {
             }),
             Op::Process { service, stopped } => {
                 let state = if *stopped {
+                    self.stopped.insert(name(*service));
                     ProcessState::Stopped
                 } else {
+                    self.stopped.remove(SERVICES[*service]);
                     ProcessState::Alive
                 };
                 self.tell(Input::Process {
@@ -260,12 +279,12 @@ impl World {
                 }
                 self.die(*new_boot, *took_effect);
             }
-            Op::Refused { service, unseen } => {
+            Op::Refused { service, how } => {
                 let (service, detail) = (name(*service), "too many clients".to_owned());
-                self.tell(if *unseen {
-                    Input::SessionsUnseen { service, detail }
-                } else {
-                    Input::SessionsRefused { service, detail }
+                self.tell(match how {
+                    0 => Input::SessionsUnseen { service, detail },
+                    1 => Input::SessionsRefused { service, detail },
+                    _ => Input::Refused { service, detail },
                 });
             }
             Op::Pressure { service, why } => self.tell(Input::Pressure {
@@ -300,6 +319,31 @@ impl World {
                     }
                 }
             }
+            Op::Lent {
+                service,
+                ms,
+                late_ms,
+                never,
+            } => {
+                let service = *service;
+                if !self.config.services[SERVICES[service]].is_shared(ActionKind::Restart) {
+                    return;
+                }
+                for ok in [false, false] {
+                    self.apply(&Op::Probe { service, ok });
+                }
+                if *never {
+                    self.pass(u64::try_from(HOLD_MAX.as_millis()).unwrap() + 1_000);
+                    let (plan, by) = (Of::Present, None);
+                    if let Some(open) = self.machine.open_incident(SERVICES[service]) {
+                        self.approve(open.id, Word { plan, by });
+                    }
+                } else {
+                    self.apply(&Op::Slot { ms: *ms });
+                    self.ms += late_ms;
+                }
+                self.record(true);
+            }
             Op::Approve { incident, word } => self.approve(IncidentId(*incident), *word),
             Op::Reinstate { service, stale } => {
                 let present = self.machine.standing(SERVICES[*service]).hash();
@@ -317,6 +361,33 @@ impl World {
             Op::Deny { incident } => self.tell(Input::Deny {
                 incident: IncidentId(*incident),
             }),
+            Op::Report {
+                nodes,
+                unhealthy,
+                acting,
+            } => {
+                let (nodes, unhealthy, acting) = (*nodes, *unhealthy, *acting);
+                let now_ms = self.ms + 1 - self.boot_ms;
+                self.oracle.fleet.told((nodes, unhealthy, acting), now_ms);
+                self.tell(Input::Fleet(FleetSeen {
+                    nodes,
+                    unhealthy,
+                    acting,
+                }));
+            }
+            Op::Slot { ms } => {
+                // Whether it wants one is asked at that very moment: a brake may have ended while nobody looked.
+                self.ms += 1;
+                self.machine.handle_timeout(self.now());
+                self.drain();
+                let until_ms = self.ms - self.boot_ms + ms;
+                if self.machine.slot_wanted().is_some() {
+                    self.oracle.fleet.lent(until_ms);
+                }
+                let until = Duration::from_millis(until_ms);
+                self.machine.handle(self.now(), Input::Slot { until });
+                self.drain();
+            }
             Op::Halt(on) => {
                 self.halted = *on;
                 self.tell(Input::Halt(*on));
@@ -356,7 +427,10 @@ impl World {
                 Some(hash) => self
                     .oracle
                     .approved(&policy, open, hash, by, now.when().monotonic_ms),
-                None if open.state == IncidentState::HandedToHuman => self.oracle.spoke(incident),
+                None if open.state == IncidentState::HandedToHuman => {
+                    self.oracle.spoke(incident);
+                    self.retried.insert(incident, open.actions.len());
+                }
                 None => {}
             }
         }
@@ -391,6 +465,8 @@ impl World {
             self.drain();
         }
         self.ms = end;
+        let now_ms = self.ms - self.boot_ms;
+        self.oracle.fleet.bounded(self.machine.open_incidents(), now_ms);
     }
 
     pub(crate) fn record(&mut self, stored: bool) {
@@ -471,6 +547,7 @@ impl World {
         self.to_reconcile.clear();
         self.full.clear();
         self.read_only.clear();
+        self.silent.clear();
         self.oracle.died(self.disk.oracle.clone());
         self.former.clear();
         self.halted = self.disk.state.halted;
@@ -515,6 +592,7 @@ impl World {
                     let policy = self.config.services[&intent.service].clone();
                     self.oracle.decided(&policy, &intent, now_ms);
                     self.nothing_else_under_way(&intent);
+                    self.domain_is_free(&intent);
                     let incident = self.machine.open_incident(&intent.service).unwrap();
                     assert!(
                         !matches!(
@@ -542,7 +620,11 @@ impl World {
                     );
                     assert!(!self.halted, "effect while halted: {intent:?}");
                     self.nothing_else_under_way(&intent);
+                    self.domain_is_free(&intent);
                     self.within_budgets(&intent);
+                    let policy = self.config.services[&intent.service].clone();
+                    let now_ms = self.now().when().monotonic_ms;
+                    self.oracle.fleet.executes(&policy, &intent, now_ms);
                     self.oracle.executes(&intent, self.ms);
                     self.executing.push(intent);
                 }
@@ -562,12 +644,15 @@ impl World {
                 Output::Reinstated(record) => self.oracle.reinstated(&record.lifted),
                 Output::Opened(incident) | Output::Updated(incident) | Output::Closed(incident) => {
                     assert!(incident.state.is_closed() == incident.closed.is_some());
+                    let now_ms = self.now().when().monotonic_ms;
+                    self.oracle.fleet.sees(&incident, now_ms);
                     self.oracle
                         .sees(&self.config.services[&incident.service], &incident);
                     for action in ActionKind::ALL {
                         let tried = incident
                             .actions
                             .iter()
+                            .skip(self.retried_before(&incident, action))
                             .filter(|done| done.intent.action == action)
                             .filter(|done| match done.outcome {
                                 Some(Outcome::NotNeeded) => false,
@@ -586,6 +671,36 @@ impl World {
                 }
                 Output::Notify(_) => {}
             }
+        }
+    }
+
+    /// What renews the process counts anew after a person's word.
+    fn retried_before(&self, incident: &Incident, action: ActionKind) -> usize {
+        let retried = self.retried.get(&incident.id).copied();
+        retried.filter(|_| action.renews_process()).unwrap_or(0)
+    }
+
+    /// One action at a time in a failure domain, and none on a caller for its silence while what it calls is in trouble and silent too.
+    fn domain_is_free(&self, intent: &Intent) {
+        for other in SERVICES.iter().filter(|name| **name != intent.service) {
+            let Some(open) = self.machine.open_incident(other) else {
+                continue;
+            };
+            assert!(
+                !matches!(open.state, IncidentState::Acting | IncidentState::Verifying),
+                "two actions in one failure domain: {intent:?} beside {open:?}"
+            );
+            let excused = intent.service == SERVICES[1]
+                && intent.class == FaultClass::Hang
+                && intent.action.renews_process()
+                && !self.stopped.contains(&intent.service)
+                && !open.class.from_detector()
+                && self.silent.contains(*other);
+            assert!(
+                !excused,
+                "a caller renewed for what it calls: {intent:?} beside {open:?}, {:?}",
+                self.machine.open_incident(&intent.service)
+            );
         }
     }
 
@@ -680,6 +795,7 @@ fn pressure(why: usize) -> PressureSeen {
         crowd: Some(1.0),
         host_io_full: Some(0.0),
         descriptors: Some(0.1),
+        network: None,
     };
     match why {
         1 => PressureSeen {
@@ -703,6 +819,15 @@ fn pressure(why: usize) -> PressureSeen {
         5 => PressureSeen {
             uses_cpu: Some(0.9),
             waits_for_cpu: Some(2.0),
+            ..calm
+        },
+        6 => PressureSeen {
+            network: Some(NetworkSeen {
+                resent: 0.3,
+                unheard: 2,
+                unread: 0,
+                dropped: 5,
+            }),
             ..calm
         },
         _ => calm,

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use super::statistics::{distance_squared, norm};
+use super::statistics::{distance_squared, moved, norm};
 use super::*;
 
 /// `count` rows around a mean that is far from zero, different in every coordinate.
@@ -320,4 +320,67 @@ fn poison_spoils_targets_and_nothing_else() {
     };
     assert_eq!(sorted(&shuffled), sorted(&series), "whole rows change places");
     assert_eq!(poison::rows(Kind::PoisonScale, &series, 4), series);
+}
+
+/// The recorded attacks of `ByzFL` (minus the mean, IPM, ALIE) against ours, within the file's tolerance for `f32`; of `mimic` the row is the attacker's choice.
+#[test]
+fn recorded_attacks_come_out_as_ours() {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../shared/reference/robust_aggregation.json"
+    );
+    let Ok(text) = std::fs::read_to_string(path) else {
+        println!("left out: no recorded reference values beside the workspace");
+        return;
+    };
+    let reference: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let numbers = |value: &serde_json::Value| -> Vec<f32> {
+        let values = value.as_array().unwrap().iter();
+        values
+            .map(|value| statistics::narrow(value.as_f64().unwrap()))
+            .collect()
+    };
+    let mut seen = 0;
+    for case in reference["cases"].as_array().unwrap() {
+        let Some(attack) = case["rule"].as_str().unwrap().strip_prefix("attack:") else {
+            continue;
+        };
+        let honest: Vec<Vec<f32>> = case["input"].as_array().unwrap().iter().map(numbers).collect();
+        let expected = numbers(&case["output"]);
+        let tau = case["params"]["tau"].as_f64().unwrap_or(1.0);
+        let spread = Spread::of(&honest);
+        let zero = vec![0.0; expected.len()];
+        let ours = match attack {
+            "sign_flip" | "ipm" => moved(&zero, -tau, &spread.mean),
+            "alie" => moved(&spread.mean, tau, &spread.deviation),
+            "mimic" => {
+                assert!(honest.contains(&craft("mimic", &honest, &honest[..1])[0]));
+                honest[usize::try_from(case["params"]["epsilon"].as_u64().unwrap()).unwrap()].clone()
+            }
+            other => panic!("unknown attack {other}"),
+        };
+        // What the deployed attack of this name sends, where it has this strength.
+        let name = match attack {
+            "sign_flip" => "ipm-1".to_owned(),
+            "ipm" => format!("ipm-{tau}"),
+            "alie" => format!("alie-up-{tau}"),
+            _ => String::new(),
+        };
+        if name.parse::<Attack>().is_ok() {
+            assert_eq!(craft(&name, &honest, &honest[..1])[0], ours, "{name}");
+            seen += 1;
+        }
+        let largest = honest
+            .iter()
+            .flatten()
+            .fold(0.0_f32, |max, value| max.max(value.abs()));
+        for (ours, expected) in ours.iter().zip(&expected) {
+            assert!(
+                (ours - expected).abs() <= 2e-5 * largest,
+                "{}: {ours} is not {expected}",
+                case["id"]
+            );
+        }
+    }
+    assert!(seen >= 5, "{seen} recorded attacks are among ours by name");
 }

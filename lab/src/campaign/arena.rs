@@ -7,13 +7,14 @@ use tokio::time::sleep;
 
 use super::Healer;
 use super::inject::{Injected, inject};
-use super::keeper::{Account, Keeper};
+use super::keeper::{Account, Checkpoints, Keeper};
 use super::load::{self, Load, Seen};
 use super::plan::Step;
 use super::score::{BIN_MS, RunLog};
 use super::ward::Ward;
 use crate::demo::stage::unix_ms;
 use crate::fleet::http::Client;
+use crate::traffic::Answered;
 
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -43,6 +44,10 @@ pub(super) struct Arena {
     renewals: Vec<u64>,
     /// When the latest step ended: what a healer does between two has no fault for a reason.
     ended_ms: u64,
+    /// Its checkpoints until then.
+    checkpoints: Checkpoints,
+    /// A fault that could not be taken back.
+    left: Option<Injected>,
 }
 
 impl Arena {
@@ -56,6 +61,8 @@ impl Arena {
             pid: None,
             renewals: Vec::new(),
             ended_ms: unix_ms(),
+            checkpoints: Checkpoints::default(),
+            left: None,
         }
     }
 
@@ -78,7 +85,7 @@ impl Arena {
         self.pid = self.ward.pid();
         self.load = Some(Load::start(&self.ward, 0));
         let begun = Instant::now();
-        while self.healer == Healer::Theriac
+        while self.healer.foresees()
             && !self.keeper.has_learnt(&self.ward).await
             && begun.elapsed() < LEARN_LIMIT
         {
@@ -115,7 +122,10 @@ impl Arena {
             limit_s: step.fault.limit().as_secs_f64(),
             ..RunLog::default()
         };
-        let injected = inject(step.fault, &self.ward, &self.client).await;
+        let injected = match self.take_back_left().await {
+            Ok(()) => inject(step.fault, &self.ward, &self.client).await,
+            Err(left) => Err(format!("an earlier fault is still in force: {left}")),
+        };
         let mut injected = match injected {
             Ok(injected) => injected,
             Err(why) => {
@@ -126,13 +136,14 @@ impl Arena {
         };
         let course = self.follow(step, &mut injected, since_ms).await;
         if course.healed_ms.is_none() {
-            injected.undo(&self.ward, &self.client).await;
+            self.take_back(&mut injected).await;
         }
         let account = self.account(since_ms).await;
         let until_ms = unix_ms();
         // What came of it is settled; what is left of the fault's own means goes.
-        injected.undo(&self.ward, &self.client).await;
-        drop(injected);
+        if !self.take_back(&mut injected).await {
+            self.left = Some(injected);
+        }
         let seen = match self.load.take() {
             Some(load) => self.stopped(load).await,
             None => Seen::default(),
@@ -140,9 +151,28 @@ impl Arena {
         // Another one, so that what it finds lost belongs to one step.
         self.load = Some(Load::start(&self.ward, seed));
         self.fill(&mut log, &course, &account, &seen, since_ms, until_ms);
+        self.count_checkpoints(&mut log).await;
         // What is done while its writes are read back belongs to the time between two faults, whoever does it.
         self.ended_ms = until_ms;
         log
+    }
+
+    /// Whether the fault is gone.
+    async fn take_back(&self, injected: &mut Injected) -> bool {
+        let undone = injected.undo(&self.ward, &self.client).await;
+        if let Err(why) = &undone {
+            tracing::error!(why, "a fault is still in force");
+        }
+        undone.is_ok()
+    }
+
+    /// What is measured under an earlier fault would be laid to the next one.
+    async fn take_back_left(&mut self) -> Result<(), String> {
+        if let Some(left) = &mut self.left {
+            left.undo(&self.ward, &self.client).await?;
+            self.left = None;
+        }
+        Ok(())
     }
 
     /// Ends the load, which may take seconds, and goes on looking.
@@ -172,7 +202,7 @@ impl Arena {
                 .filter(|lasts| !passed && begun.elapsed() >= *lasts)
             {
                 tracing::debug!(?lasts, "it passes by itself");
-                injected.undo(&self.ward, &self.client).await;
+                self.take_back(injected).await;
                 passed = true;
             }
             let waits = step.fault.lasts().is_some() && !passed;
@@ -231,6 +261,22 @@ impl Arena {
             .filter(|ms| (since_ms..=until_ms).contains(ms))
             .collect();
         log.renewals_s = renewals.iter().map(|ms| after(*ms)).collect();
+        let answers: Vec<Answered> = seen
+            .answers
+            .iter()
+            .copied()
+            .filter(|answered| (since_ms..=until_ms).contains(&answered.due_ms))
+            .collect();
+        log.slowest_s = answers
+            .iter()
+            .map(Answered::took_ms)
+            .max()
+            .map(|ms| ms as f64 / 1e3);
+        // Whoever waits behind a proxy is answered by the new process, or not yet.
+        log.answered_s = renewals.last().and_then(|renewed| {
+            let since = seen.answers.iter().filter(|answered| answered.at_ms >= *renewed);
+            since.map(|answered| after(answered.at_ms)).min_by(f64::total_cmp)
+        });
         // Whoever says nothing is seen to have acted at the latest by a new process.
         log.act_s = account.acted_ms.or_else(|| renewals.first().copied()).map(after);
         // Each action of an edge, and each new process of whoever does nothing else (or did not say).
@@ -253,6 +299,17 @@ impl Arena {
                 *count += 1;
             }
         }
+    }
+
+    /// Those since the step before.
+    async fn count_checkpoints(&mut self, log: &mut RunLog) {
+        let Some(now) = self.keeper.checkpoints(&self.ward).await else {
+            return;
+        };
+        let before = std::mem::replace(&mut self.checkpoints, now);
+        log.checkpoint_s = (now.seconds - before.seconds).max(0.0);
+        log.checkpoints_valid = now.valid.saturating_sub(before.valid);
+        log.checkpoints_invalid = now.invalid.saturating_sub(before.invalid);
     }
 
     /// Looks at the service's process and at what the healer says.

@@ -1,14 +1,16 @@
 //! The faults of a campaign: what is broken, for how long, and what would be wrong to do about it.
 
 use std::fmt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theriac_heal::postgres::binaries::PgBinaries;
 
-/// What is healed. The two are played at the same time, each by healers of its own.
+use super::{disk, loss};
+
+/// What is healed. All are played at the same time, each by healers of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Lane {
@@ -16,6 +18,13 @@ pub enum Lane {
     Http,
     /// A PostgreSQL server.
     Postgres,
+    /// A Redis server.
+    Redis,
+}
+
+impl Lane {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Http, Self::Postgres, Self::Redis];
 }
 
 /// A real fault.
@@ -50,11 +59,19 @@ pub enum Trouble {
     LockPileup,
     /// Files that can be made again fill the server's file system at once.
     PgDiskFull,
+    /// The device under the server's file system does 64 KiB a second, and is fast again by itself.
+    SlowDisk,
+    /// The Redis server is killed.
+    RedisKill9,
+    /// It is stopped.
+    RedisHang,
+    /// Two of five packets to and from it get lost, until the line is sound again by itself.
+    PacketLoss,
 }
 
 impl Trouble {
     /// Every one.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 18] = [
         Self::Kill9,
         Self::Hang,
         Self::MemoryLeak,
@@ -69,6 +86,10 @@ impl Trouble {
         Self::ConnectionCreep,
         Self::LockPileup,
         Self::PgDiskFull,
+        Self::SlowDisk,
+        Self::RedisKill9,
+        Self::RedisHang,
+        Self::PacketLoss,
     ];
 
     /// Its name on the command line and in summaries.
@@ -88,6 +109,10 @@ impl Trouble {
             Self::ConnectionCreep => "connection_creep",
             Self::LockPileup => "lock_pileup",
             Self::PgDiskFull => "pg_disk_full",
+            Self::SlowDisk => "slow_disk",
+            Self::RedisKill9 => "redis_kill9",
+            Self::RedisHang => "redis_hang",
+            Self::PacketLoss => "packet_loss",
         }
     }
 
@@ -108,6 +133,10 @@ impl Trouble {
             Self::ConnectionCreep => "connection creep",
             Self::LockPileup => "lock pile-up",
             Self::PgDiskFull => "disk full, PostgreSQL",
+            Self::SlowDisk => "slow disk, PostgreSQL",
+            Self::RedisKill9 => "kill −9 of Redis",
+            Self::RedisHang => "hang of Redis (SIGSTOP)",
+            Self::PacketLoss => "packet loss, Redis",
         }
     }
 
@@ -127,7 +156,9 @@ impl Trouble {
             | Self::ConnectionExhaustion
             | Self::ConnectionCreep
             | Self::LockPileup
-            | Self::PgDiskFull => Lane::Postgres,
+            | Self::PgDiskFull
+            | Self::SlowDisk => Lane::Postgres,
+            Self::RedisKill9 | Self::RedisHang | Self::PacketLoss => Lane::Redis,
         }
     }
 
@@ -148,6 +179,8 @@ impl Trouble {
                 | Self::ConnectionExhaustion
                 | Self::ConnectionCreep
                 | Self::LockPileup
+                | Self::SlowDisk
+                | Self::PacketLoss
         )
     }
 
@@ -160,7 +193,7 @@ impl Trouble {
     pub fn lasts(self) -> Option<Duration> {
         match self {
             Self::Overload => Some(Duration::from_secs(6)),
-            Self::DependencyDown => Some(Duration::from_secs(8)),
+            Self::DependencyDown | Self::SlowDisk | Self::PacketLoss => Some(Duration::from_secs(8)),
             _ => None,
         }
     }
@@ -168,28 +201,29 @@ impl Trouble {
     /// Time from its beginning until it is taken back.
     pub fn limit(self) -> Duration {
         Duration::from_secs(match self {
-            Self::Kill9 | Self::ConnectionExhaustion => 20,
-            Self::Hang | Self::PgHang => 25,
+            Self::Kill9 | Self::RedisKill9 | Self::ConnectionExhaustion => 20,
+            Self::Hang | Self::PgHang | Self::RedisHang => 25,
             Self::PgKill9 => 30,
             Self::MemoryLeak => 40,
             Self::CpuHog | Self::LockPileup => 12,
             Self::DiskFull | Self::PgDiskFull => 18,
             Self::DiskCreep | Self::ConnectionCreep => 36,
-            Self::Overload | Self::DependencyDown => 22,
+            Self::Overload | Self::DependencyDown | Self::SlowDisk | Self::PacketLoss => 22,
         })
     }
 
     /// About how long a step of it takes with its pauses, for the plan; the slowest healer counts.
     pub(super) fn about(self) -> Duration {
         Duration::from_secs(match self {
-            Self::Kill9 => 13,
-            Self::Hang => 18,
+            Self::Kill9 | Self::RedisKill9 | Self::PgKill9 => 13,
+            Self::Hang | Self::RedisHang => 18,
             Self::MemoryLeak => 32,
             Self::CpuHog | Self::DependencyDown => 19,
+            Self::SlowDisk | Self::PacketLoss => 16,
             Self::DiskFull => 25,
             Self::DiskCreep => 34,
             Self::Overload => 15,
-            Self::PgKill9 | Self::ConnectionExhaustion | Self::LockPileup => 22,
+            Self::ConnectionExhaustion | Self::LockPileup => 22,
             Self::PgDiskFull => 28,
             Self::PgHang => 24,
             Self::ConnectionCreep => 36,
@@ -201,6 +235,17 @@ impl Trouble {
         if self.lane() == Lane::Postgres
             && let Err(why) = &machine.postgres
         {
+            return Some(why.clone());
+        }
+        let others = match self {
+            Self::SlowDisk => Some(&machine.slow_disk),
+            Self::PacketLoss => Some(&machine.packet_loss),
+            _ => None,
+        };
+        if self.lane() == Lane::Redis && machine.redis.is_none() {
+            return Some("`redis-server` is not on PATH; it is a Debian package".to_owned());
+        }
+        if let Some(Err(why)) = others {
             return Some(why.clone());
         }
         let needs_disk = matches!(self, Self::DiskFull | Self::DiskCreep | Self::PgDiskFull);
@@ -248,6 +293,12 @@ impl FromStr for Trouble {
 pub(super) struct Machine {
     pub(super) root: bool,
     pub(super) postgres: Result<PgBinaries, String>,
+    /// The server's program.
+    pub(super) redis: Option<PathBuf>,
+    /// Whether a disk can be made slow, and why not.
+    pub(super) slow_disk: Result<(), String>,
+    /// Whether packets can be dropped, and why not.
+    pub(super) packet_loss: Result<(), String>,
 }
 
 impl Machine {
@@ -256,7 +307,17 @@ impl Machine {
         let root = rustix::process::geteuid().is_root();
         let switch = !root || is_on_path("setpriv");
         let postgres = PgBinaries::find_here().map_err(|error| error.to_string());
+        let as_root = |possible: fn() -> Result<(), String>| {
+            if root {
+                possible()
+            } else {
+                Err("it needs root".to_owned())
+            }
+        };
         Self {
+            redis: path_of("redis-server"),
+            slow_disk: as_root(disk::is_possible),
+            packet_loss: as_root(loss::is_possible),
             root: root && is_on_path("mount") && is_on_path("umount"),
             postgres: if switch {
                 postgres
@@ -265,33 +326,16 @@ impl Machine {
             },
         }
     }
-
-    /// Faults of the catalogue that no build injects here, each with its reason.
-    pub(super) fn never() -> Vec<(&'static str, String)> {
-        let redis = if is_on_path("redis-server") {
-            "an edge of this build has no probe for Redis, so nothing would verify a healing"
-        } else {
-            "`redis-server` is not on PATH, and an edge of this build has no probe for Redis"
-        };
-        let loss = if is_on_path("nft") {
-            "this build drops no packets: every way to the services leads over loopback or a Unix socket"
-        } else {
-            "`nft` is not on PATH and every way to the services leads over loopback or a Unix socket"
-        };
-        let slow = if Path::new("/sys/fs/cgroup/blkio").is_dir() {
-            "the states lie on file systems in memory, which no throttle slows; a loop device is not built"
-        } else {
-            "there is no blkio controller, and the states lie on file systems in memory"
-        };
-        vec![
-            ("slow_disk", slow.to_owned()),
-            ("packet_loss", loss.to_owned()),
-            ("redis", redis.to_owned()),
-        ]
-    }
 }
 
 pub(super) fn is_on_path(program: &str) -> bool {
+    path_of(program).is_some()
+}
+
+/// Where a program is. Links are kept: Debian's `redis-server` goes by the name that it is called by.
+pub(super) fn path_of(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
 }

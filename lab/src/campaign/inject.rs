@@ -15,8 +15,10 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::disk;
 use super::fault::Trouble;
 use super::keeper::Ending;
+use super::loss::Loss;
 use super::ward::{SLOTS, Ward, clear, names, room};
 use crate::fleet::http::Client;
 
@@ -43,6 +45,8 @@ pub(super) struct Injected {
     /// It has all come.
     whole: Arc<AtomicBool>,
     sessions: Arc<Mutex<Vec<Session>>>,
+    /// What drops packets.
+    loss: Option<Loss>,
 }
 
 /// Brings a fault.
@@ -59,13 +63,14 @@ pub(super) async fn inject(fault: Trouble, ward: &Ward, client: &Client) -> Resu
         task: None,
         whole: Arc::default(),
         sessions: Arc::default(),
+        loss: None,
     };
     match bring(&mut injected, ward, client).await {
         Ok(()) => Ok(injected),
         Err(why) => {
             // It may have begun all the same: a file system half full, a leak whose acknowledgement came late.
-            injected.undo(ward, client).await;
-            Err(why)
+            let undone = injected.undo(ward, client).await;
+            Err(undone.map_or_else(|left| format!("{why}; and {left}"), |()| why.clone()))
         }
     }
 }
@@ -74,8 +79,20 @@ async fn bring(injected: &mut Injected, ward: &Ward, client: &Client) -> Result<
     let whole = Arc::clone(&injected.whole);
     let sessions = Arc::clone(&injected.sessions);
     match injected.fault {
-        Trouble::Kill9 | Trouble::PgKill9 => injected.signal(ward, Signal::KILL)?,
-        Trouble::Hang | Trouble::PgHang | Trouble::DependencyDown => injected.signal(ward, Signal::STOP)?,
+        Trouble::Kill9 | Trouble::PgKill9 | Trouble::RedisKill9 => injected.signal(ward, Signal::KILL)?,
+        Trouble::Hang | Trouble::PgHang | Trouble::RedisHang | Trouble::DependencyDown => {
+            injected.signal(ward, Signal::STOP)?;
+        }
+        Trouble::SlowDisk => {
+            let at = ward.disk.clone();
+            blocking(move || disk::slow(&at, true)).await?;
+        }
+        Trouble::PacketLoss => {
+            let (root, port) = (ward.root().to_owned(), ward.service.port());
+            let brought = tokio::task::spawn_blocking(move || Loss::bring(&root, port)).await;
+            let brought = brought.map_err(|error| error.to_string())?;
+            injected.loss = Some(brought.map_err(|error| error.to_string())?);
+        }
         Trouble::MemoryLeak => post(client, ward.control, LEAK).await?,
         Trouble::CpuHog => post(client, ward.control, "/fault/cpu?threads=4").await?,
         Trouble::DiskFull | Trouble::PgDiskFull => {
@@ -88,7 +105,7 @@ async fn bring(injected: &mut Injected, ward: &Ward, client: &Client) -> Result<
             blocking(move || fill(&at, CREEP_FROM)).await?;
             injected.task = Some(Ending(tokio::spawn(creep(cache, whole))));
         }
-        Trouble::Overload => injected.task = Some(Ending(tokio::spawn(crowd(ward.service)))),
+        Trouble::Overload => injected.task = Some(Ending(tokio::spawn(crowd(ward.address())))),
         Trouble::ConnectionExhaustion => {
             let target = app(ward)?;
             for _ in 0..SLOTS {
@@ -139,16 +156,23 @@ impl Injected {
             | Trouble::Overload
             | Trouble::DependencyDown
             | Trouble::PgKill9
-            | Trouble::PgHang => true,
+            | Trouble::PgHang
+            | Trouble::SlowDisk
+            | Trouble::RedisKill9
+            | Trouble::RedisHang
+            | Trouble::PacketLoss => true,
         }
     }
 
     /// Takes it back, whatever has become of it.
-    pub(super) async fn undo(&mut self, ward: &Ward, client: &Client) {
+    ///
+    /// # Errors
+    /// In words, when it is still in force; it can be tried again.
+    pub(super) async fn undo(&mut self, ward: &Ward, client: &Client) -> Result<(), String> {
         drop(self.task.take());
         self.sessions.lock().await.clear();
         match self.fault {
-            Trouble::Hang | Trouble::PgHang | Trouble::DependencyDown => {
+            Trouble::Hang | Trouble::PgHang | Trouble::RedisHang | Trouble::DependencyDown => {
                 // Nothing to take back where the process is gone.
                 self.signal(ward, Signal::CONT).ok();
             }
@@ -159,8 +183,23 @@ impl Injected {
                 clear(&ward.cache());
                 clear(&ward.quarantine());
             }
+            Trouble::SlowDisk => {
+                let at = ward.disk.clone();
+                blocking(move || disk::slow(&at, false))
+                    .await
+                    .map_err(|error| format!("the disk stays slow: {error}"))?;
+            }
+            Trouble::PacketLoss => {
+                if let Some(loss) = self.loss {
+                    blocking(move || loss.undo())
+                        .await
+                        .map_err(|error| format!("packets are still dropped: {error}"))?;
+                    self.loss = None;
+                }
+            }
             _ => {}
         }
+        Ok(())
     }
 
     /// Sends a signal after a look at whom it would hit.

@@ -48,6 +48,17 @@ pub(super) struct Account {
     pub(super) unread: bool,
 }
 
+/// Checkpoints of a service since its edge started.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Checkpoints {
+    /// Time spent on taking and proving them, failed ones too.
+    pub(super) seconds: f64,
+    /// Those that became valid.
+    pub(super) valid: u64,
+    /// Copies that were found to be bad.
+    pub(super) invalid: u64,
+}
+
 /// A running healer; what it started ends with it.
 #[derive(Debug)]
 pub(super) enum Keeper {
@@ -81,7 +92,10 @@ impl Keeper {
     /// Starts a healer, which starts the ward.
     pub(super) fn start(healer: Healer, ward: &Ward, processes: &mut Processes) -> io::Result<Self> {
         match healer {
-            Healer::Theriac | Healer::WithoutPrediction | Healer::WithoutDiagnosis => {
+            Healer::Theriac
+            | Healer::TheriacDirect
+            | Healer::WithoutPrediction
+            | Healer::WithoutDiagnosis => {
                 let config = text(&settings::write(ward, healer)?);
                 let name = format!("{}-{}", ward.dir_name(), "edge");
                 processes
@@ -153,6 +167,18 @@ impl Keeper {
                 .iter()
                 .filter(|incident| incident.service == SERVICE)
                 .all(|incident| matches!(incident.state.as_str(), "healed" | "recovered"))
+        })
+    }
+
+    /// What it spent on checkpoints so far; nothing of who takes none, and where its page does not answer.
+    pub(super) async fn checkpoints(&self, ward: &Ward) -> Option<Checkpoints> {
+        let Self::Edge { client } = self else { return None };
+        let status = client.json::<Status>(ward.page, "/status").await.ok()?;
+        let service = status.services.iter().find(|service| service.name == SERVICE)?;
+        Some(Checkpoints {
+            seconds: service.checkpoint_seconds,
+            valid: service.checkpoints_taken,
+            invalid: service.checkpoints_refused,
         })
     }
 
@@ -295,7 +321,7 @@ async fn stop(child: &mut Child, lane: Lane) {
         .and_then(Pid::from_raw);
     if let Some(pid) = pid {
         let polite = match lane {
-            Lane::Http => Signal::TERM,
+            Lane::Http | Lane::Redis => Signal::TERM,
             Lane::Postgres => Signal::INT,
         };
         // An error means that it is gone.
@@ -328,6 +354,9 @@ fn monit(ward: &Ward) -> io::Result<Keeper> {
     std::fs::write(dir.join("start.sh"), start_script(ward, &argv, &pid_file))?;
     std::fs::write(dir.join("stop.sh"), stop_script(ward.lane, &state, &pid_file))?;
     let test = match ward.app() {
+        None if ward.lane == Lane::Redis => {
+            format!("host 127.0.0.1 port {} protocol redis", ward.service.port())
+        }
         None => format!(
             "host 127.0.0.1 port {} protocol http request \"/healthz\"",
             ward.service.port()
@@ -387,7 +416,7 @@ fn start_script(ward: &Ward, argv: &[String], pid_file: &Path) -> String {
     let log = quoted(&text(&ward.dir.join("service.log")));
     let own_pid = match ward.lane {
         // A server writes its own.
-        Lane::Postgres => String::new(),
+        Lane::Postgres | Lane::Redis => String::new(),
         Lane::Http => format!("echo $! > {}\n", quoted(&text(pid_file))),
     };
     format!(
@@ -397,7 +426,7 @@ fn start_script(ward: &Ward, argv: &[String], pid_file: &Path) -> String {
 }
 
 fn stop_script(lane: Lane, state: &str, pid_file: &Path) -> String {
-    let polite = if lane == Lane::Http { "TERM" } else { "INT" };
+    let polite = if lane == Lane::Postgres { "INT" } else { "TERM" };
     format!(
         "pid=$(head -n 1 {})\n\
          # Whatever has the number now: only the service on this state is stopped.\n\
@@ -424,7 +453,7 @@ impl Ward {
     /// The service's words for whoever does not stay its parent.
     fn argv_detached(&self) -> Vec<String> {
         match self.lane {
-            Lane::Http => self.argv(false),
+            Lane::Http | Lane::Redis => self.argv(false),
             Lane::Postgres => self.argv_as_owner(),
         }
     }
@@ -433,6 +462,7 @@ impl Ward {
         match self.lane {
             Lane::Http => dir.join("pid"),
             Lane::Postgres => self.state().join("postmaster.pid"),
+            Lane::Redis => self.pid_file(),
         }
     }
 }
@@ -470,6 +500,7 @@ mod tests {
             ],
             verdict: Some("healed".to_owned()),
             handed_over: None,
+            plan: None,
         };
         let other = IncidentView {
             service: "host".to_owned(),

@@ -12,9 +12,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use super::fault::Lane;
+use super::redis::{self, Keys};
 use super::ward::Ward;
 use crate::demo::stage::unix_ms;
-use crate::traffic::{Traffic, TrafficReport};
+use crate::traffic::{Answered, Traffic, TrafficReport};
 
 /// Requests a second against the HTTP service, 30 % of them writes.
 const HTTP_RATE: f64 = 40.0;
@@ -26,13 +27,14 @@ const HTTP_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time that reading back may take.
 const READ_BACK_MAX: Duration = Duration::from_secs(15);
 /// Failures kept one by one in one step.
-const FAILURES_MAX: usize = 20_000;
+pub(super) const FAILURES_MAX: usize = 20_000;
 
 /// Rate of a lane's load, requests a second.
 pub(super) fn rate(lane: Lane) -> f64 {
     match lane {
         Lane::Http => HTTP_RATE,
         Lane::Postgres => POSTGRES_RATE,
+        Lane::Redis => redis::RATE,
     }
 }
 
@@ -41,6 +43,7 @@ pub(super) fn patience(lane: Lane) -> Duration {
     match lane {
         Lane::Http => HTTP_TIMEOUT,
         Lane::Postgres => POSTGRES_TIMEOUT,
+        Lane::Redis => redis::TIMEOUT,
     }
 }
 
@@ -61,6 +64,20 @@ pub(super) struct Seen {
     pub(super) lost: u64,
     /// Acknowledged writes that could not be looked for.
     pub(super) unverified: u64,
+    /// Requests that were answered well, as long as they are few enough to keep.
+    pub(super) answers: Vec<Answered>,
+}
+
+impl Seen {
+    /// A request that was due then is answered now.
+    pub(super) fn answered(&mut self, due_ms: u64) {
+        if self.answers.len() < FAILURES_MAX {
+            self.answers.push(Answered {
+                due_ms,
+                at_ms: unix_ms(),
+            });
+        }
+    }
 }
 
 /// A running load.
@@ -68,14 +85,16 @@ pub(super) struct Seen {
 pub(super) enum Load {
     Http(Traffic),
     Postgres(Ledger),
+    Redis(Keys),
 }
 
 impl Load {
     /// Begins one. The same seed asks the same.
     pub(super) fn start(ward: &Ward, seed: u64) -> Self {
         match ward.app() {
-            None => Self::Http(Traffic::start(ward.service, HTTP_RATE, seed)),
             Some(target) => Self::Postgres(Ledger::start(target, seed)),
+            None if ward.lane == Lane::Redis => Self::Redis(Keys::start(ward.address(), seed)),
+            None => Self::Http(Traffic::start(ward.address(), HTTP_RATE, seed)),
         }
     }
 
@@ -84,6 +103,7 @@ impl Load {
         match self {
             Self::Http(traffic) => of_traffic(&traffic.snapshot()),
             Self::Postgres(ledger) => ledger.shared.seen().report.clone(),
+            Self::Redis(keys) => keys.seen(),
         }
     }
 
@@ -92,6 +112,7 @@ impl Load {
         match self {
             Self::Http(traffic) => of_traffic(&traffic.stop().await),
             Self::Postgres(ledger) => ledger.stop().await,
+            Self::Redis(keys) => keys.stop().await,
         }
     }
 }
@@ -109,6 +130,7 @@ fn of_traffic(report: &TrafficReport) -> Seen {
             .collect(),
         lost: report.lost_writes,
         unverified: report.unverified_writes,
+        answers: report.answered.clone(),
     }
 }
 
@@ -209,6 +231,7 @@ impl Shared {
         if good {
             // A commit whose answer never came may still have taken effect: only what was acknowledged is held to.
             seen.acknowledged.extend(number);
+            seen.report.answered(due_ms);
         } else if seen.report.failures.len() < FAILURES_MAX {
             seen.report.failures.push(Failed { ms: due_ms, write });
         }

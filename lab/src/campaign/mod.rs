@@ -1,15 +1,19 @@
 //! The same real faults, on the same schedule, to services under load that different healers look after; measured from outside.
 //!
-//! Every healer has an HTTP service and a PostgreSQL server of its own. All of them are given the same fault at the same moment, so that
+//! Every healer has an HTTP service, a PostgreSQL and a Redis server of its own. All of them are given the same fault at the same moment, so that
 //! whatever else the machine does is done to all; faults that take the machine come to one after the other. What a healer says of itself is
 //! used for when it noticed and acted; everything else is what the load saw.
 
 mod arena;
+mod cost;
+mod disk;
 mod fault;
 mod inject;
 mod keeper;
 mod load;
+mod loss;
 mod plan;
+mod redis;
 mod report;
 mod score;
 mod settings;
@@ -30,6 +34,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{RwLock, watch};
 use tokio::task::JoinSet;
 
+pub use self::cost::ProxyCost;
 pub use self::fault::{Lane, NameError, Trouble};
 pub use self::plan::{Plan, Step};
 pub use self::score::{Bar, ResultRow, RunLog, bars, caveats, rows, shortfalls};
@@ -51,9 +56,12 @@ use crate::fleet::process::Processes;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Healer {
-    /// An edge.
+    /// An edge, and its proxy before the HTTP service.
     Theriac,
-    /// An edge that foresees nothing: no model of what is normal, no memory limit, slots short only when there are none.
+    /// The same without the proxy: clients come straight to the service, as under everybody who has none.
+    TheriacDirect,
+    /// An edge that foresees nothing: no model of what is normal, no memory limit, slots short only when there are none, a disk full only when
+    /// nothing is left.
     WithoutPrediction,
     /// An edge that is given nothing to look into: it sees whether the process lives and answers.
     WithoutDiagnosis,
@@ -65,8 +73,9 @@ pub enum Healer {
 
 impl Healer {
     /// Every one.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Theriac,
+        Self::TheriacDirect,
         Self::WithoutPrediction,
         Self::WithoutDiagnosis,
         Self::Threshold,
@@ -77,6 +86,7 @@ impl Healer {
     pub fn name(self) -> &'static str {
         match self {
             Self::Theriac => "theriac",
+            Self::TheriacDirect => "theriac_direct",
             Self::WithoutPrediction => "without_prediction",
             Self::WithoutDiagnosis => "without_diagnosis",
             Self::Threshold => "threshold",
@@ -85,10 +95,22 @@ impl Healer {
     }
 
     fn is_edge(self) -> bool {
-        matches!(
-            self,
-            Self::Theriac | Self::WithoutPrediction | Self::WithoutDiagnosis
-        )
+        !matches!(self, Self::Threshold | Self::Monit)
+    }
+
+    /// It has a proxy before a service that speaks HTTP.
+    fn has_proxy(self) -> bool {
+        self.is_edge() && self != Self::TheriacDirect
+    }
+
+    /// It has a model of what is normal, and knows what a service must not use up.
+    fn foresees(self) -> bool {
+        matches!(self, Self::Theriac | Self::TheriacDirect)
+    }
+
+    /// It runs the service that the HTTP service asks, too.
+    fn knows_upstream(self) -> bool {
+        self.is_edge() && self != Self::WithoutDiagnosis
     }
 }
 
@@ -156,6 +178,8 @@ pub struct Summary {
     pub shortfalls: Vec<String>,
     /// Faults and healers that were left out.
     pub skipped: Vec<Skipped>,
+    /// What the proxy adds to a request, measured before the first fault; nothing where no healer has one.
+    pub proxy_cost: Option<ProxyCost>,
     /// What was asked for.
     pub plan: Plan,
     /// Actions for which there was no fault: the healer and their number.
@@ -226,6 +250,7 @@ pub async fn run(options: &Options) -> Result<Summary, DemoError> {
         bars: bars(&runs),
         shortfalls: shortfalls(&runs),
         skipped,
+        proxy_cost: journal.proxy_cost(),
         plan,
         unprovoked,
         caveats: caveats(&runs),
@@ -271,10 +296,6 @@ fn possible(asked: &Plan, here: &Machine) -> (Plan, Vec<Skipped>) {
         }
         !missing
     });
-    skipped.extend(Machine::never().into_iter().map(|(fault, reason)| Skipped {
-        fault: fault.to_owned(),
-        reason,
-    }));
     (plan, skipped)
 }
 
@@ -305,7 +326,7 @@ fn say(text: &str) {
     writeln!(std::io::stderr(), "{text}").ok();
 }
 
-/// Makes everything, plays both lanes, and takes everything back, whatever happened.
+/// Makes everything, plays all lanes, and takes everything back, whatever happened.
 async fn play(
     plan: &Plan,
     out: &Path,
@@ -374,17 +395,16 @@ async fn arenas(
     processes: &mut Processes,
 ) -> std::io::Result<Vec<Arena>> {
     let mut arenas = Vec::new();
-    for lane in [Lane::Http, Lane::Postgres] {
+    for lane in Lane::ALL {
         for healer in plan.healers.iter().copied() {
             let takes_part = |fault: &Trouble| fault.lane() == lane && plan.takes_part(healer, *fault);
             if !plan.faults.iter().any(takes_part) {
                 continue;
             }
             let (root, program, here) = (root.to_owned(), processes.program().to_owned(), here.clone());
-            let made =
-                tokio::task::spawn_blocking(move || Ward::make(&root, lane, healer.name(), &program, &here));
+            let made = tokio::task::spawn_blocking(move || Ward::make(&root, lane, healer, &program, &here));
             let ward = made.await.map_err(std::io::Error::other)??;
-            if lane == Lane::Http && healer != Healer::Theriac && healer != Healer::WithoutPrediction {
+            if lane == Lane::Http && !healer.knows_upstream() {
                 // These know nothing of the service that theirs asks, so it is the lab's to run.
                 let name = format!("upstream-{}", healer.name());
                 processes
@@ -398,14 +418,15 @@ async fn arenas(
     Ok(arenas)
 }
 
-/// Both lanes at once; faults that take the machine hold the other lane up. Behind the gate is when the latest of those ended.
+/// All lanes at once; faults that take the machine hold the others up. Behind the gate is when the latest of those ended.
 fn lanes(plan: &Plan, arenas: Vec<Arena>, journal: &Arc<Journal>) -> JoinSet<Result<(), DemoError>> {
     let gate = Arc::new(RwLock::new(0));
-    let (http, postgres): (Vec<Arena>, Vec<Arena>) = arenas
-        .into_iter()
-        .partition(|arena| arena.ward.lane == Lane::Http);
+    let mut rest = arenas;
     let mut lanes = JoinSet::new();
-    for (lane, arenas) in [(Lane::Http, http), (Lane::Postgres, postgres)] {
+    for lane in Lane::ALL {
+        let (arenas, others): (Vec<Arena>, Vec<Arena>) =
+            rest.into_iter().partition(|arena| arena.ward.lane == lane);
+        rest = others;
         let (plan, gate, journal) = (plan.clone(), Arc::clone(&gate), Arc::clone(journal));
         lanes.spawn(async move { play_lane(lane, arenas, &plan, &gate, &journal).await });
     }
@@ -433,6 +454,12 @@ async fn play_lane(
         arenas.push(arena);
     }
     arenas.sort_by_key(|arena| arena.healer);
+    if let Some(front) = arenas
+        .iter()
+        .find_map(|arena| Some((arena.ward.front?, arena.ward.service)))
+    {
+        journal.costs(cost::measure(front.0, front.1).await);
+    }
     for step in plan.steps(lane) {
         if journal.has(&step) {
             continue;
@@ -523,6 +550,7 @@ struct State {
     file: std::fs::File,
     runs: Vec<RunLog>,
     done: Duration,
+    proxy_cost: Option<ProxyCost>,
 }
 
 impl Journal {
@@ -557,12 +585,21 @@ impl Journal {
                 file: written,
                 runs,
                 done: Duration::ZERO,
+                proxy_cost: None,
             }),
         }))
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn costs(&self, measured: Option<ProxyCost>) {
+        self.state().proxy_cost = measured;
+    }
+
+    fn proxy_cost(&self) -> Option<ProxyCost> {
+        self.state().proxy_cost
     }
 
     fn has(&self, step: &Step) -> bool {
@@ -574,9 +611,8 @@ impl Journal {
 
     fn is_whole(&self, plan: &Plan) -> bool {
         let steps = |lane| plan.steps(lane).into_iter();
-        steps(Lane::Http)
-            .chain(steps(Lane::Postgres))
-            .all(|step| self.has(&step))
+        let mut all = Lane::ALL.into_iter().flat_map(steps);
+        all.all(|step| self.has(&step))
     }
 
     fn runs(&self) -> Vec<RunLog> {
@@ -594,7 +630,7 @@ impl Journal {
                 .map(|step| step.fault.about())
                 .sum::<Duration>()
         };
-        let all = steps(Lane::Http) + steps(Lane::Postgres);
+        let all: Duration = Lane::ALL.into_iter().map(steps).sum();
         let share = state.done.as_secs_f64() / all.as_secs_f64().max(1.0);
         let elapsed = self.begun.elapsed().as_secs_f64();
         let left = if share > 0.1 {
@@ -680,7 +716,10 @@ mod tests {
     fn other_healers_and_faults_are_refused_with_what_there_is() {
         assert_eq!("monit".parse::<Healer>().unwrap(), Healer::Monit);
         let other = "systemd".parse::<Healer>().unwrap_err().to_string();
-        assert!(other.contains("theriac, without_prediction"), "{other}");
+        assert!(
+            other.contains("theriac, theriac_direct, without_prediction"),
+            "{other}"
+        );
         let fault = "earthquake".parse::<Trouble>().unwrap_err().to_string();
         assert!(fault.contains("kill9, hang"), "{fault}");
     }
@@ -718,6 +757,9 @@ mod tests {
         let here = Machine {
             root: false,
             postgres: Err("no pg_ctl on PATH".to_owned()),
+            redis: None,
+            slow_disk: Err("it needs root".to_owned()),
+            packet_loss: Err("it needs root".to_owned()),
         };
         let asked = Plan {
             faults: Trouble::ALL.to_vec(),
@@ -730,9 +772,6 @@ mod tests {
         for fault in asked.faults.iter().filter(|fault| !plan.faults.contains(fault)) {
             let told = skipped.iter().find(|left_out| left_out.fault == fault.name());
             assert!(told.is_some_and(|told| !told.reason.is_empty()), "{fault}");
-        }
-        for fault in ["slow_disk", "packet_loss", "redis"] {
-            assert!(skipped.iter().any(|left_out| left_out.fault == fault), "{fault}");
         }
     }
 

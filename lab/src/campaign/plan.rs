@@ -62,17 +62,21 @@ impl Plan {
         steps
     }
 
-    /// Healers that take part in a fault: the ablations only where what they lack could matter.
+    /// Healers that take part in a fault: the ablations only where what they lack could matter, the one without a proxy where a service that
+    /// has one is restarted.
     pub fn takes_part(&self, healer: Healer, fault: Trouble) -> bool {
         self.healers.contains(&healer)
             && match healer {
                 Healer::Theriac | Healer::Threshold | Healer::Monit => true,
+                Healer::TheriacDirect => {
+                    matches!(fault, Trouble::Kill9 | Trouble::Hang | Trouble::MemoryLeak)
+                }
                 Healer::WithoutPrediction => fault.is_gradual(),
                 Healer::WithoutDiagnosis => fault.forbids_restart() && !fault.is_gradual(),
             }
     }
 
-    /// About how long it takes. Both lanes go on at once, but where a fault takes the machine, for one healer after the other.
+    /// About how long it takes. All lanes go on at once, but where a fault takes the machine, for one healer after the other.
     pub fn about(&self) -> Duration {
         let of = |lane| -> Duration {
             let steps = self.steps(lane);
@@ -91,7 +95,8 @@ impl Plan {
                 fault.about() * u32::try_from(healers.count()).unwrap_or(0) * self.runs
             })
             .sum();
-        SETTING_UP + of(Lane::Http).max(of(Lane::Postgres)) + alone
+        let longest = Lane::ALL.into_iter().map(of).max().unwrap_or_default();
+        SETTING_UP + longest + alone
     }
 }
 
@@ -113,7 +118,7 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_schedule_and_another_one_another() {
-        for lane in [Lane::Http, Lane::Postgres] {
+        for lane in Lane::ALL {
             assert_eq!(plan(7).steps(lane), plan(7).steps(lane), "seed 7");
             assert_ne!(plan(7).steps(lane), plan(8).steps(lane), "seeds 7 and 8");
         }

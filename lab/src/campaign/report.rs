@@ -45,7 +45,7 @@ fn opening(page: &mut Page, summary: &Summary) {
         }
     ));
     page.raw("</h1>\n<p class=\"lead\">");
-    page.text("Every healer has an HTTP service and a PostgreSQL server of its own under the same load, and is given the same real fault at the same moment. Times count from the fault; of a fault that comes bit by bit, from the first failed request. Failed requests are what the load saw. Ramps are compressed into about 20 s.");
+    page.text("Every healer has an HTTP service, a PostgreSQL and a Redis server of its own under the same load, and is given the same real fault at the same moment. Clients come to the HTTP service through Theriac's proxy, and straight to it under whoever has none. Times count from the fault; of a fault that comes bit by bit, from the first failed request. Failed requests are what the load saw. Ramps are compressed into about 20 s.");
     page.raw("</p>\n</header>\n");
 }
 
@@ -73,7 +73,13 @@ fn claims(page: &mut Page, summary: &Summary) {
             ]
         }),
     );
-    page.raw("</div>\n</section>\n");
+    page.raw("</div>\n");
+    if let Some(cost) = summary.proxy_cost {
+        page.raw("<p class=\"note\">")
+            .text(format!("{}.", cost.told()))
+            .raw("</p>\n");
+    }
+    page.raw("</section>\n");
 }
 
 fn figures(page: &mut Page, summary: &Summary) {
@@ -89,12 +95,14 @@ fn figures(page: &mut Page, summary: &Summary) {
             "Healthy",
             "Least – most",
             "Failed requests",
+            "Slowest answer",
             "Lost",
             "Actions",
             "Harm",
             "Needless restarts",
+            "Checkpoints",
         ],
-        &[1, 2, 3, 4, 5, 6, 7, 8, 9],
+        &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
         summary.results.iter().map(|row| {
             let told: Vec<String> = cells(row).iter().map(escape).collect();
             let named = format!(
@@ -286,6 +294,11 @@ mod tests {
                 fault: "slow_disk".to_owned(),
                 reason: "<script>alert(1)</script> | \"quoted\"".to_owned(),
             }],
+            proxy_cost: Some(crate::campaign::ProxyCost {
+                requests: 100,
+                direct_ms: [0.4, 1.5],
+                through_ms: [0.9, 2.5],
+            }),
             plan: Plan {
                 faults: vec![Trouble::Kill9],
                 healers: vec![Healer::Theriac, Healer::Monit],
@@ -311,6 +324,7 @@ mod tests {
             "theriac 1",
             "monit 1",
             "0.90 s, 12 failed",
+            "adds 0.50 ms in the median",
             "not healed",
             "&lt;2 cores&gt;",
             "&lt;script&gt;alert(1)&lt;/script&gt;",
@@ -336,7 +350,7 @@ mod tests {
         let columns = |line: &str| line.replace("\\|", "").matches('|').count();
         let rows: Vec<&str> = told.lines().filter(|line| line.starts_with("| kill9")).collect();
         assert_eq!(rows.len(), 2, "{told}");
-        assert!(rows.iter().all(|row| columns(row) == 12), "{told}");
+        assert!(rows.iter().all(|row| columns(row) == 14), "{told}");
         assert!(rows[1].contains("0 of 1") && rows[1].contains("not healed"));
         assert!(told.contains("\\| \"quoted\"") && !told.contains("<script"));
     }

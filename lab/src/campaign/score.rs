@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::Healer;
-use super::fault::Trouble;
+use super::fault::{Lane, Trouble};
 
 /// Width of a column of the timelines, milliseconds.
 pub(super) const BIN_MS: u64 = 250;
@@ -45,6 +45,10 @@ pub struct RunLog {
     pub first_failure_s: Option<f64>,
     /// The last one.
     pub last_failure_s: Option<f64>,
+    /// The first answer after the latest new process: until then whoever asks waits, also where none fails because a proxy holds them.
+    pub answered_s: Option<f64>,
+    /// The longest that a request took which was answered well.
+    pub slowest_s: Option<f64>,
     /// Requests that failed, and reads among them.
     pub failed_requests: u64,
     /// Reads that failed.
@@ -67,6 +71,12 @@ pub struct RunLog {
     pub renewals_s: Vec<f64>,
     /// Actions since the fault before, for which there was none.
     pub unprovoked: u64,
+    /// Seconds spent on checkpoints since the fault before.
+    pub checkpoint_s: f64,
+    /// Checkpoints since then that became valid.
+    pub checkpoints_valid: u64,
+    /// Copies since then that were found to be bad.
+    pub checkpoints_invalid: u64,
     /// The edge's page did not answer: its actions are the new processes alone.
     pub unread: bool,
     /// Failed requests in each quarter of a second.
@@ -90,6 +100,8 @@ impl Default for RunLog {
             gone_s: None,
             first_failure_s: None,
             last_failure_s: None,
+            answered_s: None,
+            slowest_s: None,
             failed_requests: 0,
             failed_reads: 0,
             lost: 0,
@@ -101,6 +113,9 @@ impl Default for RunLog {
             harm_by_itself: 0,
             renewals_s: Vec::new(),
             unprovoked: 0,
+            checkpoint_s: 0.0,
+            checkpoints_valid: 0,
+            checkpoints_invalid: 0,
             unread: false,
             failures: Vec::new(),
         }
@@ -109,14 +124,16 @@ impl Default for RunLog {
 
 impl RunLog {
     /// Seconds to verified health; nothing unless healed. Of a fault that comes bit by bit it counts from the first failed request, and is
-    /// 0 where there was none; of any other from its beginning until the last failed request or, where it shows in none, its end.
+    /// 0 where there was none; of any other from its beginning until the last failed request or, where it shows in none, its end. Where a new
+    /// process came it is at the earliest when a request was answered after that: one that waits behind a proxy is none that was answered.
     pub fn health_s(&self) -> Option<f64> {
         if !self.healed {
             return None;
         }
-        let last = self.last_failure_s.unwrap_or(0.0);
+        let failed = self.last_failure_s.unwrap_or(0.0);
+        let last = failed.max(self.answered_s.unwrap_or(0.0));
         Some(if self.fault.is_gradual() {
-            self.first_failure_s.map_or(0.0, |first| last - first)
+            self.first_failure_s.map_or(0.0, |first| failed - first)
         } else if shows_in_requests(self.fault) {
             last
         } else {
@@ -197,6 +214,8 @@ pub struct ResultRow {
     pub failed_requests: Option<f64>,
     /// Reads that failed.
     pub failed_reads: Option<f64>,
+    /// The longest that a request took which was answered well.
+    pub slowest_s: Option<f64>,
     /// Acknowledged writes that were not there, over all runs.
     pub lost_transactions: Option<f64>,
     /// Acknowledged writes that nobody could look for, over all runs.
@@ -213,6 +232,12 @@ pub struct ResultRow {
     pub acted_in_time: Option<usize>,
     /// Runs in which any request failed.
     pub seen_by_users: usize,
+    /// Seconds spent on checkpoints, over all runs.
+    pub checkpoint_seconds: f64,
+    /// Checkpoints that became valid, over all runs.
+    pub checkpoints_valid: u64,
+    /// Copies that were found to be bad, over all runs.
+    pub checkpoints_invalid: u64,
     /// What it took the fault to be: each class with the number of runs.
     pub classes: std::collections::BTreeMap<String, usize>,
 }
@@ -257,6 +282,10 @@ fn row(fault: Trouble, healer: Healer, runs: &[&RunLog]) -> ResultRow {
         }),
         failed_requests: middle(&|run| Some(run.failed_requests as f64)),
         failed_reads: middle(&|run| Some(run.failed_reads as f64)),
+        slowest_s: middle(&|run| run.slowest_s),
+        checkpoint_seconds: runs.iter().map(|run| run.checkpoint_s).sum(),
+        checkpoints_valid: count(&|run| run.checkpoints_valid),
+        checkpoints_invalid: count(&|run| run.checkpoints_invalid),
         lost_transactions: Some(count(&|run| run.lost) as f64),
         unverified_transactions: count(&|run| run.unverified),
         actions: middle(&|run| Some(run.actions as f64)),
@@ -301,6 +330,7 @@ pub fn bars(runs: &[RunLog]) -> Vec<Bar> {
         (Trouble::PgKill9, 6.5),
         (Trouble::Hang, 5.0),
         (Trouble::PgHang, 5.0),
+        (Trouble::RedisHang, 5.0),
     ] {
         if let Some(row) = of(fault, Healer::Theriac) {
             bars.push(Bar {
@@ -321,6 +351,8 @@ pub fn bars(runs: &[RunLog]) -> Vec<Bar> {
         Trouble::PgDiskFull,
         Trouble::Overload,
         Trouble::DependencyDown,
+        Trouble::SlowDisk,
+        Trouble::PacketLoss,
     ] {
         if let Some(row) = of(fault, Healer::Theriac) {
             bars.push(Bar {
@@ -513,6 +545,8 @@ pub fn shortfalls(runs: &[RunLog]) -> Vec<String> {
         Trouble::LockPileup,
         Trouble::DiskFull,
         Trouble::PgDiskFull,
+        Trouble::RedisKill9,
+        Trouble::RedisHang,
     ];
     let mut short = Vec::new();
     for run in runs.iter().filter(|run| run.healer == Healer::Theriac) {
@@ -526,7 +560,8 @@ pub fn shortfalls(runs: &[RunLog]) -> Vec<String> {
             0 => {}
             restarts => short.push(format!("{what}: {restarts} restarts where none may be")),
         }
-        if run.lost > 0 {
+        // What Redis had not saved when it ended is lost by its own design, whoever starts it again.
+        if run.lost > 0 && run.fault.lane() != Lane::Redis {
             short.push(format!("{what}: {} acknowledged writes are lost", run.lost));
         }
     }

@@ -26,12 +26,13 @@ const ACTIONS_MAX: u32 = 1_000;
 
 /// Writes `edge.toml` into the ward's folder.
 ///
-/// *Without prediction* its detector never has a model, it knows no memory limit, and slots count as too few when the last one is
-/// taken. The low-water mark of the disk has no switch and stays. *Without diagnosis* it is given nothing to look into: no sessions, no
-/// room, no output, no dependency and no model. It sees whether the process lives and answers, and restarts.
+/// *Without prediction* its detector never has a model, it knows no memory limit, slots count as too few when the last one is
+/// taken, and a disk as full when its last block is. *Without diagnosis* it is given nothing to look into: no sessions, no
+/// room, no output, no dependency and no model. It sees whether the process lives and answers, and what the kernel tells of its threads,
+/// descriptors and TCP, which has no switch: of a slow disk and of lost packets it knows what the whole edge does.
 pub(super) fn write(ward: &Ward, healer: Healer) -> io::Result<PathBuf> {
     let blind = healer == Healer::WithoutDiagnosis;
-    let foresees = healer == Healer::Theriac;
+    let foresees = healer.foresees();
     let mut services = vec![service(ward, healer)];
     if ward.lane == Lane::Http && !blind {
         services.push(upstream(ward));
@@ -56,6 +57,7 @@ pub(super) fn write(ward: &Ward, healer: Healer) -> io::Result<PathBuf> {
         http: edge::HttpSettings { listen: ward.page },
         healing: HealingSection {
             autonomy: Some(Autonomy::Act),
+            restore_autonomy: Some(Autonomy::Act),
             cooldown: Some(Duration::from_secs(1)),
             max_actions: Some(ACTIONS_MAX),
             settle: Some(Duration::from_secs(5)),
@@ -96,7 +98,7 @@ fn service(ward: &Ward, healer: Healer) -> edge::ServiceSettings {
             dir: ward.state(),
             check: match ward.lane {
                 Lane::Http => check(["service", "check", "--state", "{state}"]),
-                Lane::Postgres => Vec::new(),
+                Lane::Postgres | Lane::Redis => Vec::new(),
             },
             check_timeout: Duration::from_secs(10),
             interval: Duration::from_mins(5),
@@ -104,16 +106,9 @@ fn service(ward: &Ward, healer: Healer) -> edge::ServiceSettings {
             budget_pct: 5.0,
             expected_mtbf: Duration::from_hours(24),
             keep: 2,
+            free_bytes_min: (healer == Healer::WithoutPrediction).then_some(0),
         }),
-        checkpoint: server.map(|server| CheckpointSettings {
-            kind: CheckpointKind::Postgresql,
-            socket_dir: server.target.socket_dir.clone(),
-            user: Some(server.target.user.clone()),
-            // Beside the quarantine, not on the small file system of the data.
-            work_dir: Some(ward.dir.join("shadow")),
-            requests: 20,
-            ..CheckpointSettings::default()
-        }),
+        checkpoint: (!blind).then(|| checkpoint(ward)).flatten(),
         sessions: server.map(|_| SessionSettings {
             look_every: Duration::from_millis(500),
             waited_min: Duration::from_secs(1),
@@ -122,7 +117,7 @@ fn service(ward: &Ward, healer: Healer) -> edge::ServiceSettings {
             free_after: 20,
             ..SessionSettings::default()
         }),
-        space: (!blind).then(|| edge::SpaceSettings {
+        space: (!blind && ward.lane != Lane::Redis).then(|| edge::SpaceSettings {
             relieve: vec![ward.cache()],
             quarantine: ward.quarantine(),
             min_age: Duration::ZERO,
@@ -133,10 +128,35 @@ fn service(ward: &Ward, healer: Healer) -> edge::ServiceSettings {
             Vec::new()
         },
         limits: edge::LimitSettings {
-            memory_bytes: (ward.lane == Lane::Http && healer == Healer::Theriac)
-                .then_some(MEMORY_MAX_MIB << 20),
+            memory_bytes: (ward.lane == Lane::Http && healer.foresees()).then_some(MEMORY_MAX_MIB << 20),
         },
+        proxy: ward
+            .front
+            .map(|listen| edge::ProxySettings::between(listen, ward.service)),
         ..plain(SERVICE, &ward.probe_url())
+    }
+}
+
+fn checkpoint(ward: &Ward) -> Option<CheckpointSettings> {
+    let of_server = CheckpointSettings {
+        // Beside the quarantine, not on the small file system of the data.
+        work_dir: Some(ward.dir.join("shadow")),
+        ..CheckpointSettings::default()
+    };
+    match ward.lane {
+        Lane::Http => None,
+        Lane::Redis => Some(CheckpointSettings {
+            kind: CheckpointKind::Redis,
+            address: ward.service.to_string(),
+            ..of_server
+        }),
+        Lane::Postgres => ward.postgres.as_ref().map(|server| CheckpointSettings {
+            kind: CheckpointKind::Postgresql,
+            socket_dir: server.target.socket_dir.clone(),
+            user: Some(server.target.user.clone()),
+            requests: 20,
+            ..of_server
+        }),
     }
 }
 
@@ -166,6 +186,8 @@ fn plain(name: &str, url: &str) -> edge::ServiceSettings {
             interval: Duration::from_millis(250),
             timeout: Duration::from_secs(1),
             start_grace: Duration::from_secs(20),
+            password_file: None,
+            loading_max: Duration::from_mins(10),
         }),
         state: None,
         checkpoint: None,
@@ -202,7 +224,9 @@ mod tests {
             service: addresses[1],
             control: addresses[2],
             upstream: addresses[3],
+            front: None,
             postgres: None,
+            redis: "/bin/redis-server".into(),
         };
         std::fs::create_dir_all(ward.state()).unwrap();
         if lane == Lane::Postgres {
@@ -226,19 +250,24 @@ mod tests {
 
     #[test]
     fn an_edge_takes_what_was_written_for_it_and_an_ablation_lacks_what_its_name_says() {
-        for lane in [Lane::Http, Lane::Postgres] {
+        for lane in Lane::ALL {
             for healer in [
                 Healer::Theriac,
+                Healer::TheriacDirect,
                 Healer::WithoutPrediction,
                 Healer::WithoutDiagnosis,
             ] {
                 let dir = tempfile::tempdir().unwrap();
-                let path = write(&ward(dir.path(), lane), healer).unwrap();
+                let mut ward = ward(dir.path(), lane);
+                if lane == Lane::Http && healer.has_proxy() {
+                    ward.front = crate::fleet::free_addresses(1).unwrap().pop();
+                }
+                let path = write(&ward, healer).unwrap();
                 let config = edge::EdgeConfig::load(Some(&path), []).unwrap();
                 let of = &config.services[0];
                 assert_eq!(of.name.as_str(), SERVICE);
                 assert_eq!(of.healing.autonomy, Autonomy::Act, "{lane:?} {healer:?}");
-                let foresees = healer == Healer::Theriac;
+                let foresees = healer.foresees();
                 assert_eq!(
                     config.detection.warm_up_rows == WARM_UP_ROWS,
                     foresees,
@@ -246,7 +275,22 @@ mod tests {
                 );
                 assert_eq!(of.memory_limit.is_some(), foresees && lane == Lane::Http);
                 let looks = healer != Healer::WithoutDiagnosis;
-                assert_eq!(of.space.is_some(), looks, "{lane:?} {healer:?}");
+                assert_eq!(
+                    of.proxy.is_some(),
+                    lane == Lane::Http && healer != Healer::TheriacDirect,
+                    "{lane:?} {healer:?}"
+                );
+                let last_block = of.state.as_ref().and_then(|state| state.free_bytes_min) == Some(0);
+                assert_eq!(
+                    last_block,
+                    healer == Healer::WithoutPrediction,
+                    "{lane:?} {healer:?}"
+                );
+                assert_eq!(
+                    of.space.is_some(),
+                    looks && lane != Lane::Redis,
+                    "{lane:?} {healer:?}"
+                );
                 assert_eq!(of.sessions.is_some(), looks && lane == Lane::Postgres);
                 assert_eq!(of.depends_on.is_empty(), !(looks && lane == Lane::Http));
             }

@@ -4,7 +4,7 @@ use super::score::ResultRow;
 use super::{Summary, Trouble};
 use crate::demo::report::markup::seconds;
 
-const HEADER: [&str; 11] = [
+const HEADER: [&str; 13] = [
     "Fault",
     "Healer",
     "Healed",
@@ -12,10 +12,12 @@ const HEADER: [&str; 11] = [
     "Healthy",
     "Least – most",
     "Failed requests",
+    "Slowest answer",
     "Lost",
     "Actions",
     "Harm",
     "Needless restarts",
+    "Checkpoints",
 ];
 
 /// The figures for people.
@@ -26,6 +28,7 @@ pub fn results(summary: &Summary) -> String {
         let word = if bar.holds { "holds: " } else { "MISSED:" };
         format!("{word} {}: {}", bar.what, bar.measured)
     }));
+    lines.extend(summary.proxy_cost.map(|cost| cost.told()));
     lines.extend(
         summary
             .skipped
@@ -64,6 +67,7 @@ pub fn markdown(summary: &Summary) -> String {
         format!("| {} | {} | {word} |", plain(&bar.what), plain(&bar.measured))
     }));
     lines.push(String::new());
+    lines.extend(summary.proxy_cost.map(|cost| format!("{}.", cost.told())));
     lines.extend(summary.caveats.iter().map(|told| format!("{}.", plain(told))));
     lines.extend(summary.skipped.iter().map(|left_out| {
         format!(
@@ -80,6 +84,18 @@ fn plain(text: &str) -> String {
     text.replace('|', "\\|")
         .replace('<', "&lt;")
         .replace(['\n', '\r'], " ")
+}
+
+/// Seconds spent on them, and how many became valid or were found bad.
+fn checkpoints(row: &ResultRow) -> String {
+    if row.checkpoint_seconds == 0.0 {
+        return "–".to_owned();
+    }
+    let (seconds, valid) = (row.checkpoint_seconds, row.checkpoints_valid);
+    match row.checkpoints_invalid {
+        0 => format!("{seconds:.1} s for {valid}"),
+        bad => format!("{seconds:.1} s for {valid}, {bad} bad"),
+    }
 }
 
 /// A row's cells, plain text.
@@ -117,9 +133,11 @@ pub(super) fn cells(row: &ResultRow) -> Vec<String> {
             |[least, most]| format!("{} – {}", time(Some(least), ""), time(Some(most), "")),
         ),
         number(row.failed_requests),
+        time(row.slowest_s, "–"),
         number(row.lost_transactions),
         row.actions_total.to_string(),
         number(row.harmful_actions),
         row.needless_restarts.to_string(),
+        checkpoints(row),
     ]
 }

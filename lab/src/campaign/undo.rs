@@ -2,7 +2,9 @@
 //!
 //! Every file, socket and process of a campaign lies in, or names, one folder of its own. A record of that folder is on disk before
 //! anything is made in it. A second process, the *warden*, holds one end of a pipe: when the other end closes and the record is
-//! still there, it ends every process of that folder (Monit and stopped ones too), unmounts what is mounted in it and removes it.
+//! still there, it drops no more packets, lets a device that was slowed be fast again (a process that waits for it could not end before), ends
+//! every process of that folder (Monit and stopped ones too), unmounts what is mounted in it and removes it. What of that fails keeps none of the
+//! rest from being tried.
 //! Where the warden was killed as well, the next campaign with the same output directory does the same first.
 
 use std::io::{self, Read as _};
@@ -58,8 +60,13 @@ pub(super) fn take_back(at: &Path) -> io::Result<bool> {
             at.display()
         )));
     }
-    end_all(&root)?;
-    unmount_all(&root)?;
+    // What outlasts the campaign and hits others comes first.
+    each([
+        &|| super::loss::undo_all(&root),
+        &|| make_fast(&root),
+        &|| end_all(&root),
+        &|| unmount_all(&root),
+    ])?;
     match std::fs::remove_dir_all(&root) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -69,6 +76,14 @@ pub(super) fn take_back(at: &Path) -> io::Result<bool> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(true),
     }
+}
+
+/// Takes every step, whatever becomes of the others.
+///
+/// # Errors
+/// The first one.
+fn each<const N: usize>(steps: [&dyn Fn() -> io::Result<()>; N]) -> io::Result<()> {
+    steps.iter().map(|step| step()).fold(Ok(()), io::Result::and)
 }
 
 /// Ends every process that names `root` among its words or works in it, until none is left. Servers are asked first, and given a moment: one
@@ -147,24 +162,50 @@ fn belongs(process: &procfs::process::Process, root: &Path) -> bool {
     named || process.cwd().is_ok_and(|dir| dir.starts_with(root))
 }
 
-fn unmount_all(root: &Path) -> io::Result<()> {
+/// Device and directory of what is mounted below `root`, the latest first.
+fn mounted(root: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let mounted = std::fs::read_to_string("/proc/self/mounts")?;
-    let inside = mounted
+    let mut inside: Vec<_> = mounted
         .lines()
-        .filter_map(|line| line.split(' ').nth(1))
-        .map(Path::new)
-        .filter(|path| path.starts_with(root));
-    // The latest first.
-    for path in inside.collect::<Vec<_>>().into_iter().rev() {
-        let gone = Command::new("umount").arg(path).status()?;
-        if !gone.success() {
-            let detached = Command::new("umount").arg("-l").arg(path).status()?;
-            if !detached.success() {
-                return Err(io::Error::other(format!("{} stays mounted", path.display())));
-            }
-        }
+        .filter_map(|line| {
+            let mut fields = line.split(' ');
+            Some((fields.next()?.to_owned(), PathBuf::from(fields.next()?)))
+        })
+        .filter(|(_, path)| path.starts_with(root))
+        .collect();
+    inside.reverse();
+    Ok(inside)
+}
+
+/// Takes the limit from every device that is mounted below `root`.
+fn make_fast(root: &Path) -> io::Result<()> {
+    if super::disk::is_possible().is_err() {
+        return Ok(());
     }
-    Ok(())
+    mounted(root)?
+        .iter()
+        .filter(|(device, _)| device.starts_with("/dev/loop"))
+        .map(|(_, path)| super::disk::slow(path, false))
+        .fold(Ok(()), io::Result::and)
+}
+
+/// Unmounts what is mounted below `root`, the latest first. A device that was made slow is fast again before that.
+pub(super) fn unmount_all(root: &Path) -> io::Result<()> {
+    let fast = make_fast(root);
+    let unmount = |path: &Path| {
+        let done = |words: &[&str]| {
+            let status = Command::new("umount").args(words).arg(path).status()?;
+            Ok::<_, io::Error>(status.success())
+        };
+        if done(&[])? || done(&["-l"])? {
+            return Ok(());
+        }
+        Err(io::Error::other(format!("{} stays mounted", path.display())))
+    };
+    mounted(root)?
+        .iter()
+        .map(|(_, path)| unmount(path))
+        .fold(fast, io::Result::and)
 }
 
 /// The process that takes back when this one cannot.
@@ -228,7 +269,77 @@ mod tests {
     }
 
     #[test]
+    fn a_step_that_fails_keeps_no_other_from_being_taken_and_the_first_error_is_told() {
+        let taken = std::cell::Cell::new(0);
+        let step = |number: u32, works: bool| {
+            let taken = &taken;
+            move || {
+                taken.set(taken.get() * 10 + number);
+                works
+                    .then_some(())
+                    .ok_or_else(|| io::Error::other(number.to_string()))
+            }
+        };
+        let told = each([&step(1, true), &step(2, false), &step(3, true), &step(4, false)]);
+        assert_eq!(
+            (taken.get(), told.unwrap_err().to_string()),
+            (1_234, "2".to_owned())
+        );
+    }
+
+    #[test]
+    fn a_process_that_waits_for_a_slow_disk_keeps_nothing_from_being_taken_back() {
+        use super::super::disk;
+
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("left out: this account may mount nothing");
+            return;
+        }
+        if let Err(why) = disk::is_possible() {
+            eprintln!("left out: {why}");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join(format!("{FOLDER}x"));
+        let (below, at) = (root.join("below"), root.join("disk"));
+        std::fs::create_dir_all(&at).unwrap();
+        let record = dir.path().join("undo.json");
+        UndoRecord { root: root.clone() }.write(&record).unwrap();
+        disk::mount_loop(&below, &at, 32 << 20).unwrap();
+        disk::slow(&at, true).unwrap();
+        // A minute's worth, which is written in one go: KILL would wait for it.
+        let written = at.join("written");
+        let mut waiting = Command::new("dd")
+            .args(["if=/dev/zero", "bs=4M", "count=1", "conv=fsync", "status=none"])
+            .arg(format!("of={}", written.display()))
+            .spawn()
+            .unwrap();
+        let waits = |pid: u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit_once(") ")
+                .is_some_and(|(_, rest)| rest.starts_with('D'))
+        };
+        let begun = std::time::Instant::now();
+        // For a while: a page of its program that is read is a moment in the same state.
+        let mut since = begun;
+        while since.elapsed() < Duration::from_millis(500) {
+            if !waits(waiting.id()) {
+                since = std::time::Instant::now();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "it waits for no disk");
+            assert!(waiting.try_wait().unwrap().is_none(), "the disk is not slow");
+            std::thread::yield_now();
+        }
+        let took = std::time::Instant::now();
+        assert!(take_back(&record).unwrap());
+        assert!(took.elapsed() < Duration::from_secs(30), "{:?}", took.elapsed());
+        assert!(!root.exists() && !record.exists());
+        waiting.wait().unwrap();
+    }
+
+    #[test]
     fn a_stopped_server_is_ended_in_order_and_leaves_no_shared_memory() {
+        use super::super::Healer;
         use super::super::fault::{Lane, Machine};
         use super::super::ward::Ward;
 
@@ -246,7 +357,14 @@ mod tests {
         std::fs::set_permissions(dir.path(), open).unwrap();
         let root = dir.path().join(format!("{FOLDER}x"));
         std::fs::create_dir(&root).unwrap();
-        let ward = Ward::make(&root, Lane::Postgres, "threshold", Path::new("/bin/true"), &here).unwrap();
+        let ward = Ward::make(
+            &root,
+            Lane::Postgres,
+            Healer::Threshold,
+            Path::new("/bin/true"),
+            &here,
+        )
+        .unwrap();
         let argv = ward.argv_as_owner();
         let mut server = Command::new(&argv[0])
             .args(&argv[1..])

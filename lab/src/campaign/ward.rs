@@ -1,4 +1,4 @@
-//! What one healer looks after: a service with its folder, its file system and its addresses. Each healer has one of each lane.
+//! What one healer looks after: a service with its folder, its file system and its addresses. Each healer has one of every lane.
 
 use std::ffi::OsString;
 use std::io;
@@ -7,17 +7,21 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use theriac_edge::probe::{Probe, ProbeUrl};
+use theriac_edge::probe::{Probe, ProbeUrl, RedisProbe};
+use theriac_heal::checkpoint::redis::Address;
 use theriac_heal::postgres::binaries::PgBinaries;
 use theriac_heal::postgres::owner::Owner;
 use theriac_heal::postgres::session::Target;
 
+use super::Healer;
 use super::fault::{Lane, Machine};
+use super::{disk, redis};
 use crate::fleet::free_addresses;
 
 /// Size of the file systems in memory, where there are any.
 const HTTP_DISK: u64 = 128 << 20;
 const POSTGRES_DISK: u64 = 384 << 20;
+const REDIS_DISK: u64 = 64 << 20;
 /// Memory at which the HTTP service is refused more.
 pub(super) const MEMORY_MAX_MIB: u64 = 256;
 /// Slots of the server, and those that it keeps back.
@@ -35,13 +39,17 @@ pub(super) struct Ward {
     pub(super) program: PathBuf,
     /// Page of the edge that looks after it.
     pub(super) page: SocketAddr,
-    /// Where the HTTP service serves, and where it takes faults.
+    /// Where the HTTP service or the Redis server serves, and where the first takes faults.
     pub(super) service: SocketAddr,
     pub(super) control: SocketAddr,
     /// Where the one that it asks serves.
     pub(super) upstream: SocketAddr,
+    /// Where its edge's proxy stands before the HTTP service, where it has one.
+    pub(super) front: Option<SocketAddr>,
     /// The server's.
     pub(super) postgres: Option<Postgres>,
+    /// The Redis server's program.
+    pub(super) redis: PathBuf,
 }
 
 /// A server's programs, account and socket.
@@ -58,29 +66,34 @@ impl Ward {
     pub(super) fn make(
         root: &Path,
         lane: Lane,
-        healer: &str,
+        healer: Healer,
         program: &Path,
         machine: &Machine,
     ) -> io::Result<Self> {
         // The name of a Unix socket has to fit into 108 bytes.
-        let name = format!("{}-{healer}", if lane == Lane::Http { "http" } else { "pg" });
+        let short = match lane {
+            Lane::Http => "http",
+            Lane::Postgres => "pg",
+            Lane::Redis => "redis",
+        };
+        let name = format!("{short}-{}", healer.name());
         let dir = root.join(name);
         std::fs::create_dir(&dir)?;
         // The server's account has to come through.
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755))?;
         let disk = dir.join("disk");
         std::fs::create_dir(&disk)?;
-        if machine.root {
-            mount(
-                &disk,
-                if lane == Lane::Http {
-                    HTTP_DISK
-                } else {
-                    POSTGRES_DISK
-                },
-            )?;
+        match lane {
+            _ if !machine.root => {}
+            Lane::Http => disk::mount_memory(&disk, HTTP_DISK)?,
+            Lane::Redis => disk::mount_memory(&disk, REDIS_DISK)?,
+            // Alike for all of its faults.
+            Lane::Postgres if machine.slow_disk.is_ok() => {
+                disk::mount_loop(&dir.join("below"), &disk, POSTGRES_DISK)?;
+            }
+            Lane::Postgres => disk::mount_memory(&disk, POSTGRES_DISK)?,
         }
-        let addresses = free_addresses(4)?;
+        let addresses = free_addresses(5)?;
         let mut ward = Self {
             lane,
             disk,
@@ -89,7 +102,9 @@ impl Ward {
             service: addresses[1],
             control: addresses[2],
             upstream: addresses[3],
+            front: (lane == Lane::Http && healer.has_proxy()).then_some(addresses[4]),
             postgres: None,
+            redis: machine.redis.clone().unwrap_or_default(),
             dir,
         };
         std::fs::create_dir(ward.cache())?;
@@ -99,12 +114,28 @@ impl Ward {
                 std::fs::create_dir(ward.state())?;
                 std::fs::create_dir(ward.upstream_state())?;
             }
+            Lane::Redis => std::fs::create_dir(ward.state())?,
             Lane::Postgres => {
                 let binaries = machine.postgres.clone().map_err(io::Error::other)?;
                 ward.postgres = Some(make_server(&ward, binaries)?);
             }
         }
         Ok(ward)
+    }
+
+    /// The campaign's folder.
+    pub(super) fn root(&self) -> &Path {
+        self.dir.parent().unwrap_or(&self.dir)
+    }
+
+    /// Where clients connect, where they do over TCP.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.front.unwrap_or(self.service)
+    }
+
+    /// Where the Redis server writes its number down.
+    pub(super) fn pid_file(&self) -> PathBuf {
+        self.dir.join("redis.pid")
     }
 
     /// The service's state directory: also what tells its process from any other.
@@ -135,6 +166,9 @@ impl Ward {
                 "-D".to_owned(),
                 text(&self.state()),
             ];
+        }
+        if self.lane == Lane::Redis {
+            return redis::argv(&self.redis, self.service, &self.state(), &self.pid_file());
         }
         let command = if attached { "__service" } else { "service" };
         [
@@ -189,6 +223,10 @@ impl Ward {
     pub(super) fn probe(&self) -> Probe {
         match self.app() {
             Some(target) => Probe::Postgres(target),
+            None if self.lane == Lane::Redis => Probe::Redis(RedisProbe {
+                address: Address::Tcp(self.service.to_string()),
+                password_file: None,
+            }),
             None => Probe::Http(ProbeUrl::new(self.service, "/healthz")),
         }
     }
@@ -203,6 +241,7 @@ impl Ward {
                 target.port,
                 target.database
             ),
+            None if self.lane == Lane::Redis => format!("redis://{}", self.service),
             None => format!("http://{}/healthz", self.service),
         }
     }
@@ -219,8 +258,12 @@ impl Ward {
     pub(super) fn pid(&self) -> Option<u32> {
         match self.lane {
             Lane::Http => process_of(&self.program, &self.state()),
-            Lane::Postgres => {
-                let written = std::fs::read_to_string(self.state().join("postmaster.pid")).ok()?;
+            Lane::Postgres | Lane::Redis => {
+                let file = match self.lane {
+                    Lane::Redis => self.pid_file(),
+                    _ => self.state().join("postmaster.pid"),
+                };
+                let written = std::fs::read_to_string(file).ok()?;
                 let pid = written.lines().next()?.trim().parse().ok()?;
                 self.is_its(pid).then_some(pid)
             }
@@ -257,22 +300,6 @@ fn process_of(program: &Path, path: &Path) -> Option<u32> {
         }) && process.exe().is_ok_and(|exe| exe == program)
     });
     u32::try_from(ours.next()?.pid()).ok()
-}
-
-fn mount(at: &Path, bytes: u64) -> io::Result<()> {
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o"])
-        .arg(format!("size={bytes},mode=0755"))
-        .arg("theriac-campaign")
-        .arg(at)
-        .output()?;
-    if mounted.status.success() {
-        return Ok(());
-    }
-    Err(io::Error::other(format!(
-        "cannot mount a file system in memory: {}",
-        String::from_utf8_lossy(&mounted.stderr).trim()
-    )))
 }
 
 /// A cluster with the tables of the load, on a Unix socket in the ward's folder.

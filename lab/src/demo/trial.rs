@@ -202,6 +202,7 @@ mod tests {
             actions: Vec::new(),
             verdict: verdict.map(str::to_owned),
             handed_over: None,
+            plan: None,
         }
     }
 

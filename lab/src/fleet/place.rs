@@ -117,6 +117,7 @@ impl Site {
             http: edge::HttpSettings { listen: self.page },
             healing: HealingSection {
                 autonomy: Some(Autonomy::Act),
+                restore_autonomy: Some(Autonomy::Act),
                 cooldown: Some(terms.cooldown),
                 max_actions: Some(terms.actions_max),
                 settle: Some(Duration::from_secs(5)),
@@ -187,8 +188,11 @@ impl Site {
                 interval: Duration::from_millis(250),
                 timeout: Duration::from_secs(1),
                 start_grace: Duration::from_secs(5),
+                password_file: None,
+                loading_max: Duration::from_mins(10),
             }),
             state: Some(edge::StateSettings {
+                free_bytes_min: None,
                 dir: self.service_state(),
                 check: words(&check),
                 check_timeout: Duration::from_secs(10),

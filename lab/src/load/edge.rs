@@ -184,7 +184,13 @@ impl LightEdge {
                     .await
                     .ok();
                 }
-                ToEdge::Receipt(_) | ToEdge::Welcome(_) | ToEdge::Seal(_) | ToEdge::Candidate(..) => {}
+                ToEdge::Receipt(_)
+                | ToEdge::Welcome(_)
+                | ToEdge::Seal(_)
+                | ToEdge::Candidate(..)
+                | ToEdge::Fleet(_)
+                | ToEdge::LeaseGranted(_)
+                | ToEdge::LeaseRefused(_) => {}
                 ToEdge::Goodbye(_) => return Ok(()),
             }
         }

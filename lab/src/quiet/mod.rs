@@ -10,8 +10,12 @@
 //! gathered meanwhile are not watched, and not counted.
 //!
 //! Where its memory stands is told as a running edge tells it, of the leading channel. Of its processor time the recordings hold no unit: what a
-//! channel of it shows is taken for the share of the host's processors that it uses, times a factor of the caller's, and from half of them on
-//! its threads are taken to wait for one.
+//! channel of it shows is taken for the share of the host's processors that it uses, times a factor of the caller's.
+//!
+//! Recordings hold no time of an answer either. By default every answer takes as long as ever, so that processor time, which presses only with
+//! such a sign, is never acted on: that is what the rule says, and nothing measured. With `--queueing` an answer takes `1 / (1 - ρ)` times as
+//! long at the share ρ, as in a queue whose processor is shared out (Kleinrock 1976, "Queueing Systems" 2, section 4.4): an upper end, since
+//! a server that went on at its highest then answers a hundred times as slowly.
 //!
 //! What it leaves out: probes that fail or get slow, the host's own pressure and sessions, which recordings do not hold; the failure risk, which no rule
 //! of the default policy asks for; and [`least rises`](theriac_edge::detect) of a service's resources, since the recordings are scaled: any
@@ -56,6 +60,9 @@ pub struct Args {
     /// What a channel of the service's processor time shows when it takes all of the host's, in the recordings' scale, whose highest value is 1.
     #[arg(long, default_value_t = 1.0)]
     pub processors: f64,
+    /// Answers take the longer the more of its processors it uses, as in a queue; else as long as ever.
+    #[arg(long)]
+    pub queueing: bool,
     /// Rows between two fits.
     #[arg(long, default_value_t = 1_440, value_parser = clap::value_parser!(u32).range(300..=1_000_000))]
     pub refit_rows: u32,

@@ -103,6 +103,10 @@ struct Watched {
     courses: BTreeMap<String, (usize, MemoryCourse)>,
     /// What shows that every processor is used.
     processors: f64,
+    /// Whether its answers take longer the more of them it uses.
+    queueing: bool,
+    /// How long an answer takes.
+    took: Duration,
     found: Machine,
 }
 
@@ -134,6 +138,8 @@ impl Watched {
             learning: None,
             courses: BTreeMap::new(),
             processors: args.processors,
+            queueing: args.queueing,
+            took: ANSWER,
             found: Machine {
                 name: name.to_owned(),
                 ..Machine::default()
@@ -154,6 +160,9 @@ impl Watched {
             course.push(at.as_secs_f64(), f64::from(values[*channel]), f64::NAN);
         }
         let uses_cpu = self.cpu(&values);
+        if let Some(uses) = uses_cpu.filter(|_| self.queueing) {
+            self.took = ANSWER.div_f64(1.0 - uses.clamp(0.0, BUSIEST));
+        }
         let sample = Sample { at_ms, values };
         if let Some(left) = &mut self.learning {
             self.shared.history().push(sample, true);
@@ -275,7 +284,7 @@ impl Watched {
             self.tell(Input::Probe {
                 service: SERVICE.to_owned(),
                 ok: true,
-                latency: Duration::from_millis(1),
+                latency: self.took,
                 detail: String::new(),
             });
         }
@@ -343,6 +352,10 @@ impl Watched {
 }
 
 const SERVICE: &str = "service";
+/// How long an answer of an idle service takes.
+const ANSWER: Duration = Duration::from_millis(1);
+/// Beyond this share of the processors a queue grows without end.
+const BUSIEST: f64 = 0.99;
 /// Probes between two rows.
 const PROBES: u32 = 3;
 /// As in a running edge.

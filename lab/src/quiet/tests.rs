@@ -11,6 +11,7 @@ fn args() -> Args {
         cpu: Vec::new(),
         limit: 1.0,
         processors: 1.0,
+        queueing: false,
         refit_rows: 1_440,
         lasting: Duration::from_secs(10),
         format: Format::Human,
@@ -52,6 +53,15 @@ fn a_level_that_lasts_is_acted_on_where_its_channel_is_the_services_and_nowhere_
         cpu: vec![0],
         ..args()
     };
+    let as_fast_as_ever = replayed(&cpu, &stepped);
+    assert!(
+        as_fast_as_ever.actions() == 0 && as_fast_as_ever.incidents > 0,
+        "{as_fast_as_ever:?}"
+    );
+    let cpu = Args {
+        queueing: true,
+        ..cpu
+    };
     let blamed = replayed(&cpu, &stepped);
     assert!(
         blamed.restarts_for_cpu > 0 && blamed.restarts_for_memory == 0,
@@ -62,6 +72,7 @@ fn a_level_that_lasts_is_acted_on_where_its_channel_is_the_services_and_nowhere_
         args(),
         Args {
             cpu: vec![0],
+            queueing: true,
             limit: 2.0,
             ..args()
         },

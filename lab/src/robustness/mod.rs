@@ -91,6 +91,9 @@ pub struct Args {
     /// Hostile sites among those that train, for the workload `smd` [default: 4].
     #[arg(long, value_name = "F")]
     pub malicious: Option<usize>,
+    /// Honest sites that try each model in the place of sending, as `rounds.validators`, for the workload `smd` [default: 0].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub validators: Option<u8>,
     /// Only the one-step loss, not the detection: fast; for the workload `smd`.
     #[arg(long)]
     pub loss_only: bool,
@@ -209,9 +212,10 @@ impl RobustnessError {
 /// One measure as a ratio to the oracle.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Value {
-    /// Its name: `loss`, `vus_120`, `vus_120_gate`, …, or `auroc`.
+    /// Its name: `loss`, `vus_120`, `vus_120_gate`, …, `auroc`, or of validators `loss_validated`, `published`, `harmful`, `harmful_published`.
     pub measure: &'static str,
-    /// 1: as good as the honest alone. Larger is better for every measure.
+    /// Of `loss`, `loss_validated`, `vus_…` and `auroc` the ratio to the honest alone: 1 is as good, larger is better. Of the others a share of the new machines, 0 to 1: of
+    /// `harmful` and `harmful_published` less is better.
     pub ratio: f64,
 }
 
@@ -294,6 +298,8 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
     };
     let mut seen = BTreeSet::new();
     attacks.retain(|attack| seen.insert(*attack));
+    // Before the work, not after the first seed of it.
+    table::write(&args.out, &[], &provenance(args, 0))?;
     let work = match args.workload {
         Workload::Synthetic => {
             let rounds = args.rounds.unwrap_or(synthetic::ROUNDS);
@@ -307,7 +313,8 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
                 Depth::Detection
             };
             let epsilon = private.then_some(args.epsilon.unwrap_or(EPSILON));
-            let recorded = Recorded::new(data, epsilon, hostile(args), 1, depth)?;
+            let validators = usize::from(args.validators.unwrap_or(0));
+            let recorded = Recorded::new(data, epsilon, hostile(args), validators, 1, depth)?;
             for pipeline in &pipelines {
                 check_rule(pipeline, recorded.senders(), hostile(args), private)?;
             }
@@ -381,6 +388,7 @@ fn check_options(args: &Args) -> Result<(), RobustnessError> {
             ("data", args.data.is_some()),
             ("epsilon", args.epsilon.is_some()),
             ("malicious", args.malicious.is_some()),
+            ("validators", args.validators.is_some()),
             ("loss-only", args.loss_only),
         ],
         Workload::Smd => &[
@@ -448,8 +456,10 @@ fn check_rule(
 fn provenance(args: &Args, seeds: u64) -> String {
     let work = match args.workload {
         Workload::Smd => format!(
-            "recorded machines, each in turn new, {} of the others hostile, one round of moments",
-            hostile(args)
+            "recorded machines, each in turn new, {} of the others hostile{}, one round of moments",
+            hostile(args),
+            args.validators
+                .map_or_else(String::new, |count| format!(", {count} of the honest validators"))
         ),
         Workload::Synthetic => format!(
             "a made fleet of {} sites, {} hostile, {} rounds of weight changes",
@@ -470,10 +480,15 @@ fn provenance(args: &Args, seeds: u64) -> String {
     };
     format!(
         "theriac-lab {} robustness: {work}; {noise}; seeds 1 to {seeds}. Ratio to the mean of the honest sites alone, 1 is as good: mean over the seeds, \
-         in brackets the worst. An aggregator's f: it shrinks by copies, not by refused updates.",
-        env!("CARGO_PKG_VERSION")
+         in brackets the worst. An aggregator's f: it shrinks by copies, not by refused updates.{}",
+        env!("CARGO_PKG_VERSION"),
+        if args.validators.is_some() { SHARES } else { "" }
     )
 }
+
+/// What the measures of validators are.
+const SHARES: &str = " loss_validated is loss where a model that validators turned down left the one before it in force; the others are shares of the new machines: \
+    published, harmful (loss more than 5 % above that of the model in force), and harmful and published; a round without a result is none of them.";
 
 /// The mean, and what is shipped.
 fn default_pipelines(workload: Workload, private: bool) -> &'static [&'static str] {

@@ -2,6 +2,9 @@
 //!
 //! Every machine in turn is the new one; four of the other twelve, drawn anew for every machine and seed, are hostile. Each
 //! site's release is made once for a seed. The oracle is the mean of the honest.
+//!
+//! With validators some of the honest take no part: they try what the round gave against the model in force, which is what the same sites
+//! gave with other noise before any of them was hostile. A model that they turn down leaves that one in force.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,12 +30,19 @@ use crate::attack::statistics::{Gaussian, Spread, narrow};
 use crate::attack::{Attack, Kind, poison};
 use crate::evaluate;
 use crate::simulate::data::{Fleet, Site, load};
+use crate::simulate::validator::{Validator, validate};
 
 /// Rows that a new machine has.
 pub const STARTS: [usize; 2] = [120, 1000];
 
 /// Longest buffer of the range-aware surface, in samples; the default of `evaluate`.
 const WINDOW: usize = 100;
+
+/// Added to a seed for the noise of the round that gave the model in force.
+const EARLIER: u64 = 1 << 32;
+
+/// How much worse than with the model in force the new machine's loss must be for a model to count as harmful: as much as validators let pass.
+const HARM: f64 = 1.05;
 
 /// The poisons that are made once for each site and seed.
 const POISONS: [Kind; 4] = [
@@ -65,6 +75,10 @@ pub struct Recorded {
     locals: Vec<[Detector; 2]>,
     local_volumes: Vec<[f64; 2]>,
     hostile: usize,
+    /// Each site as one that tries models; empty where none do.
+    inspectors: Vec<Validator>,
+    /// How many of the honest do in each round.
+    validators: usize,
     depth: Depth,
 }
 
@@ -82,10 +96,38 @@ struct Measured {
     error: f64,
     /// At each start, without and with the gate.
     volumes: [[f64; 2]; 2],
+    /// Where validators were asked.
+    validated: Option<Validated>,
+}
+
+/// What validators made of a model.
+#[derive(Debug, Clone, Copy)]
+struct Validated {
+    /// `None`: the rule gave no result, so nobody was asked and the model in force stays.
+    published: Option<bool>,
+    /// Loss of the model in force on the new machine.
+    in_force: f64,
+}
+
+/// What came of one round.
+struct Fought {
+    own: OwnLagWeights,
+    measured: Measured,
+    /// Whether the rule gave a result; else the weights are the public constant.
+    is_result: bool,
+}
+
+/// What the sites of one split release, honest ones without validators.
+#[derive(Debug, Clone, Copy)]
+struct Split<'a> {
+    newcomer: usize,
+    /// Hostile ones first, validators last.
+    order: &'a [usize],
 }
 
 impl Recorded {
-    /// Reads the machines of `data`. `epsilon`: of one block, `None` without noise.
+    /// Reads the machines of `data`. `epsilon`: of one block, `None` without noise. `validators`: how many of the honest try each model
+    /// in the place of sending.
     ///
     /// # Errors
     /// [`RobustnessError`]
@@ -93,16 +135,15 @@ impl Recorded {
         data: &Path,
         epsilon: Option<f64>,
         hostile: usize,
+        validators: usize,
         seed: u64,
         depth: Depth,
     ) -> Result<Self, RobustnessError> {
         let fleet = load(data, &[])?;
         let sites = fleet.sites.len();
-        if sites < 2 * hostile + 2 {
-            return Err(RobustnessError::TooFewSites {
-                found: sites,
-                needed: 2 * hostile + 2,
-            });
+        let needed = 2 * hostile + validators + 2;
+        if sites < needed {
+            return Err(RobustnessError::TooFewSites { found: sites, needed });
         }
         let sigma = match epsilon {
             None => f64::MIN_POSITIVE,
@@ -163,9 +204,18 @@ impl Recorded {
             locals: Vec::new(),
             local_volumes: Vec::new(),
             hostile,
+            inspectors: Vec::new(),
+            validators,
             depth,
             fleet,
         };
+        if validators > 0 {
+            let step = Duration::from_mins(1);
+            let sites = recorded.fleet.sites.iter();
+            recorded.inspectors = sites
+                .map(|site| Validator::new(site, &recorded.fleet.schema, step))
+                .collect();
+        }
         if depth == Depth::Detection {
             recorded.fit_locals(data)?;
         }
@@ -207,9 +257,9 @@ impl Recorded {
         Ok(evaluate::vus_pr(&self.labels[site], &scores, WINDOW))
     }
 
-    /// Machines that send in each round: all but the new one.
+    /// Machines that send in each round: all but the new one and the validators.
     pub fn senders(&self) -> usize {
-        self.sums.len().saturating_sub(1)
+        self.sums.len().saturating_sub(1 + self.validators)
     }
 
     /// Ratios to the honest-only oracle of one seed for every pair of a pipeline and an attack, in their order: attacks of the first
@@ -225,62 +275,124 @@ impl Recorded {
         done: &(dyn Fn() + Sync),
     ) -> Result<Vec<Vec<Value>>, RobustnessError> {
         let released = self.released(seed);
-        let splits: Vec<(usize, Vec<usize>)> = (0..self.sums.len())
-            .map(|newcomer| (newcomer, self.order(newcomer, seed)))
+        let orders: Vec<Vec<usize>> = (0..self.sums.len())
+            .map(|newcomer| self.order(newcomer, seed))
+            .collect();
+        let splits: Vec<Split<'_>> = (0..)
+            .zip(&orders)
+            .map(|(newcomer, order)| Split { newcomer, order })
             .collect();
         let oracles: Vec<Measured> = splits
             .par_iter()
-            .map(|(newcomer, order)| {
-                let honest = Self::rows(&released, &order[self.hostile..], 0);
-                self.measure(*newcomer, &Spread::of(&honest).mean, honest.len())
+            .map(|split| {
+                let honest = Self::rows(&released, &split.order[self.hostile..self.senders()], 0);
+                self.measure(split.newcomer, &Spread::of(&honest).mean, honest.len())
             })
             .collect::<Result<_, _>>()?;
-        let pairs: Vec<(&Pipeline, Option<Attack>)> = pipelines
-            .iter()
+        let in_force = self.in_force(seed, pipelines, &splits)?;
+        let pairs: Vec<(usize, Option<Attack>)> = (0..pipelines.len())
             .flat_map(|pipeline| attacks.iter().map(move |attack| (pipeline, *attack)))
             .collect();
         pairs
             .par_iter()
-            .map(|(pipeline, attack)| {
-                let measured: Vec<Measured> = splits
-                    .iter()
-                    .map(|(newcomer, order)| {
-                        self.attacked(*newcomer, order, &released, seed, pipeline, *attack)
-                    })
-                    .collect::<Result<_, _>>()?;
+            .map(|&(which, attack)| {
+                let pipeline = &pipelines[which];
+                let one = |split: &Split<'_>| {
+                    let attacked = self.attacked(*split, &released, seed, pipeline, attack)?;
+                    match in_force.get(which).map(|models| &models[split.newcomer]) {
+                        Some(current) => self.validated(*split, attacked, current),
+                        None => Ok(attacked.measured),
+                    }
+                };
+                let measured: Vec<Measured> = splits.iter().map(one).collect::<Result<_, _>>()?;
                 done();
                 Ok(ratios(&measured, &oracles, self.depth))
             })
             .collect()
     }
 
+    /// Of each pipeline and new machine the model in force and its loss there; nothing where no validators are asked.
+    fn in_force(
+        &self,
+        seed: u64,
+        pipelines: &[Pipeline],
+        splits: &[Split<'_>],
+    ) -> Result<Vec<Vec<(GlobalModel, f64)>>, RobustnessError> {
+        if self.validators == 0 {
+            return Ok(Vec::new());
+        }
+        let seed = seed.wrapping_add(EARLIER);
+        let released = self.released(seed);
+        let one = |pipeline: &Pipeline, split: &Split<'_>| {
+            let fought = self.attacked(*split, &released, seed, pipeline, None)?;
+            Ok((self.model(&fought.own)?, fought.measured.error))
+        };
+        pipelines
+            .par_iter()
+            .map(|pipeline| splits.iter().map(|split| one(pipeline, split)).collect())
+            .collect()
+    }
+
+    /// What a split's validators make of a model.
+    fn validated(
+        &self,
+        split: Split<'_>,
+        mut fought: Fought,
+        (current, in_force): &(GlobalModel, f64),
+    ) -> Result<Measured, RobustnessError> {
+        let mut of = |published| {
+            fought.measured.validated = Some(Validated {
+                published,
+                in_force: *in_force,
+            });
+            fought.measured
+        };
+        if !fought.is_result {
+            return Ok(of(None));
+        }
+        let asked = split.order[self.senders()..].iter();
+        let asked: Vec<&Validator> = asked.map(|site| &self.inspectors[*site]).collect();
+        let candidate = (&self.model(&fought.own)?, Digest::default());
+        let validation = validate(&asked, self.terms.round.0, (0, current), candidate);
+        Ok(of(Some(validation.decision.publishes())))
+    }
+
+    fn model(&self, own: &OwnLagWeights) -> Result<GlobalModel, RobustnessError> {
+        Ok(GlobalModel::initial(self.fleet.schema.channels(), 1).with_own_lag(own)?)
+    }
+
     fn attacked(
         &self,
-        newcomer: usize,
-        order: &[usize],
+        split: Split<'_>,
         released: &[[Vec<f32>; 5]],
         seed: u64,
         pipeline: &Pipeline,
         attack: Option<Attack>,
-    ) -> Result<Measured, RobustnessError> {
-        let (hostile, honest) = order.split_at(self.hostile);
+    ) -> Result<Fought, RobustnessError> {
+        let (hostile, honest) = split.order[..self.senders()].split_at(self.hostile);
         let poison = attack.and_then(|attack| POISONS.iter().position(|kind| *kind == attack.kind));
         let honest = Self::rows(released, honest, 0);
         let own = Self::rows(released, hostile, poison.map_or(0, |index| index + 1));
-        let previous = None;
         let memory = Memory::default();
         let battle = Battle {
             pipeline,
             terms: &self.terms,
             memory: &memory,
-            seed: seed.wrapping_mul(1_000) + newcomer as u64,
-            previous,
+            seed: seed.wrapping_mul(1_000) + split.newcomer as u64,
+            previous: None,
         };
-        match battle.fight(&honest, &own, attack) {
-            Some((combined, _)) => self.measure(newcomer, &combined.values, combined.rows),
-            // No result: everybody keeps what there is, which for a new machine is the public constant.
-            None => self.measure(newcomer, &vec![0.0; self.sums[0][0].len()], 1),
-        }
+        let fought = battle.fight(&honest, &own, attack);
+        let is_result = fought.is_some();
+        // No result: everybody keeps what there is, which for a new machine is the public constant.
+        let nothing = || (vec![0.0; self.sums[0][0].len()], 1);
+        let (values, rows) = fought.map_or_else(nothing, |(combined, _)| (combined.values, combined.rows));
+        let own = self.solved(&values, rows);
+        let measured = self.measure_weights(split.newcomer, &own)?;
+        Ok(Fought {
+            own,
+            measured,
+            is_result,
+        })
     }
 
     /// The other sites in an order of the seed: hostile ones first.
@@ -315,19 +427,26 @@ impl Recorded {
 
     /// What the model of `mean` over `sites` sites does on a new machine.
     fn measure(&self, newcomer: usize, mean: &[f32], sites: usize) -> Result<Measured, RobustnessError> {
-        let channels = self.fleet.schema.channels();
+        self.measure_weights(newcomer, &self.solved(mean, sites))
+    }
+
+    /// The weights that the `mean` of `sites` sites' moments gives.
+    fn solved(&self, mean: &[f32], sites: usize) -> OwnLagWeights {
         let sum: Vec<f32> = mean
             .iter()
             .map(|value| narrow(f64::from(*value) * sites as f64))
             .collect();
         let (sigma, clip) = (self.terms.noise_multiplier.value(), self.terms.clip_norm.value());
-        let own = moments::solve(&sum, sites, sigma, clip, channels);
+        moments::solve(&sum, sites, sigma, clip, self.fleet.schema.channels())
+    }
+
+    fn measure_weights(&self, newcomer: usize, own: &OwnLagWeights) -> Result<Measured, RobustnessError> {
         let mut measured = Measured {
-            error: self.trials[newcomer].squared_error(&own),
+            error: self.trials[newcomer].squared_error(own),
             ..Measured::default()
         };
         if self.depth == Depth::Detection {
-            let model = GlobalModel::initial(channels, 1).with_own_lag(&own)?;
+            let model = self.model(own)?;
             let bytes = theriac_protocol::compress::encode_f32(model.values());
             let digest = Digest::of(&bytes);
             for (at, rows) in STARTS.into_iter().enumerate() {
@@ -390,6 +509,7 @@ fn ratios(measured: &[Measured], oracles: &[Measured], depth: Depth) -> Vec<Valu
         measure: "loss",
         ratio: loss,
     }];
+    values.extend(validation(measured, oracles));
     if depth == Depth::Detection {
         let names = [["vus_120", "vus_120_gate"], ["vus_1000", "vus_1000_gate"]];
         for (at, names) in names.into_iter().enumerate() {
@@ -403,6 +523,46 @@ fn ratios(measured: &[Measured], oracles: &[Measured], depth: Depth) -> Vec<Valu
         }
     }
     values
+}
+
+/// Shares of the new machines, and the loss with what validators left in force.
+fn validation(measured: &[Measured], oracles: &[Measured]) -> Vec<Value> {
+    let asked = measured.iter().zip(oracles);
+    let asked: Vec<(f64, f64, Validated)> = asked
+        .filter_map(|(measured, oracle)| Some((measured.error, oracle.error, measured.validated?)))
+        .collect();
+    if asked.is_empty() {
+        return Vec::new();
+    }
+    let mean =
+        |of: &dyn Fn(&(f64, f64, Validated)) -> f64| asked.iter().map(of).sum::<f64>() / asked.len() as f64;
+    let share = |of: &dyn Fn(bool, bool) -> bool| {
+        mean(&|(error, _, word)| {
+            let harmful = word.published.is_some() && *error > HARM * word.in_force;
+            f64::from(u8::from(of(harmful, word.published == Some(true))))
+        })
+    };
+    [
+        (
+            "loss_validated",
+            mean(&|(error, oracle, word)| {
+                oracle
+                    / if word.published == Some(true) {
+                        *error
+                    } else {
+                        word.in_force
+                    }
+            }),
+        ),
+        ("published", share(&|_, published| published)),
+        ("harmful", share(&|harmful, _| harmful)),
+        (
+            "harmful_published",
+            share(&|harmful, published| harmful && published),
+        ),
+    ]
+    .map(|(measure, ratio)| Value { measure, ratio })
+    .into()
 }
 
 /// The sum of a site's clipped blocks.
@@ -431,11 +591,76 @@ mod tests {
         let one = Measured {
             error: 2.0,
             volumes: [[0.5, 0.4], [0.6, 0.6]],
+            validated: None,
         };
         let values = ratios(&[one; 3], &[one; 3], Depth::Detection);
         let found: Vec<f64> = values.iter().map(|value| value.ratio).collect();
         for (found, expected) in found.iter().zip([1.0, 1.0, 0.8, 1.0, 1.0]) {
             assert!((found - expected).abs() < 1e-12, "{values:?}");
         }
+    }
+
+    #[test]
+    fn a_model_that_was_turned_down_counts_with_what_stayed_in_force() {
+        let of = |error: f64, published: Option<bool>| Measured {
+            error,
+            validated: Some(Validated {
+                published,
+                in_force: 2.0,
+            }),
+            ..Measured::default()
+        };
+        let oracle = Measured {
+            error: 2.0,
+            ..Measured::default()
+        };
+        let (turned_down, published) = (Some(false), Some(true));
+        let measured = [
+            of(8.0, turned_down),
+            of(4.0, published),
+            of(2.0, published),
+            of(2.1, turned_down),
+        ];
+        let values = validation(&measured, &[oracle; 4]);
+        let found: Vec<(&str, f64)> = values.iter().map(|value| (value.measure, value.ratio)).collect();
+        assert_eq!(
+            found,
+            [
+                ("loss_validated", (1.0 + 0.5 + 1.0 + 1.0) / 4.0),
+                ("published", 0.5),
+                ("harmful", 0.5),
+                ("harmful_published", 0.25)
+            ]
+        );
+        assert!(validation(&[oracle], &[oracle]).is_empty(), "nobody was asked");
+        // A rule without a result publishes nothing and harms nobody, however bad what an edge begins with is.
+        let values = validation(&[of(8.0, None)], &[oracle]);
+        let found: Vec<f64> = values.iter().map(|value| value.ratio).collect();
+        assert_eq!(found, [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_round_without_a_result_is_shown_to_no_validator_and_publishes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        crate::robustness::tests::recorded(dir.path(), 6);
+        let recorded = Recorded::new(dir.path(), None, 1, 2, 1, Depth::Loss).unwrap();
+        let order = recorded.order(0, 1);
+        let split = Split {
+            newcomer: 0,
+            order: &order,
+        };
+        let own = OwnLagWeights::public_constant(recorded.fleet.schema.channels());
+        let current = (recorded.model(&own).unwrap(), 1.0);
+        let published = |is_result| {
+            let fought = Fought {
+                own: own.clone(),
+                measured: recorded.measure_weights(0, &own).unwrap(),
+                is_result,
+            };
+            let validated = recorded.validated(split, fought, &current).unwrap().validated;
+            validated.unwrap().published
+        };
+        // The model in force itself is no worse than itself.
+        assert_eq!((published(true), published(false)), (Some(true), None));
     }
 }

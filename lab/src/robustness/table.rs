@@ -29,9 +29,14 @@ impl Entry {
         self.ratios.iter().sum::<f64>() / self.ratios.len().max(1) as f64
     }
 
-    /// The worst seed.
+    /// The worst seed: the largest share of harm, the least of everything else.
     pub fn worst(&self) -> f64 {
-        self.ratios.iter().copied().fold(f64::INFINITY, f64::min)
+        let ratios = self.ratios.iter().copied();
+        if less_is_better(self.measure) {
+            ratios.fold(f64::NEG_INFINITY, f64::max)
+        } else {
+            ratios.fold(f64::INFINITY, f64::min)
+        }
     }
 
     /// Standard deviation over seeds.
@@ -42,25 +47,37 @@ impl Entry {
     }
 }
 
-/// Every entry on a line, after a header.
+/// Every entry on a line, after a header; the last field holds what each seed gave, in their order.
 pub fn csv(entries: &[Entry]) -> String {
-    let mut text = "pipeline,attack,measure,seeds,mean,worst,deviation\n".to_owned();
+    let mut text = "pipeline,attack,measure,seeds,mean,worst,deviation,each\n".to_owned();
     for entry in entries {
+        let each: Vec<String> = entry.ratios.iter().map(|ratio| format!("{ratio:.4}")).collect();
         // Writing to a string cannot fail.
         writeln!(
             text,
-            "{},{},{},{},{:.4},{:.4},{:.4}",
+            "{},{},{},{},{:.4},{:.4},{:.4},{}",
             entry.pipeline,
             entry.attack,
             entry.measure,
             entry.ratios.len(),
             entry.mean(),
             entry.worst(),
-            entry.deviation()
+            entry.deviation(),
+            each.join(";")
         )
         .ok();
     }
     text
+}
+
+/// Whether a measure is a share of the new machines and no ratio.
+fn is_share(measure: &str) -> bool {
+    matches!(measure, "published" | "harmful" | "harmful_published")
+}
+
+/// Whether a measure is one of harm.
+fn less_is_better(measure: &str) -> bool {
+    matches!(measure, "harmful" | "harmful_published")
 }
 
 /// Names in the order in which they come.
@@ -92,6 +109,10 @@ pub fn markdown(entries: &[Entry], provenance: &str) -> String {
                     |entry| format!("{:.3} ({:.3})", entry.mean(), entry.worst()),
                 )
             });
+        }
+        if is_share(measure) {
+            text.push('\n');
+            continue;
         }
         text += &row("**worst attack**", &|pipeline| {
             let means = attacks
@@ -145,8 +166,11 @@ pub fn heat_map(path: &Path, entries: &[Entry], measure: &str) -> Result<(), Rob
         let root = SVGBackend::new(path, size).into_drawing_area();
         root.fill(&WHITE)?;
         let font = ("sans-serif", 11);
-        let title =
-            format!("{measure}: ratio to the honest-only oracle, mean over seeds; red 0.5 and less, green 1");
+        let title = if is_share(measure) {
+            format!("{measure}: share of the new machines, mean over seeds")
+        } else {
+            format!("{measure}: ratio to the honest-only oracle, mean over seeds; red 0.5 and less, green 1")
+        };
         root.draw(&Text::new(title, (8, 8), ("sans-serif", 14)))?;
         for (column, pipeline) in (0..).zip(&pipelines) {
             let place = (LEFT + column * CELL.0 + 3, TOP - 16);
@@ -161,7 +185,12 @@ pub fn heat_map(path: &Path, entries: &[Entry], measure: &str) -> Result<(), Rob
                 };
                 let x = LEFT + column * CELL.0;
                 let corners = [(x, y), (x + CELL.0 - 2, y + CELL.1 - 2)];
-                root.draw(&Rectangle::new(corners, colour(entry.mean()).filled()))?;
+                let good = if less_is_better(measure) {
+                    1.0 - entry.mean()
+                } else {
+                    entry.mean()
+                };
+                root.draw(&Rectangle::new(corners, colour(good).filled()))?;
                 root.draw(&Text::new(format!("{:.3}", entry.mean()), (x + 48, y + 4), font))?;
             }
         }
@@ -234,13 +263,25 @@ mod tests {
             entry("mean", "ipm-1", &[0.5, 0.7]),
             entry("caf", "none", &[0.98, 1.0]),
         ];
-        assert!(csv(&entries).contains("mean,ipm-1,loss,2,0.6000,0.5000,0.1414\n"));
+        assert!(csv(&entries).contains("mean,ipm-1,loss,2,0.6000,0.5000,0.1414,0.5000;0.7000\n"));
         let markdown = markdown(&entries, "from here");
         assert!(markdown.contains("| ipm-1 | 0.600 (0.500) | - |"), "{markdown}");
         assert!(
             markdown.contains("| **worst attack** | **0.600** | - |"),
             "{markdown}"
         );
+        // One bad seed of five must not hide where less is better.
+        for (measure, worst) in [("harmful_published", 0.31), ("harmful", 0.31), ("published", 0.0)] {
+            let entry = Entry {
+                measure,
+                ..entry("caf", "drift", &[0.0, 0.0, 0.31, 0.0, 0.0])
+            };
+            assert!(
+                (entry.worst() - worst).abs() < 1e-12,
+                "{measure}: {}",
+                entry.worst()
+            );
+        }
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &entries, "from here").unwrap();
         let svg = fs::read_to_string(dir.path().join("loss.svg")).unwrap();

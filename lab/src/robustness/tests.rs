@@ -62,7 +62,7 @@ fn a_made_fleet_in_two_rounds_gives_all_files() {
 }
 
 /// Machines of three channels with slow swings, and a jump in the test part.
-fn recorded(dir: &std::path::Path, machines: u8) {
+pub(super) fn recorded(dir: &std::path::Path, machines: u8) {
     for machine in 0..machines {
         let mut state = u32::from(machine) + 1;
         let mut shock = move || {
@@ -132,6 +132,37 @@ fn recorded_machines_are_measured_with_and_without_noise() {
             assert!(of("mean", "poison-negate", "loss") < 1.0 - 1e-6);
         }
     }
+}
+
+#[test]
+fn validators_turn_down_what_harms_and_let_the_honest_through() {
+    let dir = tempfile::tempdir().unwrap();
+    recorded(dir.path(), 6);
+    let out = dir.path().join("out");
+    let line = format!(
+        "--out {} --workload smd --data {} --malicious 1 --validators 2 --seeds 1 --privacy off --loss-only --rules mean \
+         --attacks none,poison-negate",
+        out.display(),
+        dir.path().display()
+    );
+    let table = run(&args(&line)).unwrap();
+    let of = |attack: &str, measure: &str| {
+        let found = table
+            .entries
+            .iter()
+            .find(|entry| entry.attack == attack && entry.measure == measure);
+        found.unwrap().mean()
+    };
+    assert_eq!(table.entries.len(), 2 * 5);
+    assert_eq!((of("none", "published"), of("none", "harmful")), (1.0, 0.0));
+    let text = table.table();
+    assert!(
+        of("poison-negate", "harmful") > 0.9 && of("poison-negate", "harmful_published") < 0.1,
+        "{text}"
+    );
+    assert!(of("poison-negate", "loss") < 0.9 && of("poison-negate", "loss_validated") > 0.95);
+    let text = fs::read_to_string(out.join("robustness.md")).unwrap();
+    assert!(text.contains("2 of the honest validators") && text.contains("## harmful_published"));
 }
 
 #[test]

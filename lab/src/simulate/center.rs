@@ -302,7 +302,11 @@ impl Center {
                 }
                 None
             }
-            ToAggregator::Guarantee(_) | ToAggregator::Appraisal(_) => None,
+            ToAggregator::Guarantee(_)
+            | ToAggregator::Appraisal(_)
+            | ToAggregator::Health(_)
+            | ToAggregator::LeaseRequest(_)
+            | ToAggregator::LeaseRelease(_) => None,
             ToAggregator::FetchModel(_) | ToAggregator::Hello(_) | ToAggregator::Goodbye => {
                 Some(refusal(RefusalCode::OutOfTurn, None))
             }
@@ -479,7 +483,8 @@ impl Center {
             return true;
         };
         let base = (self.header.version.0, &self.model);
-        let validation = try_on(&self.validators, round.0, base, (candidate, Digest::of(payload)));
+        let validators: Vec<&Validator> = self.validators.iter().collect();
+        let validation = try_on(&validators, round.0, base, (candidate, Digest::of(payload)));
         let decision = validation.decision;
         self.record(|record| {
             record.validation = Some(validation);

@@ -372,7 +372,12 @@ fn input(member: &mut Member<'_>, message: ToEdge) -> Option<Input> {
             Input::Model { header }
         }
         ToEdge::Closed(closed) => Input::Closed(closed),
-        ToEdge::Goodbye(_) | ToEdge::Seal(_) | ToEdge::Candidate(..) => return None,
+        ToEdge::Goodbye(_)
+        | ToEdge::Seal(_)
+        | ToEdge::Candidate(..)
+        | ToEdge::Fleet(_)
+        | ToEdge::LeaseGranted(_)
+        | ToEdge::LeaseRefused(_) => return None,
     })
 }
 

@@ -89,6 +89,7 @@ impl Quarantine {
                 averaged: &[],
                 behind: &[],
                 of_mean: &decided.of_mean,
+                carried: None,
                 noise: terms.noise_multiplier.value() * terms.clip_norm.value(),
                 withstood: decided.withstood,
             },

@@ -25,7 +25,7 @@ pub struct Validator {
 
 impl Validator {
     /// One that has the newest train rows of a site, `step` apart.
-    pub(super) fn new(site: &Site, schema: &FeatureSchema, step: Duration) -> Self {
+    pub(crate) fn new(site: &Site, schema: &FeatureSchema, step: Duration) -> Self {
         Self {
             node: site.name.clone(),
             schema: schema.clone(),
@@ -49,13 +49,13 @@ impl Validator {
 }
 
 /// What the validators of a round make of its candidate.
-pub(super) fn validate(
-    validators: &[Validator],
+pub(crate) fn validate(
+    validators: &[&Validator],
     round: u64,
     (base_version, current): (u64, &GlobalModel),
     candidate: (&GlobalModel, Digest),
 ) -> Validation {
-    let says = |validator: &Validator| validator.says(current, candidate.0);
+    let says = |validator: &&Validator| validator.says(current, candidate.0);
     let answers: Vec<Answer> = validators.iter().map(says).collect();
     let missing = Missing::Hold;
     Validation {

@@ -15,7 +15,13 @@ use theriac_protocol::refusal::RefusalCode;
 
 use crate::samples::{self, Message};
 
-const KINDS: [u16; 19] = [
+const KINDS: [u16; 25] = [
+    kind::HEALTH_V1,
+    kind::LEASE_REQUEST_V1,
+    kind::LEASE_RELEASE_V1,
+    kind::FLEET_REPORT_V1,
+    kind::LEASE_GRANTED_V1,
+    kind::LEASE_REFUSED_V1,
     kind::APPRAISAL_V1,
     kind::LEDGER_SEAL_V1,
     kind::GUARANTEE_V1,
@@ -218,6 +224,11 @@ fn bodies_beyond_their_kind_are_refused_whole() {
     let join = Bytes::from(vec![0; JOIN_BYTES_MAX + 1]);
     let error = Message::decode(kind::JOIN_REQUEST_V1, join).unwrap_err();
     assert_eq!(error.refusal_code(), RefusalCode::TooLarge);
+    for kind in [kind::HEALTH_V1, kind::LEASE_REQUEST_V1, kind::FLEET_REPORT_V1] {
+        assert_eq!(body_bytes_max(kind, 1 << 20), Some(64));
+        let error = Message::decode(kind, Bytes::from(vec![0; 65])).unwrap_err();
+        assert_eq!(error.refusal_code(), RefusalCode::TooLarge);
+    }
     for kind in KINDS {
         assert!(
             body_bytes_max(kind, 1 << 20).is_some(),

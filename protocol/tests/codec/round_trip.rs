@@ -49,7 +49,58 @@ fn to_aggregator() -> impl Strategy<Value = ToAggregator> {
         })),
         guarantee().prop_map(ToAggregator::Guarantee),
         appraisal().prop_map(ToAggregator::Appraisal),
+        (any::<u16>(), any::<u16>())
+            .prop_map(|(unhealthy, acting)| ToAggregator::Health(HealthV1 { unhealthy, acting })),
+        (any::<u64>(), lease_kind(), any::<u8>(), any::<u32>()).prop_map(
+            |(request, kind, share, need_ms)| {
+                ToAggregator::LeaseRequest(LeaseRequestV1 {
+                    request,
+                    kind,
+                    share,
+                    need_ms,
+                })
+            }
+        ),
+        (lease_kind(), any::<u64>())
+            .prop_map(|(kind, lease)| ToAggregator::LeaseRelease(LeaseReleaseV1 { kind, lease })),
         Just(ToAggregator::Goodbye),
+    ]
+}
+
+fn lease_kind() -> impl Strategy<Value = LeaseKind> {
+    prop::sample::select(LeaseKind::ALL.to_vec())
+}
+
+fn of_fleet() -> impl Strategy<Value = ToEdge> {
+    let reason = prop_oneof![
+        Just(LeaseRefusal::Taken),
+        Just(LeaseRefusal::Young),
+        Just(LeaseRefusal::TooShort)
+    ];
+    prop_oneof![
+        any::<(u32, u32, u32)>().prop_map(|(nodes, unhealthy, acting)| ToEdge::Fleet(FleetReportV1 {
+            nodes,
+            unhealthy,
+            acting
+        })),
+        (any::<u64>(), lease_kind(), any::<u64>(), any::<u32>()).prop_map(
+            |(request, kind, lease, ttl_ms)| {
+                ToEdge::LeaseGranted(LeaseGrantedV1 {
+                    request,
+                    kind,
+                    lease,
+                    ttl_ms,
+                })
+            }
+        ),
+        (any::<u64>(), lease_kind(), reason, any::<u32>()).prop_map(
+            |(request, kind, reason, retry_after_ms)| ToEdge::LeaseRefused(LeaseRefusedV1 {
+                request,
+                kind,
+                reason,
+                retry_after_ms
+            })
+        ),
     ]
 }
 
@@ -171,6 +222,7 @@ fn to_edge() -> impl Strategy<Value = ToEdge> {
                     signature,
                 })
             ),
+        of_fleet(),
         any::<u32>().prop_map(|retry_after_ms| ToEdge::Goodbye(GoodbyeV1 { retry_after_ms })),
     ]
 }

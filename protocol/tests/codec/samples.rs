@@ -365,6 +365,69 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<Message>)> {
                 },
             ),
         ),
+        (
+            "health_v1",
+            to_aggregator(
+                [HealthV1 {
+                    unhealthy: 2,
+                    acting: 1,
+                }],
+                ToAggregator::Health,
+            ),
+        ),
+        (
+            "lease_request_v1",
+            to_aggregator(LeaseKind::ALL, |kind| {
+                ToAggregator::LeaseRequest(LeaseRequestV1 {
+                    request: 0x0123_4567_89ab_cdef,
+                    kind,
+                    share: 20,
+                    need_ms: 120_000,
+                })
+            }),
+        ),
+        (
+            "lease_release_v1",
+            to_aggregator(LeaseKind::ALL, |kind| {
+                ToAggregator::LeaseRelease(LeaseReleaseV1 { kind, lease: 7 })
+            }),
+        ),
+        (
+            "fleet_report_v1",
+            to_edge(
+                [FleetReportV1 {
+                    nodes: 20,
+                    unhealthy: 9,
+                    acting: 4,
+                }],
+                ToEdge::Fleet,
+            ),
+        ),
+        (
+            "lease_granted_v1",
+            to_edge(LeaseKind::ALL, |kind| {
+                ToEdge::LeaseGranted(LeaseGrantedV1 {
+                    request: 0x0123_4567_89ab_cdef,
+                    kind,
+                    lease: 7,
+                    ttl_ms: 300_000,
+                })
+            }),
+        ),
+        (
+            "lease_refused_v1",
+            to_edge(
+                [LeaseRefusal::Taken, LeaseRefusal::Young, LeaseRefusal::TooShort],
+                |reason| {
+                    ToEdge::LeaseRefused(LeaseRefusedV1 {
+                        request: 0x0123_4567_89ab_cdef,
+                        kind: LeaseKind::Action,
+                        reason,
+                        retry_after_ms: 2_000,
+                    })
+                },
+            ),
+        ),
         ("join_request_v1", vec![Message::JoinRequest(join_request)]),
         (
             "join_reply_v1",

@@ -50,13 +50,28 @@ impl fmt::Display for Address {
     }
 }
 
+impl Address {
+    /// The TCP port; `None` for a socket file.
+    pub fn tcp_port(&self) -> Option<u16> {
+        match self {
+            Self::Unix(_) => None,
+            Self::Tcp(text) => text.rsplit_once(':')?.1.parse().ok(),
+        }
+    }
+}
+
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Value {
+pub enum Value {
+    /// A text, simple or with its length before it; bytes that are no UTF-8 are replaced.
     Text(String),
+    /// A whole number.
     Integer(i64),
+    /// Nothing: no such key.
     Nil,
+    /// The server's error, its code first.
     Error(String),
+    /// A list; at most 100 000 values are read.
     List(Vec<Value>),
 }
 
@@ -84,15 +99,68 @@ trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
 /// One connection.
-pub(super) struct Client {
+pub struct Client {
     address: Address,
     stream: BufReader<Box<dyn Stream>>,
     limit: Duration,
 }
 
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a server that answers says to a `PING`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Pinged {
+    /// `PONG`: it serves.
+    Pong,
+    /// `LOADING`: it reads its data, and will serve.
+    Loading(String),
+    /// It has as many clients as it may (`maxclients`).
+    NoPlace(String),
+    /// It is there and refuses: `NOAUTH`, `WRONGPASS`, `MISCONF`, `BUSY` or another error, in its own words.
+    Refused(String),
+}
+
+/// Asks a server whether it serves, as a new client would: connects, says the password, where there is one, then `PING`.
+///
+/// # Errors
+/// [`RedisError::Unreachable`] when nobody is there, nothing comes within `limit` (for each of the three), or what comes is no RESP.
+pub async fn ping(address: &Address, password: Option<&str>, limit: Duration) -> Result<Pinged, RedisError> {
+    let mut client = Client::open(address, None, limit).await?;
+    if let Some(password) = password {
+        match client.ask(&["AUTH", password]).await? {
+            Value::Error(words) => return Ok(refusal(words)),
+            Value::Text(_) => {}
+            other => return Ok(Pinged::Refused(format!("AUTH is answered by {}", other.kind()))),
+        }
+    }
+    Ok(match client.ask(&["PING"]).await? {
+        Value::Text(text) if text == "PONG" => Pinged::Pong,
+        Value::Error(words) => refusal(words),
+        other => Pinged::Refused(format!("PING is answered by {}", other.kind())),
+    })
+}
+
+/// What an error to `AUTH` or `PING` means. None of them repeats a password.
+fn refusal(words: String) -> Pinged {
+    match words.split(' ').next() {
+        Some("LOADING") => Pinged::Loading(words),
+        _ if words.contains("max number of clients") => Pinged::NoPlace(words),
+        _ => Pinged::Refused(words),
+    }
+}
+
 impl Client {
     /// Connects and says the password, where there is one; each answer may take `limit`.
-    pub(super) async fn open(
+    ///
+    /// # Errors
+    /// [`RedisError::Unreachable`] when nobody answers in time, [`RedisError::Refused`] for another password.
+    pub async fn open(
         address: &Address,
         password: Option<&str>,
         limit: Duration,
@@ -123,7 +191,10 @@ impl Client {
     }
 
     /// One command and its answer, an error of the server among them.
-    pub(super) async fn ask(&mut self, command: &[&str]) -> Result<Value, RedisError> {
+    ///
+    /// # Errors
+    /// [`RedisError::Unreachable`] when no whole answer comes in time.
+    pub async fn ask(&mut self, command: &[&str]) -> Result<Value, RedisError> {
         let mut request = format!("*{}\r\n", command.len());
         for word in command {
             request.extend(["$", &word.len().to_string(), "\r\n", word, "\r\n"]);
@@ -134,9 +205,16 @@ impl Client {
         };
         let stream = &mut self.stream;
         let exchange = async {
-            stream.write_all(request.as_bytes()).await?;
-            stream.flush().await?;
-            read(stream, 0).await
+            let sent = async {
+                stream.write_all(request.as_bytes()).await?;
+                stream.flush().await
+            };
+            let sent = sent.await;
+            match read(stream, 0).await {
+                // One client too many is told so and cut off at once, which sending may find before reading does.
+                Err(error) => Err(sent.err().unwrap_or(error)),
+                answer => answer,
+            }
         };
         timeout(self.limit, exchange)
             .await

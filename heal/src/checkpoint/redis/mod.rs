@@ -21,8 +21,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-pub use self::client::Address;
-use self::client::{Client, Value};
+pub use self::client::{Address, Client, Pinged, Value, ping};
 use super::proof::{self, Validated};
 use super::store::{CheckpointError, CheckpointStore, at};
 use super::verdict::{Check, Finding, ShadowKind, ShadowRun, State};

@@ -7,6 +7,7 @@ fn hands(root: &Path, listed: &[&str]) -> SpaceHands {
         protected: vec![root.join("edge"), root.join("not-there")],
         quarantine: root.join("quarantine"),
         min_age: Duration::ZERO,
+        free_bytes_min: 0,
     }
 }
 

@@ -53,39 +53,58 @@ fn memory_that_grew_while_the_service_answers_is_let_be_until_it_is_about_to_be_
 }
 
 #[test]
-fn a_busy_service_is_restarted_once_its_probes_suffer_or_the_processors_do_not_suffice_and_no_crowd_is_why() {
+fn a_busy_service_is_restarted_once_its_probes_suffer_and_never_for_its_processor_time_alone() {
     let cpu = "service_cpu";
-    let mut story = suspected(cpu);
+    let answers = |story: &mut Story, ms, count| {
+        for _ in 0..count {
+            story.tell(Input::Probe {
+                service: "a".into(),
+                ok: true,
+                latency: Duration::from_millis(ms),
+                detail: String::new(),
+            });
+        }
+    };
+    // It takes all processors and has to wait for them: as long as it answers as fast as ever nobody notices.
+    let mut story = Story::new(|_| {});
+    answers(&mut story, 3, 20);
+    for _ in 0..4 {
+        assert_eq!(
+            then(&mut story, cpu, |story| story.saturated(1.0, 3.0, Some(1.0))),
+            None
+        );
+    }
+    let incident = story.incident().unwrap();
     assert_eq!(
-        then(&mut story, cpu, |story| story.saturated(0.9, 0.1, None)),
-        None
+        (incident.class, incident.state),
+        (FaultClass::CpuContention, IncidentState::Open)
     );
-    assert_eq!(
-        then(&mut story, cpu, |story| story.saturated(0.3, 2.0, None)),
-        None
+    assert!(
+        incident.why().contains("answers as fast as ever"),
+        "{}",
+        incident.why()
     );
+    // A crowd brings it along.
+    let slow = |story: &mut Story, crowd| {
+        story.saturated(1.0, 3.0, crowd);
+        answers(story, 8, 5);
+    };
+    assert_eq!(then(&mut story, cpu, |story| slow(story, Some(5.0))), None);
     assert_eq!(
-        then(&mut story, cpu, |story| story.saturated(0.9, 2.0, Some(5.0))),
-        None
-    );
-    assert_eq!(
-        then(&mut story, cpu, |story| story.saturated(0.9, 2.0, Some(1.0))),
+        then(&mut story, cpu, |story| slow(story, None)),
         Some(ActionKind::Restart)
     );
+    let why = story.incident().unwrap().why();
+    assert!(why.contains("it answers in 8.0 ms instead of 3.0 ms"), "{why}");
+    // The detector's own view of them.
     let mut story = suspected(cpu);
-    let cause = |channel: &str, contribution| Cause {
-        channel: channel.to_owned(),
-        contribution,
-        rising: Some(true),
-        evidence: None,
-    };
-    story.tell(Input::Anomaly {
-        service: "a".into(),
-        score: 9.0,
-        threshold: 3.0,
-        causes: vec![cause(cpu, 5.0), cause("service_probe_latency", 3.0)],
-    });
+    story.caused(&[(cpu, 5.0), ("service_probe_latency", 3.0)], 9.0);
     assert_eq!(story.recorded().unwrap().action, ActionKind::Restart);
+    let mut story = suspected(cpu);
+    assert_eq!(
+        then(&mut story, cpu, |story| drop(story.probe(false))),
+        Some(ActionKind::Restart)
+    );
 }
 
 #[test]

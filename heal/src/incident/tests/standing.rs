@@ -375,3 +375,26 @@ fn an_executor_that_found_nothing_left_to_touch_has_not_failed() {
     let of = evidence.iter().find(|of| of.action == ActionKind::Hook).unwrap();
     assert_eq!((of.counts.right, of.counts.wrong), (0, FAILURES_MAX + 1));
 }
+
+#[test]
+fn a_word_that_names_no_plan_is_for_nothing_of_r3_or_above() {
+    let mut story = Story::new(|policy| policy.restore_autonomy = Autonomy::Recommend);
+    story.probes(true, 3);
+    story.crash();
+    story.carry_out(corrupt(false));
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    let incident = story.incident().unwrap().id;
+    story.tell(Input::Deny { incident });
+    assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    // Whoever says "again" has not been shown what that would be.
+    story.tell(approve(incident, None, None));
+    assert!(story.recorded().is_none());
+    let open = story.incident().unwrap();
+    let planned = open.plan.as_ref().map(|plan| plan.action);
+    assert_eq!(
+        (open.state, planned),
+        (IncidentState::AwaitingApproval, Some(ActionKind::RestoreAndStart))
+    );
+    story.approve();
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::RestoreAndStart);
+}

@@ -294,7 +294,10 @@ impl World {
             ToAggregator::Hello(_)
             | ToAggregator::Verdict(_)
             | ToAggregator::Guarantee(_)
-            | ToAggregator::Appraisal(_) => {}
+            | ToAggregator::Appraisal(_)
+            | ToAggregator::Health(_)
+            | ToAggregator::LeaseRequest(_)
+            | ToAggregator::LeaseRelease(_) => {}
             ToAggregator::Update(header, payload) => self.update(edge, &header, &payload),
             ToAggregator::Decline(decline) => {
                 let (round, reason) = (decline.round, decline.reason);

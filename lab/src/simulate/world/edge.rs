@@ -222,7 +222,13 @@ impl World {
                 Input::Model { header }
             }
             // This edge's Hello does not ask for it.
-            Ok(ToEdge::Seal(_) | ToEdge::Candidate(..)) => return,
+            Ok(
+                ToEdge::Seal(_)
+                | ToEdge::Candidate(..)
+                | ToEdge::Fleet(_)
+                | ToEdge::LeaseGranted(_)
+                | ToEdge::LeaseRefused(_),
+            ) => return,
             Ok(ToEdge::Goodbye(_)) => return self.edge_notices(edge, session),
             Err(error) => return self.broken_codec(&error),
         };
