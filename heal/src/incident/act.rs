@@ -701,6 +701,30 @@ impl IncidentMachine {
         }
     }
 
+    /// Lets an action wait until a cool-down or the fleet's hold is over. The word of a person who has the incident (`approved`) is for this action, also when its
+    /// time comes.
+    fn put_off(
+        &mut self,
+        now: Now,
+        mut record: Incident,
+        action: ActionKind,
+        until: Duration,
+        (state, approved): (IncidentState, bool),
+    ) {
+        if approved
+            && record.plan.is_none()
+            && let Some(seen) = self.services.get(&record.service)
+        {
+            record.plan = Some(plan(now, &record, action, seen, &self.policy, &self.name));
+        }
+        record.set_state(state);
+        self.outputs.push_back(Output::Updated(record.clone()));
+        self.put(Open {
+            record,
+            phase: Phase::CoolingDown { until, approved },
+        });
+    }
+
     pub(super) fn decide(&mut self, now: Now, mut record: Incident, diagnosis: Diagnosis, approved: bool) {
         let Some(seen) = self.services.get(&record.service) else {
             return;
@@ -785,39 +809,10 @@ impl IncidentMachine {
                 None => self.record_intent(now, record, action, diagnosis.reason),
             },
             Decision::Wait { action, until } => {
-                if holds
-                    && record.plan.is_none()
-                    && let Some(seen) = self.services.get(&record.service)
-                {
-                    // The word of a person who has the incident is for this action, also when its time comes.
-                    record.plan = Some(plan(now, &record, action, seen, &self.policy, &self.name));
-                }
-                record.set_state(IncidentState::CoolingDown);
-                self.outputs.push_back(Output::Updated(record.clone()));
-                self.put(Open {
-                    record,
-                    phase: Phase::CoolingDown {
-                        until,
-                        approved: holds,
-                    },
-                });
+                self.put_off(now, record, action, until, (IncidentState::CoolingDown, holds));
             }
             Decision::Held { action, until, .. } => {
-                if holds
-                    && record.plan.is_none()
-                    && let Some(seen) = self.services.get(&record.service)
-                {
-                    record.plan = Some(plan(now, &record, action, seen, &self.policy, &self.name));
-                }
-                record.set_state(IncidentState::Held);
-                self.outputs.push_back(Output::Updated(record.clone()));
-                self.put(Open {
-                    record,
-                    phase: Phase::CoolingDown {
-                        until,
-                        approved: holds,
-                    },
-                });
+                self.put_off(now, record, action, until, (IncidentState::Held, holds));
             }
             Decision::Recommend(action) => self.recommend(now, record, action),
             Decision::WouldAct(action) => {
