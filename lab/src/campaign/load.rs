@@ -164,7 +164,12 @@ impl Ledger {
             seen: Mutex::default(),
         });
         let (stop, stopped) = watch::channel(());
-        let task = tokio::spawn(generate(Arc::clone(&shared), stopped));
+        let asked = Arc::clone(&shared);
+        let ask = move |write, due_ms| {
+            let shared = Arc::clone(&asked);
+            async move { shared.ask(write, due_ms).await }
+        };
+        let task = tokio::spawn(generate(POSTGRES_RATE, run, stopped, ask));
         Self { shared, stop, task }
     }
 
@@ -194,9 +199,18 @@ impl Ledger {
     }
 }
 
-async fn generate(shared: Arc<Shared>, mut stopped: watch::Receiver<()>) {
-    let mut random = ChaCha8Rng::seed_from_u64(shared.run);
-    let mut ticks = interval(Duration::from_secs_f64(1.0 / POSTGRES_RATE));
+/// Requests that are due `rate` times a second, half of them writes by `seed`, until the other end of `stopped` is gone; then those under way come to their end.
+/// `ask(write, due_ms)`: one request, due at this Unix time.
+pub(super) async fn generate<F>(
+    rate: f64,
+    seed: u64,
+    mut stopped: watch::Receiver<()>,
+    ask: impl Fn(bool, u64) -> F + Send,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let mut ticks = interval(Duration::from_secs_f64(1.0 / rate));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     let mut under_way = JoinSet::new();
     loop {
@@ -206,9 +220,7 @@ async fn generate(shared: Arc<Shared>, mut stopped: watch::Receiver<()>) {
             _ = ticks.tick() => {}
         }
         while under_way.try_join_next().is_some() {}
-        let (due_ms, write) = (unix_ms(), random.random_bool(0.5));
-        let shared = Arc::clone(&shared);
-        under_way.spawn(async move { shared.ask(write, due_ms).await });
+        under_way.spawn(ask(random.random_bool(0.5), unix_ms()));
     }
     while under_way.join_next().await.is_some() {}
 }

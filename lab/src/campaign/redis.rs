@@ -9,16 +9,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rand::{Rng as _, SeedableRng as _};
-use rand_chacha::ChaCha8Rng;
 use theriac_heal::checkpoint::redis::{Address, Client, RedisError, Value};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
 
-use super::load::{FAILURES_MAX, Failed, Seen};
+use super::load::{FAILURES_MAX, Failed, Seen, generate};
 use super::ward::text;
-use crate::demo::stage::unix_ms;
 
 /// Requests a second, each over a connection of its own, half of them writes.
 pub(super) const RATE: f64 = 20.0;
@@ -83,7 +80,12 @@ impl Keys {
             seen: Mutex::default(),
         });
         let (stop, stopped) = watch::channel(());
-        let task = tokio::spawn(generate(Arc::clone(&shared), stopped));
+        let asked = Arc::clone(&shared);
+        let ask = move |write, due_ms| {
+            let shared = Arc::clone(&asked);
+            async move { shared.ask(write, due_ms).await }
+        };
+        let task = tokio::spawn(generate(RATE, run, stopped, ask));
         Self { shared, stop, task }
     }
 
@@ -113,25 +115,6 @@ impl Keys {
         }
         seen.report.clone()
     }
-}
-
-async fn generate(shared: Arc<Shared>, mut stopped: watch::Receiver<()>) {
-    let mut random = ChaCha8Rng::seed_from_u64(shared.run);
-    let mut ticks = interval(Duration::from_secs_f64(1.0 / RATE));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
-    let mut under_way = JoinSet::new();
-    loop {
-        tokio::select! {
-            biased;
-            changed = stopped.changed() => if changed.is_err() { break },
-            _ = ticks.tick() => {}
-        }
-        while under_way.try_join_next().is_some() {}
-        let (due_ms, write) = (unix_ms(), random.random_bool(0.5));
-        let shared = Arc::clone(&shared);
-        under_way.spawn(async move { shared.ask(write, due_ms).await });
-    }
-    while under_way.join_next().await.is_some() {}
 }
 
 impl Shared {
