@@ -112,6 +112,23 @@ fn header(shape: &str, kind: &str) -> Vec<u8> {
 }
 
 #[test]
+fn a_row_that_is_not_finite_leaves_the_former_result_alone_also_where_rows_stay_in_their_file() {
+    let bench = Bench::new();
+    let mut rows = vec![vec![1.0_f32; 7]; 9];
+    rows[4][2] = f32::NAN;
+    let input = bench.matrix(&rows);
+    for more in [&[][..], &["--spill"]] {
+        for rule in ["mean", "trimmed_mean", "caf", "nnm"] {
+            std::fs::write(bench.path("out.npy"), "the result of yesterday").unwrap();
+            let output = bench.run(&input, rule, more);
+            assert!(!output.status.success(), "{rule} {more:?}");
+            let left = std::fs::read_to_string(bench.path("out.npy")).unwrap_or_default();
+            assert_eq!(left, "the result of yesterday", "{rule} {more:?}");
+        }
+    }
+}
+
+#[test]
 fn half_and_more_hostile_rows_are_refused_by_every_rule() {
     let bench = Bench::new();
     let input = bench.matrix(&rows(6, 5));

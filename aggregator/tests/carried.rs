@@ -133,6 +133,15 @@ fn figures_of_a_carried_site_are_on_record_and_a_replay_holds_them_to_what_the_r
         said[0].contains("the mean of 1 release of 3 to 20 blocks"),
         "{said:?}"
     );
+    let beside = |record: &Record| {
+        words::figures(record)
+            .iter()
+            .any(|line| line.contains("(round: "))
+    };
+    assert!(
+        beside(own) && !beside(carried),
+        "a mean is not read against the figures of updates"
+    );
     let mut outvoted = carried.clone();
     if let Some(features) = &mut outvoted.features {
         features.trimmed_share = Some(1.0);

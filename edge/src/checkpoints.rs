@@ -5,8 +5,8 @@
 //! asked next, and only when *it* fails twice is it called corrupt. While an incident of corrupt state is open, the state is
 //! asked again from time to time, so that a false or mended finding does not stand in the way of healing.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use theriac_heal::checkpoint::schedule::{Learned, LimitsError, Refusal, Room, Schedule, Verdict, Why};
@@ -21,6 +21,7 @@ use crate::metrics::{kind as kind_of, service as label};
 use crate::offsite::{OffsiteSettings, Pusher};
 use crate::postgres::{is_postgres, needs_proof, source};
 use crate::pressure::Pressure;
+use crate::scrub::{Damaged, Scrubber};
 use crate::service::{ServiceContext, open_checkpoints, schedule_limits, state_check};
 use crate::state_dir::write_durably;
 use crate::storage::{FREE_MIN, StorageWatch};
@@ -79,9 +80,16 @@ pub async fn run(
             None => std::future::pending().await,
         }
     };
+    let scrubber = Scrubber::new(
+        taker.context.clone(),
+        taker.settings.verify_every,
+        Arc::clone(&taker.checkpoints),
+        Arc::clone(&taker.damaged),
+    );
     tokio::select! {
         taken = Box::pin(taker.run(shutdown)) => taken,
         () = Box::pin(pushing) => Ok(()),
+        () = scrubber.run() => Ok(()),
     }
 }
 
@@ -111,6 +119,14 @@ impl Taker {
                 ask_due = Instant::now() + ask_every;
             }
             taker.follow();
+            let damaged = taker
+                .damaged
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            if let Some(newest) = damaged {
+                taker.lose(newest).await;
+            }
             if !taker.possible() {
                 continue;
             }
@@ -141,6 +157,8 @@ struct Taker {
     storage: StorageWatch,
     /// Told after each checkpoint.
     new_one: Arc<Notify>,
+    /// Left by whoever reads them again where one was damaged: whether the newest was.
+    damaged: Damaged,
 }
 
 impl Taker {
@@ -171,6 +189,7 @@ impl Taker {
             store,
             storage,
             new_one: Arc::default(),
+            damaged: Damaged::default(),
         })
     }
 
@@ -375,6 +394,19 @@ impl Taker {
         };
         // Only while the process ends is nobody listening.
         let _heard = self.context.events.send(input).await.is_ok();
+    }
+
+    /// A kept checkpoint was set aside: whether it was the `newest`.
+    async fn lose(&mut self, newest: bool) {
+        if newest {
+            self.schedule.lost();
+        }
+        match self.list().await {
+            Ok(list) => self.show(list).await,
+            Err(error) => {
+                tracing::warn!(service = self.context.shared.name, %error, "cannot list checkpoints");
+            }
+        }
     }
 
     async fn list(&self) -> Result<Vec<Checkpoint>, CheckpointError> {

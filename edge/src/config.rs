@@ -448,10 +448,14 @@ pub struct StateSettings {
     /// so it is soon outweighed. Too long takes the first checkpoints rarely.
     #[serde(default = "default_mtbf", with = "settings::duration")]
     pub expected_mtbf: Duration,
+    /// How often every byte of the kept checkpoints is read again, so that one that was damaged since does not count. Default `1day`, range 1 s to
+    /// 1 year. Too long finds it out when it is needed; too short reads all the time.
+    #[serde(default = "default_verify_every", with = "settings::duration")]
+    pub verify_every: Duration,
     /// Valid checkpoints kept, 1 to 100, default 2.
     #[serde(default = "default_keep")]
     pub keep: usize,
-    /// With fewer bytes free its file system counts as full. Default: 16 MiB, or a fiftieth of it where that is less. 0: only when not a block
+    /// With fewer bytes free its file system counts as full. Default: 16 MiB, or a fiftieth of it where that is less; of more than an eighth of it an eighth counts. 0: only when not a block
     /// is left, for a volume that is meant to be nearly full all the time; nothing is done then before writes fail. Room is made until twice as
     /// much is free, of the greater of this and the default.
     #[serde(default)]
@@ -575,7 +579,7 @@ impl SpaceSettings {
         if self.relieve.is_empty() {
             return Some(("space.relieve", "is empty: list a directory".to_owned()));
         }
-        if self.min_age > Duration::from_hours(8_760) {
+        if self.min_age > Duration::from_hours(8_766) {
             return Some(("space.min_age", "is above 1 year".to_owned()));
         }
         // Of a server's data directory its log alone can be made again.
@@ -631,6 +635,10 @@ fn default_start_grace() -> Duration {
 
 fn default_checkpoint_interval() -> Duration {
     Duration::from_mins(5)
+}
+
+fn default_verify_every() -> Duration {
+    Duration::from_hours(24)
 }
 
 fn default_min_gap() -> Duration {
@@ -1235,7 +1243,13 @@ fn check_service(service: ServiceSettings, above: &HealingSection) -> Result<Ser
             &key("state.expected_mtbf"),
             state.expected_mtbf,
             Duration::from_mins(1),
-            Duration::from_hours(8_760),
+            Duration::from_hours(8_766),
+        )?;
+        span(
+            &key("state.verify_every"),
+            state.verify_every,
+            Duration::from_secs(1),
+            Duration::from_hours(8_766),
         )?;
         if !(state.budget_pct > 0.0 && state.budget_pct <= 100.0) {
             let got = state.budget_pct;

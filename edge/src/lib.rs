@@ -36,6 +36,7 @@ pub mod respond;
 pub mod risk;
 mod run;
 pub mod sample;
+mod scrub;
 pub mod service;
 mod sockets;
 pub mod state_dir;

@@ -19,7 +19,7 @@ use theriac_heal::executor::process::{
 };
 use theriac_heal::executor::proxy::Proxy;
 use theriac_heal::executor::service::{ServiceHands, ServiceState};
-use theriac_heal::executor::space::{SpaceHands, room_needed};
+use theriac_heal::executor::space::{SpaceHands, room_asked, room_needed};
 use theriac_heal::executor::webhook::{SECRET_BYTES_MIN, Webhook};
 use theriac_heal::incident::Input;
 use theriac_heal::types::{ActionKind, FaultClass, Intent, IntentId, Outcome};
@@ -672,6 +672,7 @@ async fn look_again_and_again(context: &ServiceContext) {
     let mut looks = 0_u32;
     let mut log = context.shared.config.output.clone().map(LogWatch::new);
     let space = space_hands(context);
+    warn_of_what_cannot_be(context);
     loop {
         ticks.tick().await;
         if looks.is_multiple_of(WAITS_LOOKS) {
@@ -742,7 +743,28 @@ async fn look_whether_writable(context: &ServiceContext, was_writable: bool) -> 
 fn full_below(state: &StateSettings, size: u64, block: u64) -> u64 {
     state
         .free_bytes_min
-        .map_or_else(|| room_needed(size), |least| least.max(block))
+        .map_or_else(|| room_needed(size), |least| room_asked(least, size).max(block))
+}
+
+/// More room is asked for than the file system can be expected to have.
+fn warn_of_what_cannot_be(context: &ServiceContext) {
+    let Some(state) = &context.shared.config.state else {
+        return;
+    };
+    let Ok(found) = rustix::fs::statvfs(&state.dir) else {
+        return;
+    };
+    let asked = state.free_bytes_min.unwrap_or(0);
+    let counts = room_asked(asked, found.f_blocks.saturating_mul(found.f_frsize));
+    if counts < asked {
+        let service = &context.shared.name;
+        tracing::warn!(
+            service,
+            asked,
+            counts,
+            "state.free_bytes_min is more than an eighth of its file system"
+        );
+    }
 }
 
 /// Tells when the file system of the service's state has no room, or has room again. Returns whether it is full.
@@ -757,7 +779,7 @@ async fn look_at_room(context: &ServiceContext, space: Option<&SpaceHands>, was_
     let free_bytes = found.f_bavail.saturating_mul(found.f_frsize);
     let (below, needed) = (
         full_below(state, size, found.f_frsize),
-        room_needed(size).max(state.free_bytes_min.unwrap_or(0)),
+        room_needed(size).max(room_asked(state.free_bytes_min.unwrap_or(0), size)),
     );
     let service = context.shared.name.clone();
     match was_full {

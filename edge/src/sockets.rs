@@ -26,8 +26,8 @@ impl SocketTable {
         }
     }
 
-    /// The lines, read anew when the last reading is long enough ago: all readings together take a two-hundredth of the time while the service is `well`,
-    /// a twentieth while it is not.
+    /// The lines, read anew when the last reading is long enough ago: all readings together take a two-hundredth of the time while all is `well`,
+    /// a twentieth while it is not: while the service does not answer, or much is sent again.
     pub(crate) fn lines(&mut self, well: bool) -> &str {
         let share = if well { SHARE_WELL } else { SHARE_ILL };
         if self.read.is_none_or(|read| read.elapsed() >= self.cost * share) {

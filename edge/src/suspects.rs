@@ -54,9 +54,11 @@ pub fn suspects(services: &[ServiceConfig], incident: &Incident, others: &[Incid
         let Some(service) = number(&other.service) else {
             continue;
         };
-        let first = &mut trouble[service];
-        if first.is_none_or(|first| other.opened.unix_ms < first.opened.unix_ms) {
-            *first = Some(other);
+        // Of several the nearest: an earlier one may have been healed long before.
+        let apart = |of: &Incident| of.opened.unix_ms.abs_diff(incident.opened.unix_ms);
+        let nearest = &mut trouble[service];
+        if nearest.is_none_or(|nearest| apart(other) < apart(nearest)) {
+            *nearest = Some(other);
         }
     }
     let excesses: Vec<f64> = trouble

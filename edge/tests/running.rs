@@ -321,6 +321,44 @@ async fn corrupt_state_is_replaced_by_the_last_good_checkpoint_and_kept_for_a_pe
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_checkpoint_that_was_damaged_since_is_set_aside_and_another_one_taken() {
+    let root = tempfile::tempdir().unwrap();
+    let data = root.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("a"), "good").unwrap();
+    let state = format!("state = {{ dir = {data:?}, interval = '1h', verify_every = '1s' }}\n");
+    let edge = Edge::start(&root.path().join("state"), &service(&state));
+    edge.well(1).await;
+    let copies = edge.state.join("checkpoints/kv");
+    let kept = walk(&copies)
+        .into_iter()
+        .find(|file| file.ends_with("tree/a"))
+        .unwrap();
+    std::fs::write(&kept, "goof").unwrap();
+    edge.until("another", async |edge| {
+        let taken = edge.status().await?.services.first()?.checkpoints_taken;
+        (taken == 2).then_some(())
+    })
+    .await;
+    let copies: Vec<(bool, String)> = walk(&copies)
+        .into_iter()
+        .filter(|file| file.ends_with("tree/a"))
+        .map(|file| {
+            let aside = file.components().any(|part| part.as_os_str() == "quarantine");
+            (aside, std::fs::read_to_string(file).unwrap())
+        })
+        .collect();
+    assert!(
+        copies.len() == 2
+            && copies.contains(&(true, "goof".to_owned()))
+            && copies.contains(&(false, "good".to_owned())),
+        "{copies:?}"
+    );
+    edge.well(1).await;
+    edge.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn checkpoints_that_cannot_be_taken_are_told_and_do_not_stop_anything_else() {
     let root = tempfile::tempdir().unwrap();
     let data = root.path().join("data");

@@ -391,6 +391,21 @@ pub struct SessionId {
     pub birth: u64,
 }
 
+/// What a session that others wait for waits for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RootWaits {
+    /// For none of these.
+    #[default]
+    Nothing,
+    /// For the log to be written: at its commit, or because it writes much.
+    Log,
+    /// For its commit to be on the disk. Nothing that is done to it would hasten that.
+    Commit,
+    /// For its commit to be on a standby. Ending that wait would leave a commit that the standby may not have.
+    Standby,
+}
+
 /// One planned action. It is recorded durably before anything is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {

@@ -12,6 +12,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
+use theriac_heal::background::Background;
 use theriac_heal::checkpoint::state_check::StateCheck;
 use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLimits, free_bytes};
 use theriac_heal::executor::service::ServiceState;
@@ -233,6 +234,45 @@ fn every_kind_of_damage_is_refused_set_aside_and_the_one_before_is_restored() {
             "{name}"
         );
     }
+}
+
+#[tokio::test]
+async fn what_was_damaged_since_it_was_taken_is_set_aside_when_it_is_read_again() {
+    let place = Place::new();
+    let store = std::sync::Arc::new(place.store());
+    let background = Background::new(0, None);
+    let taken: Vec<_> = ["one", "two", "three"]
+        .iter()
+        .zip(1..)
+        .map(|(words, ms)| {
+            place.write(words);
+            store.take(&place.state(), ms).unwrap()
+        })
+        .collect();
+    fs::remove_file(taken[1].path.join("tree/empty")).unwrap();
+    let mut found = Vec::new();
+    for checkpoint in &taken {
+        found.push(store.scrub(checkpoint, &background).await.unwrap());
+    }
+    let what = found[1].clone().unwrap();
+    assert!(what.contains("tree/empty is missing"), "{what}");
+    assert_eq!((&found[0], &found[2]), (&None, &None));
+    let left: Vec<u64> = store.list().unwrap().iter().map(|of| of.sequence).collect();
+    assert_eq!(left, [3, 1]);
+    assert_eq!(store.set_aside_copies().unwrap()[0].reason, what);
+    // One that is gone is not damaged.
+    assert_eq!(store.scrub(&taken[1], &background).await.unwrap(), None);
+    // Where no more may be set aside it stays, and that is an error.
+    let full = store.dir().join("quarantine");
+    for number in 0..8 {
+        fs::create_dir_all(full.join(format!("other-{number}"))).unwrap();
+    }
+    fs::remove_file(taken[0].path.join("MANIFEST")).unwrap();
+    assert!(matches!(
+        store.scrub(&taken[0], &background).await,
+        Err(CheckpointError::TooManySetAside { found: 9, max: 8, .. })
+    ));
+    assert!(taken[0].path.exists());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use support::Cluster;
 use theriac_heal::executor::postgres::{AtRoot, PostgresHands, SessionPolicy, SessionRef, Still};
 use theriac_heal::postgres::PostgresError;
 use theriac_heal::postgres::session::{Session, Target};
-use theriac_heal::types::SessionId;
+use theriac_heal::types::{RootWaits, SessionId};
 
 fn hands(cluster: &Cluster) -> PostgresHands {
     PostgresHands {
@@ -138,6 +138,81 @@ async fn a_pile_up_ends_at_its_root_without_a_restart() {
     let again = hands.relieve_locks(AtRoot::Terminate, None).await.unwrap();
     assert!(again.relieved && again.ended.is_empty());
     assert!(hands.look(WITHIN).await.unwrap().pile_up.is_none());
+}
+
+#[tokio::test]
+async fn a_root_that_waits_for_its_commit_is_seen_and_left() {
+    let cluster = served(30);
+    let settings = cluster.session().await;
+    // A standby that will never come: what commits holds its locks until it is not asked for any more.
+    settings
+        .execute(
+            "a standby",
+            "alter system set synchronous_standby_names = 'nobody'",
+        )
+        .await
+        .unwrap();
+    settings
+        .execute("reload", "select pg_reload_conf()")
+        .await
+        .unwrap();
+    // The server takes the new setting in at a moment of its own: until then an update just commits.
+    let commits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
+    let mut root: Option<tokio::task::JoinHandle<_>> = None;
+    while settings.rows("commits", commits, &[]).await.unwrap()[0].get::<_, i64>(0) == 0 {
+        match &root {
+            Some(root) if !root.is_finished() => tokio::task::yield_now().await,
+            _ => {
+                let session = app(&cluster).await;
+                let update = async move {
+                    session
+                        .execute("the root", "update t set n = 1 where id = 1")
+                        .await
+                };
+                root = Some(tokio::spawn(update));
+            }
+        }
+    }
+    let mut waiters = Vec::new();
+    for _ in 0..3 {
+        let session = app(&cluster).await;
+        waiters.push(tokio::spawn(async move {
+            session
+                .execute("a waiter", "update t set n = n + 1 where id = 1")
+                .await
+        }));
+    }
+    until_waiting(&cluster, 3).await;
+    let hands = hands(&cluster);
+    let seen = hands.look(WITHIN).await.unwrap().pile_up.unwrap();
+    assert!(seen.waits == RootWaits::Standby && seen.running, "{seen:?}");
+    for how in [AtRoot::Cancel, AtRoot::Terminate] {
+        let left = hands.relieve_locks(how, Some(seen.id())).await.unwrap();
+        assert!(
+            !left.relieved
+                && left.cancelled.is_empty()
+                && left.ended.is_empty()
+                && left.detail.contains("it commits"),
+            "{left:?}"
+        );
+    }
+    settings
+        .execute("no standby", "alter system reset synchronous_standby_names")
+        .await
+        .unwrap();
+    settings
+        .execute("reload", "select pg_reload_conf()")
+        .await
+        .unwrap();
+    root.unwrap().await.unwrap().unwrap();
+    for waiter in waiters {
+        waiter.await.unwrap().unwrap();
+    }
+    assert_eq!(
+        cluster.psql("select n from t where id = 1"),
+        "4",
+        "nobody lost anything"
+    );
 }
 
 #[tokio::test]

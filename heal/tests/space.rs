@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use theriac_heal::executor::space::{SpaceHands, room_needed};
+use theriac_heal::executor::space::{SpaceHands, room_asked, room_needed};
 
 /// A small file system in memory, unmounted when dropped.
 struct Disk(PathBuf);
@@ -117,6 +117,14 @@ fn listed_files_go_oldest_first_until_there_is_room_and_every_one_is_whole_in_qu
     // There is room now: nothing more is moved.
     let again = hands.relieve(8).unwrap();
     assert!(again.relieved && again.files == 0, "{again}");
+    // More is asked for than the whole of it: half of it is what can be had, and not for ever more.
+    let greedy = SpaceHands {
+        free_bytes_min: u64::MAX,
+        ..hands
+    };
+    let more = greedy.relieve(9).unwrap();
+    assert!(more.files > 0 && more.relieved, "{more}");
+    assert_eq!(room_asked(u64::MAX, 8 << 20), 1 << 20);
 }
 
 #[test]

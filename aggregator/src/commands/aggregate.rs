@@ -91,16 +91,21 @@ pub(super) fn aggregate(args: AggregateArgs) -> Result<ExitCode, Problem> {
         .map_err(|error| Problem::failed("TH-E0716", format!("cannot start threads: {error}")))?;
     let done = if args.spill {
         let rows = open_matrix(&args.input).map_err(|error| npy_problem(&error))?;
-        let done = pool.install(|| run::<f32>(&rule, &rows, &args));
-        if let Some(failure) = rows.failure() {
-            let problem = Problem::failed("TH-E0718", format!("{}: {failure}", args.input.display()));
-            return Err(problem.hint("leave out that row; no rule sees an update that is not finite"));
-        }
+        let finite = || match rows.failure() {
+            None => Ok(()),
+            Some(failure) => {
+                let problem = Problem::failed("TH-E0718", format!("{}: {failure}", args.input.display()));
+                Err(problem.hint("leave out that row; no rule sees an update that is not finite"))
+            }
+        };
+        let done = pool.install(|| run::<f32>(&rule, &rows, &args, &finite));
+        // What could not be read is why the rule failed.
+        finite()?;
         done?
     } else {
         match &read_matrix(&args.input).map_err(|error| npy_problem(&error))? {
-            Matrix::F32(rows) => pool.install(|| run::<f32>(&rule, rows, &args))?,
-            Matrix::F64(rows) => pool.install(|| run::<f64>(&rule, rows, &args))?,
+            Matrix::F32(rows) => pool.install(|| run::<f32>(&rule, rows, &args, &|| Ok(())))?,
+            Matrix::F64(rows) => pool.install(|| run::<f64>(&rule, rows, &args, &|| Ok(())))?,
         }
     };
     let (n, d) = done.shape;
@@ -148,10 +153,12 @@ struct Done {
     permutation: Option<Vec<usize>>,
 }
 
+/// What rows that are read while they are combined turned out to be is asked before anything is written.
 fn run<T: Scalar + NpyValue>(
     rule: &Composed,
     rows: &dyn Rows<T>,
     args: &AggregateArgs,
+    sound: &(dyn Fn() -> Result<(), Problem> + Sync),
 ) -> Result<Done, Problem> {
     let shape = (rows.count(), rows.dimension());
     if shape.0 > 0 {
@@ -160,10 +167,12 @@ fn run<T: Scalar + NpyValue>(
     }
     let (written, seconds, cpu_seconds, scores, permutation) = if args.rule.base().is_some() {
         let (combined, seconds, cpu) = timed(args.repeat, || rule.values(rows))?;
+        sound()?;
         let written = write_vector(&args.output, &combined.values);
         (written, seconds, cpu, combined.scores, combined.permutation)
     } else {
         let (mixed, seconds, cpu) = timed(args.repeat, || rule.mixed(rows))?;
+        sound()?;
         let written = write_matrix(&args.output, &mixed.values, mixed.count);
         (written, seconds, cpu, None, mixed.permutation)
     };

@@ -189,7 +189,7 @@ pub fn finding(finding: &Finding) -> String {
 }
 
 /// The figures of a row against those of the round's updates, one line each: `distance 5.10 (the middle of the round is 1.20, the largest 5.10)`; of a site that is carried
-/// first of what they are.
+/// without the round's, and first of what they are.
 pub fn figures(record: &Record) -> Vec<String> {
     let Some(features) = &record.features else {
         return Vec::new();
@@ -206,8 +206,10 @@ pub fn figures(record: &Record) -> Vec<String> {
         noise_distance,
         layers,
     } = features;
+    // A mean of releases has less noise than the updates that the round's figures are of.
+    let comparable = record.decision != Decision::Carried;
     let against = |name: &str| {
-        let quantiles = record.quantiles.get(name);
+        let quantiles = record.quantiles.get(name).filter(|_| comparable);
         quantiles.map_or_else(String::new, |[min, _, middle, _, max]| {
             format!(" (round: {min:.4} to {max:.4}, middle {middle:.4})")
         })

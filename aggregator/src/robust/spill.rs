@@ -82,8 +82,8 @@ impl FileRows {
     }
 
     /// The first failure of any read so far.
-    pub fn failure(self) -> Option<SpillError> {
-        self.failure.into_inner()
+    pub fn failure(&self) -> Option<&SpillError> {
+        self.failure.get()
     }
 
     fn try_read(&self, row: usize, start: usize, out: &mut [f32]) -> Result<(), SpillError> {

@@ -359,8 +359,12 @@ fn list<W: Write>(incidents: &[Incident], none: &str, output: &mut Output<W>) ->
             .iter()
             .filter(|incident| incident.recommended().is_some())
             .filter_map(|incident| {
+                let so_far = match incident.approved_by.len() {
+                    0 => String::new(),
+                    count => format!("; approved by {count} so far"),
+                };
                 Some(format!(
-                    "\nincident {}: {}",
+                    "\nincident {}: {}{so_far}",
                     incident.id,
                     planned(incident.plan.as_ref()?)
                 ))

@@ -1,11 +1,16 @@
 //! Starting a shadow where it cannot reach the primary.
 
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::thread::UnshareFlags;
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
+
+use crate::postgres::owner::Owner;
+use crate::postgres::{PostgresError, at};
 
 /// Starts the command where it has no network and where the primary's socket is hidden, if we are root; else as it is. How, in words.
 pub(super) async fn spawn_apart(
@@ -62,4 +67,43 @@ fn apart(primary: Option<&Path>) -> std::io::Result<&'static str> {
         return Ok("the primary's socket covered");
     }
     Ok("no primary's socket to cover")
+}
+
+/// The folder of the shadow's socket, in the work directory where its name is short enough.
+#[derive(Debug)]
+pub(super) struct SocketDir(PathBuf);
+
+impl SocketDir {
+    /// Belongs to `owner`, who alone may enter. `max` is the longest name in bytes that leaves room for the socket's own.
+    pub(super) fn make(work: &Path, owner: Owner, max: usize) -> Result<Self, PostgresError> {
+        let inside = work.join("s");
+        let dir = if inside.as_os_str().len() <= max {
+            inside
+        } else {
+            let unique = format!(
+                "theriac-{}-{}",
+                std::process::id(),
+                crate::executor::clock::now().unix_ms
+            );
+            std::env::temp_dir().join(unique)
+        };
+        if dir.exists() {
+            fs::remove_dir_all(&dir).map_err(at(&dir))?;
+        }
+        DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
+        owner.take(&dir)?;
+        Ok(Self(dir))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for SocketDir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            tracing::debug!(%error, "socket folder not removed");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! What a checkpoint holds, entry by entry, with a digest over the list itself.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt as _;
@@ -43,6 +44,16 @@ pub(super) enum Kind {
     Link {
         target: PathBuf,
     },
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder => f.write_str("a folder"),
+            Self::File { bytes, sha256 } => write!(f, "a file of {bytes} bytes with the SHA-256 {sha256}"),
+            Self::Link { target } => write!(f, "a link to {}", target.display()),
+        }
+    }
 }
 
 impl Manifest {

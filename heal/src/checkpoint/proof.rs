@@ -198,4 +198,4 @@ fn manifest_digest(dir: &Path) -> Result<String, CheckpointError> {
 }
 
 pub(super) const PROOF: &str = "PROOF.json";
-const REASON: &str = "REASON";
+pub(super) const REASON: &str = "REASON";

@@ -214,6 +214,11 @@ impl Schedule {
         self.unprotected_s = age.as_secs_f64();
     }
 
+    /// The newest one turned out to be damaged: another is due as if there were none.
+    pub fn lost(&mut self) {
+        self.any = false;
+    }
+
     /// The service works, from `now` on.
     pub fn runs(&mut self, now: Duration) {
         self.advance(now);
@@ -520,7 +525,7 @@ const FADING: f64 = 1.0 / 64.0;
 /// The interval is stretched at most √10 times.
 const RECALL_MAX: f64 = 0.9;
 /// Share of time in which everything waits for the disk, from which on it counts as saturated. A judgement.
-const SATURATED: f64 = 0.4;
+pub const SATURATED: f64 = 0.4;
 /// Where a full disk is foretold, a copy may take a hundredth of what is free.
 const DISK_SHARE: u64 = 100;
 /// Least wait after an attempt that came to nothing.

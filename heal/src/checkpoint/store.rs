@@ -16,12 +16,15 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::durable::Durability;
 use super::manifest::{Entry, Kind, Manifest, copy_digest};
+use super::proof::REASON;
 use super::which::Which;
+use crate::background::Background;
 
 /// How a store keeps its copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -426,6 +429,50 @@ impl CheckpointStore {
         })
     }
 
+    /// Reads one checkpoint whole, standing back for the host's services, and sets it aside when it is not as it was taken. What differs then; `None` when it
+    /// is as it was, and when it is not there any more. Its proof is for a restore to look at.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`] when it cannot be read, which says nothing of it; [`CheckpointError::TooManySetAside`] when it is damaged and has to stay.
+    pub async fn scrub(
+        self: &Arc<Self>,
+        checkpoint: &Checkpoint,
+        background: &Background,
+    ) -> Result<Option<String>, CheckpointError> {
+        let (store, checkpoint) = (Arc::clone(self), checkpoint.clone());
+        let read = super::unblock_behind(background, move || store.scrub_now(&checkpoint));
+        background.during(read).await
+    }
+
+    fn scrub_now(&self, checkpoint: &Checkpoint) -> Result<Option<String>, CheckpointError> {
+        let looked = verify_at(&checkpoint.path);
+        // A restore or a newer one may be at it: whoever comes first has it.
+        let _guard = self.guard()?;
+        if !checkpoint.path.exists() {
+            return Ok(None);
+        }
+        let what = match looked {
+            Ok(_) => return Ok(None),
+            Err(CheckpointError::Corrupt { what, .. }) => what,
+            Err(error) => return Err(error),
+        };
+        if let Some(to) = self.quarantine(checkpoint)? {
+            // It is set aside with or without its reason.
+            let reason = to.join(REASON);
+            if let Err(error) = write_synced(&reason, what.as_bytes(), 0) {
+                tracing::warn!(path = %reason.display(), %error, "no reason was left beside a damaged checkpoint");
+            }
+        } else {
+            let path = self.quarantine_dir()?;
+            return Err(CheckpointError::TooManySetAside {
+                found: names(&path)?.len(),
+                path,
+                max: self.limits.set_aside_max,
+            });
+        }
+        Ok(Some(what))
+    }
+
     /// Puts the newest valid checkpoint in the place of `state`; corrupt ones met on the way are set aside. The service must be
     /// stopped.
     ///
@@ -793,11 +840,7 @@ fn differs(checkpoint: &Path, entry: &Entry, found: &Kind) -> Result<(), Checkpo
     if entry.kind == *found {
         return Ok(());
     }
-    let what = format!(
-        "{}: expected {:?}, found {found:?}",
-        entry.path.display(),
-        entry.kind
-    );
+    let what = format!("{}: expected {}, found {found}", entry.path.display(), entry.kind);
     Err(CheckpointError::Corrupt {
         path: checkpoint.to_owned(),
         what,

@@ -22,7 +22,7 @@ use crate::incident::{PileUp, SessionsSeen};
 use crate::postgres::PostgresError;
 use crate::postgres::owner::Owner;
 use crate::postgres::session::{Session, Target};
-use crate::types::SessionId;
+use crate::types::{RootWaits, SessionId};
 
 /// What may be done to sessions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +78,8 @@ pub struct SessionRef {
     /// Whole seconds that it has waited for the lock that it waits for now; 0 when it waits for none. Before PostgreSQL 14, which does
     /// not tell, since its state changed: its statement may have worked for some of that.
     pub waited: u64,
+    /// What it waits for where that is no lock.
+    pub waits: RootWaits,
     /// When its state changed, as the server writes it.
     pub changed: String,
     /// When its transaction began; empty outside one.
@@ -91,13 +93,23 @@ pub struct SessionRef {
 impl SessionRef {
     /// Which session it is.
     pub fn id(&self) -> SessionId {
-        let digest = Sha256::digest(self.started.as_bytes());
-        let birth = digest
-            .iter()
-            .take(8)
-            .fold(0, |birth, byte| birth << 8 | u64::from(*byte));
+        let birth = digest(&[&self.started]);
         SessionId { pid: self.pid, birth }
     }
+}
+
+/// The first eight bytes of the SHA-256 of texts, each ended.
+fn digest(texts: &[&str]) -> u64 {
+    let mut whole = Sha256::new();
+    for text in texts {
+        whole.update(text.as_bytes());
+        whole.update([0]);
+    }
+    let digest = whole.finalize();
+    digest
+        .iter()
+        .take(8)
+        .fold(0, |bits, byte| bits << 8 | u64::from(*byte))
 }
 
 /// How a lock pile-up is ended at its root.
@@ -154,7 +166,13 @@ impl PostgresHands {
             let session = self.open().await?;
             let found = sessions(&session).await?;
             let slots = slots(&session).await?;
-            let pile_up = self.roots(&found).into_iter().next().map(|(root, behind)| {
+            let mut roots = self.roots(&found);
+            // One that waits for the disk or a standby must not hide one that something can be done about.
+            let stuck = roots
+                .iter()
+                .position(|(root, _)| !matches!(root.waits, RootWaits::Commit | RootWaits::Standby));
+            let pile_up = (!roots.is_empty()).then(|| roots.swap_remove(stuck.unwrap_or(0)));
+            let pile_up = pile_up.map(|(root, behind)| {
                 let waited = |pid: &i32| found.iter().find(|of| of.pid == *pid).map(|of| of.waited);
                 PileUp {
                     pid: root.pid,
@@ -162,6 +180,8 @@ impl PostgresHands {
                     behind: u32::try_from(behind.len()).unwrap_or(u32::MAX),
                     waited_s: behind.iter().filter_map(waited).max().unwrap_or(0),
                     running: root.state == "active",
+                    statement: digest(&[&root.transaction, &root.statement]),
+                    waits: root.waits,
                     touchable: self.may_touch(&root),
                 }
             });
@@ -214,6 +234,21 @@ impl PostgresHands {
         if !self.may_touch(&root) {
             relief.relieved = false;
             relief.detail.push_str(": it may not be touched");
+            return Ok(relief);
+        }
+        // To cancel what waits for the disk at its commit is harmless: the server does not listen then.
+        let left = match (root.waits, how) {
+            (RootWaits::Standby, _) => {
+                Some(": it commits, and to end its wait would leave a commit that its standby may not have")
+            }
+            (RootWaits::Commit | RootWaits::Log, AtRoot::Terminate) => {
+                Some(": it waits for the disk, and nothing would hasten that")
+            }
+            _ => None,
+        };
+        if let Some(left) = left {
+            relief.relieved = false;
+            relief.detail.push_str(left);
             return Ok(relief);
         }
         let (still, done) = match how {
@@ -441,6 +476,7 @@ fn nobody(pid: i32) -> SessionRef {
         ordinary: false,
         seconds: 0,
         waited: 0,
+        waits: RootWaits::Nothing,
         changed: String::new(),
         transaction: String::new(),
         statement: String::new(),
@@ -466,6 +502,12 @@ async fn sessions(session: &Session) -> Result<Vec<SessionRef>, PostgresError> {
                 changed: row.try_get(9)?,
                 transaction: row.try_get(10)?,
                 statement: row.try_get(11)?,
+                waits: match row.try_get(12)? {
+                    "standby" => RootWaits::Standby,
+                    "commit" => RootWaits::Commit,
+                    "log" => RootWaits::Log,
+                    _ => RootWaits::Nothing,
+                },
             })
         })
         .collect::<Result<_, tokio_postgres::Error>>()
@@ -510,12 +552,12 @@ async fn signal(
             "",
         ),
         Still::InTransaction => (
-            "coalesce(xact_start::text, '') = $3 and $4 = ''",
+            "coalesce(xact_start::text, '') = $3 and $4 = '' and coalesce(wait_event, '') <> 'SyncRep'",
             to.transaction.as_str(),
             "",
         ),
         Still::InStatement => (
-            "state = 'active' and coalesce(xact_start::text, '') = $3 and coalesce(query_start::text, '') = $4",
+            "state = 'active' and coalesce(xact_start::text, '') = $3 and coalesce(query_start::text, '') = $4 and coalesce(wait_event, '') <> 'SyncRep'",
             to.transaction.as_str(),
             to.statement.as_str(),
         ),
@@ -538,7 +580,10 @@ const SESSIONS: &str = "with waits as materialized (select l.pid, min((to_jsonb(
      case when a.wait_event_type = 'Lock' then pg_blocking_pids(a.pid) else '{}' end, \
      coalesce(extract(epoch from clock_timestamp() - case when current_setting('server_version_num')::int8 >= 140000 then w.since \
      else a.state_change end), 0)::int8, \
-     coalesce(a.state_change::text, ''), coalesce(a.xact_start::text, ''), coalesce(a.query_start::text, '') \
+     coalesce(a.state_change::text, ''), coalesce(a.xact_start::text, ''), coalesce(a.query_start::text, ''), \
+     case when a.wait_event = 'SyncRep' then 'standby' \
+     when lower(a.wait_event) not in ('walsync', 'walwrite', 'walwritelock', 'walinitsync', 'walinitwrite') or a.wait_event is null then '' \
+     when a.query ~* '^\\s*(commit|end|prepare\\s+transaction)\\M' then 'commit' else 'log' end \
      from pg_stat_activity a left join pg_roles r on r.oid = a.usesysid left join waits w on w.pid = a.pid where a.pid <> pg_backend_pid()";
 // `reserved_connections` is there since PostgreSQL 16.
 const SLOTS: &str = "select current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8 \

@@ -47,7 +47,7 @@ pub struct SpaceHands {
     pub quarantine: PathBuf,
     /// Least time since a file was written.
     pub min_age: Duration,
-    /// Where more is to stay free than [`room_needed`] says, in bytes; else 0.
+    /// Where more is to stay free than [`room_needed`] says, in bytes; else 0. See [`room_asked`].
     pub free_bytes_min: u64,
 }
 
@@ -105,6 +105,12 @@ impl fmt::Display for Room {
 /// Below so many free bytes a file system of `size` bytes counts as full: 16 MiB, or a fiftieth where that is less.
 pub fn room_needed(size: u64) -> u64 {
     ROOM_MIN.min(size / 50)
+}
+
+/// What of `asked` bytes can stay free of a file system of `size` bytes: an eighth of it at most. Twice as much has to be free before it does not count
+/// as full any more, and room is made for four times as much: one that is in use would else count as full for ever.
+pub fn room_asked(asked: u64, size: u64) -> u64 {
+    asked.min(size / 8)
 }
 
 /// One line of `moved.jsonl`.
@@ -183,7 +189,8 @@ impl SpaceHands {
     /// As [`Self::relievable`], and when the quarantine cannot be used or lies on the same file system.
     pub fn relieve(&self, number: u64) -> io::Result<Room> {
         let begun = Instant::now();
-        let needed = room_needed(size(&self.on)?).max(self.free_bytes_min);
+        let size = size(&self.on)?;
+        let needed = room_needed(size).max(room_asked(self.free_bytes_min, size));
         let before = free(&self.on)?;
         let mut grounds = self.grounds()?;
         DirBuilder::new()

@@ -103,6 +103,13 @@ impl IncidentMachine {
                 | Phase::AwaitingApproval { .. }
         ) {
             open.phase = Phase::Watching { undecided: true };
+            let nothing = self.services.get(service).and_then(diagnose).is_none();
+            if nothing && open.record.state == IncidentState::Held {
+                // Nothing is to be done at present, so nothing is held back.
+                self.fleet.held.remove(service);
+                open.record.set_state(IncidentState::Open);
+                self.outputs.push_back(Output::Updated(open.record.clone()));
+            }
         }
         self.put(open);
         self.evaluate(now, service);
@@ -912,7 +919,11 @@ impl IncidentMachine {
             decided: now.when(),
             reason,
         };
-        let answered_before = self.services.get(&record.service).is_some_and(Observed::answers);
+        // The last good answer of a stopped process was before it was stopped.
+        let answered_before = self
+            .services
+            .get(&record.service)
+            .is_some_and(|seen| seen.answers() && !seen.stopped);
         record.actions.push(ActionRecord {
             intent: intent.clone(),
             answered_before,

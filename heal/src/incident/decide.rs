@@ -144,7 +144,8 @@ fn pick(
         alternatives.extend(distinct(rungs).map(|action| not(action, format!("{class} inhibits it"))));
         return hand_over(format!("{class} inhibits every action: {}", diagnosis.reason));
     }
-    if class == FaultClass::Corruption && with.seen.answers() {
+    // A person may want it all the same, and is asked again with the plan.
+    if class == FaultClass::Corruption && with.seen.answers() && !with.approved {
         let reason = "the service still answers, and restoring would lose what it wrote since the checkpoint";
         alternatives.push(not(ActionKind::RestoreAndStart, reason.to_owned()));
         return hand_over(format!("{}; {reason}", diagnosis.reason));
@@ -152,7 +153,7 @@ fn pick(
     let of_sessions = matches!(class, FaultClass::ConnectionExhaustion | FaultClass::LockPileup);
     if of_sessions && rungs.is_empty() && !policy.session_actions {
         return hand_over(format!(
-            "its sessions are not touched where [service.sessions] is not written: {}",
+            "its sessions are not touched where [service.sessions] is not written, which only PostgreSQL takes: {}",
             diagnosis.reason
         ));
     }

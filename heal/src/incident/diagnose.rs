@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::observe::Observed;
 use super::sessions::Inside;
 use super::{MemorySeen, NetworkSeen, PressureSeen};
-use crate::types::{Cause, FaultClass};
+use crate::types::{Cause, FaultClass, RootWaits};
 
 /// What the trouble is taken to be.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,7 +92,7 @@ pub(super) fn hypotheses(seen: &Observed) -> Vec<Diagnosis> {
                 FaultClass::Unknown,
                 0.0,
                 format!(
-                    "{reason}, but {more} more sessions are connected than at the quietest, and they bring it along"
+                    "{reason}, but {more} more sessions are connected than at the quietest, or were a moment ago, and bring it along"
                 ),
             ),
             None => match pressing(seen, class, causes) {
@@ -121,6 +121,11 @@ fn pressing(seen: &Observed, class: FaultClass, causes: &[Cause]) -> Result<Stri
         return Err(format!(
             "{crowd:.1} times the usual number of clients bring it along"
         ));
+    }
+    if !memory && seen.sessions.waits() {
+        return Err(
+            "its sessions wait behind another one, which is no fault of its processor time".to_owned(),
+        );
     }
     if seen.probes.contains(&false) {
         return Ok("; and a probe failed of late".to_owned());
@@ -171,23 +176,25 @@ fn of_sessions(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
         };
         add(FaultClass::ConnectionExhaustion, certainty, reason);
     }
-    if let Some(pile) = seen.sessions.piled() {
-        let does = if pile.running {
-            "runs a statement"
-        } else {
-            "is idle in its transaction"
-        };
-        let spared = if pile.touchable {
-            ""
-        } else {
-            "; it may not be touched"
-        };
-        let reason = format!(
-            "{} sessions wait behind process {}, which {does}, the longest for {} s{spared}",
-            pile.behind, pile.pid, pile.waited_s
-        );
-        add(FaultClass::LockPileup, LOOKED, reason);
-    }
+    let Some(pile) = seen.sessions.piled() else {
+        return;
+    };
+    let behind = format!(
+        "{} sessions wait behind process {}, which {{}}, the longest for {} s",
+        pile.behind, pile.pid, pile.waited_s
+    );
+    let (class, does) = match pile.waits {
+        RootWaits::Commit => (FaultClass::DiskSlow, "waits for its commit to be on the disk"),
+        RootWaits::Standby => (FaultClass::Unknown, "waits for a standby to have its commit too"),
+        RootWaits::Nothing | RootWaits::Log if pile.running => (FaultClass::LockPileup, "runs a statement"),
+        RootWaits::Nothing | RootWaits::Log => (FaultClass::LockPileup, "is idle in its transaction"),
+    };
+    let spared = if class != FaultClass::LockPileup || pile.touchable {
+        ""
+    } else {
+        "; it may not be touched"
+    };
+    add(class, LOOKED, behind.replace("{}", does) + spared);
 }
 
 fn failed(seen: &Observed) -> String {
@@ -381,8 +388,9 @@ const THREADS_WAIT: f64 = 0.5;
 const OWN_CPU: f64 = 0.5;
 /// So many times the usual clients make the difference between a load and a loop of its own.
 const CROWD: f64 = 3.0;
-/// Share of TCP segments sent again from which packets get lost; a sound network has a thousandth at most. A judgement.
-const RESENT: f64 = 0.01;
+/// Share of the host's TCP segments sent again from which packets get lost; a sound network has a thousandth at most. Not much more, since what one way
+/// loses is little of all that a busy host sends. A judgement.
+const RESENT: f64 = 0.002;
 /// Share of a process's limit of open files from which it can take no more clients.
 const DESCRIPTORS: f64 = 0.95;
 /// Share of the memory that it can have from which a service that is taken for leaking is not waited for. A judgement.

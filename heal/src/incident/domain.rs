@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use super::act::plan;
 use super::diagnose::{Diagnosis, diagnose};
-use super::observe::Observed;
 use super::{IncidentMachine, Open, Output, Phase};
 use crate::types::{ActionKind, FaultClass, Incident, IncidentState, Now};
 
@@ -215,8 +214,12 @@ impl IncidentMachine {
         };
         let gives_way = |other: &str, open: &Open| {
             let calls = self.calls(other, service) && !self.calls(service, other);
-            let answers = self.services.get(other).is_some_and(Observed::answers);
-            let suspected = open.record.class.from_detector() && !class.from_detector() && answers;
+            // One that has yet to serve goes on being judged: what the other one needs is nothing to be done to it.
+            let serves = self
+                .services
+                .get(other)
+                .is_some_and(|seen| seen.answers() && (seen.served || !seen.probed));
+            let suspected = open.record.class.from_detector() && !class.from_detector() && serves;
             matches!(open.phase, Phase::Verifying { .. })
                 && self.share_a_domain(other, service)
                 && (calls || suspected)

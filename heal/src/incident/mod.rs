@@ -40,7 +40,7 @@ use crate::policy::{HealPolicy, NodeBudget};
 use crate::standing::{Demotion, Reinstated};
 use crate::types::{
     ActionKind, Cause, Evidence, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Notice,
-    NoticeKind, Now, Outcome, SessionId,
+    NoticeKind, Now, Outcome, RootWaits, SessionId,
 };
 
 /// State of a process as `/proc/PID/stat` tells it.
@@ -117,6 +117,10 @@ pub struct PileUp {
     pub waited_s: u64,
     /// Whether it runs a statement, so that there is one to cancel.
     pub running: bool,
+    /// A digest of the moments at which its transaction and its statement began.
+    pub statement: u64,
+    /// What it waits for itself.
+    pub waits: RootWaits,
     /// Whether it may be touched at all.
     pub touchable: bool,
 }

@@ -2,7 +2,7 @@
 //! by the server's own refusal; cleared by two looks in a row.
 
 use super::{PileUp, SessionsSeen};
-use crate::types::SessionId;
+use crate::types::{RootWaits, SessionId};
 
 /// Latches of one server. A server that nobody looks at has none of them.
 #[derive(Debug, Clone, Default)]
@@ -11,6 +11,8 @@ pub(super) struct Sessions {
     seen: Option<SessionsSeen>,
     /// The most slots that were free since the process began.
     free_most: u32,
+    /// How many more sessions than at the quietest were connected at the latest look at which those were many, and looks since then.
+    crowd: Option<(u32, u32)>,
     /// Looks in a row with a pile-up, and without.
     piled_run: u32,
     clear_run: u32,
@@ -29,6 +31,12 @@ pub(super) struct Sessions {
     unrefused: u32,
     /// The root of the latest look.
     latest: Option<SessionId>,
+    /// Its statement there.
+    statement: u64,
+    /// Looks in a row, all since that statement was first seen, at which it waited for the log.
+    log_run: u32,
+    /// Looks in a row that contradict what the confirmed root is taken to wait for.
+    other_run: u32,
     kept_out: Option<String>,
 }
 
@@ -62,6 +70,14 @@ impl Sessions {
         self.kept_out = None;
         self.seen = Some(seen);
         self.free_most = self.free_most.max(seen.free);
+        let more = self.free_most.saturating_sub(seen.free);
+        self.crowd = if more >= (self.free_most / 8).max(MORE_MIN) {
+            Some((more, 0))
+        } else {
+            self.crowd
+                .map(|(more, ago)| (more, ago.saturating_add(1)))
+                .filter(|(_, ago)| *ago < BROUGHT_LASTS)
+        };
         let piled = self.take_pile_up(seen.pile_up);
         let short = self.take_slots(seen);
         match (piled, short) {
@@ -86,9 +102,10 @@ impl Sessions {
         self.clear_run = 0;
         // Who holds the lock next is another pile-up, and has to be confirmed like the first.
         let same = self.latest.replace(found.id()) == Some(found.id());
+        let waits = self.take_waits(found, same);
         self.piled_run = if same { self.piled_run.saturating_add(1) } else { 1 };
         if self.piled_run >= CONFIRM {
-            self.piled = Some(found);
+            self.piled = Some(PileUp { waits, ..found });
         }
         (self.piled_run == 1).then(|| {
             format!(
@@ -96,6 +113,35 @@ impl Sessions {
                 found.behind, found.pid, found.waited_s
             )
         })
+    }
+
+    /// What the root waits for, of `same` as at the look before. Who writes much waits for the log now and then, and is at its commit only where it was never
+    /// seen at anything else in its statement. What a confirmed root is taken to wait for changes with two looks in a row, so that plans last.
+    fn take_waits(&mut self, found: PileUp, same: bool) -> RootWaits {
+        let goes_on = same && self.statement == found.statement;
+        self.statement = found.statement;
+        self.log_run = match (found.waits, goes_on) {
+            (RootWaits::Log, false) => 1,
+            (RootWaits::Log, true) if self.log_run > 0 => self.log_run.saturating_add(1),
+            _ => 0,
+        };
+        let seen = match found.waits {
+            RootWaits::Log if self.log_run >= CONFIRM => RootWaits::Commit,
+            RootWaits::Log => RootWaits::Nothing,
+            other => other,
+        };
+        let before = self.piled.filter(|piled| piled.id() == found.id());
+        let before = before.map_or(seen, |piled| piled.waits);
+        self.other_run = if seen == before {
+            0
+        } else {
+            self.other_run.saturating_add(1)
+        };
+        if self.other_run >= CONFIRM {
+            self.other_run = 0;
+            return seen;
+        }
+        before
     }
 
     fn take_slots(&mut self, seen: SessionsSeen) -> Option<String> {
@@ -184,11 +230,22 @@ impl Sessions {
         }
     }
 
-    /// How many sessions more are connected than at the quietest, where that is an eighth of the slots that were free then, and some.
-    /// Each is a process of the server: they bring memory and processor time along, which are theirs and no fault of it.
+    /// How many sessions more are connected than at the quietest, or were a short while ago, where that is an eighth of the slots that were free then, and
+    /// some. Each is a process of the server: they bring memory and processor time along, which are theirs and no fault of it, and which the
+    /// detector goes on seeing for a while when they have gone.
     pub(super) fn more_connected(&self) -> Option<u32> {
-        let more = self.free_most.saturating_sub(self.seen?.free);
-        (more >= (self.free_most / 8).max(MORE_MIN)).then_some(more)
+        self.crowd.map(|(more, _)| more)
+    }
+
+    /// Whether sessions waited behind another one at the latest look.
+    pub(super) fn waits(&self) -> bool {
+        self.piled_run > 0
+    }
+
+    /// Whether the confirmed root is at its commit: another fault than a lock.
+    pub(super) fn commits(&self) -> bool {
+        self.piled
+            .is_some_and(|piled| matches!(piled.waits, RootWaits::Commit | RootWaits::Standby))
     }
 
     pub(super) fn piled(&self) -> Option<PileUp> {
@@ -222,6 +279,8 @@ impl Sessions {
 const CONFIRM: u32 = 2;
 /// Fewer sessions more are no crowd.
 const MORE_MIN: u32 = 4;
+/// Looks for which what more sessions brought along is theirs after they have gone: a minute where nobody chose otherwise.
+const BROUGHT_LASTS: u32 = 30;
 /// Looks in a row that clear.
 const CLEAR: u32 = 2;
 /// Failed probes in a row without a refusal after which a server that lets no look in counts as silent.
@@ -241,6 +300,8 @@ mod tests {
                 behind,
                 waited_s: 6,
                 running: false,
+                statement: 0,
+                waits: RootWaits::Nothing,
                 touchable: true,
             }),
             free,
@@ -283,6 +344,47 @@ mod tests {
             })
             .collect();
         assert_eq!(found, [None, None, None, Some(1), Some(1), Some(2)]);
+    }
+
+    #[test]
+    fn what_a_root_waits_for_is_confirmed_and_who_writes_much_is_not_at_its_commit() {
+        use RootWaits::{Commit, Log, Nothing, Standby};
+        for (looks, last) in [
+            // From the first look on at the log, in one statement.
+            (&[(Log, 1), (Log, 1)][..], Some(Commit)),
+            // Seen at something else before, or later for a moment: it writes much.
+            (&[(Nothing, 1), (Log, 1), (Log, 1), (Log, 1)], Some(Nothing)),
+            (&[(Log, 1), (Nothing, 1), (Log, 1), (Log, 1)], Some(Nothing)),
+            (&[(Log, 1), (Log, 2)], Some(Nothing)),
+            (
+                &[(Nothing, 1), (Nothing, 1), (Log, 2), (Log, 2), (Log, 2)],
+                Some(Commit),
+            ),
+            // One look does not turn it, two do.
+            (&[(Commit, 1), (Commit, 1), (Nothing, 1)], Some(Commit)),
+            (
+                &[(Commit, 1), (Commit, 1), (Nothing, 1), (Nothing, 1)],
+                Some(Nothing),
+            ),
+            (&[(Nothing, 1), (Nothing, 1), (Standby, 2)], Some(Nothing)),
+            (
+                &[(Nothing, 1), (Nothing, 1), (Standby, 2), (Standby, 2)],
+                Some(Standby),
+            ),
+            (&[(Standby, 1)], None),
+        ] {
+            let mut sessions = Sessions::default();
+            for (waits, statement) in looks {
+                let mut seen = look(Some(3), 9);
+                seen.pile_up = seen.pile_up.map(|pile| PileUp {
+                    waits: *waits,
+                    statement: *statement,
+                    ..pile
+                });
+                sessions.look(seen);
+            }
+            assert_eq!(sessions.piled().map(|pile| pile.waits), last, "{looks:?}");
+        }
     }
 
     #[test]

@@ -7,10 +7,12 @@ use crate::policy::Autonomy;
 use crate::types::{FaultClass, Plan, Verdict};
 
 mod another;
+mod approvals;
 mod classes;
 mod domain;
 mod fleet;
 mod pressing;
+mod sessions;
 mod standing;
 
 /// A machine with the services `a` and `b`, and a clock in milliseconds.
@@ -652,7 +654,7 @@ fn corrupt_state_found_at_a_start_is_restored_as_the_next_rung() {
 
 #[test]
 fn corrupt_state_of_a_service_that_answers_is_not_replaced() {
-    let mut story = Story::new(|_| {});
+    let mut story = Story::new(|policy| policy.restore_autonomy = Autonomy::Recommend);
     story.probes(true, 3);
     story.tell(Input::StateCorrupt {
         service: "a".into(),
@@ -660,6 +662,13 @@ fn corrupt_state_of_a_service_that_answers_is_not_replaced() {
     });
     assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
     assert!(story.incident().unwrap().actions.is_empty());
+    // Whoever wants it all the same is shown the plan and asked for that.
+    let id = story.incident().unwrap().id;
+    story.tell(approve(id, None, None));
+    assert!(story.recorded().is_none(), "R3 is for a plan alone");
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    let plan = story.incident().unwrap().plan.clone().unwrap();
+    assert_eq!(plan.action, ActionKind::RestoreAndStart);
     story.tell(Input::StateGood { service: "a".into() });
     story.probe(true);
     assert_eq!(story.closed().state, IncidentState::Recovered);
@@ -1258,6 +1267,8 @@ fn pile(running: bool, touchable: bool) -> PileUp {
         behind: 4,
         waited_s: 6,
         running,
+        statement: 0,
+        waits: RootWaits::Nothing,
         touchable,
     }
 }
@@ -1266,190 +1277,6 @@ fn relieved() -> Outcome {
     Outcome::Relieved {
         detail: "4 sessions waited behind process 41; it was ended".to_owned(),
     }
-}
-
-#[test]
-fn a_pile_up_behind_an_idle_transaction_is_ended_at_its_root_and_verified_by_looks_and_probes() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, Some(pile(false, true)), 20);
-    let intent = story.carry_out(relieved());
-    assert_eq!(intent.action, ActionKind::TerminateBlocker);
-    story.probes(true, 3);
-    assert!(
-        story.incident().is_some(),
-        "good probes alone do not tell that the pile-up is gone"
-    );
-    looks(&mut story, None, 20);
-    let closed = story.closed();
-    assert_eq!(
-        (closed.class, closed.state, closed.verdict),
-        (
-            FaultClass::LockPileup,
-            IncidentState::Healed,
-            Some(Verdict::Healed)
-        )
-    );
-    let why = closed.why();
-    for words in [
-        "Restart helps: no.",
-        "Taken for lock_pileup (probability 0.95): 4 sessions wait behind process 41",
-        "done: 4 sessions waited behind process 41; it was ended; verified: healed",
-        "expected: nobody waits for that session",
-        "restart            is not on the ladder of lock_pileup",
-    ] {
-        assert!(why.contains(words), "{words} is missing:\n{why}");
-    }
-}
-
-#[test]
-fn a_running_statement_is_cancelled_first_and_its_session_ended_when_that_had_no_effect() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, Some(pile(true, true)), 20);
-    assert_eq!(story.carry_out(relieved()).action, ActionKind::CancelQuery);
-    looks(&mut story, Some(pile(true, true)), 20);
-    story.probes(true, 3);
-    story.pass(31_000);
-    assert_eq!(story.carry_out(relieved()).action, ActionKind::TerminateBlocker);
-    looks(&mut story, Some(pile(true, true)), 20);
-    story.probes(true, 3);
-    story.pass(31_000);
-    let incident = story.incident().unwrap();
-    assert_eq!(incident.state, IncidentState::HandedToHuman);
-    assert!(
-        incident
-            .actions
-            .iter()
-            .all(|done| !done.intent.action.renews_process())
-    );
-    // What a person does ends it.
-    looks(&mut story, None, 20);
-    assert_eq!(story.closed().state, IncidentState::Recovered);
-}
-
-#[test]
-fn a_root_that_may_not_be_touched_is_a_persons() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, Some(pile(false, false)), 20);
-    let incident = story.incident().unwrap();
-    assert_eq!(incident.state, IncidentState::HandedToHuman);
-    assert!(incident.actions.is_empty());
-    assert!(
-        incident
-            .handed_over
-            .as_deref()
-            .unwrap()
-            .contains("may not be touched")
-    );
-}
-
-#[test]
-fn a_refused_client_is_no_hang_and_never_restarts_the_server() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, None, 20);
-    for _ in 0..2 {
-        story.tell(Input::SessionsRefused {
-            service: "a".into(),
-            detail: "sorry, too many clients already".into(),
-        });
-        story.probe(false);
-    }
-    let intent = story.carry_out(relieved());
-    assert_eq!(intent.action, ActionKind::EndIdleSessions);
-    looks(&mut story, None, 12);
-    story.probes(true, 3);
-    let closed = story.closed();
-    assert_eq!(
-        (closed.class, closed.verdict),
-        (FaultClass::ConnectionExhaustion, Some(Verdict::Healed))
-    );
-}
-
-#[test]
-fn memory_that_came_with_more_sessions_is_no_leak_and_the_server_is_not_restarted_for_it() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, None, 50);
-    looks(&mut story, None, 30);
-    for _ in 0..10 {
-        story.anomaly("service_memory");
-    }
-    let incident = story.incident().unwrap();
-    assert_eq!(incident.class, FaultClass::Unknown);
-    assert!(incident.actions.is_empty(), "{:?}", incident.actions);
-    // When the slots run out it is their turn.
-    looks(&mut story, None, 3);
-    assert_eq!(story.carry_out(relieved()).action, ActionKind::EndIdleSessions);
-
-    // With as many sessions as ever it is a leak.
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, None, 50);
-    looks(&mut story, None, 47);
-    for _ in 0..10 {
-        story.anomaly("service_memory");
-    }
-    assert_eq!(
-        story.recorded().map(|intent| intent.action),
-        Some(ActionKind::Restart)
-    );
-}
-
-#[test]
-fn too_few_slots_that_nothing_frees_end_at_a_person_after_every_hand_was_tried() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, None, 1);
-    for action in [ActionKind::EndIdleSessions, ActionKind::Reload] {
-        let failed = Outcome::Failed {
-            detail: "nobody is idle".to_owned(),
-            running: true,
-        };
-        assert_eq!(story.carry_out(failed).action, action);
-    }
-    assert_eq!(story.incident().unwrap().state, IncidentState::HandedToHuman);
-}
-
-#[test]
-fn a_server_that_answers_over_its_reserved_slot_is_not_restarted_for_failed_probes() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, None, 20);
-    story.probes(false, 3);
-    assert!(story.incident().is_none(), "it is asked first");
-    looks(&mut story, None, 20);
-    let incident = story.incident().unwrap();
-    assert_eq!(
-        (incident.class, incident.state),
-        (FaultClass::Unknown, IncidentState::HandedToHuman)
-    );
-    // It lets nobody in any more: then it is a hang.
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, None, 20);
-    story.probes(false, 3);
-    story.tell(Input::SessionsUnseen {
-        service: "a".into(),
-        detail: "no answer".into(),
-    });
-    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
-}
-
-#[test]
-fn a_rung_that_the_policy_does_not_list_is_left_out_and_the_next_one_taken() {
-    use crate::policy::file::PolicyFile;
-    let text = "version = 1\n[[service]]\nname = 'a'\naction = [{ id = 'terminate_blocker', class = 'R1', autonomy = 'act-low-risk' }]\n";
-    let file: PolicyFile = toml::from_str(text).unwrap();
-    let mut services = BTreeMap::from([("a".to_owned(), HealPolicy::default())]);
-    file.over(&mut services, NodeBudget::default()).unwrap();
-    let laid = services.remove("a").unwrap();
-    let mut story = Story::new(|policy| *policy = laid);
-    story.probes(true, 3);
-    looks(&mut story, Some(pile(true, true)), 20);
-    assert_eq!(story.carry_out(relieved()).action, ActionKind::TerminateBlocker);
 }
 
 fn pressed(story: &mut Story, seen: PressureSeen) {
@@ -1550,6 +1377,23 @@ fn what_keeps_a_living_process_from_answering_is_told_apart_from_a_hang() {
 }
 
 #[test]
+fn a_restart_of_a_stopped_process_that_does_not_help_is_no_harm() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    for _ in 0..2 {
+        story.tell(Input::Process {
+            service: "a".into(),
+            state: ProcessState::Stopped,
+        });
+    }
+    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    story.probes(false, 9);
+    story.pass(31_000);
+    let verdict = story.incident().unwrap().actions[0].verdict;
+    assert_eq!(verdict, Some(Verdict::NoEffect));
+}
+
+#[test]
 fn a_busy_service_that_answers_now_and_then_is_overloaded_and_one_that_never_does_hangs() {
     let busy = PressureSeen {
         uses_cpu: Some(0.9),
@@ -1642,117 +1486,6 @@ fn under(head: &str, action: &str) -> Story {
     file.over(&mut services, NodeBudget::default()).unwrap();
     let laid = services.remove("a").unwrap();
     Story::new(|policy| *policy = laid)
-}
-
-const TWO: &str = "{ id = 'start', class = 'R2', autonomy = 'act', approvals = { need = 2, ttl = '10m' } }";
-
-#[test]
-fn two_different_people_sign_one_plan_and_the_same_one_twice_is_one() {
-    let mut story = under("", TWO);
-    story.crash();
-    let incident = story.incident().unwrap();
-    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
-    for by in [None, Some("ann"), Some("ann")] {
-        story.tell(approve(id, Some(&plan), by));
-        assert_eq!(story.state(), Some(IncidentState::AwaitingApproval), "{by:?}");
-    }
-    story.tell(approve(id, Some(&plan), Some("bob")));
-    let incident = story.incident().unwrap();
-    assert_eq!(
-        incident.approved_by,
-        BTreeSet::from(["ann".to_owned(), "bob".to_owned()])
-    );
-    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
-}
-
-#[test]
-fn an_approval_of_another_or_an_expired_plan_is_refused() {
-    let mut story = under("", TWO);
-    story.crash();
-    let incident = story.incident().unwrap();
-    let (id, old) = (incident.id, incident.plan.as_ref().unwrap().clone());
-    story.tell(approve(id, Some("another"), Some("ann")));
-    assert!(story.incident().unwrap().approved_by.is_empty());
-    story.tell(approve(id, Some(&old.hash()), Some("ann")));
-    // Its time is over: what was signed counts no more, also not together with a fresh one.
-    story.pass(600_000);
-    let incident = story.incident().unwrap();
-    let new = incident.plan.as_ref().unwrap().clone();
-    assert!(incident.approved_by.is_empty() && new.hash() != old.hash());
-    story.tell(approve(id, Some(&old.hash()), Some("bob")));
-    story.tell(approve(id, Some(&new.hash()), Some("bob")));
-    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-    story.tell(approve(id, Some(&new.hash()), Some("ann")));
-    story.carry_out(Outcome::Done);
-}
-
-#[test]
-fn a_changed_diagnosis_is_another_plan() {
-    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
-    story.probes(true, 3);
-    story.probes(false, 2);
-    let incident = story.incident().unwrap();
-    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
-    story.crash();
-    story.tell(approve(id, Some(&plan), None));
-    assert_eq!(
-        story.state(),
-        Some(IncidentState::AwaitingApproval),
-        "a restart was approved, no start"
-    );
-    story.approve();
-    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
-}
-
-#[test]
-fn where_evidence_is_required_an_action_is_recommended_until_it_suffices() {
-    let start = "{ id = 'start', class = 'R2', autonomy = 'act', max = '1000/1h' }";
-    let mut story = under("autonomy = { require_evidence = true }\n", start);
-    for round in 0..31 {
-        story.pass(3_700_000);
-        story.probes(true, 3);
-        story.crash();
-        let asks = story.state() == Some(IncidentState::AwaitingApproval);
-        assert_eq!(asks, round < 30, "round {round}");
-        if asks {
-            story.approve();
-        }
-        story.carry_out(Outcome::Done);
-        story.probes(true, 3);
-        assert_eq!(story.closed().verdict, Some(Verdict::Healed));
-    }
-    // One harm and it is recommended again, for good.
-    let counts = &mut story.machine.evidence[0].counts;
-    assert_eq!((counts.right, counts.wrong, counts.harm), (31, 0, 0));
-    counts.harm = 1;
-    story.pass(3_700_000);
-    story.probes(true, 3);
-    story.crash();
-    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-    // What goes away while it waits was not needed, and that counts against it.
-    story.tell(Input::Started {
-        service: "a".into(),
-        pid: 9,
-    });
-    story.probes(true, 3);
-    assert_eq!(story.machine.evidence[0].counts.wrong, 1);
-}
-
-#[test]
-fn harm_by_one_session_demotes_at_the_second_and_by_a_restart_at_the_first() {
-    let mut story = Story::new(|_| {});
-    for demoted in [false, true] {
-        story.pass(3_700_000);
-        story.probes(true, 3);
-        looks(&mut story, Some(pile(false, true)), 20);
-        story.carry_out(relieved());
-        story.probes(false, 3);
-        story.pass(31_000);
-        assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
-        assert_eq!(!story.machine.demoted.is_empty(), demoted);
-        looks(&mut story, None, 20);
-        story.probes(true, 3);
-    }
 }
 
 #[test]
@@ -1863,188 +1596,6 @@ fn an_interrupted_action_is_judged_at_the_end_of_its_window_alone() {
         (incident.id, incident.state, incident.actions.len()),
         (IncidentId(1), IncidentState::HandedToHuman, 1)
     );
-}
-
-#[test]
-fn an_approval_is_of_the_action_and_the_session_that_were_planned() {
-    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
-    story.probes(true, 3);
-    looks(&mut story, Some(pile(true, true)), 20);
-    let incident = story.incident().unwrap();
-    let (id, plan) = (incident.id, incident.plan.clone().unwrap());
-    assert_eq!(plan.action, ActionKind::CancelQuery);
-    assert!(plan.text().contains("\nsession 41 "), "{}", plan.text());
-    // Its statement ends, and it stays in its transaction: of the same class, and another action.
-    looks(&mut story, Some(pile(false, true)), 20);
-    story.tell(approve(id, Some(&plan.hash()), None));
-    assert!(story.recorded().is_none());
-    let next = story.incident().unwrap().plan.clone().unwrap();
-    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-    assert_eq!(next.action, ActionKind::TerminateBlocker);
-    // Another session holds the lock now.
-    let other = PileUp {
-        birth: 2,
-        ..pile(false, true)
-    };
-    looks(&mut story, Some(other), 20);
-    story.tell(approve(id, Some(&next.hash()), None));
-    assert!(story.recorded().is_none());
-    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-    story.approve();
-    let intent = story.carry_out(relieved());
-    assert_eq!(
-        (intent.action, intent.session),
-        (ActionKind::TerminateBlocker, Some(other.id()))
-    );
-}
-
-#[test]
-fn an_approved_action_that_cools_down_is_not_exchanged_for_another() {
-    let mut story = Story::new(|policy| {
-        policy.autonomy = Autonomy::Recommend;
-        policy.cooldown = Duration::from_mins(2);
-    });
-    story.probes(true, 3);
-    looks(&mut story, Some(pile(true, true)), 20);
-    story.approve();
-    story.carry_out(relieved());
-    looks(&mut story, None, 20);
-    story.probes(true, 3);
-    story.closed();
-    looks(&mut story, Some(pile(true, true)), 20);
-    story.approve();
-    assert_eq!(story.state(), Some(IncidentState::CoolingDown));
-    looks(&mut story, Some(pile(false, true)), 20);
-    story.pass(121_000);
-    assert!(story.recorded().is_none());
-    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-}
-
-#[test]
-fn who_holds_the_lock_next_is_not_ended_for_it() {
-    let mut story = Story::new(|_| {});
-    story.probes(true, 3);
-    looks(&mut story, Some(pile(true, true)), 20);
-    let intent = story.carry_out(relieved());
-    assert_eq!(
-        (intent.action, intent.session),
-        (ActionKind::CancelQuery, Some(pile(true, true).id()))
-    );
-    let next = PileUp {
-        pid: 42,
-        ..pile(false, true)
-    };
-    looks(&mut story, Some(next), 20);
-    story.probes(true, 3);
-    story.pass(31_000);
-    let incident = story.incident().unwrap();
-    assert_eq!(
-        (incident.state, incident.actions.len()),
-        (IncidentState::HandedToHuman, 1)
-    );
-    assert!(incident.handed_over.as_deref().unwrap().contains("not to blame"));
-}
-
-#[test]
-fn signatures_of_an_earlier_plan_do_not_count_for_an_incident_that_a_person_has() {
-    let restart = "{ id = 'restart', class = 'R2', autonomy = 'act', approvals = { need = 2, ttl = '10m' } }";
-    let mut story = under("", &format!("{TWO}, {restart}"));
-    story.probes(true, 3);
-    story.tell(Input::Process {
-        service: "a".into(),
-        state: ProcessState::Stopped,
-    });
-    story.tell(Input::Process {
-        service: "a".into(),
-        state: ProcessState::Stopped,
-    });
-    let incident = story.incident().unwrap();
-    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
-    for by in ["ann", "bob"] {
-        story.tell(approve(id, Some(&plan), Some(by)));
-    }
-    assert_eq!(story.carry_out(failed(false)).action, ActionKind::Restart);
-    let incident = story.incident().unwrap();
-    assert_eq!(
-        (incident.state, incident.approved_by.len()),
-        (IncidentState::HandedToHuman, 2),
-        "it did harm, and who had approved it stays on record"
-    );
-    story.tell(approve(id, None, None));
-    let incident = story.incident().unwrap();
-    assert!(story.recorded().is_none(), "nobody has signed a start");
-    assert_eq!(
-        (incident.state, incident.approved_by.len()),
-        (IncidentState::AwaitingApproval, 0)
-    );
-    assert_eq!(incident.plan.as_ref().unwrap().action, ActionKind::Start);
-}
-
-#[test]
-fn a_plan_that_has_expired_is_not_carried_out_before_the_timeout_was_handled() {
-    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
-    story.crash();
-    let incident = story.incident().unwrap();
-    let (id, plan) = (incident.id, incident.plan.as_ref().unwrap().hash());
-    // The host slept: the approval is read first.
-    story.ms += 900_000;
-    story.tell(approve(id, Some(&plan), None));
-    assert!(story.recorded().is_none());
-    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
-    story.approve();
-    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
-}
-
-#[test]
-fn sessions_are_left_alone_where_nobody_asked_for_it() {
-    for (pile_up, free) in [(Some(pile(true, true)), 20), (None, 1)] {
-        let mut story = Story::new(|policy| policy.session_actions = false);
-        story.probes(true, 3);
-        looks(&mut story, pile_up, free);
-        let incident = story.incident().unwrap();
-        assert_eq!(
-            (incident.state, incident.actions.len()),
-            (IncidentState::HandedToHuman, 0)
-        );
-        assert!(
-            incident
-                .handed_over
-                .as_deref()
-                .unwrap()
-                .contains("[service.sessions]")
-        );
-    }
-}
-
-#[test]
-fn a_full_house_that_falls_silent_is_a_hang_and_restarted() {
-    let mut story = Story::new(|policy| policy.session_actions = false);
-    story.probes(true, 3);
-    looks(&mut story, None, 1);
-    assert_eq!(story.incident().unwrap().class, FaultClass::ConnectionExhaustion);
-    // As long as it refuses it lives.
-    for _ in 0..4 {
-        for input in [
-            Input::SessionsRefused {
-                service: "a".into(),
-                detail: "sorry, too many clients already".into(),
-            },
-            Input::SessionsUnseen {
-                service: "a".into(),
-                detail: "no answer".into(),
-            },
-        ] {
-            story.tell(input);
-        }
-        story.probe(false);
-    }
-    assert_eq!(story.incident().unwrap().class, FaultClass::ConnectionExhaustion);
-    story.probes(false, 2);
-    story.tell(Input::SessionsUnseen {
-        service: "a".into(),
-        detail: "no answer".into(),
-    });
-    assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
 }
 
 #[test]

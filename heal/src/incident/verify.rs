@@ -23,7 +23,12 @@ impl IncidentMachine {
         let early = interrupted && now.monotonic < until && seen.exit.is_none() && seen.corrupt.is_none();
         let verdict = judge(seen, record.class, answered_before, now.monotonic, until);
         let renewed = record.last_action().is_some_and(ActionKind::renews_process);
-        let another = diagnose(seen).filter(|found| renewed && is_another(record.class, found.class));
+        let another = diagnose(seen).filter(|found| {
+            let commits = seen.sessions.commits()
+                && found.class != record.class
+                && matches!(found.class, FaultClass::DiskSlow | FaultClass::Unknown);
+            renewed && (is_another(record.class, found.class) || commits)
+        });
         let healed = verdict == Some(Verdict::Healed) && !early;
         if let Some(another) = another.filter(|_| !healed) {
             return self.give_way(now, record, another);

@@ -129,6 +129,15 @@ impl FleetOracle {
         }
         match incident.state {
             IncidentState::Held => drop(self.held.entry(incident.id).or_insert(now_ms)),
+            // Asked for a restore, which is never held back: what was held is not wanted meanwhile, and waits anew.
+            IncidentState::AwaitingApproval
+                if incident
+                    .plan
+                    .as_ref()
+                    .is_some_and(|plan| plan.action == ActionKind::RestoreAndStart) =>
+            {
+                self.held.remove(&incident.id);
+            }
             IncidentState::AwaitingApproval | IncidentState::Acting => {}
             _ => drop(self.held.remove(&incident.id)),
         }

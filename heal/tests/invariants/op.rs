@@ -77,7 +77,7 @@ pub(crate) enum Op {
         piled: bool,
         running: bool,
         full: bool,
-        /// Which session is the root.
+        /// Which session is the root; 9 is at its commit, 10 waits for a standby.
         pid: i32,
     },
     /// Nobody was let in to look, an ordinary client was refused, or the server refuses for a reason of its own.
@@ -230,7 +230,7 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(service, channel, score)| Op::Anomaly { service, channel, score }),
         1 => service.clone().prop_map(|service| Op::Cleared { service }),
         1 => (service.clone(), any::<bool>()).prop_map(|(service, good)| Op::State { service, good }),
-        2 => (service.clone(), any::<bool>(), any::<bool>(), any::<bool>(), 7..9_i32)
+        2 => (service.clone(), any::<bool>(), any::<bool>(), any::<bool>(), 7..11_i32)
             .prop_map(|(service, piled, running, full, pid)| Op::Sessions { service, piled, running, full, pid }),
         1 => (service.clone(), 0..3_usize).prop_map(|(service, how)| Op::Refused { service, how }),
         1 => (service.clone(), prop::bool::weighted(0.3)).prop_map(|(service, on)| Op::ReadOnly { service, on }),

@@ -12,7 +12,7 @@ use theriac_heal::policy::fleet::FleetSeen;
 use theriac_heal::policy::{HealPolicy, NodeBudget};
 use theriac_heal::types::{
     ActionKind, Cause, FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Now, Outcome, Plan,
-    RestartHelps,
+    RestartHelps, RootWaits,
 };
 
 use crate::op::{HOLD_MAX, Of, Op, SERVICES, Setting, Word};
@@ -255,6 +255,8 @@ impl World {
                         behind: 3,
                         waited_s: 6,
                         running: *running,
+                        statement: 0,
+                        waits: waits_of(*pid),
                         touchable: true,
                     });
                     self.tell(Input::Sessions {
@@ -601,6 +603,17 @@ impl World {
                         ) || !intent.action.renews_process(),
                         "a restart that cannot help: {incident:?}"
                     );
+                    let waits = intent
+                        .session
+                        .map_or(RootWaits::Nothing, |root| waits_of(root.pid));
+                    assert!(
+                        waits == RootWaits::Nothing
+                            || !matches!(
+                                intent.action,
+                                ActionKind::CancelQuery | ActionKind::TerminateBlocker
+                            ),
+                        "{waits:?} is disturbed: {intent:?}"
+                    );
                     // A number may be given again only when its first bearer was never durable.
                     assert!(
                         !self.durable.contains(&intent.id),
@@ -784,6 +797,15 @@ impl World {
         }
         let open: Vec<_> = self.machine.open_incidents().collect();
         assert!(open.is_empty(), "still open though all is well: {open:?}");
+    }
+}
+
+/// Two of the four roots are at their commit.
+fn waits_of(pid: i32) -> RootWaits {
+    match pid {
+        9 => RootWaits::Commit,
+        10 => RootWaits::Standby,
+        _ => RootWaits::Nothing,
     }
 }
 

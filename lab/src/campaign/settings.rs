@@ -105,6 +105,7 @@ fn service(ward: &Ward, healer: Healer) -> edge::ServiceSettings {
             min_gap: Duration::from_mins(1),
             budget_pct: 5.0,
             expected_mtbf: Duration::from_hours(24),
+            verify_every: Duration::from_hours(24),
             keep: 2,
             free_bytes_min: (healer == Healer::WithoutPrediction).then_some(0),
         }),

@@ -200,6 +200,7 @@ impl Site {
                 min_gap: Duration::from_secs(5),
                 budget_pct: 5.0,
                 expected_mtbf: Duration::from_hours(24),
+                verify_every: Duration::from_hours(24),
                 keep: 2,
             }),
             checkpoint: None,

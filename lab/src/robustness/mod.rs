@@ -6,6 +6,7 @@
 //!   → table (table.rs): CSV, Markdown, heat maps
 //! ```
 
+mod journal;
 pub mod network;
 pub mod pipeline;
 pub mod recorded;
@@ -15,15 +16,17 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::io::{self, IsTerminal as _};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use theriac_aggregator::evidence::RULE_VERSION;
 use theriac_aggregator::robust::{Options, RuleError, rule};
 use theriac_command::output::{self, Format};
 use theriac_model::detector::DetectorError;
@@ -33,6 +36,7 @@ use theriac_protocol::units::UnitError;
 use crate::attack::{Attack, UnknownAttack};
 use crate::evaluate::EvaluateError;
 use crate::simulate::data::DataError;
+use journal::{Journal, Plan};
 use pipeline::{Pipeline, PipelineError};
 use recorded::{Depth, Recorded};
 use synthetic::Synthetic;
@@ -64,7 +68,7 @@ pub enum Privacy {
 /// Measures rules against attacks.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// Directory for robustness.csv, robustness.md and a heat map for each measure.
+    /// Directory for robustness.csv, robustness.md, a heat map for each measure, and seeds.jsonl, by which `--resume` goes on.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// What is learnt and from whom.
@@ -82,6 +86,9 @@ pub struct Args {
     /// Seeds, from 1.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub seeds: u64,
+    /// Keeps the seeds that `--out` holds of the same table, and measures the others: after an end before its time, or for more seeds.
+    #[arg(long)]
+    pub resume: bool,
     /// Whether updates carry noise.
     #[arg(long, value_enum, default_value_t = Privacy::Block)]
     pub privacy: Privacy,
@@ -186,6 +193,25 @@ pub enum RobustnessError {
         /// What the system said.
         source: io::Error,
     },
+    /// `--resume` without a table to go on with.
+    #[error("--resume: there is no table to go on with: {path}: {source}")]
+    NothingToResume {
+        /// Where its seeds would be.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// `--resume` of another table.
+    #[error(
+        "--resume: {0} is of another table (other rules, attacks, options, or another program): repeat its options, or leave --resume out and begin anew"
+    )]
+    AnotherTable(PathBuf),
+    /// A seed's line cannot be read, and it is not the end of the file.
+    #[error("--resume: line {1} of {0} is damaged: leave --resume out and begin anew")]
+    Damaged(PathBuf, usize),
+    /// Another run writes there.
+    #[error("--out: another run is at {0}: wait for it, or name another folder")]
+    InUse(PathBuf),
     /// A heat map cannot be drawn.
     #[error("cannot draw a heat map: {0}")]
     Draw(String),
@@ -205,18 +231,28 @@ impl RobustnessError {
                 | Self::Rule { .. }
                 | Self::TooFewSites { .. }
                 | Self::NoData
+                | Self::NothingToResume { .. }
+                | Self::AnotherTable(_)
+                | Self::Damaged(..)
+                | Self::InUse(_)
         )
     }
 }
 
 /// One measure as a ratio to the oracle.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Value {
     /// Its name: `loss`, `vus_120`, `vus_120_gate`, …, `auroc`, or of validators `loss_validated`, `published`, `harmful`, `harmful_published`.
-    pub measure: &'static str,
+    pub measure: Cow<'static, str>,
     /// Of `loss`, `loss_validated`, `vus_…` and `auroc` the ratio to the honest alone: 1 is as good, larger is better. Of the others a share of the new machines, 0 to 1: of
     /// `harmful` and `harmful_published` less is better.
+    #[serde(deserialize_with = "or_no_number")]
     pub ratio: f64,
+}
+
+/// JSON has no word for what is no finite number.
+fn or_no_number<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 /// What came of all runs.
@@ -233,7 +269,7 @@ impl Table {
             vec![
                 entry.pipeline.clone(),
                 entry.attack.clone(),
-                entry.measure.to_owned(),
+                entry.measure.to_string(),
                 format!("{:.3}", entry.mean()),
                 format!("{:.3}", entry.worst()),
                 entry.ratios.len().to_string(),
@@ -299,7 +335,11 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
     let mut seen = BTreeSet::new();
     attacks.retain(|attack| seen.insert(*attack));
     // Before the work, not after the first seed of it.
-    table::write(&args.out, &[], &provenance(args, 0))?;
+    let plan = plan(args, &pipelines, &attacks);
+    let (mut journal, known) = Journal::open(&args.out, &plan, args.resume)?;
+    if !args.resume {
+        table::write(&args.out, &[], &provenance(args, 0))?;
+    }
     let work = match args.workload {
         Workload::Synthetic => {
             let rounds = args.rounds.unwrap_or(synthetic::ROUNDS);
@@ -336,20 +376,32 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
         }
     };
     let mut entries: Vec<Entry> = Vec::new();
+    if !known.is_empty() {
+        let kept = (known.len() as u64).min(args.seeds);
+        eprintln!("{kept} of {} seeds were measured before and are kept", args.seeds);
+    }
+    let mut known = known.into_iter();
     for seed in 1..=args.seeds {
-        let values = match &work {
-            Work::Recorded(recorded) => recorded.seed(seed, &pipelines, &attacks, &done)?,
-            Work::Synthetic(synthetic) => synthetic.seed(seed, &pipelines, &attacks, &done)?,
+        let values = if let Some(values) = known.next() {
+            (0..values.len()).for_each(|_| done());
+            bar.reset_eta();
+            values
+        } else {
+            let values = match &work {
+                Work::Recorded(recorded) => recorded.seed(seed, &pipelines, &attacks, &done)?,
+                Work::Synthetic(synthetic) => synthetic.seed(seed, &pipelines, &attacks, &done)?,
+            };
+            journal.take(&values)?;
+            values
         };
-        let names = pipelines
+        let names = plan
+            .pipelines
             .iter()
-            .flat_map(|pipeline| attacks.iter().map(move |attack| (pipeline, attack)));
+            .flat_map(|pipeline| plan.attacks.iter().map(move |attack| (pipeline, attack)));
         for ((pipeline, attack), values) in names.zip(values) {
-            let pipeline = pipeline.to_string();
-            let attack = attack.map_or_else(|| NONE.to_owned(), Attack::name);
             for Value { measure, ratio } in values {
                 let known = entries.iter_mut().find(|entry| {
-                    entry.measure == measure && entry.pipeline == pipeline && entry.attack == attack
+                    entry.measure == measure && entry.pipeline == *pipeline && entry.attack == *attack
                 });
                 match known {
                     Some(entry) => entry.ratios.push(ratio),
@@ -367,6 +419,39 @@ fn measure(args: &Args) -> Result<Table, RobustnessError> {
     }
     bar.finish_and_clear();
     Ok(Table { entries })
+}
+
+/// What a seed's figures depend on, but the seed.
+fn plan(args: &Args, pipelines: &[Pipeline], attacks: &[Option<Attack>]) -> Plan {
+    Plan {
+        program: format!("theriac-lab {}, rules {RULE_VERSION}", env!("CARGO_PKG_VERSION")),
+        options: format!(
+            "{:?} {} {:?} epsilon {:?} malicious {} validators {:?} loss only {} rounds {:?}",
+            args.workload,
+            args.data.as_deref().map(files).unwrap_or_default(),
+            args.privacy,
+            args.epsilon.unwrap_or(EPSILON),
+            hostile(args),
+            args.validators,
+            args.loss_only,
+            args.rounds.unwrap_or(synthetic::ROUNDS)
+        ),
+        pipelines: pipelines.iter().map(ToString::to_string).collect(),
+        attacks: attacks
+            .iter()
+            .map(|attack| attack.map_or_else(|| NONE.to_owned(), Attack::name))
+            .collect(),
+    }
+}
+
+/// How many files a folder has and how long they are together: other data are another table.
+fn files(dir: &Path) -> String {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let sizes = entries.filter_map(|entry| Some(entry.metadata().ok()?.len()));
+    let (count, bytes) = sizes.fold((0_u64, 0_u64), |(count, bytes), size| {
+        (count + 1, bytes.saturating_add(size))
+    });
+    format!("{count} files, {bytes} bytes")
 }
 
 /// ε of one block where none is asked for.

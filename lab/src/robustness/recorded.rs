@@ -506,7 +506,7 @@ fn ratios(measured: &[Measured], oracles: &[Measured], depth: Depth) -> Vec<Valu
         .sum::<f64>()
         / count;
     let mut values = vec![Value {
-        measure: "loss",
+        measure: "loss".into(),
         ratio: loss,
     }];
     values.extend(validation(measured, oracles));
@@ -518,7 +518,10 @@ fn ratios(measured: &[Measured], oracles: &[Measured], depth: Depth) -> Vec<Valu
                     |all: &[Measured], gate: usize| all.iter().map(|m| m.volumes[at][gate]).sum::<f64>();
                 // The oracle's own figure is the one without the gate, for both.
                 let ratio = sum(measured, gate) / sum(oracles, 0);
-                values.push(Value { measure, ratio });
+                values.push(Value {
+                    measure: measure.into(),
+                    ratio,
+                });
             }
         }
     }
@@ -561,7 +564,10 @@ fn validation(measured: &[Measured], oracles: &[Measured]) -> Vec<Value> {
             share(&|harmful, published| harmful && published),
         ),
     ]
-    .map(|(measure, ratio)| Value { measure, ratio })
+    .map(|(measure, ratio)| Value {
+        measure: measure.into(),
+        ratio,
+    })
     .into()
 }
 
@@ -622,7 +628,10 @@ mod tests {
             of(2.1, turned_down),
         ];
         let values = validation(&measured, &[oracle; 4]);
-        let found: Vec<(&str, f64)> = values.iter().map(|value| (value.measure, value.ratio)).collect();
+        let found: Vec<(&str, f64)> = values
+            .iter()
+            .map(|value| (value.measure.as_ref(), value.ratio))
+            .collect();
         assert_eq!(
             found,
             [

@@ -183,7 +183,7 @@ impl Synthetic {
                 let area = self.train(&world, seed, pipeline, *attack, SITES);
                 done();
                 vec![Value {
-                    measure: "auroc",
+                    measure: "auroc".into(),
                     ratio: area / oracle,
                 }]
             })

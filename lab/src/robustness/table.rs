@@ -1,5 +1,6 @@
 //! The results as CSV, Markdown and heat maps.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -18,7 +19,7 @@ pub struct Entry {
     /// The attack, `none` for no hostile site.
     pub attack: String,
     /// What is measured.
-    pub measure: &'static str,
+    pub measure: Cow<'static, str>,
     /// Ratio to the honest-only oracle for each seed.
     pub ratios: Vec<f64>,
 }
@@ -32,7 +33,7 @@ impl Entry {
     /// The worst seed: the largest share of harm, the least of everything else.
     pub fn worst(&self) -> f64 {
         let ratios = self.ratios.iter().copied();
-        if less_is_better(self.measure) {
+        if less_is_better(&self.measure) {
             ratios.fold(f64::NEG_INFINITY, f64::max)
         } else {
             ratios.fold(f64::INFINITY, f64::min)
@@ -94,7 +95,7 @@ fn in_order<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 /// One table for each measure under what it says of where they come from: an attack a row, a pipeline a column, mean over seeds and worst seed.
 pub fn markdown(entries: &[Entry], provenance: &str) -> String {
     let mut text = format!("{provenance}\n\n");
-    for measure in in_order(entries.iter().map(|entry| entry.measure)) {
+    for measure in in_order(entries.iter().map(|entry| entry.measure.as_ref())) {
         let (pipelines, attacks, cells) = grid(entries, measure);
         writeln!(text, "## {measure}\n\n| attack | {} |", pipelines.join(" | ")).ok();
         writeln!(text, "|---|{}", "---|".repeat(pipelines.len())).ok();
@@ -240,7 +241,7 @@ pub fn write(out: &Path, entries: &[Entry], provenance: &str) -> Result<(), Robu
     })?;
     write("robustness.csv", csv(entries))?;
     write("robustness.md", markdown(entries, provenance))?;
-    for measure in in_order(entries.iter().map(|entry| entry.measure)) {
+    for measure in in_order(entries.iter().map(|entry| entry.measure.as_ref())) {
         heat_map(&out.join(format!("{measure}.svg")), entries, measure)?;
     }
     Ok(())
@@ -255,7 +256,7 @@ mod tests {
         let entry = |pipeline: &str, attack: &str, ratios: &[f64]| Entry {
             pipeline: pipeline.to_owned(),
             attack: attack.to_owned(),
-            measure: "loss",
+            measure: "loss".into(),
             ratios: ratios.to_vec(),
         };
         let entries = [
@@ -273,7 +274,7 @@ mod tests {
         // One bad seed of five must not hide where less is better.
         for (measure, worst) in [("harmful_published", 0.31), ("harmful", 0.31), ("published", 0.0)] {
             let entry = Entry {
-                measure,
+                measure: measure.into(),
                 ..entry("caf", "drift", &[0.0, 0.0, 0.31, 0.0, 0.0])
             };
             assert!(

@@ -61,6 +61,62 @@ fn a_made_fleet_in_two_rounds_gives_all_files() {
     }
 }
 
+#[test]
+fn a_table_that_was_ended_goes_on_and_takes_more_seeds_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = "--rounds 2 --rules mean,trimmed_mean --attacks none,nan,ipm-10 --privacy off";
+    let line = |out: &str, rest: &str| format!("--out {} {options} {rest}", dir.path().join(out).display());
+    let whole = run(&args(&line("whole", "--seeds 3"))).unwrap();
+    run(&args(&line("parts", "--seeds 2"))).unwrap();
+    // The second seed's line was cut off, and the first is told apart from one that is measured anew.
+    let path = dir.path().join("parts/seeds.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let first: Vec<Vec<Value>> = serde_json::from_str(lines[1]).unwrap();
+    let marked: Vec<Vec<Value>> = first
+        .into_iter()
+        .map(|values| values.into_iter().map(|of| Value { ratio: 7.0, ..of }).collect())
+        .collect();
+    let marked = serde_json::to_string(&marked).unwrap();
+    let broken = [lines[0], &lines[1][..40], lines[2], ""].join("\n");
+    fs::write(&path, &broken).unwrap();
+    let error = run(&args(&line("parts", "--seeds 3 --resume"))).unwrap_err();
+    assert!(error.is_usage(), "{error}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), broken, "left for a person");
+    fs::write(&path, [lines[0], &marked, &lines[2][..40]].join("\n")).unwrap();
+    let parts = run(&args(&line("parts", "--seeds 3 --resume"))).unwrap();
+    for (whole, parts) in whole.entries.iter().zip(&parts.entries) {
+        assert_eq!(
+            (whole.ratios[1], whole.ratios[2]),
+            (parts.ratios[1], parts.ratios[2]),
+            "{whole:?}"
+        );
+        assert!((parts.ratios[0] - 7.0).abs() < 1e-9, "kept: {parts:?}");
+    }
+    // Of another table, and of none.
+    for (from, to) in [
+        ("none,nan,ipm-10", "none,nan"),
+        ("--rounds 2", "--rounds 3"),
+        ("--privacy off", ""),
+    ] {
+        let line = line("parts", "--seeds 3 --resume").replace(from, to);
+        let error = run(&args(&line)).unwrap_err();
+        assert!(
+            error.is_usage() && error.to_string().contains("another table"),
+            "{error}"
+        );
+    }
+    let error = run(&args(&line("none", "--resume"))).unwrap_err();
+    assert!(
+        error.is_usage() && error.to_string().contains("no table"),
+        "{error}"
+    );
+    assert!(
+        fs::metadata(&path).unwrap().len() > 100,
+        "what was measured is still there"
+    );
+}
+
 /// Machines of three channels with slow swings, and a jump in the test part.
 pub(super) fn recorded(dir: &std::path::Path, machines: u8) {
     for machine in 0..machines {

@@ -307,6 +307,10 @@ impl PostgresSource {
 
 impl From<PostgresError> for CheckpointError {
     fn from(error: PostgresError) -> Self {
-        Self::Postgres(Box::new(error))
+        match error {
+            // A file is a file, whoever's it is.
+            PostgresError::Io { path, source } => Self::Io { path, source },
+            other => Self::Postgres(Box::new(other)),
+        }
     }
 }

@@ -11,7 +11,7 @@ use tokio::process::Child;
 use tokio::time::sleep;
 
 use super::PostgresSource;
-use crate::checkpoint::apart::spawn_apart;
+use crate::checkpoint::apart::{SocketDir, spawn_apart};
 use crate::checkpoint::limits::Limits;
 use crate::checkpoint::verdict::{Check, Finding, ShadowRun};
 use crate::executor::process::clear_directory;
@@ -80,7 +80,7 @@ impl Shadow {
         run: &mut ShadowRun,
     ) -> Result<Self, PostgresError> {
         cut_off(data)?;
-        let socket_dir = SocketDir::make(&source.work_dir, owner)?;
+        let socket_dir = SocketDir::make(&source.work_dir, owner, SOCKET_DIR_MAX)?;
         let conf = configure(source, owner, control, socket_dir.path())?;
         let log = source.work_dir.join("log");
         let file = File::options()
@@ -352,44 +352,6 @@ fn configure(
         owner.take(file)?;
     }
     Ok(main)
-}
-
-/// The folder of the shadow's socket, in the work directory where its name is short enough.
-#[derive(Debug)]
-struct SocketDir(PathBuf);
-
-impl SocketDir {
-    fn make(work: &Path, owner: Owner) -> Result<Self, PostgresError> {
-        let inside = work.join("s");
-        let dir = if inside.as_os_str().len() <= SOCKET_DIR_MAX {
-            inside
-        } else {
-            let unique = format!(
-                "theriac-{}-{}",
-                std::process::id(),
-                crate::executor::clock::now().unix_ms
-            );
-            std::env::temp_dir().join(unique)
-        };
-        if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(at(&dir))?;
-        }
-        fs::DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
-        owner.take(&dir)?;
-        Ok(Self(dir))
-    }
-
-    fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for SocketDir {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::debug!(%error, "socket folder not removed");
-        }
-    }
 }
 
 const SETTINGS: &str = "\

@@ -1,9 +1,9 @@
 //! The second server: kept from the primary, loads the copy, answers, and is gone afterwards.
 
-use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use tokio::time::sleep;
 
 use super::client::{Address, Client, Value, words};
 use super::{ASK_MAX, Before, DUMP, RedisError, RedisSource, keys, number, program};
-use crate::checkpoint::apart::spawn_apart;
+use crate::checkpoint::apart::{SocketDir, spawn_apart};
 use crate::checkpoint::limits::Limits;
 use crate::checkpoint::store::{CheckpointError, at};
 use crate::checkpoint::verdict::{Check, Finding, ShadowRun};
@@ -231,7 +231,7 @@ impl Shadow {
         let memory = source.memory_bytes.max(used.saturating_add(used / 2));
         refuse_little_memory(source, used)?;
         let data = work::data(&source.work_dir);
-        let socket = SocketDir::make(&source.work_dir, owner)?;
+        let socket = SocketDir::make(&source.work_dir, owner, SOCKET_DIR_MAX)?;
         let log = source.work_dir.join("log");
         let file = File::options()
             .create(true)
@@ -248,7 +248,7 @@ impl Shadow {
             .arg("--dir")
             .arg(&data)
             .arg("--unixsocket")
-            .arg(socket.file())
+            .arg(socket.path().join(SOCKET))
             .args([
                 "--unixsocketperm",
                 "700",
@@ -295,7 +295,7 @@ impl Shadow {
     /// Waits until every value is loaded.
     async fn loaded(&mut self) -> Result<Client, Finding> {
         let begun = Instant::now();
-        let address = Address::Unix(self.socket.file());
+        let address = Address::Unix(self.socket.path().join(SOCKET));
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
                 return Err(self.did_not_load(status));
@@ -367,46 +367,14 @@ fn refuse_little_memory(source: &RedisSource, used: u64) -> Result<(), Checkpoin
     }
 }
 
-/// The folder of the shadow's socket, in the work directory where its name is short enough.
-struct SocketDir(PathBuf);
-
-impl SocketDir {
-    fn make(work: &Path, owner: Owner) -> Result<Self, CheckpointError> {
-        let inside = work.join("s");
-        let dir = if inside.as_os_str().len() <= SOCKET_DIR_MAX {
-            inside
-        } else {
-            let unique = format!(
-                "theriac-{}-{}",
-                std::process::id(),
-                crate::executor::clock::now().unix_ms
-            );
-            std::env::temp_dir().join(unique)
-        };
-        DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
-        owner.take(&dir)?;
-        Ok(Self(dir))
-    }
-
-    fn file(&self) -> PathBuf {
-        self.0.join("r.sock")
-    }
-}
-
-impl Drop for SocketDir {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::debug!(%error, "socket folder not removed");
-        }
-    }
-}
-
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const END_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for the end of a server that does not answer.
 const GONE_MAX: Duration = Duration::from_secs(1);
+const SOCKET: &str = "r.sock";
 /// A socket's name has at most 107 bytes.
 const SOCKET_DIR_MAX: usize = 95;
+
 /// Whether the server or its tool speaks of this host and not of the copy.
 fn host_lacks(said: &str) -> bool {
     HOST_LACKS.iter().any(|lack| said.contains(lack))

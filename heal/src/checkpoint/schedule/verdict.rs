@@ -33,7 +33,7 @@ pub enum Verdict {
 /// Why a checkpoint is due.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Why {
-    /// There is none yet.
+    /// There is none yet, or the latest is damaged.
     First,
     /// Expected loss has reached the cost of a checkpoint.
     Due,
@@ -75,18 +75,22 @@ pub enum Refusal {
 impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::First => f.write_str("there is none yet"),
+            Self::First => f.write_str("there is none yet, or the latest is damaged"),
             Self::Due => f.write_str("the expected loss has reached what one costs"),
             Self::LongestGap => f.write_str("the longest gap has passed"),
             Self::Risk {
                 probability,
                 resource,
-            } => write!(
-                f,
-                "a failure of {} is near (chance {:.0} %)",
-                resource.unwrap_or("the service"),
-                100.0 * probability
-            ),
+            } => {
+                // What is at stake may be worth a copy at a small chance: it is not to be read as none.
+                let chance = match 100.0 * probability {
+                    percent if percent < 0.1 => "below 0.1 %".to_owned(),
+                    percent if percent < 1.0 => format!("{percent:.1} %"),
+                    percent => format!("{percent:.0} %"),
+                };
+                let resource = resource.unwrap_or("the service");
+                write!(f, "a failure of {resource} is near (chance {chance})")
+            }
         }
     }
 }

@@ -112,7 +112,7 @@ fn a_hung_service_whose_clients_send_again_is_a_hang_all_the_same() {
         ..lossy()
     };
     let slight = NetworkSeen {
-        resent: 0.004,
+        resent: 0.001,
         ..lossy()
     };
     for network in [full, others, slight] {

@@ -280,6 +280,8 @@ fn a_caller_of_what_a_person_has_and_that_answers_is_healed_as_if_nothing_were_t
                     behind: 3,
                     waited_s: 60,
                     running: true,
+                    statement: 0,
+                    waits: RootWaits::Nothing,
                     touchable: false,
                 }),
                 free: 9,
@@ -473,6 +475,41 @@ fn what_is_called_does_not_wait_for_a_verification_that_its_own_trouble_prevents
         web.why()
             .contains("db, in the same failure domain, needs an action first")
     );
+}
+
+#[test]
+fn what_was_restarted_on_suspicion_and_has_yet_to_serve_is_not_started_for_the_crash_of_its_caller() {
+    let mut site = Site::under(|policy| policy.cooldown = Duration::ZERO);
+    for _ in 0..9 {
+        let cause = |channel: &str, contribution| Cause {
+            channel: channel.to_owned(),
+            contribution,
+            rising: Some(true),
+            evidence: None,
+        };
+        site.tell(Input::Anomaly {
+            service: "db".to_owned(),
+            score: 9.0,
+            threshold: 3.0,
+            causes: vec![cause("service_cpu", 5.0), cause("service_probe_latency", 1.0)],
+        });
+    }
+    site.dies("web");
+    assert_eq!(site.acted().action, ActionKind::Restart);
+    assert_eq!(site.state("db"), Some(IncidentState::Verifying));
+    site.probes("db", true, 1);
+    let db = site.machine.open_incident("db").unwrap();
+    assert_eq!(
+        (db.class, db.actions.len()),
+        (FaultClass::CpuContention, 1),
+        "{}",
+        db.why()
+    );
+    // Once it serves it makes way.
+    site.probes("db", true, 3);
+    assert_eq!(site.acted().service, "web");
+    let of_db = site.done.iter().filter(|(service, _)| service == "db");
+    assert_eq!(of_db.count(), 1, "{:?}", site.done);
 }
 
 #[test]
