@@ -98,7 +98,12 @@ impl Taker {
         let taker = &mut self;
         let known = taker.list().await?;
         taker.latest_bytes = known.first().map_or(0, |latest| latest.bytes);
-        if !known.is_empty() {
+        let store = Arc::clone(&taker.checkpoints);
+        // Copies that were left by another kind, or whose manifest is gone, are not what there has to be one of.
+        if !off_the_async_threads(move || store.restorable())
+            .await?
+            .is_empty()
+        {
             // How much the service worked since is not known; it is well now, or it is not copied.
             taker.schedule.found(Duration::ZERO);
         }

@@ -9,7 +9,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse as _, Json, Response};
+use axum::response::{IntoResponse as _, Json, Redirect, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 
@@ -45,6 +45,7 @@ pub async fn serve(listener: Arc<TcpListener>, page: Page, mut shutdown: Shutdow
 /// The routes.
 pub fn router(page: Page) -> Router {
     Router::new()
+        .route("/", get(|| async { Redirect::temporary("/status") }))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))

@@ -34,6 +34,7 @@ pub mod proxy;
 mod reinstate;
 pub mod respond;
 pub mod risk;
+mod room;
 mod run;
 pub mod sample;
 mod scrub;

@@ -5,7 +5,7 @@
 //! something in them that it has not read, or a queue of connections that it has not taken.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use theriac_heal::incident::NetworkSeen;
 
@@ -16,7 +16,7 @@ use crate::sockets::SocketTable;
 pub(crate) struct Network {
     port: u16,
     before: Option<Counters>,
-    /// Of the latest looks, oldest first; at most [`LOOKS`].
+    /// Of the latest looks, oldest first: [`LOOKS`] of them, and all of the latest [`TOGETHER`].
     latest: VecDeque<Look>,
     /// Share that is sent again while it is well and nothing waits for word on the probe's own way.
     usual: f64,
@@ -34,6 +34,7 @@ struct Counters {
 
 #[derive(Debug, Clone, Copy)]
 struct Look {
+    at: Instant,
     /// Since the look before.
     grown: Counters,
     unheard: u32,
@@ -44,6 +45,17 @@ struct Look {
 struct Sockets {
     unheard: u32,
     unread: u32,
+}
+
+/// How old what is read of the table of sockets may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    /// As old as is right while all is well.
+    Rarely,
+    /// As old as is right while something is not.
+    Often,
+    /// Not old at all.
+    Anew,
 }
 
 impl Network {
@@ -61,7 +73,24 @@ impl Network {
     /// Looks. Blocks for up to 10 ms where something waits for word. `None` when no more is sent again than usual, at the first look, and
     /// where the kernel does not tell.
     pub(crate) fn look(&mut self, table: &mut SocketTable, well: bool) -> Option<NetworkSeen> {
-        let now = counters()?;
+        let port = self.port;
+        self.look_by(counters()?, well, |which| {
+            let lines = match which {
+                Reading::Rarely => table.lines(true),
+                Reading::Often => table.lines(false),
+                Reading::Anew => table.anew(),
+            };
+            sockets_in(lines, port)
+        })
+    }
+
+    /// The same with the kernel's counters as they are `now`, and what `read` finds in its table.
+    fn look_by(
+        &mut self,
+        now: Counters,
+        well: bool,
+        mut read: impl FnMut(Reading) -> Sockets,
+    ) -> Option<NetworkSeen> {
         let before = self.before.replace(now)?;
         let grown = Counters {
             sent: now.sent.saturating_sub(before.sent),
@@ -69,13 +98,17 @@ impl Network {
             dropped: now.dropped.saturating_sub(before.dropped),
         };
         // What the table said before the loss would tell against it.
-        let loses = self.take(grown);
-        let mut sockets = sockets_in(table.lines(well && !loses), self.port);
+        let loses = self.take(grown, Instant::now());
+        let mut sockets = read(if well && !loses {
+            Reading::Rarely
+        } else {
+            Reading::Often
+        });
         // It may just be about to read.
         for _ in 0..2 {
             if sockets.unheard > 0 && sockets.unread > 0 {
                 std::thread::sleep(AGAIN_AFTER);
-                let again = sockets_in(table.anew(), self.port);
+                let again = read(Reading::Anew);
                 sockets.unread = sockets.unread.min(again.unread);
                 sockets.unheard = sockets.unheard.max(again.unheard);
             }
@@ -84,11 +117,16 @@ impl Network {
     }
 
     /// One more look. Whether far more is sent again than usual.
-    fn take(&mut self, grown: Counters) -> bool {
-        if self.latest.len() == LOOKS {
+    fn take(&mut self, grown: Counters, at: Instant) -> bool {
+        let is_old = |look: &Look| at - look.at > TOGETHER;
+        while self.latest.len() >= LOOKS && self.latest.front().is_some_and(is_old) {
             self.latest.pop_front();
         }
-        self.latest.push_back(Look { grown, unheard: 0 });
+        self.latest.push_back(Look {
+            at,
+            grown,
+            unheard: 0,
+        });
         self.is_far()
     }
 
@@ -214,8 +252,9 @@ fn is_loopback(end: &str) -> bool {
     }
 }
 
-/// Looks that are taken together.
+/// Looks that are taken together, and time for which they are, however often it is looked: TCP sends again after 200 ms, then twice as long each time.
 const LOOKS: usize = 3;
+const TOGETHER: Duration = Duration::from_secs(3);
 /// Fewer segments sent again say nothing.
 const RESENT_MIN: u64 = 5;
 /// So many times the usual share is far above it.
@@ -321,8 +360,10 @@ mod tests {
     }
 
     impl Network {
+        /// Two seconds after the look before.
         fn note(&mut self, grown: Counters, sockets: Sockets, well: bool) -> Option<NetworkSeen> {
-            self.take(grown);
+            let before = self.latest.back().map_or_else(Instant::now, |look| look.at);
+            self.take(grown, before + Duration::from_secs(2));
             self.judge(sockets, well)
         }
     }
@@ -377,6 +418,34 @@ mod tests {
             let seen = (0..3).map(|_| spared.note(grown(sent, 3 * lossy_resent), lost, false));
             let seen = seen.last().flatten();
             assert!(seen.is_some_and(|seen| seen.unheard == 4), "{sent} {seen:?}");
+        }
+        // What the table said before the loss does not count against it, also while probes get through.
+        let mut watched = Network::new(8080);
+        let mut total = Counters::default();
+        let mut read = Vec::new();
+        for resent in [[0; 20].as_slice(), &[200, 200]].concat() {
+            (total.sent, total.resent) = (total.sent + 1_000, total.resent + resent);
+            watched.look_by(total, true, |which| {
+                read.push(which);
+                calm
+            });
+        }
+        assert_eq!(
+            read[17..],
+            [Reading::Rarely, Reading::Rarely, Reading::Often, Reading::Often],
+            "none at the first look"
+        );
+        // Looks in quick succession, as while it does not answer, are taken together like slow ones.
+        let mut hurried = Network::new(8080);
+        for _ in 0..20 {
+            hurried.note(grown(1_000, 0), calm, true);
+        }
+        let mut at = hurried.latest.back().unwrap().at;
+        for look in 0..10 {
+            at += Duration::from_millis(150);
+            hurried.take(grown(20, 1), at);
+            let seen = hurried.judge(lost, false);
+            assert_eq!(seen.is_some(), look >= 4, "the fifth segment sent again");
         }
         // A quiet host: few segments say nothing.
         let mut quiet = Network::new(8080);

@@ -11,9 +11,7 @@ use std::time::Duration;
 use theriac_heal::executor::clock;
 use theriac_heal::incident::{HealConfig, IncidentMachine, Input, MachineState, Output};
 use theriac_heal::policy::{Autonomy, HealPolicy, HealingSection, NodeBudget, PolicyError};
-use theriac_heal::types::{
-    FaultClass, Incident, IncidentId, IncidentState, Intent, IntentId, Notice, Verdict,
-};
+use theriac_heal::types::{FaultClass, Incident, IncidentId, Intent, IntentId, Notice, Verdict};
 use theriac_privacy::policy::signed::{PolicyPublicKey, PolicySignature, SignatureError, Subject};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
@@ -249,15 +247,14 @@ impl Responder {
             )
     }
 
-    /// Starts the services, but not where an open incident has a decision pending: there the machine is told how things
-    /// are, and decides.
+    /// Starts the services, but not where that is for the machine to decide: it is told how things are.
     async fn begin(&self, machine: &IncidentMachine) {
         for (name, hand) in &self.hands {
-            let pending = machine.open_incident(name).is_some_and(|incident| {
-                use IncidentState::{Acting, AwaitingApproval, CoolingDown, Held};
-                matches!(incident.state, Acting | AwaitingApproval | CoolingDown | Held)
-            });
-            let command = if pending { Command::Look } else { Command::Begin };
+            let command = if machine.may_begin(name) {
+                Command::Begin
+            } else {
+                Command::Look
+            };
             self.command(hand, command).await;
         }
     }
@@ -590,6 +587,8 @@ mod tests {
     use theriac_heal::policy::fleet::FleetSeen;
     use theriac_heal::types::{ActionKind, Plan, When};
     use theriac_privacy::policy::signed::PolicyKey;
+
+    use theriac_heal::types::IncidentState;
 
     use super::*;
     use crate::config::EdgeConfig;

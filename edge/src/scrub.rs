@@ -1,7 +1,7 @@
 //! Reading kept checkpoints again, so that one that was damaged since it was taken is found before it is needed.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use theriac_heal::background::Background;
 use theriac_heal::checkpoint::schedule::SATURATED;
@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use crate::metrics::kind;
 use crate::postgres::standing_back;
 use crate::pressure::Pressure;
-use crate::service::ServiceContext;
+use crate::service::{ServiceContext, ServiceShared};
 
 /// Word that a kept checkpoint was set aside: whether it was the newest.
 pub(crate) type Damaged = Arc<Mutex<Option<bool>>>;
@@ -62,21 +62,26 @@ impl Scrubber {
             Err(_ending) => return,
         };
         for (age, checkpoint) in kept.iter().enumerate() {
-            while !self.is_quiet() {
+            while !is_quiet(&self.context.shared) {
                 sleep(LOOK_EVERY).await;
             }
             self.read(checkpoint, age == 0).await;
         }
     }
 
-    /// Whether neither the service nor the disk needs everything now.
-    fn is_quiet(&self) -> bool {
-        self.context.shared.is_sound() && Pressure::of_host().io_full.is_none_or(|share| share < SATURATED)
-    }
-
     async fn read(&self, checkpoint: &Checkpoint, newest: bool) {
         let (service, sequence) = (&self.context.shared.name, checkpoint.sequence);
-        match self.checkpoints.scrub(checkpoint, &self.background).await {
+        let (shared, mut looked) = (Arc::clone(&self.context.shared), Instant::now());
+        // On the thread that reads, which nothing else waits for.
+        let pause = move || {
+            while looked.elapsed() >= LOOK_EVERY {
+                looked = Instant::now();
+                if !is_quiet(&shared) {
+                    std::thread::sleep(LOOK_EVERY);
+                }
+            }
+        };
+        match self.checkpoints.scrub(checkpoint, &self.background, pause).await {
             Ok(None) => tracing::debug!(service, sequence, "a kept checkpoint was read again"),
             Ok(Some(what)) => {
                 tracing::error!(
@@ -97,6 +102,11 @@ impl Scrubber {
             }
         }
     }
+}
+
+/// Whether neither the service nor the disk needs everything now.
+fn is_quiet(shared: &ServiceShared) -> bool {
+    shared.is_sound() && Pressure::of_host().io_full.is_none_or(|share| share < SATURATED)
 }
 
 /// Longest time from the start until what is kept is read again.

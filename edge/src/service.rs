@@ -1,13 +1,13 @@
 //! One supervised service: the task that owns its process, the task that probes it, and what others may know of it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use theriac_heal::checkpoint::schedule::Limits;
-use theriac_heal::checkpoint::state_check::{StateCheck, StateVerdict};
+use theriac_heal::checkpoint::state_check::StateCheck;
 use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLimits};
 use theriac_heal::executor::cgroup::Hierarchies;
 use theriac_heal::executor::clock;
@@ -18,8 +18,8 @@ use theriac_heal::executor::process::{
     Leftover, OutputTo, ProcessError, ServiceExit, ServiceSpec, Supervisor, process_state,
 };
 use theriac_heal::executor::proxy::Proxy;
-use theriac_heal::executor::service::{ServiceHands, ServiceState};
-use theriac_heal::executor::space::{SpaceHands, room_asked, room_needed};
+use theriac_heal::executor::service::{Refused, ServiceHands, ServiceState};
+use theriac_heal::executor::space::SpaceHands;
 use theriac_heal::executor::webhook::{SECRET_BYTES_MIN, Webhook};
 use theriac_heal::incident::Input;
 use theriac_heal::types::{ActionKind, FaultClass, Intent, IntentId, Outcome};
@@ -27,11 +27,14 @@ use theriac_model::risk::Risk;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinError, JoinSet};
 
-use crate::config::{HookSettings, ProbeConfig, ServiceConfig, StateSettings, WebhookSettings};
+use crate::config::{
+    HookSettings, ProbeConfig, ServiceConfig, StateSettings, WebhookSettings, stops_too_slowly,
+};
 use crate::logs::LogWatch;
 use crate::metrics::{Metrics, service as label};
 use crate::pressure::Waits;
 use crate::probe::{self, Probe, ProbeError};
+use crate::room::{Room, asks_too_much, is_ample};
 use crate::sample::ProbeWindow;
 use crate::state_dir::StateDir;
 use crate::status::Board;
@@ -54,6 +57,8 @@ const SESSIONS_WITHIN: Duration = Duration::from_secs(2);
 const SESSIONS_HURRIED_EVERY: Duration = Duration::from_millis(200);
 /// Looks between two looks at the room on the service's file system.
 const ROOM_LOOKS: u32 = 10;
+/// Time within which everything in a control group that is ended gets its signal.
+const ALL_WITHIN: Duration = Duration::from_millis(200);
 /// Looks between two looks at what its threads wait for, and at its output.
 const WAITS_LOOKS: u32 = 4;
 /// Time between probes right after an action, so that its effect is known soon.
@@ -80,6 +85,8 @@ pub struct ServiceShared {
     pub corrupt: AtomicBool,
     /// Held while its state is being copied or replaced, so that the two never meet.
     pub state_in_use: tokio::sync::Mutex<()>,
+    /// Intents that its owner has taken and not reported. Held for one addition or removal.
+    taken: Mutex<BTreeMap<IntentId, Intent>>,
     /// What stands before it.
     pub proxy: Option<Arc<Proxy>>,
     pid: AtomicU32,
@@ -89,6 +96,10 @@ pub struct ServiceShared {
     hurry: Notify,
     look_now: Notify,
     room_now: AtomicBool,
+    /// What is known of its file system. Held for one look.
+    pub(crate) room: tokio::sync::Mutex<Room>,
+    /// A question to that file system has not come back.
+    pub(crate) asks_file_system: AtomicBool,
     // Held for one look.
     waits: Mutex<Waits>,
     // Held for one addition or copy, never across an await.
@@ -109,16 +120,29 @@ impl ServiceShared {
             unsound: AtomicBool::new(false),
             corrupt: AtomicBool::new(false),
             state_in_use: tokio::sync::Mutex::new(()),
+            taken: Mutex::default(),
             pid: AtomicU32::new(0),
             strangers: Mutex::default(),
             answers: AtomicBool::new(false),
             hurry: Notify::new(),
             look_now: Notify::new(),
             room_now: AtomicBool::new(false),
+            room: tokio::sync::Mutex::default(),
+            asks_file_system: AtomicBool::new(false),
             waits: Mutex::new(Waits::of(port)),
             probes: Mutex::default(),
             risks: Mutex::default(),
         }
+    }
+
+    fn reported(&self, intent: &Intent) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.remove(&intent.id);
+    }
+
+    /// What was taken and not reported, which is none any more.
+    fn unreported(&self) -> BTreeMap<IntentId, Intent> {
+        std::mem::take(&mut *self.taken.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Its process, while it runs.
@@ -210,6 +234,10 @@ pub async fn own(
     let mut commands = commands.lock().await;
     let mut hands = hands(&context)?;
     take_over(&context, &mut hands).await;
+    report_lost(&context, &hands).await;
+    let shared = Arc::clone(&context.shared);
+    // A restore that waits for a copy of the state to be done with.
+    let mut waiting: Option<(Intent, Duration)> = None;
     // What leaves the process alone may take minutes: it runs beside the loop, so that an exit and the signal to stop are heard meanwhile.
     let mut beside: JoinSet<Outcome> = JoinSet::new();
     let mut under_way: HashMap<tokio::task::Id, Intent> = HashMap::new();
@@ -226,6 +254,13 @@ pub async fn own(
             // First of all: an exit must not wait for a command that would find it anyway.
             biased;
             exit = hands.supervisor.exited() => {
+                // Who ends a whole group of processes ends us as well, a moment later: that is no crash.
+                if was_asked_to_end(exit) && tokio::time::timeout(ALL_WITHIN, shutdown.wait()).await.is_ok() {
+                    context.shared.set_pid(None);
+                    break;
+                }
+                // What was full or read-only may be why it ended.
+                context.look_at_room().await;
                 let occupied = hands.supervisor.free_for_a_start().err();
                 context.exited(exit, occupied).await;
             }
@@ -236,7 +271,24 @@ pub async fn own(
                     report(&context, &hands, &intent, outcome).await;
                 }
             }
+            // A copy that is under way would see the state change.
+            in_use = shared.state_in_use.lock(), if waiting.is_some() => {
+                if let Some((intent, begin_by)) = waiting.take() {
+                    execute(&context, &mut hands, intent, begin_by).await;
+                    undo_at = hands.undo_due().await;
+                }
+                drop(in_use);
+            }
+            () = begins_too_late(waiting.as_ref()), if waiting.is_some() => {
+                if let Some((intent, begin_by)) = waiting.take() {
+                    execute(&context, &mut hands, intent, begin_by).await;
+                }
+            }
             command = commands.recv() => match command {
+                Some(Command::Execute(intent, begin_by)) if intent.action == ActionKind::RestoreAndStart => {
+                    context.takes(&intent);
+                    waiting = Some((intent, begin_by));
+                }
                 Some(Command::Execute(intent, begin_by))
                     if !intent.action.renews_process() && !is_too_late(begin_by) =>
                 {
@@ -308,12 +360,12 @@ async fn take_over(context: &ServiceContext, hands: &mut ServiceHands) {
 }
 
 async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: Command) {
-    let shared = &context.shared;
     match command {
         Command::Undo(intent) => hands.undo(intent.0).await,
         Command::Begin => begin(context, hands).await,
         Command::Look if hands.supervisor.pid().is_some() => {}
         Command::Look => {
+            context.look_at_room().await;
             let status = "it did not run when the edge started".to_owned();
             let occupied = hands.supervisor.free_for_a_start().err();
             context.does_not_run(status, occupied).await;
@@ -329,24 +381,49 @@ async fn carry_out(context: &ServiceContext, hands: &mut ServiceHands, command: 
                 })
                 .await;
         }
-        Command::Execute(intent, begin_by) => {
-            context.acts(&intent);
-            // A copy of the state that is under way would see it change.
-            let in_use = match intent.action {
-                ActionKind::RestoreAndStart => Some(shared.state_in_use.lock().await),
-                _ => None,
-            };
-            // Whoever waited until now may have waited for too long: a person was told, and another node may have the slot that this one had.
-            let outcome = if is_too_late(begin_by) {
-                tracing::warn!(service = shared.name, intent = intent.id.0, action = %intent.action, "not begun in time");
-                Outcome::NotNeeded
-            } else {
-                hands.execute(&intent).await
-            };
-            drop(in_use);
-            report(context, hands, &intent, outcome).await;
-        }
+        Command::Execute(intent, begin_by) => execute(context, hands, intent, begin_by).await,
     }
+}
+
+/// What renews the process, or comes too late.
+async fn execute(context: &ServiceContext, hands: &mut ServiceHands, intent: Intent, begin_by: Duration) {
+    context.acts(&intent);
+    // Whoever waited until now may have waited for too long: a person was told, and another node may have the slot that this one had.
+    let outcome = if is_too_late(begin_by) {
+        let service = &context.shared.name;
+        tracing::warn!(service, intent = intent.id.0, action = %intent.action, "not begun in time");
+        Outcome::NotNeeded
+    } else {
+        hands.execute(&intent).await
+    };
+    report(context, hands, &intent, outcome).await;
+}
+
+/// Until it is too late for what waits; for ever where nothing does.
+async fn begins_too_late(waiting: Option<&(Intent, Duration)>) {
+    match waiting {
+        // A moment later than it may begin.
+        Some((_, begin_by)) => {
+            let left = begin_by.saturating_sub(clock::now().monotonic);
+            tokio::time::sleep(left + Duration::from_millis(1)).await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// What an owner had taken that ended by a panic: nobody else would tell what became of it, and its incident could neither close nor go on.
+async fn report_lost(context: &ServiceContext, hands: &ServiceHands) {
+    for intent in context.shared.unreported().into_values() {
+        let detail = format!("{} was cut off, and how far it came is not known", intent.action);
+        let running = hands.supervisor.pid().is_some();
+        report(context, hands, &intent, Outcome::Failed { detail, running }).await;
+    }
+}
+
+/// TERM, or what a program does that heeds it.
+fn was_asked_to_end(exit: ServiceExit) -> bool {
+    const TERM: i32 = 15;
+    matches!(exit, ServiceExit::Signal(TERM) | ServiceExit::Code(0)) || exit == ServiceExit::Code(128 + TERM)
 }
 
 fn is_too_late(begin_by: Duration) -> bool {
@@ -367,6 +444,7 @@ async fn report(context: &ServiceContext, hands: &ServiceHands, intent: &Intent,
     }
     context.note_strangers(hands);
     context.show(hands.supervisor.pid(), hands.supervisor.starts());
+    shared.reported(intent);
     context
         .tell(Input::Executed {
             id: intent.id,
@@ -384,36 +462,38 @@ async fn begin(context: &ServiceContext, hands: &mut ServiceHands) {
         return;
     }
     let service = context.shared.name.clone();
+    context.look_at_room().await;
     context
         .board
         .update_service(&service, |line| "starting".clone_into(&mut line.state));
-    if let Some(state) = &hands.state
-        && let Some(check) = &state.check
-        && state.dir.exists()
-        && let StateVerdict::Corrupt(detail) = check.run(&state.dir).await
-    {
-        return context.tell(Input::StateCorrupt { service, detail }).await;
-    }
-    match hands.supervisor.start().await {
+    match hands.begin().await {
         Ok(pid) => {
-            hands.place(pid);
             context.note_strangers(hands);
             context.runs(pid, hands.supervisor.starts()).await;
             context.shared.hurry.notify_one();
         }
-        Err(error) => {
-            tracing::error!(service, %error, "not started");
+        Err(Refused::Corrupt(detail)) => {
+            tracing::error!(service, detail, "not started: its state is corrupt or gone");
+            context.tell(Input::StateCorrupt { service, detail }).await;
+        }
+        Err(Refused::Failed(error)) => {
+            tracing::error!(service, error, "not started");
             context.show(None, hands.supervisor.starts());
-            let occupied = matches!(error, ProcessError::Occupied { .. });
-            context
-                .does_not_run(error.to_string(), occupied.then_some(error))
-                .await;
+            let occupied = hands.supervisor.free_for_a_start().err();
+            context.does_not_run(error, occupied).await;
         }
     }
 }
 
 impl ServiceContext {
+    /// From now on somebody has to tell what becomes of it.
+    fn takes(&self, intent: &Intent) {
+        let mut taken = self.shared.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.insert(intent.id, intent.clone());
+    }
+
     fn acts(&self, intent: &Intent) {
+        self.takes(intent);
         let name = &self.shared.name;
         tracing::info!(service = name, intent = intent.id.0, action = %intent.action, "acting");
         self.board
@@ -495,7 +575,7 @@ impl ServiceContext {
         );
     }
 
-    async fn tell(&self, input: Input) {
+    pub(crate) async fn tell(&self, input: Input) {
         // Only while the process ends is nobody listening.
         let _heard = self.events.send(input).await.is_ok();
     }
@@ -584,6 +664,8 @@ async fn probe_again_and_again(context: &ServiceContext, config: &ProbeConfig) {
             context.note_probe(ok, latency);
             let service = shared.name.clone();
             if !ok {
+                // Why it may not answer is known before that it does not.
+                context.look_at_room().await;
                 context.tell_pressure().await;
             }
             let (named, words) = (service.clone(), detail.clone());
@@ -667,12 +749,15 @@ async fn look_at_sessions(context: &ServiceContext, hands: &PostgresHands, every
 async fn look_again_and_again(context: &ServiceContext) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut full = false;
-    let mut writable = false;
     let mut looks = 0_u32;
     let mut log = context.shared.config.output.clone().map(LogWatch::new);
-    let space = space_hands(context);
-    warn_of_what_cannot_be(context);
+    let config = &context.shared.config;
+    for warning in [asks_too_much(config), stops_too_slowly(config)]
+        .into_iter()
+        .flatten()
+    {
+        tracing::warn!(service = context.shared.name, "{warning}");
+    }
     loop {
         ticks.tick().await;
         if looks.is_multiple_of(WAITS_LOOKS) {
@@ -681,7 +766,7 @@ async fn look_again_and_again(context: &ServiceContext) {
                 let (service, lines) = (context.shared.name.clone(), burst.lines);
                 let (template, mut hint) = (burst.template, burst.hint);
                 // Anybody who can have a line written could say so.
-                if hint == Some(FaultClass::DiskFull) && has_ample_room(context) {
+                if hint == Some(FaultClass::DiskFull) && is_ample(context) {
                     hint = None;
                 }
                 context
@@ -695,8 +780,7 @@ async fn look_again_and_again(context: &ServiceContext) {
             }
         }
         if looks.is_multiple_of(ROOM_LOOKS) || context.shared.room_now.swap(false, Ordering::Relaxed) {
-            full = look_at_room(context, space.as_ref(), full).await;
-            writable = look_whether_writable(context, writable).await;
+            context.look_at_room().await;
         }
         looks = looks.wrapping_add(1);
         let Some(pid) = context.shared.pid() else { continue };
@@ -710,112 +794,6 @@ async fn look_again_and_again(context: &ServiceContext) {
     }
 }
 
-/// Whether the file system of the service's state was found to have room just now.
-fn has_ample_room(context: &ServiceContext) -> bool {
-    let state = context.shared.config.state.as_ref();
-    let Some(Ok(found)) = state.map(|state| rustix::fs::statvfs(&state.dir)) else {
-        return false;
-    };
-    let size = found.f_blocks.saturating_mul(found.f_frsize);
-    found.f_bavail.saturating_mul(found.f_frsize) >= 2 * room_needed(size)
-}
-
-/// Tells when the file system of the service's state, which could be written, is mounted read-only now, as after an error of the disk; and when
-/// it can be written again. Returns whether it was ever seen writable: one that never was is meant so.
-async fn look_whether_writable(context: &ServiceContext, was_writable: bool) -> bool {
-    let on = match &context.shared.config.state {
-        Some(state) => match rustix::fs::statvfs(&state.dir) {
-            Ok(found) => found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY),
-            Err(_) => return was_writable,
-        },
-        None => false,
-    };
-    // Also at the first look: an incident from before the edge's restart waits for it.
-    if was_writable || !on {
-        let service = context.shared.name.clone();
-        context.tell(Input::ReadOnly { service, on }).await;
-    }
-    was_writable || !on
-}
-
-/// Bytes that must be free for a file system of `size` bytes not to count as full. However few are asked for, one on which not a block is left
-/// is full.
-fn full_below(state: &StateSettings, size: u64, block: u64) -> u64 {
-    state
-        .free_bytes_min
-        .map_or_else(|| room_needed(size), |least| room_asked(least, size).max(block))
-}
-
-/// More room is asked for than the file system can be expected to have.
-fn warn_of_what_cannot_be(context: &ServiceContext) {
-    let Some(state) = &context.shared.config.state else {
-        return;
-    };
-    let Ok(found) = rustix::fs::statvfs(&state.dir) else {
-        return;
-    };
-    let asked = state.free_bytes_min.unwrap_or(0);
-    let counts = room_asked(asked, found.f_blocks.saturating_mul(found.f_frsize));
-    if counts < asked {
-        let service = &context.shared.name;
-        tracing::warn!(
-            service,
-            asked,
-            counts,
-            "state.free_bytes_min is more than an eighth of its file system"
-        );
-    }
-}
-
-/// Tells when the file system of the service's state has no room, or has room again. Returns whether it is full.
-async fn look_at_room(context: &ServiceContext, space: Option<&SpaceHands>, was_full: bool) -> bool {
-    let Some(state) = &context.shared.config.state else {
-        return false;
-    };
-    let Ok(found) = rustix::fs::statvfs(&state.dir) else {
-        return was_full;
-    };
-    let size = found.f_blocks.saturating_mul(found.f_frsize);
-    let free_bytes = found.f_bavail.saturating_mul(found.f_frsize);
-    let (below, needed) = (
-        full_below(state, size, found.f_frsize),
-        room_needed(size).max(room_asked(state.free_bytes_min.unwrap_or(0), size)),
-    );
-    let service = context.shared.name.clone();
-    match was_full {
-        false if free_bytes < below => {
-            let bytes = space
-                .cloned()
-                .map(|hands| tokio::task::spawn_blocking(move || hands.relievable()));
-            let bytes = match bytes {
-                Some(walk) => walk
-                    .await
-                    .map_err(std::io::Error::other)
-                    .flatten()
-                    .unwrap_or_else(|error| {
-                        tracing::warn!(service, %error, "no room can be made");
-                        0
-                    }),
-                None => 0,
-            };
-            let named = service.clone();
-            context
-                .tell(Input::Relievable {
-                    service: named,
-                    bytes,
-                })
-                .await;
-            context.tell(Input::DiskFull { service, free_bytes }).await;
-            true
-        }
-        true if free_bytes >= 2 * needed => {
-            context.tell(Input::DiskRelieved { service }).await;
-            false
-        }
-        unchanged => unchanged,
-    }
-}
-
 impl ServiceContext {
     /// What keeps its threads from running, while it has some.
     async fn tell_pressure(&self) {
@@ -824,12 +802,12 @@ impl ServiceContext {
         // Thousands of threads are thousands of small reads: not on the async threads, and not at every failed probe.
         let looked = tokio::task::spawn_blocking(move || {
             let mut waits = shared.waits.lock().unwrap_or_else(PoisonError::into_inner);
-            waits
-                .is_due()
-                .then(|| waits.look(pid, shared.answers.load(Ordering::Relaxed)))
+            let well = shared.answers.load(Ordering::Relaxed);
+            waits.is_due(well).then(|| waits.look(pid, well))
         });
         let Ok(Some(seen)) = looked.await else { return };
         let service = self.shared.name.clone();
+        tracing::debug!(service, ?seen, "what its threads wait for");
         self.tell(Input::Pressure { service, seen }).await;
     }
 
@@ -995,7 +973,7 @@ fn read_secret(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 /// What may be moved away when the file system of the service's state is full.
-fn space_hands(context: &ServiceContext) -> Option<SpaceHands> {
+pub(crate) fn space_hands(context: &ServiceContext) -> Option<SpaceHands> {
     let config = &context.shared.config;
     let (space, state) = (config.space.as_ref()?, config.state.as_ref()?);
     Some(SpaceHands {

@@ -285,7 +285,11 @@ impl From<&Incident> for IncidentView {
                     })
                 })
                 .collect(),
-            verdict: incident.verdict.map(|verdict| verdict.to_string()),
+            // Not the one before it, while the action shown has none yet.
+            verdict: incident
+                .verdict
+                .filter(|_| incident.state.is_closed() || !unjudged(incident))
+                .map(|verdict| verdict.to_string()),
             handed_over: incident.handed_over.clone(),
             plan: incident
                 .recommended()
@@ -293,6 +297,12 @@ impl From<&Incident> for IncidentView {
                 .map(theriac_heal::types::Plan::hash),
         }
     }
+}
+
+/// Whether the action that is shown has not been judged.
+fn unjudged(incident: &Incident) -> bool {
+    let last = incident.actions.last();
+    incident.recommended().is_some() || last.is_some_and(|record| record.verdict.is_none())
 }
 
 /// The one shared picture. Tasks write their part, the page reads all of it.

@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, SystemTime};
 
 use clap::Parser as _;
-use command::{Place, command, json, problem};
+use command::{Place, command, ended, json, problem};
 use theriac_certs::{Authority, JoinToken, Role, Validity};
 use theriac_command::problem::Exit;
 use theriac_edge::commands::{Arguments, execute};
@@ -473,14 +473,11 @@ async fn doctor_finds_open_keys_and_damaged_stores() {
         std::fs::Permissions::from_mode(0o644),
     )
     .unwrap();
-    let (result, out) = command(&["doctor", "--state-dir", &state]).await;
-    assert_eq!(
-        format!("{:?}", result.unwrap()),
-        format!("{:?}", ExitCode::FAILURE)
-    );
-    let checks: Vec<serde_json::Value> = serde_json::from_str(&out).unwrap();
+    let checks = ended(&["doctor", "--state-dir", &state], ExitCode::FAILURE).await;
     let find = |name: &str| {
         checks
+            .as_array()
+            .unwrap()
             .iter()
             .find(|check| check["check"] == name)
             .unwrap()
@@ -905,12 +902,7 @@ async fn privacy_plan_recommends_what_trains_and_nothing_when_hopeless() {
         "--days",
         "90",
     ];
-    let (result, out) = command(&plan).await;
-    assert_eq!(
-        format!("{:?}", result.unwrap()),
-        format!("{:?}", ExitCode::SUCCESS)
-    );
-    let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let answer = ended(&plan, ExitCode::SUCCESS).await;
     assert_eq!(
         (&answer["blocks"], &answer["recommended"]),
         (&2160.into(), &"moments".into())
@@ -931,12 +923,7 @@ async fn privacy_plan_recommends_what_trains_and_nothing_when_hopeless() {
         "--batch",
         "1",
     ];
-    let (result, out) = command(&hopeless).await;
-    assert_eq!(
-        format!("{:?}", result.unwrap()),
-        format!("{:?}", ExitCode::FAILURE)
-    );
-    let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let answer = ended(&hopeless, ExitCode::FAILURE).await;
     assert!(answer["recommended"].is_null(), "{answer}");
     for bad in [
         &["--epsilon", "0"][..],

@@ -156,7 +156,7 @@ async fn what_was_fetched_is_restored_though_a_local_one_has_its_number() {
     let refused = place.refused(&["restore", "app", "1"]).await;
     assert_eq!(refused.code, "TH-E0361", "{refused}");
     assert!(
-        refused.to_string().contains("1-1700000000000, 1-1600000000000"),
+        refused.to_string().contains("1-1600000000000, 1-1700000000000"),
         "{refused}"
     );
     place.checkpoints(&["verify", "app", "1-1600000000000"]).await;

@@ -4,59 +4,61 @@
 
 #[path = "../../heal/tests/support/mod.rs"]
 mod support;
+mod whole;
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use support::Cluster;
-use theriac_edge::config::EdgeConfig;
-use theriac_edge::probe::{self, ProbeUrl};
-use theriac_edge::run;
-use theriac_edge::status::{ServiceStatus, Status};
 use theriac_heal::postgres::PostgresError;
 use theriac_heal::postgres::session::{Session, Target};
+use whole::{Edge, Limits, signal};
+
+const LIMITS: Limits = Limits {
+    answer: Duration::from_secs(5),
+    wait: Duration::from_mins(1),
+};
+
+/// An edge that supervises the server. `more` stands in the service's own table; `SOCKET` in it is the directory of the server's socket.
+fn start(cluster: &Cluster, more: &str) -> Edge {
+    let text = format!(
+        "[[service]]\nname = 'pg'\nargv = {:?}\nstop_grace = '30s'\nstate = {{ dir = '{}', interval = '1h' }}\n{}",
+        cluster.argv(),
+        cluster.data().display(),
+        more.replace("SOCKET", &cluster.target.socket_dir.display().to_string())
+    );
+    Edge::start(&cluster.dir.path().join("edge"), &text, LIMITS)
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_is_checkpointed_healed_verified_and_restored() {
     let mut cluster = Cluster::made(true, &[]);
-    let state = cluster.dir.path().join("edge");
-    let file = cluster.dir.path().join("edge.toml");
     let output = cluster.dir.path().join("service.log");
-    let socket = cluster.target.socket_dir.display();
-    std::fs::write(
-        &file,
-        format!(
-            "state_dir = {state:?}\nhttp.listen = '127.0.0.1:0'\n[[service]]\nname = 'pg'\nargv = {:?}\noutput = {output:?}\nstop_grace = '30s'\n\
-             probe = {{ url = 'postgresql://postgres@{socket}:5432/postgres', interval = '100ms', start_grace = '30s' }}\n\
-             state = {{ dir = {:?}, interval = '1h' }}\n\
-             checkpoint = {{ kind = 'postgresql', socket_dir = '{socket}', user = 'postgres', requests = 20, \
-             statements = ['select count(*) from kept where n = $1'] }}\n\
-             healing = {{ autonomy = 'act' }}\n",
-            cluster.argv(),
-            cluster.data(),
-        ),
-    )
-    .unwrap();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let config = EdgeConfig::load(Some(&file), []).unwrap();
-    let running = tokio::spawn(async move {
-        let until = async move { drop(stopped.await) };
-        Box::pin(run(config, None, until)).await
-    });
-    until("up", &state, |service| service.healthy).await;
+    let more = format!(
+        "output = {output:?}\n\
+         probe = {{ url = 'postgresql://postgres@SOCKET:5432/postgres', interval = '100ms', start_grace = '30s' }}\n\
+         checkpoint = {{ kind = 'postgresql', socket_dir = 'SOCKET', user = 'postgres', requests = 20, \
+         statements = ['select count(*) from kept where n = $1'] }}\n\
+         healing = {{ autonomy = 'act' }}\n"
+    );
+    let running = start(&cluster, &more);
+    let file = running.file.clone();
+    running.service_until("up", |service| service.healthy).await;
     cluster.psql("create table kept as select n from generate_series(1, 1000) n");
-    let service = until("checkpointed", &state, |service| service.checkpoints == 1).await;
+    let service = running
+        .service_until("checkpointed", |service| service.checkpoints == 1)
+        .await;
 
     // A crash: one start, no failed one.
     let pid = service.pid.unwrap();
-    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
-    let healed = until("healed", &state, |service| {
-        service.healthy && service.pid.is_some_and(|now| now != pid)
-    })
-    .await;
+    signal(pid, Signal::KILL);
+    let healed = running
+        .service_until("healed", |service| {
+            service.healthy && service.pid.is_some_and(|now| now != pid)
+        })
+        .await;
     assert_eq!(healed.restarts, 1);
     let log = std::fs::read_to_string(&output).unwrap();
     assert!(
@@ -78,8 +80,7 @@ async fn a_server_is_checkpointed_healed_verified_and_restored() {
     );
 
     cluster.psql("drop table kept");
-    drop(stop);
-    running.await.unwrap().unwrap();
+    running.finish().await;
     // Somebody else's server on the same data: it is not replaced under it.
     cluster.begin();
     let refused = edge(&file, &["checkpoints", "restore", "pg", &number]);
@@ -120,37 +121,22 @@ async fn a_pile_up_and_a_full_house_are_healed_without_a_restart_and_why_tells_i
             "max_wal_senders = 2",
         ],
     );
-    let state = cluster.dir.path().join("edge");
-    let file = cluster.dir.path().join("edge.toml");
-    let socket = cluster.target.socket_dir.display();
     // The probe's role is made after the start, so the first probes ask as the superuser would; the grace covers the rest.
-    std::fs::write(
-        &file,
-        format!(
-            "state_dir = {state:?}\nhttp.listen = '127.0.0.1:0'\n[[service]]\nname = 'pg'\nargv = {:?}\nstop_grace = '30s'\n\
-             probe = {{ url = 'postgresql://app@{socket}:5432/postgres', interval = '100ms', start_grace = '30s' }}\n\
-             state = {{ dir = {:?}, interval = '1h' }}\n\
-             checkpoint = {{ kind = 'postgresql', socket_dir = '{socket}', user = 'postgres', requests = 0 }}\n\
-             sessions = {{ look_every = '200ms', waited_min = '0s', idle_min = '0s', free_min = 2, free_after = 5 }}\n\
-             healing = {{ autonomy = 'act', cooldown = '0s' }}\n",
-            cluster.argv(),
-            cluster.data(),
-        ),
-    )
-    .unwrap();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let config = EdgeConfig::load(Some(&file), []).unwrap();
-    let running = tokio::spawn(async move {
-        let until = async move { drop(stopped.await) };
-        Box::pin(run(config, None, until)).await
-    });
-    until("running", &state, |service| service.pid.is_some()).await;
+    let running = start(
+        &cluster,
+        "probe = { url = 'postgresql://app@SOCKET:5432/postgres', interval = '100ms', start_grace = '30s' }\n\
+         checkpoint = { kind = 'postgresql', socket_dir = 'SOCKET', user = 'postgres', requests = 0 }\n\
+         sessions = { look_every = '200ms', waited_min = '0s', idle_min = '0s', free_min = 2, free_after = 5 }\n\
+         healing = { autonomy = 'act', cooldown = '0s' }\n",
+    );
+    running
+        .service_until("running", |service| service.pid.is_some())
+        .await;
     cluster.ready();
     cluster.psql("create role app login; create table t as select 1 id, 0 n; grant all on t to public");
-    let before = until("up", &state, |service| {
-        service.healthy && service.checkpoints == 1
-    })
-    .await;
+    let before = running
+        .service_until("up", |service| service.healthy && service.checkpoints == 1)
+        .await;
     let started = cluster.psql("select pg_postmaster_start_time()");
 
     let root = app(&cluster).await.unwrap();
@@ -175,7 +161,7 @@ async fn a_pile_up_and_a_full_house_are_healed_without_a_restart_and_why_tells_i
         "4",
         "the root's change is gone, theirs are there"
     );
-    let pile_up = closed(&file, "lock_pileup").await;
+    let pile_up = healed(&running, "lock_pileup").await;
     assert_eq!(
         pile_up["actions"][0]["intent"]["action"], "terminate_blocker",
         "{pile_up}"
@@ -186,17 +172,16 @@ async fn a_pile_up_and_a_full_house_are_healed_without_a_restart_and_why_tells_i
         clients.push(session);
     }
     let begun = Instant::now();
-    while app(&cluster).await.is_err() {
-        assert!(begun.elapsed() < Duration::from_mins(1), "no client is let in");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    running
+        .until("a client let in", async |_| app(&cluster).await.ok())
+        .await;
     let let_in = begun.elapsed();
     println!(
         "the waiters went on after {:.2} s, an ordinary client was let in after {:.2} s",
         freed.as_secs_f64(),
         let_in.as_secs_f64()
     );
-    let full = closed(&file, "connection_exhaustion").await;
+    let full = healed(&running, "connection_exhaustion").await;
     assert_eq!(
         full["actions"][0]["intent"]["action"], "end_idle_sessions",
         "{full}"
@@ -212,7 +197,7 @@ async fn a_pile_up_and_a_full_house_are_healed_without_a_restart_and_why_tells_i
         assert_eq!(incident["verdict"], "healed", "{incident}");
         let told = Command::new(env!("CARGO_BIN_EXE_theriac-edge"))
             .args(["incidents", "why", &incident["id"].to_string(), "--config"])
-            .arg(&file)
+            .arg(&running.file)
             .output()
             .unwrap();
         let told = String::from_utf8_lossy(&told.stdout).into_owned();
@@ -226,12 +211,11 @@ async fn a_pile_up_and_a_full_house_are_healed_without_a_restart_and_why_tells_i
             assert!(told.contains(words), "{words} is missing:\n{told}");
         }
     }
-    let after = until("healthy", &state, |service| service.healthy).await;
+    let after = running.service_until("healthy", |service| service.healthy).await;
     assert_eq!((after.pid, after.restarts), (before.pid, before.restarts));
     assert_eq!(cluster.psql("select pg_postmaster_start_time()"), started);
     drop(clients);
-    drop(stop);
-    running.await.unwrap().unwrap();
+    running.finish().await;
 }
 
 /// The administrator runs the server on the same data. Whatever the edge may do by itself, and though it has a record of an earlier run that was
@@ -242,38 +226,20 @@ async fn a_server_that_somebody_else_runs_is_a_persons_at_once_and_outlives_the_
         let mut cluster = Cluster::made(false, &[]);
         cluster.begin();
         let started = cluster.psql("select pg_postmaster_start_time()");
-        let state = cluster.dir.path().join("edge");
-        let file = cluster.dir.path().join("edge.toml");
-        let socket = cluster.target.socket_dir.display();
-        std::fs::write(
-            &file,
-            format!(
-                "state_dir = {state:?}\nhttp.listen = '127.0.0.1:0'\n[[service]]\nname = 'pg'\nargv = {:?}\nstop_grace = '30s'\n\
-                 probe = {{ url = 'postgresql://postgres@{socket}:5432/postgres', interval = '100ms' }}\n\
-                 state = {{ dir = {:?}, interval = '1h' }}\n\
-                 checkpoint = {{ kind = 'postgresql', socket_dir = '{socket}', user = 'postgres', requests = 0 }}\n\
-                 healing = {{ autonomy = '{autonomy}', cooldown = '0s' }}\n",
-                cluster.argv(),
-                cluster.data(),
-            ),
-        )
-        .unwrap();
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let config = EdgeConfig::load(Some(&file), []).unwrap();
-        let running = tokio::spawn(async move {
-            let until = async move { drop(stopped.await) };
-            Box::pin(run(config, None, until)).await
-        });
-        let begun = Instant::now();
-        let incident = loop {
-            let listed = edge(&file, &["incidents", "list"]);
-            let shown = serde_json::from_slice::<serde_json::Value>(&listed.stdout).unwrap_or_default();
-            if shown[0]["state"] == "handed_to_human" {
-                break json(&edge(&file, &["incidents", "show", "1"]));
-            }
-            assert!(begun.elapsed() < Duration::from_mins(1), "{autonomy}: {listed:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        };
+        let more = format!(
+            "probe = {{ url = 'postgresql://postgres@SOCKET:5432/postgres', interval = '100ms' }}\n\
+             checkpoint = {{ kind = 'postgresql', socket_dir = 'SOCKET', user = 'postgres', requests = 0 }}\n\
+             healing = {{ autonomy = '{autonomy}', cooldown = '0s' }}\n"
+        );
+        let running = start(&cluster, &more);
+        let incident = running
+            .until(&format!("handed over ({autonomy})"), async |running| {
+                let listed = edge(&running.file, &["incidents", "list"]);
+                let shown = serde_json::from_slice::<serde_json::Value>(&listed.stdout).ok()?;
+                (shown[0]["state"] == "handed_to_human")
+                    .then(|| json(&edge(&running.file, &["incidents", "show", "1"])))
+            })
+            .await;
         let pid = std::fs::read_to_string(cluster.data().join("postmaster.pid")).unwrap();
         let words = format!(
             "another server, process {}, which this edge did not start",
@@ -284,8 +250,7 @@ async fn a_server_that_somebody_else_runs_is_a_persons_at_once_and_outlives_the_
                 && incident["actions"].as_array().unwrap().is_empty(),
             "{incident}"
         );
-        drop(stop);
-        running.await.unwrap().unwrap();
+        running.finish().await;
         assert_eq!(
             cluster.psql("select pg_postmaster_start_time()"),
             started,
@@ -304,47 +269,18 @@ async fn app(cluster: &Cluster) -> Result<Session, PostgresError> {
 }
 
 /// The incident of this class once it is closed as healed.
-async fn closed(config: &Path, class: &str) -> serde_json::Value {
-    let begun = Instant::now();
-    loop {
-        let listed = json(&edge(config, &["incidents", "list"]));
-        let found = listed.as_array().unwrap().iter();
-        let mut found = found.filter(|incident| incident["class"] == class && incident["state"] == "healed");
-        if let Some(incident) = found.next() {
-            return json(&edge(config, &["incidents", "show", &incident["id"].to_string()]));
-        }
-        assert!(
-            begun.elapsed() < Duration::from_mins(1),
-            "no healed {class}: {listed}"
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
-async fn until(what: &str, state: &Path, good: impl Fn(&ServiceStatus) -> bool) -> ServiceStatus {
-    let begun = Instant::now();
-    loop {
-        let found = service(state).await;
-        if let Some(service) = found.clone().filter(|service| good(service)) {
-            return service;
-        }
-        assert!(
-            begun.elapsed() < Duration::from_mins(1),
-            "not {what} in time: {found:?}"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-async fn service(state: &Path) -> Option<ServiceStatus> {
-    let address: SocketAddr = std::fs::read_to_string(state.join("http.addr"))
-        .ok()?
-        .parse()
-        .ok()?;
-    let url = ProbeUrl::new(address, "/status");
-    let (_, body) = probe::get(&url, Duration::from_secs(5), 1 << 20).await.ok()?;
-    let status: Status = serde_json::from_slice(&body).ok()?;
-    status.services.into_iter().next()
+async fn healed(running: &Edge, class: &str) -> serde_json::Value {
+    let what = format!("healed of {class}");
+    running
+        .until(&what, async |running| {
+            let listed = json(&edge(&running.file, &["incidents", "list"]));
+            let found = listed.as_array().unwrap().iter();
+            let mut found =
+                found.filter(|incident| incident["class"] == class && incident["state"] == "healed");
+            let id = found.next()?["id"].to_string();
+            Some(json(&edge(&running.file, &["incidents", "show", &id])))
+        })
+        .await
 }
 
 fn edge(config: &Path, arguments: &[&str]) -> Output {

@@ -4,120 +4,65 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod whole;
+
 use std::fs;
-use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
-use theriac_edge::config::EdgeConfig;
+use rustix::process::Signal;
+use theriac_edge::commands;
 use theriac_edge::probe::{self, ProbeUrl};
 use theriac_edge::proxy::ProxyStatus;
-use theriac_edge::status::{IncidentView, ServiceStatus, Status};
-use theriac_edge::{EdgeError, commands, run};
 use theriac_heal::executor::cgroup::{Controller, Hierarchies, Version};
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use whole::{ADDRESS, Edge, Limits, free_address, serve, service_argv, signal};
 
-const ADDRESS: &str = "THERIAC_TEST_SERVICE";
 /// What a test that hangs fails by.
 const LONG: Duration = Duration::from_mins(1);
+const LIMITS: Limits = Limits {
+    answer: LONG,
+    wait: LONG,
+};
 
 /// Not a test of its own: with an address in the environment it is the service that the tests supervise.
 #[test]
 fn service_process() {
-    let Ok(address) = std::env::var(ADDRESS) else {
-        return;
-    };
-    let listener = TcpListener::bind(address).unwrap();
-    for stream in listener.incoming() {
-        let mut stream = stream.unwrap();
-        let mut request = [0; 1024];
-        // A client that went away is none of the service's business.
-        if stream.read(&mut request).is_ok() {
-            let _sent = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nok").is_ok();
-        }
+    if let Ok(address) = std::env::var(ADDRESS) {
+        serve(&address, || true);
     }
 }
 
-struct Edge {
-    file: PathBuf,
-    state: PathBuf,
-    service: SocketAddr,
-    stop: oneshot::Sender<()>,
-    running: JoinHandle<Result<(), EdgeError>>,
+/// `more` stands in the service's own table; `SERVICE` in it is the service's address, which is given back.
+fn start(root: &Path, more: &str) -> (Edge, SocketAddr) {
+    let (service, argv) = (free_address(), service_argv());
+    let more = more.replace("SERVICE", &service.to_string());
+    let text = format!(
+        "healing = {{ autonomy = 'act', cooldown = '0s', max_actions = 100, verify_window = '1s' }}\n\
+         [[service]]\nname = 'kv'\nargv = {argv}\n\
+         env = {{ {ADDRESS} = '{service}' }}\nstop_grace = '200ms'\n\
+         probe = {{ url = 'http://{service}/', interval = '100ms', timeout = '500ms' }}\n{more}"
+    );
+    (Edge::start(&root.join("s"), &text, LIMITS), service)
 }
 
 impl Edge {
-    /// `more` stands in the service's own table; `SERVICE` in it is the service's address.
-    fn start(root: &Path, more: &str) -> Self {
-        let service = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let more = more.replace("SERVICE", &service.to_string());
-        let program = std::env::current_exe().unwrap().display().to_string();
-        let (file, state) = (root.join("edge.toml"), root.join("s"));
-        let text = format!(
-            "state_dir = '{}'\nhttp.listen = '127.0.0.1:0'\nhealing = {{ autonomy = 'act', cooldown = '0s', max_actions = 100, verify_window = '1s' }}\n\
-             [[service]]\nname = 'kv'\nargv = ['{program}', '--exact', 'service_process', '--nocapture']\n\
-             env = {{ {ADDRESS} = '{service}' }}\nstop_grace = '200ms'\n\
-             probe = {{ url = 'http://{service}/', interval = '100ms', timeout = '500ms' }}\n{more}",
-            state.display()
-        );
-        fs::write(&file, text).unwrap();
-        let config = EdgeConfig::load(Some(&file), []).unwrap();
-        let (stop, stopped) = oneshot::channel::<()>();
-        let until = async move {
-            let _told = stopped.await.is_ok();
-        };
-        let running = tokio::spawn(async move { Box::pin(run(config, None, until)).await });
-        Self {
-            file,
-            state,
-            service,
-            stop,
-            running,
-        }
-    }
-
-    async fn page<T: serde::de::DeserializeOwned>(&self, path: &str) -> Option<T> {
-        let address = fs::read_to_string(self.state.join("http.addr")).ok()?;
-        let url = ProbeUrl::new(address.parse().ok()?, path);
-        let (_, body) = probe::get(&url, LONG, 1 << 20).await.ok()?;
-        serde_json::from_slice(&body).ok()
-    }
-
-    async fn line(&self) -> Option<ServiceStatus> {
-        self.page::<Status>("/status").await?.services.pop()
-    }
-
     async fn proxy(&self) -> Option<ProxyStatus> {
-        self.line().await?.proxy
-    }
-
-    async fn until<T>(&self, what: &str, mut look: impl AsyncFnMut(&Self) -> Option<T>) -> T {
-        let deadline = Instant::now() + LONG;
-        loop {
-            if let Some(found) = look(self).await {
-                return found;
-            }
-            let late = Instant::now() > deadline || self.running.is_finished();
-            assert!(!late, "not {what} in time: {:?}", self.line().await);
-            tokio::task::yield_now().await;
-        }
+        self.service().await?.proxy
     }
 
     async fn well(&self) -> u32 {
         self.until("well", async |edge| {
-            let line = edge.line().await?;
+            let line = edge.service().await?;
             line.pid.filter(|_| line.healthy)
         })
         .await
     }
 
-    async fn incidents(&self) -> Vec<IncidentView> {
-        self.until("answered", async |edge| edge.page("/incidents").await)
-            .await
+    /// Where clients connect to.
+    async fn listen(&self) -> SocketAddr {
+        self.until("told", async |edge| edge.proxy().await).await.listen
     }
 
     /// One of the program's own commands, as a person at the host gives it.
@@ -129,11 +74,6 @@ impl Edge {
             .await
             .unwrap()
     }
-
-    async fn finish(self) {
-        drop(self.stop);
-        self.running.await.unwrap().unwrap();
-    }
 }
 
 async fn answers(address: SocketAddr) -> bool {
@@ -141,10 +81,6 @@ async fn answers(address: SocketAddr) -> bool {
     probe::get(&url, LONG, 1 << 10)
         .await
         .is_ok_and(|(code, body)| code == 200 && body == b"ok")
-}
-
-fn signal(pid: u32, signal: Signal) {
-    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
 }
 
 const PROXY: &str = "[service.proxy]\nlisten = '127.0.0.1:0'\nupstream = 'SERVICE'\n";
@@ -181,9 +117,9 @@ async fn load(address: SocketAddr, done: impl Fn() -> bool) -> Met {
 async fn a_killed_service_loses_fewer_requests_behind_its_proxy_than_without() {
     const KILLS: u32 = 5;
     let root = tempfile::tempdir().unwrap();
-    let edge = Edge::start(root.path(), PROXY);
+    let (edge, service) = start(root.path(), PROXY);
     let mut pid = edge.well().await;
-    let listen = edge.until("told", async |edge| edge.proxy().await).await.listen;
+    let listen = edge.listen().await;
     // So that retries are paid for.
     for _ in 0..100 {
         assert!(answers(listen).await);
@@ -191,7 +127,7 @@ async fn a_killed_service_loses_fewer_requests_behind_its_proxy_than_without() {
     let (mut through, mut direct) = (Met::default(), Met::default());
     for _ in 0..KILLS {
         let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let clients = [listen, edge.service].map(|address| {
+        let clients = [listen, service].map(|address| {
             let over = std::sync::Arc::clone(&over);
             tokio::spawn(load(address, move || {
                 over.load(std::sync::atomic::Ordering::Relaxed)
@@ -200,7 +136,7 @@ async fn a_killed_service_loses_fewer_requests_behind_its_proxy_than_without() {
         signal(pid, Signal::KILL);
         pid = edge
             .until("started again", async |edge| {
-                let line = edge.line().await?;
+                let line = edge.service().await?;
                 line.pid.filter(|new| *new != pid && line.healthy)
             })
             .await;
@@ -209,7 +145,7 @@ async fn a_killed_service_loses_fewer_requests_behind_its_proxy_than_without() {
         edge.until("healed", async |edge| {
             let open = edge
                 .incidents()
-                .await
+                .await?
                 .into_iter()
                 .any(|incident| incident.healed_unix_ms.is_none());
             (!open).then_some(())
@@ -235,9 +171,9 @@ async fn a_killed_service_loses_fewer_requests_behind_its_proxy_than_without() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_person_drains_a_service_and_takes_it_back_and_metrics_tell() {
     let root = tempfile::tempdir().unwrap();
-    let edge = Edge::start(root.path(), PROXY);
+    let (edge, _) = start(root.path(), PROXY);
     edge.well().await;
-    let listen = edge.until("told", async |edge| edge.proxy().await).await.listen;
+    let listen = edge.listen().await;
     assert!(answers(listen).await);
     assert_eq!(edge.command(&["drain", "other"]).await, ExitCode::FAILURE);
     assert_eq!(edge.command(&["drain", "kv"]).await, ExitCode::SUCCESS);
@@ -250,22 +186,16 @@ async fn a_person_drains_a_service_and_takes_it_back_and_metrics_tell() {
         .unwrap();
     assert_eq!(code, 503);
     assert!(
-        edge.line().await.unwrap().healthy,
+        edge.service().await.unwrap().healthy,
         "its own probe goes past the proxy"
     );
     assert_eq!(edge.command(&["undrain", "kv"]).await, ExitCode::SUCCESS);
     edge.until("undrained", async |edge| draining(edge, false).await)
         .await;
     assert!(answers(listen).await);
-    let page: SocketAddr = fs::read_to_string(edge.state.join("http.addr"))
-        .unwrap()
-        .parse()
-        .unwrap();
     let line = "theriac_edge_proxy_requests_total{service=\"kv\",outcome=\"drained\"} 1";
-    edge.until("counted", async |_| {
-        let (_, text) = probe::get(&ProbeUrl::new(page, "/metrics"), LONG, 1 << 20)
-            .await
-            .ok()?;
+    edge.until("counted", async |edge| {
+        let (_, text) = edge.get("/metrics").await?;
         String::from_utf8(text)
             .unwrap()
             .lines()
@@ -282,7 +212,7 @@ async fn a_taken_address_is_told_before_anything_runs() {
     let root = tempfile::tempdir().unwrap();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let edge = Edge::start(root.path(), &PROXY.replace("127.0.0.1:0", &address));
+    let (edge, _) = start(root.path(), &PROXY.replace("127.0.0.1:0", &address));
     let error = edge.running.await.unwrap().unwrap_err().to_string();
     assert!(error.contains("the proxy of `kv` cannot listen on"), "{error}");
 }
@@ -321,7 +251,7 @@ async fn a_bound_that_does_not_help_is_taken_back_before_the_next_rung() {
     let more = format!(
         "healing = {{ stopped_confirm = 50, verify_window = '5s' }}\n[service.cgroup]\nplace = '{name}'\nthrottle_cpu = {{ group = '{name}', for = ['hang'], percent = 50, lasts = '1h' }}\n"
     );
-    let edge = Edge::start(root.path(), &more);
+    let (edge, _) = start(root.path(), &more);
     let pid = edge.well().await;
     let procs = fs::read_to_string(cpu.join(&name).join("cgroup.procs")).unwrap();
     assert!(procs.lines().any(|line| line == pid.to_string()), "{procs}");
@@ -331,7 +261,7 @@ async fn a_bound_that_does_not_help_is_taken_back_before_the_next_rung() {
         .await;
     let healed = edge
         .until("healed", async |edge| {
-            let incidents = edge.incidents().await;
+            let incidents = edge.incidents().await?;
             incidents
                 .into_iter()
                 .find(|incident| incident.healed_unix_ms.is_some())

@@ -2,18 +2,17 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+mod whole;
+
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
-use theriac_edge::config::EdgeConfig;
-use theriac_edge::probe::{self, Probe, ProbeError, ProbeUrl};
-use theriac_edge::run;
-use theriac_edge::status::{IncidentView, Status};
+use theriac_edge::probe::{self, Probe, ProbeError};
 use theriac_heal::checkpoint::redis::{Address, Client};
+use whole::{Edge, Limits, signal};
 
 /// Far above what a busy machine needs.
 const LIMIT: Duration = Duration::from_mins(1);
@@ -247,94 +246,45 @@ async fn an_edge_restarts_a_stopped_server_and_not_one_that_refuses() {
         return;
     }
     server.end();
-    let state = server.dir.path().join("edge");
-    let file = server.dir.path().join("edge.toml");
     let mut argv = vec!["redis-server".to_owned()];
     argv.extend(server.words());
-    let socket = server.socket();
-    std::fs::write(
-        &file,
-        format!(
-            "state_dir = {state:?}\nhttp.listen = '127.0.0.1:0'\n[[service]]\nname = 'redis'\nargv = {argv:?}\nstop_grace = '100ms'\n\
-             probe = {{ url = 'redis://{}', interval = '100ms', timeout = '500ms', start_grace = '30s' }}\n\
-             healing = {{ autonomy = 'act', cooldown = '1s', settle = '0s' }}\n",
-            socket.display()
-        ),
-    )
-    .unwrap();
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let config = EdgeConfig::load(Some(&file), []).unwrap();
-    let running = tokio::spawn(async move {
-        let until = async move { drop(stopped.await) };
-        Box::pin(run(config, None, until)).await
-    });
-    let pid = || async {
-        until("up", &state, |status, _| {
-            status.services.iter().find(|of| of.healthy)?.pid
-        })
-        .await
+    let more = format!(
+        "[[service]]\nname = 'redis'\nargv = {argv:?}\nstop_grace = '100ms'\n\
+         probe = {{ url = 'redis://{}', interval = '100ms', timeout = '500ms', start_grace = '30s' }}\n\
+         healing = {{ autonomy = 'act', cooldown = '1s', settle = '0s' }}\n",
+        server.socket().display()
+    );
+    let limits = Limits {
+        answer: Duration::from_secs(5),
+        wait: LIMIT,
     };
-    let first = pid().await;
+    let edge = Edge::start(&server.dir.path().join("edge"), &more, limits);
+    let first = edge.another("up", None).await;
     // It asks for a password from now on: it is there, and a restart would only cost what is in it.
     server.does(&["CONFIG", "SET", "requirepass", "secret"]).await;
-    let told = until("told", &state, |_, incidents| {
-        incidents.iter().find(|of| of.state == "handed_to_human").cloned()
-    })
-    .await;
+    let told = edge
+        .until("told", async |edge| {
+            let incidents = edge.incidents().await?;
+            incidents.into_iter().find(|of| of.state == "handed_to_human")
+        })
+        .await;
     assert_eq!(told.class, "unknown", "{told:?}");
-    let process = || Pid::from_raw(first.cast_signed()).unwrap();
-    kill_process(process(), Signal::STOP).unwrap();
+    signal(first, Signal::STOP);
     // Silent now: that is a hang, and the server after it asks for no password.
-    let second = until("restarted", &state, |status, _| {
-        status
-            .services
-            .iter()
-            .find(|of| of.healthy && of.pid != Some(first))?
-            .pid
-    })
-    .await;
-    kill_process(Pid::from_raw(second.cast_signed()).unwrap(), Signal::KILL).unwrap();
-    until("started", &state, |status, _| {
-        status
-            .services
-            .iter()
-            .find(|of| of.healthy && of.pid != Some(second))?
-            .pid
-    })
-    .await;
-    drop(stop);
-    running.await.unwrap().unwrap();
+    let second = edge.another("restarted", Some(first)).await;
+    signal(second, Signal::KILL);
+    edge.another("started", Some(second)).await;
+    edge.finish().await;
 }
 
-async fn until<T>(what: &str, state: &Path, find: impl Fn(&Status, &[IncidentView]) -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some((status, incidents)) = page(state).await
-            && let Some(found) = find(&status, &incidents)
-        {
-            return found;
-        }
-        assert!(
-            begun.elapsed() < LIMIT,
-            "not {what} in time: {:?}",
-            page(state).await
-        );
-        tokio::task::yield_now().await;
+impl Edge {
+    /// The process of the server, once it is well and not `before`.
+    async fn another(&self, what: &str, before: Option<u32>) -> u32 {
+        let service = self
+            .service_until(what, |service| {
+                service.healthy && service.pid.is_some() && service.pid != before
+            })
+            .await;
+        service.pid.unwrap()
     }
-}
-
-async fn page(state: &Path) -> Option<(Status, Vec<IncidentView>)> {
-    let address: SocketAddr = std::fs::read_to_string(state.join("http.addr"))
-        .ok()?
-        .parse()
-        .ok()?;
-    let get = |path: &'static str| async move {
-        let (_, body) = probe::get(&ProbeUrl::new(address, path), Duration::from_secs(5), 1 << 20)
-            .await
-            .ok()?;
-        Some(body)
-    };
-    let status = serde_json::from_slice(&get("/status").await?).ok()?;
-    let incidents = serde_json::from_slice(&get("/incidents").await?).ok()?;
-    Some((status, incidents))
 }

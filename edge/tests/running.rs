@@ -4,21 +4,24 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener};
+mod whole;
+
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
-use theriac_edge::config::EdgeConfig;
-use theriac_edge::probe::{self, ProbeUrl};
-use theriac_edge::status::{Federation, IncidentView, Phase, Status, Storage};
+use rustix::process::Signal;
+use theriac_edge::state_dir::StateDir;
+use theriac_edge::status::{Federation, IncidentView, Phase, Storage};
+use theriac_edge::store::{StoreReader, Word};
 use theriac_edge::{EdgeError, run};
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use theriac_heal::types::IncidentId;
+use whole::{ADDRESS, Edge, Limits, config, free_address, serve, service_argv, signal};
 
-const ADDRESS: &str = "THERIAC_TEST_SERVICE";
 const DELAY_MS: &str = "THERIAC_TEST_SERVICE_DELAY_MS";
+const LIMITS: Limits = Limits {
+    answer: Duration::from_secs(5),
+    wait: Duration::from_secs(30),
+};
 
 /// Not a test of its own: with an address in the environment it is the service that the tests supervise.
 #[test]
@@ -29,73 +32,10 @@ fn service_process() {
     if let Ok(delay_ms) = std::env::var(DELAY_MS) {
         std::thread::sleep(Duration::from_millis(delay_ms.parse().unwrap()));
     }
-    let listener = TcpListener::bind(address).unwrap();
-    for stream in listener.incoming() {
-        let mut stream = stream.unwrap();
-        let mut request = [0; 1024];
-        // A prober that went away is none of the service's business.
-        if stream.read(&mut request).is_ok() {
-            let _sent = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nok").is_ok();
-        }
-    }
-}
-
-struct Edge {
-    state: PathBuf,
-    stop: oneshot::Sender<()>,
-    running: JoinHandle<Result<(), EdgeError>>,
+    serve(&address, || true);
 }
 
 impl Edge {
-    fn start(state: &Path, more: &str) -> Self {
-        let config = config(state, more);
-        let (stop, stopped) = oneshot::channel::<()>();
-        let until = async move {
-            let _told = stopped.await.is_ok();
-        };
-        let running = tokio::spawn(async move { Box::pin(run(config, None, until)).await });
-        Self {
-            state: state.to_owned(),
-            stop,
-            running,
-        }
-    }
-
-    async fn get(&self, path: &str) -> Option<(u16, Vec<u8>)> {
-        let address: SocketAddr = std::fs::read_to_string(self.state.join("http.addr"))
-            .ok()?
-            .parse()
-            .ok()?;
-        probe::get(&ProbeUrl::new(address, path), Duration::from_secs(5), 1 << 20)
-            .await
-            .ok()
-    }
-
-    async fn status(&self) -> Option<Status> {
-        serde_json::from_slice(&self.get("/status").await?.1).ok()
-    }
-
-    async fn incidents(&self) -> Option<Vec<IncidentView>> {
-        serde_json::from_slice(&self.get("/incidents").await?.1).ok()
-    }
-
-    async fn until<T>(&self, what: &str, mut look: impl AsyncFnMut(&Self) -> Option<T>) -> T {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        loop {
-            if let Some(found) = look(self).await {
-                return found;
-            }
-            let late = Instant::now() > deadline || self.running.is_finished();
-            assert!(
-                !late,
-                "not {what} in time: {:?} {:?}",
-                self.status().await,
-                self.incidents().await
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
     /// The process of the service, once it answers and has a checkpoint where it should have one.
     async fn well(&self, checkpoints: u64) -> u32 {
         self.until("well", async |edge| {
@@ -117,38 +57,15 @@ impl Edge {
         })
         .await
     }
-
-    async fn finish(self) {
-        drop(self.stop);
-        self.running.await.unwrap().unwrap();
-    }
-}
-
-fn config(state: &Path, more: &str) -> EdgeConfig {
-    let file = state.with_extension("toml");
-    std::fs::write(
-        &file,
-        format!(
-            "state_dir = '{}'\nhttp.listen = '127.0.0.1:0'\n{more}",
-            state.display()
-        ),
-    )
-    .unwrap();
-    EdgeConfig::load(Some(&file), []).unwrap()
 }
 
 fn service(more: &str) -> String {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let program = std::env::current_exe().unwrap().display().to_string();
+    let (free, argv) = (free_address(), service_argv());
     format!(
         "healing.autonomy = 'act'\nhealing.restore_autonomy = 'act'\nhealing.cooldown = '1s'\n[[service]]\nname = 'kv'\n\
-         argv = ['{program}', '--exact', 'service_process', '--nocapture']\nenv = {{ {ADDRESS} = '{free}' }}\n\
+         argv = {argv}\nenv = {{ {ADDRESS} = '{free}' }}\n\
          stop_grace = '200ms'\nprobe = {{ url = 'http://{free}/', interval = '100ms', timeout = '500ms' }}\n{more}"
     )
-}
-
-fn signal(pid: u32, signal: Signal) {
-    kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), signal).unwrap();
 }
 
 fn now_ms() -> u64 {
@@ -164,6 +81,7 @@ async fn an_edge_without_configuration_watches_the_host_with_federation_off() {
     let edge = Edge::start(
         &root.path().join("state"),
         "sampling.interval = '100ms'\ndetection.warm_up_rows = 60\n",
+        LIMITS,
     );
     let status = edge
         .until("watching", async |edge| {
@@ -198,7 +116,7 @@ async fn an_edge_without_configuration_watches_the_host_with_federation_off() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_service_is_started_again_and_verified() {
     let root = tempfile::tempdir().unwrap();
-    let edge = Edge::start(&root.path().join("state"), &service(""));
+    let edge = Edge::start(&root.path().join("state"), &service(""), LIMITS);
     let pid = edge.well(0).await;
     let killed = now_ms();
     signal(pid, Signal::KILL);
@@ -223,7 +141,7 @@ async fn a_killed_service_is_started_again_and_verified() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_service_is_found_from_outside_and_replaced() {
     let root = tempfile::tempdir().unwrap();
-    let edge = Edge::start(&root.path().join("state"), &service(""));
+    let edge = Edge::start(&root.path().join("state"), &service(""), LIMITS);
     let pid = edge.well(0).await;
     signal(pid, Signal::STOP);
     let incident = edge.healed().await;
@@ -242,7 +160,7 @@ async fn a_stopped_service_is_found_from_outside_and_replaced() {
 async fn a_service_that_takes_its_time_to_start_is_left_alone() {
     let root = tempfile::tempdir().unwrap();
     let slow = service("").replace("env = { ", &format!("env = {{ {DELAY_MS} = '1500', "));
-    let edge = Edge::start(&root.path().join("state"), &slow);
+    let edge = Edge::start(&root.path().join("state"), &slow, LIMITS);
     edge.well(0).await;
     assert_eq!(edge.incidents().await.unwrap(), []);
     edge.finish().await;
@@ -252,7 +170,7 @@ async fn a_service_that_takes_its_time_to_start_is_left_alone() {
 async fn without_leave_to_act_a_crash_waits_for_a_person() {
     let root = tempfile::tempdir().unwrap();
     let state = root.path().join("state");
-    let edge = Edge::start(&state, &service("").replace("'act'", "'recommend'"));
+    let edge = Edge::start(&state, &service("").replace("'act'", "'recommend'"), LIMITS);
     let pid = edge.well(0).await;
     signal(pid, Signal::KILL);
     let waiting = edge
@@ -264,15 +182,13 @@ async fn without_leave_to_act_a_crash_waits_for_a_person() {
         })
         .await;
     assert_eq!(waiting.acted_unix_ms, None);
-    let reader = theriac_edge::store::StoreReader::open(&state.join("edge.db"))
-        .unwrap()
-        .unwrap();
-    let incident = theriac_heal::types::IncidentId(waiting.id);
+    let reader = decisions(&state);
+    let incident = IncidentId(waiting.id);
     // The page shows it a moment before the store has it.
     let plan = edge
         .until("planned", async |_| reader.incident(incident).unwrap()?.plan)
         .await;
-    let word = |plan: Option<String>| theriac_edge::store::Word {
+    let word = |plan: Option<String>| Word {
         incident,
         approve: true,
         plan,
@@ -301,7 +217,7 @@ async fn corrupt_state_is_replaced_by_the_last_good_checkpoint_and_kept_for_a_pe
     let state = format!(
         "state = {{ dir = {data:?}, check = ['grep', '-q', 'good', '{{state}}/a'], interval = '1s' }}\n"
     );
-    let edge = Edge::start(&root.path().join("state"), &service(&state));
+    let edge = Edge::start(&root.path().join("state"), &service(&state), LIMITS);
     let pid = edge.well(1).await;
     std::fs::write(data.join("a"), "rotten").unwrap();
     signal(pid, Signal::KILL);
@@ -327,7 +243,7 @@ async fn a_kept_checkpoint_that_was_damaged_since_is_set_aside_and_another_one_t
     std::fs::create_dir(&data).unwrap();
     std::fs::write(data.join("a"), "good").unwrap();
     let state = format!("state = {{ dir = {data:?}, interval = '1h', verify_every = '1s' }}\n");
-    let edge = Edge::start(&root.path().join("state"), &service(&state));
+    let edge = Edge::start(&root.path().join("state"), &service(&state), LIMITS);
     edge.well(1).await;
     let copies = edge.state.join("checkpoints/kv");
     let kept = walk(&copies)
@@ -376,7 +292,7 @@ async fn checkpoints_that_cannot_be_taken_are_told_and_do_not_stop_anything_else
     let state = format!(
         "state = {{ dir = {data:?}, check = ['sh', '-c', 'echo usage >&2; exit 2', '{{state}}'], interval = '1s' }}\n"
     );
-    let edge = Edge::start(&root.path().join("state"), &service(&state));
+    let edge = Edge::start(&root.path().join("state"), &service(&state), LIMITS);
     let told = failure(&edge).await;
     assert!(told.contains("status: 2") && told.contains("usage"), "{told}");
     edge.finish().await;
@@ -385,7 +301,7 @@ async fn checkpoints_that_cannot_be_taken_are_told_and_do_not_stop_anything_else
     let file = std::fs::File::create(data.join("large")).unwrap();
     file.set_len(8 << 40).unwrap();
     let state = format!("state = {{ dir = {data:?}, interval = '1s' }}\n");
-    let edge = Edge::start(&root.path().join("state"), &service(&state));
+    let edge = Edge::start(&root.path().join("state"), &service(&state), LIMITS);
     let told = failure(&edge).await;
     assert!(told.contains("bytes are needed"), "{told}");
     let metric = |page: &str, name: &str| {
@@ -408,7 +324,7 @@ async fn checkpoints_that_cannot_be_taken_are_told_and_do_not_stop_anything_else
 async fn a_second_edge_on_one_state_directory_and_a_taken_port_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let state = root.path().join("state");
-    let edge = Edge::start(&state, "");
+    let edge = Edge::start(&state, "", LIMITS);
     edge.until("up", async |edge| edge.status().await).await;
     let error = run(config(&state, ""), None, std::future::ready(()))
         .await
@@ -443,17 +359,18 @@ async fn a_start_that_dies_is_not_healed_by_another_program_on_its_port_and_a_pe
             let _sent = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nok").await;
         }
     });
-    let program = std::env::current_exe().unwrap().display().to_string();
+    let argv = service_argv();
     let state = root.path().join("state");
     // It takes its time before it finds that it cannot have the port.
     let edge = Edge::start(
         &state,
         &format!(
             "healing = {{ autonomy = 'act', cooldown = '0s' }}\n[[service]]\nname = 'kv'\n\
-             argv = ['{program}', '--exact', 'service_process', '--nocapture']\n\
+             argv = {argv}\n\
              env = {{ {ADDRESS} = '{address}', {DELAY_MS} = '1500' }}\n\
              probe = {{ url = 'http://{address}/', interval = '100ms', timeout = '500ms', start_grace = '0s' }}\n"
         ),
+        LIMITS,
     );
     let handed = |state: &'static str| {
         async move |edge: &Edge| {
@@ -468,11 +385,9 @@ async fn a_start_that_dies_is_not_healed_by_another_program_on_its_port_and_a_pe
     let incident = edge.until("handed over", handed("handed_to_human")).await;
     answering.abort();
     assert!(answering.await.unwrap_err().is_cancelled());
-    let reader = theriac_edge::store::StoreReader::open(&state.join("edge.db"))
-        .unwrap()
-        .unwrap();
-    let retry = theriac_edge::store::Word {
-        incident: theriac_heal::types::IncidentId(incident.id),
+    let reader = decisions(&state);
+    let retry = Word {
+        incident: IncidentId(incident.id),
         approve: true,
         plan: None,
         signature: None,
@@ -488,10 +403,7 @@ async fn a_start_that_dies_is_not_healed_by_another_program_on_its_port_and_a_pe
 async fn a_service_behind_a_proxy_of_somebody_else_is_well_and_is_healed() {
     let root = tempfile::tempdir().unwrap();
     let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (front, behind) = (proxy.local_addr().unwrap(), {
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        free.local_addr().unwrap()
-    });
+    let (front, behind) = (proxy.local_addr().unwrap(), free_address());
     let passing = tokio::spawn(async move {
         loop {
             let (mut client, _) = proxy.accept().await.unwrap();
@@ -501,15 +413,16 @@ async fn a_service_behind_a_proxy_of_somebody_else_is_well_and_is_healed() {
             }
         }
     });
-    let program = std::env::current_exe().unwrap().display().to_string();
+    let argv = service_argv();
     let edge = Edge::start(
         &root.path().join("state"),
         &format!(
             "healing = {{ autonomy = 'act', cooldown = '0s', verify_window = '9s' }}\n[[service]]\nname = 'kv'\n\
-             argv = ['{program}', '--exact', 'service_process', '--nocapture']\n\
+             argv = {argv}\n\
              env = {{ {ADDRESS} = '{behind}' }}\n\
              probe = {{ url = 'http://{front}/', interval = '100ms', timeout = '500ms', start_grace = '2s' }}\n"
         ),
+        LIMITS,
     );
     let first = edge.well(0).await;
     signal(first, Signal::KILL);
@@ -529,14 +442,87 @@ async fn incidents_and_budgets_survive_the_edge() {
     let root = tempfile::tempdir().unwrap();
     let state = root.path().join("state");
     let more = service("");
-    let edge = Edge::start(&state, &more);
+    let edge = Edge::start(&state, &more, LIMITS);
     signal(edge.well(0).await, Signal::KILL);
     let first = edge.healed().await;
     edge.finish().await;
-    let edge = Edge::start(&state, &more);
+    let edge = Edge::start(&state, &more, LIMITS);
     edge.well(0).await;
     assert_eq!(edge.incidents().await.unwrap(), [first]);
     edge.finish().await;
+}
+
+/// Nobody has said that it may be started: what a restart of the edge is done for is another matter.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_down_by_itself_and_is_a_persons_stays_down_over_a_restart_of_the_edge() {
+    let root = tempfile::tempdir().unwrap();
+    let state = root.path().join("state");
+    let more = service("").replace("'act'", "'recommend'");
+    let edge = Edge::start(&state, &more, LIMITS);
+    signal(edge.well(0).await, Signal::KILL);
+    let in_state = |wanted: &'static str| {
+        async move |edge: &Edge| {
+            let incidents = edge.incidents().await?;
+            incidents.into_iter().find(|incident| incident.state == wanted)
+        }
+    };
+    let waiting = edge.until("waiting", in_state("awaiting_approval")).await;
+    let incident = IncidentId(waiting.id);
+    let planned = async |_: &Edge| decisions(&state).incident(incident).unwrap()?.plan;
+    let plan = edge.until("planned", planned).await;
+    let word = |approve, plan| Word {
+        incident,
+        approve,
+        plan,
+        signature: None,
+    };
+    decisions(&state).decide(&word(false, Some(plan.hash()))).unwrap();
+    edge.until("declined", in_state("handed_to_human")).await;
+    edge.finish().await;
+
+    let edge = Edge::start(&state, &more, LIMITS);
+    edge.until("there again", in_state("handed_to_human")).await;
+    edge.service_until("told", |service| service.state == "stopped")
+        .await;
+    decisions(&state).decide(&word(true, None)).unwrap();
+    let healed = edge.healed().await;
+    // Had the edge started it by itself, it would have recovered without an action.
+    assert_eq!((healed.id, healed.actions.len()), (waiting.id, 1), "{healed:?}");
+    edge.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_crashed_while_healing_was_stopped_is_started_by_no_restart_of_the_edge() {
+    let root = tempfile::tempdir().unwrap();
+    let state = root.path().join("state");
+    let more = service("");
+    let edge = Edge::start(&state, &more, LIMITS);
+    let pid = edge.well(0).await;
+    let switch = StateDir::existing(&state).stop_file();
+    std::fs::write(&switch, "").unwrap();
+    edge.until("stopped", async |edge| {
+        edge.status().await?.healing_stopped.then_some(())
+    })
+    .await;
+    signal(pid, Signal::KILL);
+    let open = edge
+        .until("seen", async |edge| edge.incidents().await?.into_iter().next())
+        .await;
+    edge.finish().await;
+
+    let edge = Edge::start(&state, &more, LIMITS);
+    edge.service_until("told", |service| service.state == "stopped")
+        .await;
+    assert!(edge.incidents().await.unwrap()[0].actions.is_empty());
+    std::fs::remove_file(&switch).unwrap();
+    let healed = edge.healed().await;
+    assert_eq!((healed.id, healed.actions.len()), (open.id, 1), "{healed:?}");
+    edge.finish().await;
+}
+
+/// What a person's words go through.
+fn decisions(state: &Path) -> StoreReader {
+    StoreReader::open(&state.join("edge.db")).unwrap().unwrap()
 }
 
 fn walk(dir: &Path) -> Vec<PathBuf> {

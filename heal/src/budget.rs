@@ -155,6 +155,28 @@ impl Ledger {
         }
     }
 
+    /// How long until fewer than `max` of those charges are within the window.
+    pub(crate) fn frees_in(
+        &self,
+        now: Duration,
+        window: Duration,
+        max: u32,
+        which: impl Fn(&Charge) -> bool,
+    ) -> Duration {
+        let mut ages: Vec<Duration> = self
+            .charges
+            .iter()
+            .filter(|charge| which(charge))
+            .map(|charge| age(charge, now))
+            .filter(|age| *age <= window)
+            .collect();
+        ages.sort_unstable();
+        // The youngest `max - 1` may stay.
+        let leaves = usize::try_from(max).unwrap_or(usize::MAX).saturating_sub(1);
+        let next = ages.get(leaves).copied();
+        next.map_or(Duration::ZERO, |age| window.saturating_sub(age))
+    }
+
     fn count(&self, now: Duration, window: Duration, which: impl Fn(&Charge) -> bool) -> u32 {
         let count = self
             .charges
@@ -189,6 +211,21 @@ mod tests {
             cooldown: at(cooldown),
             ..HealPolicy::default()
         }
+    }
+
+    #[test]
+    fn a_spent_budget_frees_when_enough_charges_are_older_than_its_window() {
+        let mut ledger = Ledger::default();
+        for (service, second) in [("a", 100), ("b", 150), ("a", 200), ("a", 300)] {
+            ledger.charge(service, ActionKind::Start, at(second), HOUR);
+        }
+        let of_a = |charge: &Charge| charge.service == "a";
+        let frees_in = |max, now| ledger.frees_in(at(now), HOUR, max, of_a);
+        assert_eq!(frees_in(3, 400), at(3_300), "the first of three has to go");
+        assert_eq!(frees_in(2, 400), at(3_400));
+        assert_eq!(frees_in(4, 400), Duration::ZERO);
+        assert_eq!(frees_in(1, 3_900), Duration::ZERO, "at its very end");
+        assert_eq!(frees_in(1, 9_000), Duration::ZERO);
     }
 
     #[test]

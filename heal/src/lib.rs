@@ -23,11 +23,13 @@
 //! 4. On [`incident::Output::Execute`]: [`executor::service::ServiceHands::execute`], then feed [`incident::Input::Executed`].
 
 pub mod background;
+mod bounded;
 pub mod breaker;
 pub mod budget;
 pub mod checkpoint;
 pub mod evidence;
 pub mod executor;
+mod folder;
 pub mod incident;
 pub mod policy;
 pub mod postgres;

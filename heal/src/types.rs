@@ -560,6 +560,11 @@ pub struct Alternative {
 pub enum Outcome {
     /// Done: the service was started (its health is for verification to say).
     Done,
+    /// Done: an earlier state was put in place, or the present one found good after all, and the service was started.
+    Restored {
+        /// Which state, and what was met on the way.
+        detail: String,
+    },
     /// Done without touching the service's process.
     Relieved {
         /// What the hands did and saw.
@@ -582,6 +587,12 @@ pub enum Outcome {
     /// The executor did its part, and there was nothing left to touch, or too little came of it. The service's process was left alone.
     Fruitless {
         /// What it did and saw.
+        detail: String,
+    },
+    /// Not done: who was to be touched had come to a commit, which the action is not for. Nobody was touched, so it speaks neither for nor against
+    /// the action, and the incident may try it again within the policy's budgets.
+    Spared {
+        /// Who, and at what.
         detail: String,
     },
     /// Not carried out: the symptom had gone before the intent was durable.

@@ -178,6 +178,25 @@ fn what_somebody_else_wrote_since_is_left_and_what_cannot_be_undone_stays_known(
 }
 
 #[test]
+fn a_value_that_the_kernel_did_not_take_is_put_back_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, record) = (dir.path().join("cgroup"), dir.path().join("undo.json"));
+    let hierarchies = fake(&root, Version::V2);
+    let hands = hands(hierarchies, "batch", &record);
+    let file = root.join("batch/cpu.max");
+    fs::remove_file(&file).unwrap();
+    // It takes everything and holds nothing of it.
+    std::os::unix::fs::symlink("/dev/null", &file).unwrap();
+    let refused = hands.act(ActionKind::ThrottleCpu, 1, at(0), "boot").unwrap_err();
+    assert!(matches!(refused, CgroupError::NotTaken { .. }), "{refused}");
+    assert_eq!(
+        hands.undo(None).unwrap(),
+        Vec::<String>::new(),
+        "nothing is left to undo"
+    );
+}
+
+#[test]
 fn of_two_hands_at_once_neither_loses_what_the_other_has_to_undo() {
     let dir = tempfile::tempdir().unwrap();
     let hands = hands(fake(dir.path(), Version::V2), "batch", &dir.path().join("record"));

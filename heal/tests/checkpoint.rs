@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tempfile::TempDir;
 use theriac_heal::background::Background;
@@ -236,6 +237,75 @@ fn every_kind_of_damage_is_refused_set_aside_and_the_one_before_is_restored() {
     }
 }
 
+#[test]
+fn one_that_cannot_be_read_is_passed_over_and_stays() {
+    let place = Place::new();
+    place.write("good");
+    place.store().take(&place.state(), 1).unwrap();
+    let newest = place.store().take(&place.state(), 2).unwrap();
+    // A read error, whoever reads.
+    let manifest = newest.path.join("MANIFEST");
+    fs::rename(&manifest, newest.path.join("away")).unwrap();
+    fs::create_dir(&manifest).unwrap();
+    place.write("broken");
+    let restored = place.store().restore(&place.state()).unwrap();
+    assert_eq!((restored.checkpoint.sequence, place.read().as_str()), (1, "good"));
+    assert!(restored.quarantined.is_empty() && newest.path.exists());
+    let words = restored.to_string();
+    assert!(
+        words.contains("could not be read") && words.contains("MANIFEST"),
+        "{words}"
+    );
+    // With no other one the error is told.
+    fs::remove_dir_all(&restored.checkpoint.path).unwrap();
+    let none = place.store().restore(&place.state()).unwrap_err().to_string();
+    assert!(
+        none.contains("1 were refused") && none.contains("MANIFEST"),
+        "{none}"
+    );
+    assert_eq!(place.read(), "good");
+}
+
+#[test]
+fn a_place_that_takes_no_copy_is_no_fault_of_the_checkpoint() {
+    let place = Place::new();
+    place.write("one");
+    place.store().take(&place.state(), 1).unwrap();
+    place.write("two");
+    place.store().take(&place.state(), 2).unwrap();
+    // A file where the restore is written: neither of them is to blame.
+    let nowhere = place.state().join("log/state");
+    let error = place.store().restore(&nowhere).unwrap_err();
+    assert!(matches!(&error, CheckpointError::Io { .. }), "{error}");
+}
+
+#[test]
+fn only_what_can_be_restored_counts_as_kept() {
+    let mut place = Place::new();
+    place.limits.keep = 2;
+    for (unix_ms, words) in (1..).zip(["one", "two"]) {
+        place.write(words);
+        place.store().take(&place.state(), unix_ms).unwrap();
+    }
+    let newest = place.store().list().unwrap().swap_remove(0);
+    fs::remove_file(newest.path.join("MANIFEST")).unwrap();
+    place.store().take(&place.state(), 3).unwrap();
+    let listed = |store: &CheckpointStore| -> Vec<u64> {
+        store.list().unwrap().iter().map(|found| found.sequence).collect()
+    };
+    assert_eq!(
+        listed(&place.store()),
+        [3, 2, 1],
+        "one of two that count is left of before"
+    );
+    assert_eq!(place.store().restorable().unwrap().len(), 2);
+    place.store().take(&place.state(), 4).unwrap();
+    assert_eq!(listed(&place.store()), [4, 3]);
+    // Where a proof is needed one without does not count either.
+    place.limits.needs_proof = true;
+    assert!(place.store().restorable().unwrap().is_empty());
+}
+
 #[tokio::test]
 async fn what_was_damaged_since_it_was_taken_is_set_aside_when_it_is_read_again() {
     let place = Place::new();
@@ -252,7 +322,7 @@ async fn what_was_damaged_since_it_was_taken_is_set_aside_when_it_is_read_again(
     fs::remove_file(taken[1].path.join("tree/empty")).unwrap();
     let mut found = Vec::new();
     for checkpoint in &taken {
-        found.push(store.scrub(checkpoint, &background).await.unwrap());
+        found.push(store.scrub(checkpoint, &background, || {}).await.unwrap());
     }
     let what = found[1].clone().unwrap();
     assert!(what.contains("tree/empty is missing"), "{what}");
@@ -261,7 +331,7 @@ async fn what_was_damaged_since_it_was_taken_is_set_aside_when_it_is_read_again(
     assert_eq!(left, [3, 1]);
     assert_eq!(store.set_aside_copies().unwrap()[0].reason, what);
     // One that is gone is not damaged.
-    assert_eq!(store.scrub(&taken[1], &background).await.unwrap(), None);
+    assert_eq!(store.scrub(&taken[1], &background, || {}).await.unwrap(), None);
     // Where no more may be set aside it stays, and that is an error.
     let full = store.dir().join("quarantine");
     for number in 0..8 {
@@ -269,10 +339,53 @@ async fn what_was_damaged_since_it_was_taken_is_set_aside_when_it_is_read_again(
     }
     fs::remove_file(taken[0].path.join("MANIFEST")).unwrap();
     assert!(matches!(
-        store.scrub(&taken[0], &background).await,
+        store.scrub(&taken[0], &background, || {}).await,
         Err(CheckpointError::TooManySetAside { found: 9, max: 8, .. })
     ));
     assert!(taken[0].path.exists());
+}
+
+#[test]
+fn the_last_copy_from_before_a_state_lost_nearly_all_outlives_those_of_what_is_left() {
+    let place = Place::new();
+
+    let store = place.store();
+    store.take(&place.state(), 1).unwrap();
+    store.take(&place.state(), 2).unwrap();
+    // Started on an empty disk, it made its files anew.
+    fs::write(place.state().join("log"), "").unwrap();
+    for ms in 3..=6 {
+        store.take(&place.state(), ms).unwrap();
+    }
+    let numbers = |store: &CheckpointStore| -> Vec<u64> {
+        store.list().unwrap().iter().map(|of| of.sequence).collect()
+    };
+    assert_eq!(numbers(&store), [6, 5, 4, 2], "three are kept, and one more");
+    // A week later nobody wants it any more.
+    store.take(&place.state(), 7 * 24 * 3_600_000 + 2).unwrap();
+    assert_eq!(numbers(&store), [7, 6, 5]);
+}
+
+#[tokio::test]
+async fn reading_again_waits_before_every_block_of_a_long_file() {
+    let place = Place::new();
+    fs::write(place.state().join("long"), vec![7_u8; 1 << 20]).unwrap();
+    let store = std::sync::Arc::new(place.store());
+    let taken = store.take(&place.state(), 1).unwrap();
+    let asked = std::sync::Arc::new(AtomicUsize::new(0));
+    let (count, long) = (std::sync::Arc::clone(&asked), taken.path.join("tree/long"));
+    // Damaged while it waits at the last block: what is read is what lies there then.
+    let pause = move || {
+        if count.fetch_add(1, Ordering::Relaxed) == 0 {
+            fs::write(&long, vec![8_u8; 1 << 20]).unwrap();
+        }
+    };
+    let what = store
+        .scrub(&taken, &Background::new(0, None), pause)
+        .await
+        .unwrap();
+    assert!(what.is_some_and(|what| what.contains("long")));
+    assert!(asked.load(Ordering::Relaxed) >= 4, "a block has 256 KiB");
 }
 
 #[test]
@@ -557,3 +670,136 @@ async fn a_copy_that_does_not_pass_the_services_check_is_not_kept() {
     .await;
     assert_eq!(copied.unwrap().sequence, 1);
 }
+
+/// The tests above hold the directory still; here its account exchanges what it can while it is written as root.
+#[test]
+fn a_restore_is_led_nowhere_by_the_account_that_it_is_for() {
+    use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+
+    if !rustix::process::geteuid().is_root() {
+        println!("left out: it takes root to write for another account");
+        return;
+    }
+    let place = Place::new();
+    let (state, victim) = (place.state(), place.dir.path().join("victim"));
+    fs::remove_dir_all(&state).unwrap();
+    fs::create_dir_all(state.join("base")).unwrap();
+    for file in 0..1_000 {
+        fs::write(state.join("base").join(file.to_string()), "x").unwrap();
+    }
+    for path in content(&state).into_keys().map(|path| state.join(path)) {
+        std::os::unix::fs::lchown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    std::os::unix::fs::chown(place.dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let outside = tempfile::tempdir().unwrap();
+    fs::set_permissions(outside.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(outside.path().join("base")).unwrap();
+    let store = CheckpointStore::open(&outside.path().join("checkpoints"), place.limits).unwrap();
+    store.take(&state, 1).unwrap();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (dir, lead_to, over) = (place.dir.path(), outside.path(), &ended);
+        scope.spawn(move || {
+            set_thread_groups(&[]).unwrap();
+            let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+            set_thread_res_gid(gid, gid, gid).unwrap();
+            set_thread_res_uid(uid, uid, uid).unwrap();
+            let partial = dir.join("state.restore-partial");
+            for round in 0_u64.. {
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+                // A folder that is being filled, or the top itself.
+                let base = partial.join("base");
+                let (name, target) = if base.join("20").exists() {
+                    (base, lead_to.join("base"))
+                } else if round.is_multiple_of(512) {
+                    (partial.clone(), lead_to.to_owned())
+                } else {
+                    continue;
+                };
+                if fs::rename(&name, dir.join(format!("away-{round}"))).is_ok() {
+                    drop(std::os::unix::fs::symlink(target, &name));
+                }
+            }
+        });
+        let _over = Over(&ended);
+        for _ in 0..3 {
+            // It may well come to nothing, with its directory gone.
+            drop(store.restore(&state));
+            for name in place.names() {
+                if name.starts_with("state.re") {
+                    let path = place.dir.path().join(name);
+                    drop(fs::remove_dir_all(&path).or_else(|_link| fs::remove_file(&path)));
+                }
+            }
+        }
+    });
+    assert_eq!(names(&outside.path().join("base")), Vec::<String>::new());
+    assert_eq!(names(outside.path()), ["base", "checkpoints"]);
+    let base = fs::metadata(outside.path().join("base")).unwrap();
+    assert_eq!(base.uid(), 0, "nothing outside was given away");
+    assert!(!victim.exists());
+}
+
+#[test]
+fn a_file_exchanged_for_a_link_meanwhile_is_not_read_through_it() {
+    let place = Place::new();
+    let (state, secret) = (place.state(), place.dir.path().join("secret"));
+    fs::write(&secret, "secret").unwrap();
+    fs::create_dir(place.dir.path().join("folder")).unwrap();
+    fs::write(place.dir.path().join("folder/name"), "secret").unwrap();
+    for file in 0..40 {
+        fs::write(state.join(format!("f{file}")), "x").unwrap();
+    }
+    fs::create_dir(state.join("zone")).unwrap();
+    fs::write(state.join("zone/name"), "own").unwrap();
+    let store = place.store();
+    let ended = AtomicBool::new(false);
+    let mut copied = 0;
+    std::thread::scope(|scope| {
+        let (state, dir, over) = (&state, place.dir.path(), &ended);
+        scope.spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                fs::write(dir.join("own"), "own").unwrap();
+                fs::rename(dir.join("own"), state.join("z")).unwrap();
+                fs::rename(dir.join("z-folder"), state.join("zone")).ok();
+                std::thread::sleep(std::time::Duration::from_micros(300));
+                std::os::unix::fs::symlink(dir.join("secret"), dir.join("link")).unwrap();
+                fs::rename(dir.join("link"), state.join("z")).unwrap();
+                fs::rename(state.join("zone"), dir.join("z-folder")).unwrap();
+                std::os::unix::fs::symlink(dir.join("folder"), state.join("zone")).unwrap();
+                std::thread::sleep(std::time::Duration::from_micros(300));
+                fs::remove_file(state.join("zone")).unwrap();
+            }
+        });
+        let _over = Over(&ended);
+        for unix_ms in 0..10 {
+            // It may say that what it copies keeps changing.
+            let Ok(staged) = store.stage(state, unix_ms) else {
+                continue;
+            };
+            copied += 1;
+            for file in files(staged.tree()) {
+                assert_ne!(
+                    fs::read_to_string(&file).unwrap_or_default(),
+                    "secret",
+                    "{file:?}"
+                );
+            }
+            store.discard(staged).unwrap();
+        }
+    });
+    println!("{copied} of 10 copies came to an end");
+}
+
+/// Ends the other thread, however this one ends.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+const NOBODY: u32 = 65_534;

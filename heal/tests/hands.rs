@@ -327,6 +327,62 @@ async fn corrupt_state_is_found_before_the_first_start() {
 }
 
 #[tokio::test]
+async fn nothing_is_started_on_a_state_that_is_gone_and_a_restore_brings_it_back() {
+    for whole in [false, true] {
+        let mut node = Node::new();
+        node.boot().await;
+        node.hands.checkpoint(1).await.unwrap().unwrap();
+        node.hands.supervisor.stop().await.unwrap();
+        // A disk that did not come back leaves the directory that it was mounted on, or none.
+        fs::remove_dir_all(node.dir.path().join("state")).unwrap();
+        if !whole {
+            fs::create_dir_all(node.dir.path().join("state/lost+found")).unwrap();
+        }
+        node.hands.state.as_mut().unwrap().check = None;
+        let Boot::StateCorrupt(detail) = node.boot().await else {
+            panic!("started")
+        };
+        assert!(
+            detail.contains("is empty or missing, and checkpoint 1"),
+            "{detail}"
+        );
+        let outcome = node.hands.execute(&intent(ActionKind::RestoreAndStart)).await;
+        let Outcome::Restored { detail } = outcome else {
+            panic!("{outcome:?}")
+        };
+        assert!(
+            detail.starts_with("checkpoint 1 of 1970-01-01T00:00:00Z is in place"),
+            "{detail}"
+        );
+        assert_eq!(fs::read_to_string(node.table()).unwrap(), "good");
+    }
+}
+
+#[tokio::test]
+async fn a_start_does_not_depend_on_the_store_of_checkpoints() {
+    let mut node = Node::new();
+    node.boot().await;
+    node.hands.checkpoint(1).await.unwrap().unwrap();
+    let store = node.hands.state.as_ref().unwrap().checkpoints.dir().to_owned();
+    fs::remove_dir_all(store).unwrap();
+    assert_eq!(
+        node.hands.execute(&intent(ActionKind::Restart)).await,
+        Outcome::Done
+    );
+    node.hands.supervisor.stop().await.unwrap();
+    // A state that is empty now and then, as its newest checkpoint was.
+    fs::remove_file(node.table()).unwrap();
+    let state = node.hands.state.as_mut().unwrap();
+    state.check = None;
+    fs::create_dir_all(state.checkpoints.dir()).unwrap();
+    node.hands.checkpoint(2).await.unwrap().unwrap();
+    assert_eq!(
+        node.hands.execute(&intent(ActionKind::Start)).await,
+        Outcome::Done
+    );
+}
+
+#[tokio::test]
 async fn a_node_that_died_between_intent_and_effect_looks_before_it_acts() {
     for took_effect in [false, true] {
         let mut node = Node::new();
@@ -404,7 +460,8 @@ async fn state_that_passes_its_check_once_the_service_has_stopped_is_kept() {
     )
     .unwrap();
     let outcome = node.hands.execute(&intent(ActionKind::RestoreAndStart)).await;
-    assert_eq!(outcome, Outcome::Done);
+    let detail = "its state passes its check again and was kept".to_owned();
+    assert_eq!(outcome, Outcome::Restored { detail });
     assert!(node.hands.supervisor.pid().is_some());
     assert!(node.dir.path().join("state/newer").exists());
     assert!(!node.dir.path().join("state.replaced-1").exists());

@@ -77,6 +77,40 @@ impl Place {
     }
 }
 
+/// A host that lost its store, and fetches a copy of the one before beside what it has taken since.
+#[tokio::test]
+async fn a_copy_that_was_fetched_does_not_come_before_what_was_taken_here() {
+    let place = Place::new();
+    for unix_ms in [10, 20, 30] {
+        place.take(unix_ms);
+    }
+    let old = place.store("checkpoints");
+    let newest = old.list().unwrap().swap_remove(0);
+    place.offsite().push(&newest, 3).await.unwrap();
+    let store = place.store("new");
+    fs::write(place.state().join("empty"), "since").unwrap();
+    store.take(&place.state(), 100).unwrap();
+    let fetched = place.offsite().fetch(Some(3.into()), &store).await.unwrap();
+    let listed = || -> Vec<(u64, u64)> {
+        let list = store.list().unwrap();
+        list.iter().map(|found| (found.sequence, found.unix_ms)).collect()
+    };
+    assert_eq!(listed(), [(1, 100), (3, 30)]);
+    let restored = store.restore(&place.state()).unwrap();
+    assert_eq!(restored.checkpoint.unix_ms, 100);
+    // By its name it is restored, and no number is given twice.
+    store.restore_sequence(fetched.sequence, &place.state()).unwrap();
+    assert_eq!(fs::read(place.state().join("empty")).unwrap(), b"");
+    for unix_ms in [200, 300] {
+        store.take(&place.state(), unix_ms).unwrap();
+    }
+    assert_eq!(
+        listed(),
+        [(5, 300), (4, 200), (1, 100)],
+        "the fetched one is the first to go"
+    );
+}
+
 #[tokio::test]
 async fn a_state_is_restored_from_its_copy_alone_and_the_store_shows_nothing_of_it() {
     let place = Place::new();

@@ -10,8 +10,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use support::{Cluster, forge_manifest};
+use theriac_heal::checkpoint::postgres::PostgresSource;
 use theriac_heal::checkpoint::postgres::workload::Template;
 use theriac_heal::checkpoint::store::CheckpointError;
+use theriac_heal::postgres::owner::Owner;
 
 #[tokio::test]
 async fn a_good_copy_is_proved_kept_restored_and_answers() {
@@ -205,6 +207,169 @@ async fn what_cannot_be_judged_is_not_kept_and_not_called_bad() {
     mistyped.work_dir.clone_from(&precious);
     assert!(mistyped.take(&store, 4).await.is_err());
     assert!(precious.join("file").exists());
+}
+
+/// The account of the server may plant what it likes in the copy that belongs to it.
+#[tokio::test]
+async fn links_in_the_copy_lead_the_edge_nowhere() {
+    let cluster = Cluster::start(false, &[]);
+    let store = cluster.store(1);
+    let source = cluster.source(Vec::new());
+    let outside = tempfile::tempdir().unwrap();
+    let (file, folder) = (outside.path().join("file"), outside.path().join("folder"));
+    fs::write(&file, "precious").unwrap();
+    fs::create_dir_all(folder.join("sub")).unwrap();
+    fs::write(folder.join("sub/file"), "precious").unwrap();
+    for round in 0..3 {
+        let taken = source.receive(&store).await.unwrap();
+        let plant = |name: &str, target: &Path| {
+            let path = source.work_dir.join(name);
+            drop(fs::remove_dir_all(&path).or_else(|_file| fs::remove_file(&path)));
+            std::os::unix::fs::symlink(target, &path).unwrap();
+        };
+        plant("data/postgresql.auto.conf", &file);
+        match round {
+            0 => plant("log", &file),
+            1 => plant("data/pg_replslot", &folder),
+            _ => plant("conf", &folder),
+        }
+        source.prove(&store, taken, 1 + round).await.unwrap_err();
+        assert!(!source.work_dir.exists());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "precious", "{round}");
+        assert_eq!(fs::read_to_string(folder.join("sub/file")).unwrap(), "precious");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "{round}");
+    }
+    assert!(store.list().unwrap().is_empty());
+}
+
+/// What somebody wrote down to be asked has to be asked.
+#[tokio::test]
+async fn a_configured_statement_that_cannot_be_sent_is_no_pass() {
+    let cluster = Cluster::start(false, &[]);
+    cluster.psql("create table here (id int)");
+    let store = cluster.store(1);
+    let good = Template {
+        sql: "select id from here where id = $1".to_owned(),
+        weight: 1,
+    };
+    for (sql, words) in [
+        ("select id from missing where id = $1", "missing"),
+        ("selct 1", "syntax error"),
+        ("select $1::point", "point"),
+    ] {
+        let mut source = cluster.source(Vec::new());
+        let bad = Template {
+            sql: sql.to_owned(),
+            weight: 1,
+        };
+        source.shadow.templates = vec![good.clone(), bad];
+        let refused = source.take(&store, 1).await.unwrap_err();
+        assert!(
+            matches!(&refused, CheckpointError::Unproven { detail, .. }
+                if detail.contains("workload: statement 2") && detail.contains(words)),
+            "{refused}"
+        );
+    }
+    let mut source = cluster.source(Vec::new());
+    source.shadow.templates = vec![good];
+    source.take(&store, 2).await.unwrap();
+    // Nothing configured is nothing missed.
+    let valid = cluster.source(Vec::new()).take(&store, 3).await.unwrap();
+    let checks = valid.proof.run.checks;
+    let workload = checks.iter().find(|check| check.name == "workload").unwrap();
+    assert!(workload.detail.starts_with("0 requests"), "{workload:?}");
+    assert_eq!(store.set_aside_copies().unwrap().len(), 0);
+}
+
+/// A statement of the statistics may reach out by itself, so it is sent only where there is nothing to reach.
+#[test]
+fn sampled_statements_are_sent_only_where_the_shadow_is_kept_apart() {
+    let cluster = Cluster::start(false, &["shared_preload_libraries = 'pg_stat_statements'"]);
+    cluster.psql("create extension pg_stat_statements");
+    cluster.psql("create table here (id int)");
+    for _ in 0..20 {
+        cluster.psql("select id from here where id = 5");
+    }
+    let store = cluster.store(1);
+    let mut source = cluster.source(Vec::new());
+    source.shadow.requests = 20;
+    let run = async |source: &PostgresSource| {
+        let valid = source.take(&store, 1).await.unwrap();
+        let checks = valid.proof.run.checks;
+        let workload = checks.into_iter().find(|check| check.name == "workload").unwrap();
+        (workload.detail, valid.proof.run.isolation)
+    };
+    let block_on = |source: &PostgresSource| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.unwrap().block_on(run(source))
+    };
+    if cluster.owner.is_other() {
+        let (sent, how) = block_on(&source);
+        assert!(how.contains("namespace"), "{how}");
+        assert!(sent.starts_with("20 requests"), "{sent}");
+        owned(store.dir(), cluster.owner);
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            become_account(cluster.owner);
+            let (sent, how) = block_on(&source);
+            assert!(how.contains("namespaces need root"), "{how}");
+            assert!(
+                sent.starts_with("0 requests") && sent.contains("sampled statements were left out"),
+                "{sent}"
+            );
+            let mut source = source.clone();
+            source.shadow.templates = vec![Template {
+                sql: "select id from here where id > $1".to_owned(),
+                weight: 1,
+            }];
+            let (sent, _) = block_on(&source);
+            assert!(sent.starts_with("20 requests"), "{sent}");
+        });
+    });
+}
+
+/// Two commands of two people.
+#[tokio::test]
+async fn a_second_proof_in_the_same_place_waits_its_turn_and_the_first_comes_to_its_end() {
+    let cluster = Cluster::start(false, &[]);
+    let store = cluster.store(1);
+    let source = cluster.source(Vec::new());
+    source.take(&store, 1).await.unwrap();
+    let second = async {
+        while !source.work_dir.join("data/postmaster.pid").exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        source.verify(&store, 1).await
+    };
+    let (first, second) = tokio::join!(source.verify(&store, 1), second);
+    let refused = second.unwrap_err().to_string();
+    assert!(refused.contains("is being proved here by another"), "{refused}");
+    first.unwrap();
+    source.verify(&store, 1).await.unwrap();
+    assert!(!source.work_dir.exists());
+}
+
+fn owned(dir: &Path, owner: Owner) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        owner.take(&path).unwrap();
+        if path.is_dir() {
+            owned(&path, owner);
+        }
+    }
+    owner.take(dir).unwrap();
+}
+
+/// This thread and those that it starts.
+fn become_account(owner: Owner) {
+    use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+    if owner.is_other() {
+        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+        set_thread_groups(&[gid]).unwrap();
+        set_thread_res_gid(gid, gid, gid).unwrap();
+        set_thread_res_uid(uid, uid, uid).unwrap();
+    }
 }
 
 fn flip(path: &Path, at: u64) {

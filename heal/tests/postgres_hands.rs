@@ -11,6 +11,7 @@ use theriac_heal::executor::postgres::{AtRoot, PostgresHands, SessionPolicy, Ses
 use theriac_heal::postgres::PostgresError;
 use theriac_heal::postgres::session::{Session, Target};
 use theriac_heal::types::{RootWaits, SessionId};
+use tokio::task::JoinHandle;
 
 fn hands(cluster: &Cluster) -> PostgresHands {
     PostgresHands {
@@ -69,6 +70,27 @@ async fn until_waiting(cluster: &Cluster, count: usize) {
     }
 }
 
+type Waiters = Vec<JoinHandle<Result<(), PostgresError>>>;
+
+/// So many sessions that wait for a lock with this statement.
+async fn waiters(cluster: &Cluster, count: usize, statement: &'static str) -> Waiters {
+    let mut waiters = Vec::new();
+    for _ in 0..count {
+        let session = app(cluster).await;
+        waiters.push(tokio::spawn(async move {
+            session.execute("a waiter", statement).await
+        }));
+    }
+    until_waiting(cluster, count).await;
+    waiters
+}
+
+async fn all_done(waiters: Waiters) {
+    for waiter in waiters {
+        waiter.await.unwrap().unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_pile_up_ends_at_its_root_without_a_restart() {
     let cluster = served(30);
@@ -77,16 +99,7 @@ async fn a_pile_up_ends_at_its_root_without_a_restart() {
     root.execute("the root", "begin; update t set n = n + 1 where id = 1")
         .await
         .unwrap();
-    let mut waiters = Vec::new();
-    for _ in 0..4 {
-        let session = app(&cluster).await;
-        waiters.push(tokio::spawn(async move {
-            session
-                .execute("a waiter", "update t set n = n + 1 where id = 1")
-                .await
-        }));
-    }
-    until_waiting(&cluster, 4).await;
+    let waiters = waiters(&cluster, 4, ADD_ONE).await;
     let hands = hands(&cluster);
     let seen = hands.look(WITHIN).await.unwrap().pile_up.unwrap();
     assert_eq!((seen.behind, seen.running, seen.touchable), (4, false, true));
@@ -125,9 +138,7 @@ async fn a_pile_up_ends_at_its_root_without_a_restart() {
         (relief.cancelled.len(), relief.ended.len(), relief.ended[0].pid),
         (0, 1, seen.pid)
     );
-    for waiter in waiters {
-        waiter.await.unwrap().unwrap();
-    }
+    all_done(waiters).await;
     assert_eq!(
         cluster.psql("select n from t where id = 1"),
         "4",
@@ -158,7 +169,7 @@ async fn a_root_that_waits_for_its_commit_is_seen_and_left() {
         .unwrap();
     // The server takes the new setting in at a moment of its own: until then an update just commits.
     let commits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
-    let mut root: Option<tokio::task::JoinHandle<_>> = None;
+    let mut root: Option<JoinHandle<_>> = None;
     while settings.rows("commits", commits, &[]).await.unwrap()[0].get::<_, i64>(0) == 0 {
         match &root {
             Some(root) if !root.is_finished() => tokio::task::yield_now().await,
@@ -173,16 +184,7 @@ async fn a_root_that_waits_for_its_commit_is_seen_and_left() {
             }
         }
     }
-    let mut waiters = Vec::new();
-    for _ in 0..3 {
-        let session = app(&cluster).await;
-        waiters.push(tokio::spawn(async move {
-            session
-                .execute("a waiter", "update t set n = n + 1 where id = 1")
-                .await
-        }));
-    }
-    until_waiting(&cluster, 3).await;
+    let waiters = waiters(&cluster, 3, ADD_ONE).await;
     let hands = hands(&cluster);
     let seen = hands.look(WITHIN).await.unwrap().pile_up.unwrap();
     assert!(seen.waits == RootWaits::Standby && seen.running, "{seen:?}");
@@ -205,9 +207,7 @@ async fn a_root_that_waits_for_its_commit_is_seen_and_left() {
         .await
         .unwrap();
     root.unwrap().await.unwrap().unwrap();
-    for waiter in waiters {
-        waiter.await.unwrap().unwrap();
-    }
+    all_done(waiters).await;
     assert_eq!(
         cluster.psql("select n from t where id = 1"),
         "4",
@@ -226,14 +226,7 @@ async fn a_running_root_is_cancelled_and_keeps_its_session() {
         let ended = root.execute("a long statement", "select pg_sleep(600)").await;
         (root, ended)
     });
-    let mut waiters = Vec::new();
-    for _ in 0..3 {
-        let session = app(&cluster).await;
-        waiters.push(tokio::spawn(async move {
-            session.execute("a waiter", "select * from t").await
-        }));
-    }
-    until_waiting(&cluster, 3).await;
+    let waiters = waiters(&cluster, 3, "select * from t").await;
     let relief = hands(&cluster).relieve_locks(AtRoot::Cancel, None).await.unwrap();
     assert!(
         relief.relieved && relief.cancelled.len() == 1 && relief.ended.is_empty(),
@@ -244,9 +237,7 @@ async fn a_running_root_is_cancelled_and_keeps_its_session() {
     root.execute("its session goes on", "rollback; select 1")
         .await
         .unwrap();
-    for waiter in waiters {
-        waiter.await.unwrap().unwrap();
-    }
+    all_done(waiters).await;
 }
 
 #[tokio::test]
@@ -307,16 +298,9 @@ async fn time_that_a_statement_worked_before_it_met_a_lock_is_no_waiting() {
     root.execute("the root", "begin; update t set n = n + 1 where id = 1")
         .await
         .unwrap();
-    let mut waiters = Vec::new();
-    for _ in 0..3 {
-        let session = app(&cluster).await;
-        waiters.push(tokio::spawn(async move {
-            // Three seconds of work, in the server, then the lock.
-            let report = "select pg_sleep(3.2); update t set n = n + 1 where id = 1";
-            session.execute("a report", report).await
-        }));
-    }
-    until_waiting(&cluster, 3).await;
+    // Three seconds of work, in the server, then the lock.
+    let report = "select pg_sleep(3.2); update t set n = n + 1 where id = 1";
+    let waiters = waiters(&cluster, 3, report).await;
     let mut hands = hands(&cluster);
     hands.policy.waited_seconds_min = 3;
     let seen = hands.look(WITHIN).await.unwrap().pile_up;
@@ -330,9 +314,7 @@ async fn time_that_a_statement_worked_before_it_met_a_lock_is_no_waiting() {
         "{waiting:?}"
     );
     root.execute("it ends by itself", "commit").await.unwrap();
-    for waiter in waiters {
-        waiter.await.unwrap().unwrap();
-    }
+    all_done(waiters).await;
     assert_eq!(cluster.psql("select n from t where id = 1"), "4");
 }
 
@@ -422,3 +404,4 @@ async fn settings_are_reloaded_and_a_wrong_file_is_refused() {
 }
 
 const WITHIN: Duration = Duration::from_secs(5);
+const ADD_ONE: &str = "update t set n = n + 1 where id = 1";

@@ -13,6 +13,8 @@ use theriac_heal::executor::process::{
 use theriac_heal::incident::ProcessState;
 
 const PATIENCE: Duration = Duration::from_secs(20);
+/// For [`Pair`].
+const TWO_SLEEP: &str = "sh -c 'echo $$ > ORPHAN; exec sleep 60' & exec sleep 60";
 
 fn shell(script: &str) -> ServiceSpec {
     let argv = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
@@ -25,6 +27,31 @@ fn shell(script: &str) -> ServiceSpec {
 
 fn supervisor(dir: &TempDir, script: &str) -> Supervisor {
     Supervisor::new(shell(script), dir.path().join("child.json"))
+}
+
+/// A service that began a second process of its group.
+struct Pair {
+    script: String,
+    service: Supervisor,
+    pid: u32,
+    orphan: u32,
+}
+
+impl Pair {
+    /// `ORPHAN` in the script is the file that the second process writes its id to.
+    async fn start(dir: &TempDir, script: &str) -> Self {
+        let orphan = dir.path().join("orphan");
+        let script = script.replace("ORPHAN", &orphan.display().to_string());
+        let mut service = supervisor(dir, &script);
+        let pid = service.start().await.unwrap();
+        let orphan = file_with_pid(&orphan).await;
+        Self {
+            script,
+            service,
+            pid,
+            orphan,
+        }
+    }
 }
 
 fn signal(pid: u32, signal: Signal) {
@@ -168,16 +195,10 @@ async fn a_stopped_service_is_killed_without_waiting_for_the_grace() {
 #[tokio::test]
 async fn nobody_of_the_group_survives_a_stop() {
     let dir = tempfile::tempdir().unwrap();
-    let orphan = dir.path().join("orphan");
-    let script = format!(
-        "sh -c 'trap \"\" TERM; echo $$ > {}; while :; do sleep 0.05; done' & wait",
-        orphan.display()
-    );
-    let mut service = supervisor(&dir, &script);
-    let pid = service.start().await.unwrap();
-    let orphan = file_with_pid(&orphan).await;
-    let stopped = service.stop().await.unwrap();
-    assert!(stopped.killed && gone(pid) && gone(orphan));
+    let script = "sh -c 'trap \"\" TERM; echo $$ > ORPHAN; while :; do sleep 0.05; done' & wait";
+    let mut pair = Pair::start(&dir, script).await;
+    let stopped = pair.service.stop().await.unwrap();
+    assert!(stopped.killed && gone(pair.pid) && gone(pair.orphan));
 }
 
 #[tokio::test]
@@ -243,6 +264,15 @@ async fn starts_are_spaced() {
     assert!(begun.elapsed() >= 2 * spacing, "{:?}", begun.elapsed());
 }
 
+/// Until the shell has become this program: while it does, a reader of /proc sees neither of the two.
+async fn runs(pid: u32, program: &str) {
+    let comm = format!("/proc/{pid}/comm");
+    until("the program runs", || {
+        std::fs::read_to_string(&comm).unwrap().trim_end() == program
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_later_run_adopts_the_running_child_and_sees_it_end() {
     for without_record in [false, true] {
@@ -250,12 +280,7 @@ async fn a_later_run_adopts_the_running_child_and_sees_it_end() {
         let record = dir.path().join("child.json");
         let mut earlier = supervisor(&dir, "exec sleep 60");
         let pid = earlier.start_for(Some(42)).await.unwrap();
-        // While the shell turns into the program, a reader of /proc sees neither of the two.
-        let comm = format!("/proc/{pid}/comm");
-        until("the program runs", || {
-            std::fs::read_to_string(&comm).unwrap() == "sleep\n"
-        })
-        .await;
+        runs(pid, "sleep").await;
         drop(earlier);
         if without_record {
             // The earlier run died between the start and the writing of its record.
@@ -278,15 +303,9 @@ async fn a_later_run_adopts_the_running_child_and_sees_it_end() {
 #[tokio::test]
 async fn an_adopted_child_can_be_stopped_wholly() {
     let dir = tempfile::tempdir().unwrap();
-    let orphan = dir.path().join("orphan");
-    let script = format!(
-        "sh -c 'echo $$ > {}; exec sleep 60' & exec sleep 60",
-        orphan.display()
-    );
-    let mut earlier = supervisor(&dir, &script);
-    let pid = earlier.start().await.unwrap();
-    let orphan = file_with_pid(&orphan).await;
-    drop(earlier);
+    let earlier = Pair::start(&dir, TWO_SLEEP).await;
+    let (script, pid, orphan) = (earlier.script, earlier.pid, earlier.orphan);
+    drop(earlier.service);
     let mut later = supervisor(&dir, &script);
     assert_eq!(later.take_over().await.unwrap(), Leftover::Adopted { pid });
     let stopped = later.stop().await.unwrap();
@@ -297,17 +316,11 @@ async fn an_adopted_child_can_be_stopped_wholly() {
 #[tokio::test]
 async fn a_later_run_clears_what_a_dead_child_left() {
     let dir = tempfile::tempdir().unwrap();
-    let orphan = dir.path().join("orphan");
-    let script = format!(
-        "sh -c 'echo $$ > {}; exec sleep 60' & exec sleep 60",
-        orphan.display()
-    );
-    let mut earlier = supervisor(&dir, &script);
-    let pid = earlier.start().await.unwrap();
-    let orphan = file_with_pid(&orphan).await;
-    signal(pid, Signal::KILL);
-    earlier.exited().await;
-    drop(earlier);
+    let mut earlier = Pair::start(&dir, TWO_SLEEP).await;
+    signal(earlier.pid, Signal::KILL);
+    earlier.service.exited().await;
+    let (script, orphan) = (earlier.script, earlier.orphan);
+    drop(earlier.service);
     let mut later = supervisor(&dir, &script);
     assert_eq!(
         later.take_over().await.unwrap(),
@@ -315,6 +328,41 @@ async fn a_later_run_clears_what_a_dead_child_left() {
     );
     assert!(gone(orphan));
     assert_eq!(later.take_over().await.unwrap(), Leftover::None);
+}
+
+#[tokio::test]
+async fn a_helper_that_left_for_a_session_of_its_own_is_neither_the_service_nor_ended() {
+    for without_record in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (helper, record) = (dir.path().join("helper"), dir.path().join("child.json"));
+        // As an agent does that a service calls once: it has the service's environment, and so its mark.
+        let script = format!(
+            "setsid sh -c 'echo $$ > {}; exec sleep 60' & exec sleep 60",
+            helper.display()
+        );
+        let mut earlier = supervisor(&dir, &script);
+        let pid = earlier.start_for(Some(42)).await.unwrap();
+        let helper = file_with_pid(&helper).await;
+        signal(pid, Signal::KILL);
+        earlier.exited().await;
+        drop(earlier);
+        if without_record {
+            std::fs::remove_file(&record).unwrap();
+        }
+        let mut later = supervisor(&dir, &script);
+        assert_eq!(later.take_over().await.unwrap(), Leftover::None);
+        assert_eq!((later.pid(), later.started_for()), (None, None));
+        assert!(!gone(helper), "it is none of ours");
+        // Where both live it is the service that is taken over.
+        let second = later.start().await.unwrap();
+        runs(second, "sleep").await;
+        drop(later);
+        std::fs::remove_file(&record).unwrap();
+        let mut last = supervisor(&dir, &script);
+        assert_eq!(last.take_over().await.unwrap(), Leftover::Adopted { pid: second });
+        last.stop().await.unwrap();
+        signal(helper, Signal::KILL);
+    }
 }
 
 #[tokio::test]

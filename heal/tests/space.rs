@@ -1,6 +1,10 @@
 //! Room on a full file system: files that are listed go to a quarantine on another one, whole and written down; nothing else is touched.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails, one that is left out says so"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,6 +34,32 @@ impl Drop for Disk {
     fn drop(&mut self) {
         drop(Command::new("umount").arg("-l").arg(&self.0).status());
     }
+}
+
+/// A disk without a byte of room, and what lies beside it.
+struct Full {
+    disk: Disk,
+    outside: PathBuf,
+    quarantine: PathBuf,
+    // The last one, so that it goes after the disk in it.
+    _root: tempfile::TempDir,
+}
+
+/// Nothing where none can be mounted; that `what` is left out is said.
+fn full_disk(what: &str) -> Option<Full> {
+    let root = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::mount(root.path().join("disk")) else {
+        println!("left out: {what}, because no file system can be mounted here (root may)");
+        return None;
+    };
+    let outside = root.path().join("outside");
+    fill(&disk.0, &outside);
+    Some(Full {
+        disk,
+        outside,
+        quarantine: root.path().join("quarantine"),
+        _root: root,
+    })
 }
 
 fn hands(disk: &Path, quarantine: &Path) -> SpaceHands {
@@ -76,24 +106,21 @@ fn fill(disk: &Path, outside: &Path) {
 
 #[test]
 fn listed_files_go_oldest_first_until_there_is_room_and_every_one_is_whole_in_quarantine() {
-    let root = tempfile::tempdir().unwrap();
-    let Some(disk) = Disk::mount(root.path().join("disk")) else {
-        println!("left out: a full disk, because no file system can be mounted here (root may)");
+    let Some(full) = full_disk("a full disk") else {
         return;
     };
-    let (outside, quarantine) = (root.path().join("outside"), root.path().join("quarantine"));
-    fill(&disk.0, &outside);
+    let (disk, outside, quarantine) = (&full.disk.0, &full.outside, &full.quarantine);
     let needed = room_needed(8 << 20);
-    assert!(free(&disk.0) < needed);
-    let state = fs::read(disk.0.join("kv/state")).unwrap();
-    let hands = hands(&disk.0, &quarantine);
+    assert!(free(disk) < needed);
+    let state = fs::read(disk.join("kv/state")).unwrap();
+    let hands = hands(disk, quarantine);
     assert_eq!(
         hands.relievable().unwrap(),
         9 * (256 << 10),
         "no link, no second name"
     );
     let room = hands.relieve(7).unwrap();
-    assert!(room.relieved && free(&disk.0) >= 4 * needed, "{room}");
+    assert!(room.relieved && free(disk) >= 4 * needed, "{room}");
     assert!(room.files < 9, "no more than is needed: {room}");
     let list = fs::read_to_string(room.to.join("moved.jsonl")).unwrap();
     let moved: Vec<serde_json::Value> = list
@@ -110,10 +137,10 @@ fn listed_files_go_oldest_first_until_there_is_room_and_every_one_is_whole_in_qu
             vec![u8::try_from(number).unwrap(); 256 << 10]
         );
     }
-    assert_eq!(fs::read(disk.0.join("kv/state")).unwrap(), state);
-    assert_eq!(fs::read(&outside).unwrap(), b"somebody else's");
-    assert!(disk.0.join("cache/twice").exists() && disk.0.join("cache/link").is_symlink());
-    assert!(room.to.starts_with(&quarantine), "{}", room.to.display());
+    assert_eq!(fs::read(disk.join("kv/state")).unwrap(), state);
+    assert_eq!(fs::read(outside).unwrap(), b"somebody else's");
+    assert!(disk.join("cache/twice").exists() && disk.join("cache/link").is_symlink());
+    assert!(room.to.starts_with(quarantine), "{}", room.to.display());
     // There is room now: nothing more is moved.
     let again = hands.relieve(8).unwrap();
     assert!(again.relieved && again.files == 0, "{again}");
@@ -129,28 +156,25 @@ fn listed_files_go_oldest_first_until_there_is_room_and_every_one_is_whole_in_qu
 
 #[test]
 fn young_files_stay_and_a_quarantine_on_the_same_disk_is_refused() {
-    let root = tempfile::tempdir().unwrap();
-    let Some(disk) = Disk::mount(root.path().join("disk")) else {
-        println!("left out: a full disk, because no file system can be mounted here (root may)");
+    let Some(full) = full_disk("a full disk") else {
         return;
     };
-    let (outside, quarantine) = (root.path().join("outside"), root.path().join("quarantine"));
-    fill(&disk.0, &outside);
-    let mut young = hands(&disk.0, &quarantine);
+    let (disk, quarantine) = (&full.disk.0, &full.quarantine);
+    let mut young = hands(disk, quarantine);
     young.min_age = Duration::from_hours(1_000);
     let room = young.relieve(1).unwrap();
     assert!(
         !room.relieved && room.files == 0 && room.to_string().contains("nothing more is listed"),
         "{room}"
     );
-    fs::remove_file(disk.0.join("second-name")).unwrap();
-    let same = hands(&disk.0, &disk.0.join("quarantine")).relieve(1).unwrap_err();
+    fs::remove_file(disk.join("second-name")).unwrap();
+    let same = hands(disk, &disk.join("quarantine")).relieve(1).unwrap_err();
     assert!(
         same.to_string().contains("lies on the file system that is full"),
         "{same}"
     );
     assert_eq!(
-        fs::read_dir(disk.0.join("cache/below")).unwrap().count(),
+        fs::read_dir(disk.join("cache/below")).unwrap().count(),
         4,
         "nothing was moved"
     );
@@ -158,60 +182,55 @@ fn young_files_stay_and_a_quarantine_on_the_same_disk_is_refused() {
 
 #[test]
 fn a_file_that_is_open_for_writing_stays_and_the_others_go() {
-    let root = tempfile::tempdir().unwrap();
-    let Some(disk) = Disk::mount(root.path().join("disk")) else {
-        println!("left out: a full disk, because no file system can be mounted here (root may)");
+    let Some(full) = full_disk("a full disk") else {
         return;
     };
-    let (outside, quarantine) = (root.path().join("outside"), root.path().join("quarantine"));
-    fill(&disk.0, &outside);
+    let (disk, quarantine) = (&full.disk.0, &full.quarantine);
     // The oldest is being written.
     let writer = fs::File::options()
         .append(true)
-        .open(disk.0.join("cache/0"))
+        .open(disk.join("cache/0"))
         .unwrap();
-    let mut hands = hands(&disk.0, &quarantine);
+    let mut hands = hands(disk, quarantine);
     // One that cannot be listed: it is a link. The others are.
-    hands.listed.insert(0, disk.0.join("cache/dirlink"));
+    hands.listed.insert(0, disk.join("cache/dirlink"));
     let room = hands.relieve(7).unwrap();
     assert!(room.relieved && room.open == 1, "{room}");
     assert!(room.trouble.as_ref().unwrap().contains("dirlink"), "{room}");
     assert!(room.to_string().contains("1 are open for writing"), "{room}");
-    assert!(disk.0.join("cache/0").exists() && !disk.0.join("cache/below/1").exists());
+    assert!(disk.join("cache/0").exists() && !disk.join("cache/below/1").exists());
     drop(writer);
     // The number alone does not name the directory: one from an earlier life of the edge is in nobody's way.
     fs::write(
-        disk.0.join("kv/more"),
-        vec![1; usize::try_from(free(&disk.0)).unwrap() - 8192],
+        disk.join("kv/more"),
+        vec![1; usize::try_from(free(disk)).unwrap() - 8192],
     )
     .unwrap();
     let again = hands.relieve(7).unwrap();
     assert!(again.files > 0 && again.to != room.to, "{again}");
-    assert!(!disk.0.join("cache/0").exists());
+    assert!(!disk.join("cache/0").exists());
 }
 
 #[test]
 fn what_is_mounted_below_a_listed_directory_is_not_taken_for_a_part_of_it() {
-    let root = tempfile::tempdir().unwrap();
-    let Some(disk) = Disk::mount(root.path().join("disk")) else {
-        println!("left out: bind mounts, because no file system can be mounted here (root may)");
+    let Some(full) = full_disk("bind mounts") else {
         return;
     };
-    fill(&disk.0, &root.path().join("outside"));
+    let (disk, quarantine) = (&full.disk.0, &full.quarantine);
     let bind = |from: &str, to: &str| {
-        let to = disk.0.join(to);
+        let to = disk.join(to);
         fs::create_dir_all(&to).unwrap();
         let done = Command::new("mount")
             .arg("--bind")
-            .arg(disk.0.join(from))
+            .arg(disk.join(from))
             .arg(&to)
             .status();
         assert!(done.unwrap().success());
         Disk(to)
     };
-    let hands = hands(&disk.0, &root.path().join("quarantine"));
-    fs::remove_file(disk.0.join("kv/state")).unwrap();
-    fs::create_dir(disk.0.join("kv/wal")).unwrap();
+    let hands = hands(disk, quarantine);
+    fs::remove_file(disk.join("kv/state")).unwrap();
+    fs::create_dir(disk.join("kv/wal")).unwrap();
     assert!(hands.relievable().is_ok());
     for from in ["kv", "kv/wal"] {
         let mounted = bind(from, "cache/shown");
@@ -221,7 +240,7 @@ fn what_is_mounted_below_a_listed_directory_is_not_taken_for_a_part_of_it() {
     }
     let mounted = bind("kv/wal", "elsewhere");
     let mut listed = hands.clone();
-    listed.listed = vec![disk.0.join("elsewhere")];
+    listed.listed = vec![disk.join("elsewhere")];
     assert!(listed.relievable().is_err());
     drop(mounted);
 }

@@ -1,8 +1,9 @@
 //! `checkpoints list`, `verify`, `drill`, `restore`, `key`: what copies there are, here and off-site, whether they still prove good, and
 //! putting one back.
 
+use std::collections::BTreeSet;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -11,7 +12,7 @@ use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
 use theriac_heal::checkpoint::kind::StoredCopy;
 use theriac_heal::checkpoint::offsite::{OffsiteError, OffsiteKey};
-use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore};
+use theriac_heal::checkpoint::store::{CheckpointError, CheckpointStore, StoreLimits};
 use theriac_heal::checkpoint::verdict::ShadowRun;
 use theriac_heal::checkpoint::which::Which;
 use theriac_heal::executor::process::{recorded_process, working_in};
@@ -147,31 +148,97 @@ async fn list_offsite<W: Write>(config: &EdgeConfig, output: &mut Output<W>) -> 
 
 fn list<W: Write>(config: &EdgeConfig, output: &mut Output<W>) -> Result<ExitCode, Problem> {
     let dir = StateDir::existing(&config.state_dir.path);
-    let mut values = Vec::new();
-    let mut rows = Vec::new();
-    let mut notes = Vec::new();
+    let mut listing = Listing::default();
+    let mut configured = BTreeSet::new();
     for service in &config.services {
         let Some(state) = &service.state else { continue };
         let name = service.name.as_str();
+        configured.insert(name.to_owned());
         // Looking makes nothing.
-        if !dir.checkpoints().join(name).is_dir() {
-            continue;
+        if dir.checkpoints().join(name).is_dir() {
+            let store = open(&dir, service, state)?;
+            let record = OffsiteRecord::read(&dir, name);
+            let kind = Known {
+                needs_proof: Some(needs_proof(service)),
+                goes_off_site: config.offsite.is_some(),
+            };
+            listing.take(name, &store, &record, kind)?;
         }
-        let store = open(&dir, service, state)?;
-        let record = OffsiteRecord::read(&dir, name);
+    }
+    for name in names_below(&dir.checkpoints()).difference(&configured) {
+        let store =
+            CheckpointStore::open(&dir.checkpoints().join(name), StoreLimits::default()).map_err(failed)?;
+        let kind = Known {
+            needs_proof: None,
+            goes_off_site: false,
+        };
+        listing.take(name, &store, &OffsiteRecord::read(&dir, name), kind)?;
+        let note = format!(
+            "{name}: no service of the configuration that was read has this state; is --config missing?"
+        );
+        listing.notes.push(note);
+    }
+    let header = ["service", "number", "taken", "files", "bytes", "where", "state"];
+    let mut human = if listing.rows.is_empty() {
+        format!("no checkpoints in {}", dir.checkpoints().display())
+    } else {
+        table(&header, &listing.rows)
+    };
+    for note in &listing.notes {
+        human.push('\n');
+        human.push_str(note);
+    }
+    output.result(&listing.values, human).map_err(unprinted)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Directories in this one, by name.
+fn names_below(dir: &Path) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.path().is_dir())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect()
+}
+
+/// What the configuration says of a service's checkpoints.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    /// `None`: no configuration says so.
+    needs_proof: Option<bool>,
+    goes_off_site: bool,
+}
+
+/// What `checkpoints list` prints.
+#[derive(Debug, Default)]
+struct Listing {
+    values: Vec<serde_json::Value>,
+    rows: Vec<Vec<String>>,
+    notes: Vec<String>,
+}
+
+impl Listing {
+    fn take(
+        &mut self,
+        name: &str,
+        store: &CheckpointStore,
+        record: &OffsiteRecord,
+        kind: Known,
+    ) -> Result<(), Problem> {
         for found in store.list().map_err(failed)? {
             let proof = store.proof(&found);
-            let place = match (&config.offsite, record.holds(&found)) {
+            let place = match (kind.goes_off_site, record.holds(&found)) {
                 (_, true) => "here and off-site",
-                (Some(_), false) => "here; not yet off-site",
-                (None, false) => "here",
+                (true, false) => "here; not yet off-site",
+                (false, false) => "here",
             };
-            let word = match (&proof, needs_proof(service)) {
+            let word = match (&proof, kind.needs_proof) {
                 (Some(_), _) => "valid, proved by a shadow run",
-                (None, true) => "not proved",
-                (None, false) => "valid",
+                (None, Some(true)) => "not proved",
+                (None, Some(false)) => "valid",
+                (None, None) => "not proved; whether it has to be is not known",
             };
-            rows.push(vec![
+            self.rows.push(vec![
                 name.to_owned(),
                 found.sequence.to_string(),
                 utc(found.unix_ms),
@@ -180,7 +247,7 @@ fn list<W: Write>(config: &EdgeConfig, output: &mut Output<W>) -> Result<ExitCod
                 place.to_owned(),
                 word.to_owned(),
             ]);
-            values.push(serde_json::json!({
+            self.values.push(serde_json::json!({
                 "service": name, "sequence": found.sequence, "taken_unix_ms": found.unix_ms, "files": found.files,
                 "bytes": found.bytes, "state": word, "offsite": record.holds(&found), "proof": proof, "path": found.path,
             }));
@@ -193,7 +260,7 @@ fn list<W: Write>(config: &EdgeConfig, output: &mut Output<W>) -> Result<ExitCod
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned();
-            rows.push(vec![
+            self.rows.push(vec![
                 name.to_owned(),
                 place,
                 String::new(),
@@ -202,34 +269,24 @@ fn list<W: Write>(config: &EdgeConfig, output: &mut Output<W>) -> Result<ExitCod
                 "here".to_owned(),
                 word,
             ]);
-            values.push(serde_json::json!({
+            self.values.push(serde_json::json!({
                 "service": name, "state": "set aside", "reason": aside.reason, "path": aside.path,
             }));
         }
         if let Some(failure) = &record.failure {
-            notes.push(format!("{name}: the last off-site copy failed: {failure}"));
+            self.notes
+                .push(format!("{name}: the last off-site copy failed: {failure}"));
         }
         if let Some(drill) = &record.drill {
             let word = if drill.good { "good" } else { &drill.detail };
-            notes.push(format!(
+            self.notes.push(format!(
                 "{name}: last restore drill {}, checkpoint {}: {word}",
                 utc(drill.unix_ms),
                 drill.sequence
             ));
         }
+        Ok(())
     }
-    let header = ["service", "number", "taken", "files", "bytes", "where", "state"];
-    let mut human = if rows.is_empty() {
-        "no checkpoints".to_owned()
-    } else {
-        table(&header, &rows)
-    };
-    for note in notes {
-        human.push('\n');
-        human.push_str(&note);
-    }
-    output.result(&values, human).map_err(unprinted)?;
-    Ok(ExitCode::SUCCESS)
 }
 
 impl OneCheckpoint {

@@ -34,10 +34,14 @@ pub(super) fn drain<W: Write>(
         .map(|service| service.name.as_str())
         .collect();
     if !known.contains(&name.as_str()) {
-        let text = format!(
-            "`{name}` has no [service.proxy]; those that have: {}",
-            known.join(", ")
-        );
+        let text = if known.is_empty() {
+            format!("`{name}` has no [service.proxy], and no service of this configuration has one")
+        } else {
+            format!(
+                "`{name}` has no [service.proxy]; those that have: {}",
+                known.join(", ")
+            )
+        };
         return Err(Problem::failed("TH-E0386", text).hint("give --config, and a service that it proxies"));
     }
     let path = StateDir::existing(&config.state_dir.path).drain_file(name);

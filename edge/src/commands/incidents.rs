@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
+use theriac_heal::incident::Explained;
 use theriac_heal::types::{Incident, IncidentId, IncidentState, Plan};
 use theriac_privacy::policy::signed::{PolicyKey, Subject};
 
@@ -17,7 +18,7 @@ use crate::run::EdgeError;
 use crate::state_dir::StateDir;
 use crate::status::IncidentView;
 use crate::store::{StoreError, StoreReader, Word};
-use crate::suspects;
+use crate::suspects::{self, Suspect};
 
 /// Latest incidents among which those of dependencies are looked for.
 const OTHERS_MAX: u32 = 1_000;
@@ -94,6 +95,17 @@ pub(super) struct Approval {
     plan: Option<String>,
 }
 
+/// What `incidents why` prints as JSON.
+#[derive(serde::Serialize)]
+struct Why<'a> {
+    #[serde(flatten)]
+    explained: Explained<'a>,
+    suspects: &'a [Suspect],
+    /// All of it for people.
+    #[serde(rename = "why")]
+    words: &'a str,
+}
+
 pub(super) fn incidents<W: Write>(
     command: IncidentsCommand,
     output: &mut Output<W>,
@@ -119,12 +131,11 @@ pub(super) fn incidents<W: Write>(
                 .map_err(failed)?;
             let suspects = suspects::suspects(&services, &incident, &others);
             let why = incident.why() + &suspects::words(&suspects, &incident);
-            let value = serde_json::json!({
-                "id": one.id,
-                "why": why,
-                "causes": incident.ranked_causes(),
-                "suspects": suspects,
-            });
+            let value = Why {
+                explained: incident.explained(),
+                suspects: &suspects,
+                words: &why,
+            };
             output.result(&value, why.trim_end()).map_err(unprinted)?;
             Ok(ExitCode::SUCCESS)
         }
@@ -141,11 +152,19 @@ pub(super) fn actions<W: Write>(
             let all = reader(&config)?
                 .map_or(Ok(Vec::new()), |reader| reader.incidents(1_000))
                 .map_err(failed)?;
-            let waiting: Vec<Incident> = all
-                .into_iter()
-                .filter(|found| found.state == IncidentState::AwaitingApproval)
-                .collect();
-            list(&waiting, "nothing waits for approval", output)
+            let of = |state| all.iter().filter(move |found| found.state == state).cloned();
+            let waiting: Vec<Incident> = of(IncidentState::AwaitingApproval).collect();
+            let handed: Vec<Incident> = of(IncidentState::HandedToHuman).collect();
+            let handed: Vec<String> = handed.iter().map(|found| found.id.to_string()).collect();
+            let none = if handed.is_empty() {
+                "nothing waits for approval".to_owned()
+            } else {
+                format!(
+                    "nothing waits for approval; a person has incident {}: `theriac-edge incidents why ID` says what to do",
+                    handed.join(", ")
+                )
+            };
+            list(&waiting, &none, output)
         }
         ActionsCommand::Approve(approval) => {
             let (key, plan) = (approval.key.as_deref(), approval.plan.as_deref());
@@ -210,6 +229,14 @@ impl OneIncident {
     ) -> Result<ExitCode, Problem> {
         let incident = self.find()?;
         if approve && incident.state == IncidentState::HandedToHuman && key.is_none() && meant.is_none() {
+            if let Some(intent) = incident.in_flight() {
+                let text = format!(
+                    "intent {} of incident {}, {}, is still under way, beyond its time",
+                    intent.id.0, self.id, intent.action
+                );
+                return Err(Problem::failed("TH-E0333", text)
+                    .hint("what became of it is told when it ends, or by the next start of the edge"));
+            }
             return self.retry(&incident, output);
         }
         if incident.state != IncidentState::AwaitingApproval {

@@ -11,7 +11,7 @@ use theriac_command::problem::Problem;
 use theriac_heal::policy::evaluate::{self, RulingRecord};
 use theriac_heal::policy::{HealPolicy, NodeBudget};
 use theriac_heal::standing::Reinstated;
-use theriac_privacy::policy::signed::{Subject, signature_path};
+use theriac_privacy::policy::signed::{PolicyPublicKey, Subject, signature_path};
 
 use super::{ConfigArguments, privacy, unprinted};
 use crate::config::EdgeConfig;
@@ -121,7 +121,12 @@ fn check<W: Write>(arguments: &ConfigArguments, output: &mut Output<W>) -> Resul
     }
     let Some(loaded) = loaded else {
         let value = serde_json::json!({ "file": null, "digest": digest });
-        let human = format!("no policy file is named: [healing] of edge.toml holds\n  digest   {digest}");
+        let place = arguments.config.as_ref().map_or_else(
+            || "no configuration was read (give --config)".to_owned(),
+            |path| format!("{} names no policy file", path.display()),
+        );
+        let human =
+            format!("{place}: [healing] as it stands there holds, or its defaults\n  digest   {digest}");
         output.result(&value, human).map_err(unprinted)?;
         return Ok(ExitCode::SUCCESS);
     };
@@ -163,15 +168,23 @@ fn sign<W: Write>(arguments: &SignArguments, output: &mut Output<W>) -> Result<E
             source,
         })
     })?;
+    let pinned = &config.healing_policy.keys;
+    let counts = |key: &PolicyPublicKey| pinned.contains(key);
+    let counting = signatures.iter().filter(|by| counts(&by.key)).count();
     let value = serde_json::json!({
         "file": path, "signature": beside, "signer": key.public().to_string(), "signatures": signatures.len(),
+        "counting": counting, "need": config.healing_policy.need,
     });
-    let human = format!(
-        "{} is signed by {} ({} signatures)",
+    let mut human = format!(
+        "{} is signed by {} ({} signatures, {counting} of {} needed count)",
         path.display(),
         key.public(),
-        signatures.len()
+        signatures.len(),
+        config.healing_policy.need,
     );
+    if !counts(&key.public()) {
+        human.push_str("\nThis key is not named in healing_policy.keys of the configuration, so its signature does not count there.");
+    }
     output.result(&value, human).map_err(unprinted)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -11,7 +11,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ConfigArguments, unprinted};
 use crate::client::opening;
+use crate::config::stops_too_slowly;
 use crate::healing_policy;
+use crate::room::asks_too_much;
 use crate::run::{EdgeError, node_name};
 use crate::state_dir::StateDir;
 
@@ -58,8 +60,20 @@ struct Checked {
     /// The site that the privacy policy is for; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     policy_site: Option<String>,
+    /// The policy of healing that holds; absent without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    healing: Option<HealingChecked>,
+    /// What holds, and is yet not as it was asked for.
+    warnings: Vec<String>,
     #[serde(rename = "not_checked")]
     left_out: [&'static str; 3],
+}
+
+#[derive(Debug, Serialize)]
+struct HealingChecked {
+    file: String,
+    version: u64,
+    signers: usize,
 }
 
 pub(super) fn check<W: Write>(
@@ -72,9 +86,9 @@ pub(super) fn check<W: Write>(
         return Ok(ExitCode::SUCCESS);
     }
     let mut config = arguments.config.load()?;
-    let policy = healing_policy::apply(&mut config).map_err(super::policy::refused)?;
+    let healing = healing_policy::apply(&mut config).map_err(super::policy::refused)?;
     let dir = StateDir::existing(&config.state_dir.path);
-    if let Some(policy) = &policy {
+    if let Some(policy) = &healing {
         healing_policy::check_version(policy, &dir).map_err(super::policy::refused)?;
     }
     let joined = dir.joined().map_err(EdgeError::from)?;
@@ -98,6 +112,17 @@ pub(super) fn check<W: Write>(
         page: format!("http://{}/status", config.http.listen),
         joined,
         policy_site: policy.as_ref().map(|policy| policy.site().to_string()),
+        healing: healing.map(|loaded| HealingChecked {
+            file: loaded.path.display().to_string(),
+            version: loaded.version,
+            signers: loaded.signers.len(),
+        }),
+        warnings: config
+            .services
+            .iter()
+            .flat_map(|service| [asks_too_much(service), stops_too_slowly(service)])
+            .flatten()
+            .collect(),
         left_out: [
             "programs and files of services",
             "whether ports are free",
@@ -105,7 +130,7 @@ pub(super) fn check<W: Write>(
         ],
     };
     let human = format!(
-        "valid\n  node        {}\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  policy      {}\n  not checked: {}",
+        "valid\n  node        {}\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  policy      {}\n  healing     {}{}\n  not checked: {}",
         checked.node,
         checked.state_dir,
         if config.state_dir.by_default {
@@ -124,6 +149,16 @@ pub(super) fn check<W: Write>(
             || "none yet".to_owned(),
             |policy| format!("for {}, epsilon {} at most", policy.site(), policy.epsilon())
         ),
+        checked.healing.as_ref().map_or_else(
+            || "as [healing] says: no signed policy is named".to_owned(),
+            |healing| format!(
+                "version {} of {}, {} signed",
+                healing.version, healing.file, healing.signers
+            )
+        ),
+        checked.warnings.iter().fold(String::new(), |all, warning| {
+            all + "\n  but         " + warning
+        }),
         checked.left_out.join(", "),
     );
     output.result(&checked, human).map_err(unprinted)?;

@@ -8,6 +8,7 @@ use clap::Args;
 use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
 use theriac_heal::standing::Standing;
+use theriac_heal::types::{Incident, IncidentState};
 use theriac_privacy::policy::signed::Subject;
 
 use super::incidents::{failed, reader, utc};
@@ -105,15 +106,28 @@ pub(super) fn reinstate<W: Write>(
     let value = serde_json::json!({
         "service": service, "decision": "reinstated", "standing": standing.hash(), "lifted": standing.words(), "need": need.max(1),
     });
+    let handed = handed(&arguments.config, service)?;
     let human = format!(
-        "{service}: {}\nyour word that this is lifted is left for the running edge{}",
+        "{service}: {}\nyour word that this is lifted is left for the running edge{}{}",
         standing.words().join("; "),
         if need > 1 {
             format!(", which takes it up once {need} people have signed")
         } else {
             String::new()
-        }
+        },
+        handed.map_or_else(String::new, |id| {
+            format!("\nincident {id} of it is a person's still: `theriac-edge actions approve {id}` has the next action tried")
+        })
     );
     output.result(&value, human).map_err(unprinted)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The incident of a service that a person has.
+fn handed(config: &ConfigArguments, service: &str) -> Result<Option<u64>, Problem> {
+    let all = reader(config)?
+        .map_or(Ok(Vec::new()), |reader| reader.incidents(1_000))
+        .map_err(failed)?;
+    let is_it = |found: &Incident| found.service == service && found.state == IncidentState::HandedToHuman;
+    Ok(all.iter().rfind(|found| is_it(found)).map(|found| found.id.0))
 }

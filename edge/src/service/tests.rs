@@ -8,7 +8,28 @@ use super::*;
 use crate::config::EdgeConfig;
 use crate::supervise::{ShutdownSender, shutdown};
 
+impl ServiceContext {
+    /// Of a service `kv` with these sections, and what it tells.
+    pub(crate) fn for_test(root: &Path, sections: &str) -> (Self, mpsc::Receiver<Input>) {
+        let text = format!("[[service]]\nname = 'kv'\nargv = ['/bin/sleep', '600']\n{sections}");
+        let file = root.join("edge.toml");
+        std::fs::write(&file, text).unwrap();
+        let config = EdgeConfig::load(Some(&file), []).unwrap();
+        let (events, received) = mpsc::channel(64);
+        let context = Self {
+            shared: Arc::new(ServiceShared::new(config.services[0].clone())),
+            dir: StateDir::open(&root.join("s")).unwrap(),
+            events,
+            board: Board::new("a", 60),
+            metrics: Arc::new(Metrics::new()),
+        };
+        (context, received)
+    }
+}
+
 struct Owned {
+    context: ServiceContext,
+    commanded: Arc<tokio::sync::Mutex<mpsc::Receiver<Command>>>,
     events: mpsc::Receiver<Input>,
     commands: mpsc::Sender<Command>,
     stop: ShutdownSender,
@@ -23,39 +44,37 @@ impl Owned {
         let root = tempfile::tempdir().unwrap();
         let hook = root.path().join("hook");
         let text = format!(
-            "[[service]]\nname = 'kv'\nargv = ['/bin/sleep', '600']\n[service.hook]\nfor = ['hang']\ntimeout = '1m'\n\
+            "[service.hook]\nfor = ['hang']\ntimeout = '1m'\n\
              argv = ['/bin/sh', '-c', 'echo $$ > {0}.new; mv {0}.new {0}; sleep 600']\n",
             hook.display()
         );
-        let file = root.path().join("edge.toml");
-        std::fs::write(&file, text).unwrap();
-        let config = EdgeConfig::load(Some(&file), []).unwrap();
-        let (events, received) = mpsc::channel(64);
+        let (context, received) = ServiceContext::for_test(root.path(), &text);
         let (commands, commanded) = mpsc::channel(16);
-        let context = ServiceContext {
-            shared: Arc::new(ServiceShared::new(config.services[0].clone())),
-            dir: StateDir::open(&root.path().join("s")).unwrap(),
-            events,
-            board: Board::new("a", 60),
-            metrics: Arc::new(Metrics::new()),
-        };
         let (stop, signal) = shutdown();
         let commanded = Arc::new(tokio::sync::Mutex::new(commanded));
         Self {
             events: received,
             commands,
             stop,
-            task: tokio::spawn(own(context, commanded, signal)),
+            task: tokio::spawn(own(context.clone(), Arc::clone(&commanded), signal)),
+            context,
+            commanded,
             hook,
             _root: root,
         }
     }
 
+    /// What it says next, but for how its file system is.
     async fn next(&mut self) -> Input {
-        tokio::time::timeout(Duration::from_mins(1), self.events.recv())
-            .await
-            .expect("the owner says something within a minute")
-            .unwrap()
+        loop {
+            let said = tokio::time::timeout(Duration::from_mins(1), self.events.recv())
+                .await
+                .expect("the owner says something within a minute")
+                .unwrap();
+            if !matches!(said, Input::ReadOnly { .. }) {
+                return said;
+            }
+        }
     }
 
     /// Starts the service, then the hook. The numbers of their processes.
@@ -153,6 +172,83 @@ async fn the_signal_to_stop_does_not_wait_for_a_hook_and_leaves_none_of_its_proc
     }
 }
 
+#[tokio::test]
+async fn a_service_that_is_ended_together_with_the_edge_has_not_crashed() {
+    for together in [true, false] {
+        let mut owned = Owned::new();
+        owned.commands.send(Command::Begin).await.unwrap();
+        let Input::Started { pid, .. } = owned.next().await else {
+            panic!("it was to start");
+        };
+        kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::TERM).unwrap();
+        if !together {
+            let heard = owned.next().await;
+            assert!(matches!(heard, Input::Exited { .. }), "{heard:?}");
+        }
+        owned.stop.stop();
+        owned.task.await.unwrap().unwrap();
+        while let Ok(heard) = owned.events.try_recv() {
+            assert!(!matches!(heard, Input::Exited { .. }), "{heard:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_exit_is_heard_while_a_restore_waits_for_a_copy_of_the_state() {
+    let mut owned = Owned::new();
+    owned.commands.send(Command::Begin).await.unwrap();
+    let Input::Started { pid, .. } = owned.next().await else {
+        panic!("it was to start");
+    };
+    let shared = Arc::clone(&owned.context.shared);
+    let copied = shared.state_in_use.lock().await;
+    let intent = Intent {
+        action: ActionKind::RestoreAndStart,
+        ..intent()
+    };
+    owned
+        .commands
+        .send(Command::Execute(intent, Duration::MAX))
+        .await
+        .unwrap();
+    kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL).unwrap();
+    let heard = owned.next().await;
+    assert!(matches!(heard, Input::Exited { .. }), "{heard:?}");
+    drop(copied);
+    let heard = owned.next().await;
+    assert!(
+        matches!(heard, Input::Executed { id: IntentId(1), .. }),
+        "{heard:?}"
+    );
+    owned.stop.stop();
+    owned.task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn what_an_owner_had_taken_that_did_not_come_to_its_end_is_told_by_the_next() {
+    let mut owned = Owned::new();
+    let (_, hook) = owned.begin().await;
+    // As when it panics: what it had under way goes with it.
+    owned.task.abort();
+    assert!((&mut owned.task).await.unwrap_err().is_cancelled());
+    let (stop, signal) = shutdown();
+    let next = tokio::spawn(own(owned.context.clone(), Arc::clone(&owned.commanded), signal));
+    loop {
+        let heard = owned.next().await;
+        if let Input::Executed { id, outcome } = heard {
+            assert_eq!(id, IntentId(1));
+            assert!(
+                matches!(&outcome, Outcome::Failed { detail, .. } if detail.contains("was cut off")),
+                "{outcome:?}"
+            );
+            break;
+        }
+    }
+    stop.stop();
+    next.await.unwrap().unwrap();
+    assert!(hook > 0);
+}
+
 async fn broken() -> Outcome {
     tokio::task::yield_now().await;
     panic!("the hands broke")
@@ -169,26 +265,4 @@ async fn a_panic_in_the_hands_is_a_failure_of_its_intent() {
         matches!(&outcome, Outcome::Failed { running: true, detail } if detail.contains("panicked")),
         "{outcome:?}"
     );
-}
-
-#[tokio::test]
-async fn the_first_look_tells_that_the_state_can_be_written_so_that_what_an_earlier_run_saw_ends() {
-    let root = tempfile::tempdir().unwrap();
-    let file = root.path().join("edge.toml");
-    let text = "[[service]]\nname = 'kv'\nargv = ['/bin/sleep', '600']\n";
-    std::fs::write(&file, text).unwrap();
-    let config = EdgeConfig::load(Some(&file), []).unwrap();
-    let (events, mut received) = mpsc::channel(4);
-    let context = ServiceContext {
-        shared: Arc::new(ServiceShared::new(config.services[0].clone())),
-        dir: StateDir::open(&root.path().join("s")).unwrap(),
-        events,
-        board: Board::new("a", 60),
-        metrics: Arc::new(Metrics::new()),
-    };
-    assert!(look_whether_writable(&context, false).await);
-    assert!(matches!(
-        received.try_recv(),
-        Ok(Input::ReadOnly { on: false, .. })
-    ));
 }

@@ -17,6 +17,13 @@ pub async fn command(words: &[&str]) -> (Result<ExitCode, Problem>, String) {
     (result, String::from_utf8(out).unwrap())
 }
 
+/// The answer of a command that ends with this code.
+pub async fn ended(words: &[&str], code: ExitCode) -> serde_json::Value {
+    let (result, out) = command(words).await;
+    assert_eq!(result.unwrap(), code, "{out}");
+    serde_json::from_str(&out).unwrap()
+}
+
 pub async fn json(words: &[&str]) -> serde_json::Value {
     let (result, out) = command(words).await;
     result.unwrap();

@@ -9,20 +9,36 @@ use rustix::thread::UnshareFlags;
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 
+use crate::folder::Folder;
 use crate::postgres::owner::Owner;
 use crate::postgres::{PostgresError, at};
 
-/// Starts the command where it has no network and where the primary's socket is hidden, if we are root; else as it is. How, in words.
+/// How a shadow is kept from the primary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Isolation {
+    /// Whether nothing outside can be reached from it.
+    pub(super) apart: bool,
+    /// How, in words.
+    pub(super) words: String,
+}
+
+impl Isolation {
+    fn none(why: &str) -> Self {
+        Self {
+            apart: false,
+            words: format!("own socket only, no address listened on ({why})"),
+        }
+    }
+}
+
+/// Starts the command where it has no network and where the primary's socket is hidden, if we are root and may; else as it is.
 pub(super) async fn spawn_apart(
     command: Command,
     primary: Option<PathBuf>,
-) -> (std::io::Result<Child>, String) {
+) -> (std::io::Result<Child>, Isolation) {
     if !rustix::process::geteuid().is_root() {
         let mut command = command;
-        return (
-            command.spawn(),
-            "own socket only, no address listened on (namespaces need root)".to_owned(),
-        );
+        return (command.spawn(), Isolation::none("namespaces need root"));
     }
     let runtime = tokio::runtime::Handle::current();
     let (send, receive) = oneshot::channel();
@@ -32,13 +48,14 @@ pub(super) async fn spawn_apart(
         .spawn(move || {
             let _entered = runtime.enter();
             let mut command = command;
-            let words = match apart(primary.as_deref()) {
-                Ok(hidden) => format!("own network and mount namespace, {hidden}"),
-                Err(error) => {
-                    format!("own socket only, no address listened on (namespaces refused: {error})")
-                }
+            let isolation = match apart(primary.as_deref()) {
+                Ok(hidden) => Isolation {
+                    apart: true,
+                    words: format!("own network and mount namespace, {hidden}"),
+                },
+                Err(error) => Isolation::none(&format!("namespaces refused: {error}")),
             };
-            if send.send((command.spawn(), words)).is_err() {
+            if send.send((command.spawn(), isolation)).is_err() {
                 tracing::debug!("nobody waits for the shadow any more");
             }
         });
@@ -46,10 +63,10 @@ pub(super) async fn spawn_apart(
         Ok(_detached) => receive.await.unwrap_or_else(|_gone| {
             (
                 Err(std::io::Error::other("the starting thread ended")),
-                String::new(),
+                Isolation::none("not started"),
             )
         }),
-        Err(error) => (Err(error), String::new()),
+        Err(error) => (Err(error), Isolation::none("not started")),
     }
 }
 
@@ -75,23 +92,24 @@ pub(super) struct SocketDir(PathBuf);
 
 impl SocketDir {
     /// Belongs to `owner`, who alone may enter. `max` is the longest name in bytes that leaves room for the socket's own.
-    pub(super) fn make(work: &Path, owner: Owner, max: usize) -> Result<Self, PostgresError> {
-        let inside = work.join("s");
-        let dir = if inside.as_os_str().len() <= max {
-            inside
+    pub(super) fn make(work: &Folder, owner: Owner, max: usize) -> Result<Self, PostgresError> {
+        let inside = work.path_of("s");
+        let (dir, made) = if inside.as_os_str().len() <= max {
+            let made = work.make("s");
+            (inside, made)
         } else {
             let unique = format!(
                 "theriac-{}-{}",
                 std::process::id(),
                 crate::executor::clock::now().unix_ms
             );
-            std::env::temp_dir().join(unique)
+            let dir = std::env::temp_dir().join(unique);
+            let made = DirBuilder::new().mode(0o700).create(&dir);
+            let made = made.and_then(|()| Folder::open(&dir));
+            (dir, made)
         };
-        if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(at(&dir))?;
-        }
-        DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
-        owner.take(&dir)?;
+        let made = made.map_err(at(&dir))?;
+        owner.take_open(&made)?;
         Ok(Self(dir))
     }
 

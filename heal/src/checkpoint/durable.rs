@@ -6,11 +6,11 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::manifest::copy_digest;
+use crate::folder::Folder;
 
 /// How the files and folders of one copied tree get to the disk.
 #[derive(Debug)]
@@ -85,8 +85,8 @@ impl Durability {
     }
 
     /// Syncs a folder.
-    pub(super) fn folder(&mut self, path: &Path) -> io::Result<()> {
-        let sync = || File::open(path).and_then(|dir| dir.sync_all());
+    pub(super) fn folder(&mut self, folder: &Folder) -> io::Result<()> {
+        let sync = || folder.sync();
         match self.way {
             Way::Not | Way::Whole => Ok(()),
             Way::Each => sync(),
@@ -95,9 +95,9 @@ impl Durability {
     }
 
     /// What is left to do when all of `tree` is written.
-    pub(super) fn end(&self, tree: &Path) -> io::Result<()> {
+    pub(super) fn end(&self, tree: &Folder) -> io::Result<()> {
         if self.way == Way::Whole {
-            rustix::fs::syncfs(File::open(tree)?)?;
+            tree.sync_file_system()?;
         }
         Ok(())
     }
@@ -179,8 +179,9 @@ mod tests {
             let (count, digest) = way
                 .copy(&mut File::open(&from).unwrap(), &mut File::create(&to).unwrap())
                 .unwrap();
-            way.folder(dir.path()).unwrap();
-            way.end(dir.path()).unwrap();
+            let folder = Folder::open(dir.path()).unwrap();
+            way.folder(&folder).unwrap();
+            way.end(&folder).unwrap();
             let mut copied = Vec::new();
             File::open(&to).unwrap().read_to_end(&mut copied).unwrap();
             assert!(copied == bytes && count == bytes.len() as u64, "{name}");

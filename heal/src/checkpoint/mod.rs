@@ -10,6 +10,7 @@ pub mod offsite;
 pub mod postgres;
 pub mod proof;
 pub mod redis;
+mod remnant;
 pub mod schedule;
 pub mod sqlite;
 pub mod state_check;

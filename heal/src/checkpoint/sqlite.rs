@@ -23,11 +23,14 @@ use rusqlite::backup::{Backup, StepResult};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::proof::{self, Validated};
-use super::store::{CheckpointError, CheckpointStore, Staged, TREE, at, joined, walk};
+use super::store::{
+    CheckpointError, CheckpointStore, Staged, TREE, Within, at, joined, or_exchanged, walk, walk_in,
+};
 use super::verdict::{Check, Finding, ShadowKind, ShadowRun, State};
 use super::which::Which;
 use super::{unblock_behind, work};
 use crate::background::Background;
+use crate::folder::Folder;
 use crate::postgres::owner::Owner;
 
 /// A directory with SQLite databases whose checkpoints are taken, and how.
@@ -117,19 +120,21 @@ impl SqliteSource {
     }
 
     fn copy(&self, store: &CheckpointStore) -> Result<(), CheckpointError> {
-        let entries = walk(&self.dir, store.limits().entries_max)?;
+        let state = Folder::open_named(&self.dir).map_err(at(&self.dir))?;
+        let entries = walk_in(&state, store.limits().entries_max)?;
         let bytes = entries
             .iter()
             .filter(|(_, metadata)| metadata.is_file())
             .map(|(_, metadata)| metadata.len())
             .sum();
         work::refuse_full_disk(&self.work_dir, store, bytes, self.free_bytes_min)?;
-        work::make(&self.work_dir, ours())?;
+        let _work = work::make(&self.work_dir, ours())?;
         let to = work::data(&self.work_dir);
         let deadline = Instant::now() + self.timeout;
         let mut folders = Vec::new();
         let mut found = 0;
-        for (path, metadata) in entries {
+        let mut within = Within::of(&state)?;
+        for (path, mut metadata) in entries {
             let (from, copy) = (joined(&self.dir, &path), joined(&to, &path));
             if metadata.is_dir() {
                 fs::DirBuilder::new()
@@ -148,7 +153,12 @@ impl SqliteSource {
                 backup(&from, &copy, deadline)?;
                 found += 1;
             } else {
-                fs::copy(&from, &copy).map_err(at(&from))?;
+                let name = path.file_name().unwrap_or_default();
+                let mut source = within.parent(&path)?.file(name).map_err(or_exchanged(&from))?;
+                // Of what is read: by now another may have the name.
+                metadata = source.metadata().map_err(at(&from))?;
+                let mut copied = File::create_new(&copy).map_err(at(&copy))?;
+                std::io::copy(&mut source, &mut copied).map_err(at(&from))?;
             }
             own(&copy, &metadata)?;
         }

@@ -1,12 +1,11 @@
 //! A command that says whether a state directory is good.
 
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
-use tokio::time::timeout;
+
+use crate::bounded::{self, Bounds, Left, NotRun};
 
 /// A check command. Exit code 0 means good, 1 means corrupt; anything else says nothing about the state, so that a mistyped
 /// command cannot have good state replaced. No shell takes part.
@@ -41,7 +40,8 @@ impl StateCheck {
         }
     }
 
-    /// Runs the check on `state`. The command is killed when it takes too long, and when this future is dropped.
+    /// Runs the check on `state`. It is over when the command exits; what that left running in its process group is killed. So is all of it when it takes
+    /// too long, and when this future is dropped.
     pub async fn run(&self, state: &Path) -> StateVerdict {
         let Some((program, arguments)) = self.argv.split_first() else {
             return StateVerdict::Unknown("the state check names no program".to_owned());
@@ -50,56 +50,41 @@ impl StateCheck {
             return StateVerdict::Unknown(format!("{} is not UTF-8", state.display()));
         };
         let mut command = Command::new(program);
-        command
-            .args(
-                arguments
-                    .iter()
-                    .map(|argument| argument.replace("{state}", state)),
-            )
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true);
-        let mut child = match command.spawn() {
-            Ok(child) => child,
-            Err(error) => return StateVerdict::Unknown(format!("cannot run {program}: {error}")),
+        command.args(
+            arguments
+                .iter()
+                .map(|argument| argument.replace("{state}", state)),
+        );
+        let bounds = Bounds {
+            time: self.timeout,
+            output_bytes: self.output_bytes_max,
+            drain: DRAIN_MAX,
+            // It would go on reading a state that may be replaced.
+            left: Left::Killed,
         };
-        let stdout = child.stdout.take();
-        let stderr = child.stderr.take();
-        let max = self.output_bytes_max;
-        let all = async {
-            let (out, err, status) = tokio::join!(capped(stdout, max), capped(stderr, max), child.wait());
-            (out, err, status)
-        };
-        match timeout(self.timeout, all).await {
-            Err(_) => StateVerdict::Unknown(format!("the state check took longer than {:?}", self.timeout)),
-            Ok((_, _, Err(error))) => StateVerdict::Unknown(format!("the state check was lost: {error}")),
-            Ok((mut said, err, Ok(status))) => {
-                said.extend_from_slice(&err);
-                said.truncate(max);
-                let said = String::from_utf8_lossy(&said).trim().to_owned();
-                match status.code() {
-                    Some(0) => StateVerdict::Good,
-                    Some(1) => StateVerdict::Corrupt(said),
-                    _ => StateVerdict::Unknown(format!("the state check ended with {status}: {said}")),
-                }
+        let ran = match bounded::run(command, bounds, drop).await {
+            Ok(ran) => ran,
+            Err(NotRun::Failed(error)) => {
+                return StateVerdict::Unknown(format!("cannot run {program}: {error}"));
             }
+            Err(NotRun::Late) => {
+                return StateVerdict::Unknown(format!("the state check took longer than {:?}", self.timeout));
+            }
+        };
+        let mut said = ran.out;
+        said.extend_from_slice(&ran.err);
+        said.truncate(self.output_bytes_max);
+        let said = String::from_utf8_lossy(&said).trim().to_owned();
+        match ran.status.code() {
+            Some(0) => StateVerdict::Good,
+            Some(1) => StateVerdict::Corrupt(said),
+            _ => StateVerdict::Unknown(format!("the state check ended with {}: {said}", ran.status)),
         }
     }
 }
 
-/// Reads to the end, so that the command is never blocked, and keeps the first `max` bytes.
-async fn capped(pipe: Option<impl AsyncRead + Unpin>, max: usize) -> Vec<u8> {
-    let mut kept = Vec::new();
-    let Some(mut pipe) = pipe else { return kept };
-    let mut block = [0_u8; 1024];
-    while let Ok(read @ 1..) = pipe.read(&mut block).await {
-        let room = max.saturating_sub(kept.len());
-        kept.extend_from_slice(&block[..read.min(room)]);
-    }
-    kept
-}
+/// Longest time that output is waited for after the exit.
+const DRAIN_MAX: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
@@ -160,5 +145,56 @@ mod tests {
             .run(Path::new("/"))
             .await;
         assert!(matches!(loud, StateVerdict::Corrupt(said) if said.len() == 4096));
+    }
+
+    /// A check that leaves a process with its output open, and that one's number.
+    async fn left_by(script: &str, timeout: Duration) -> (StateVerdict, Duration, u32) {
+        let dir = tempfile::tempdir().unwrap();
+        let pid = dir.path().join("pid");
+        let check = StateCheck {
+            timeout,
+            ..check(&format!("sleep 600 & echo $! > {}; {script}", pid.display()))
+        };
+        let begun = std::time::Instant::now();
+        let verdict = check.run(Path::new("/")).await;
+        let took = begun.elapsed();
+        let child = std::fs::read_to_string(pid).unwrap().trim().parse().unwrap();
+        (verdict, took, child)
+    }
+
+    async fn is_gone(pid: u32) -> bool {
+        let state = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        for _ in 0..500 {
+            if state().is_empty() || state().contains(") Z ") {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let own = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+        rustix::process::kill_process(own, rustix::process::Signal::KILL).unwrap();
+        false
+    }
+
+    #[tokio::test]
+    async fn what_a_late_check_started_is_killed_with_it() {
+        let (verdict, _, child) = left_by("wait", Duration::from_secs(1)).await;
+        assert!(matches!(verdict, StateVerdict::Unknown(said) if said.contains("longer")));
+        assert!(
+            is_gone(child).await,
+            "it would go on reading a state that is replaced"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_check_is_over_when_it_exits_and_leaves_nothing_running() {
+        for (script, expected) in [
+            ("exit 0", StateVerdict::Good),
+            ("echo bad; exit 1", StateVerdict::Corrupt("bad".to_owned())),
+        ] {
+            let (verdict, took, child) = left_by(script, Duration::from_secs(20)).await;
+            let gone = is_gone(child).await;
+            assert_eq!(verdict, expected);
+            assert!(took < Duration::from_secs(15) && gone, "{took:?} {gone}");
+        }
     }
 }

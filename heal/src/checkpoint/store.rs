@@ -3,6 +3,7 @@
 //! ```text
 //! STORE/tmp-SEQUENCE/                  being copied: never a checkpoint
 //! STORE/SEQUENCE-UNIXMS/{MANIFEST,tree/,PROOF.json}   complete; the proof where a shadow run is needed
+//! STORE/SEQUENCE-UNIXMS/FETCHED        it was fetched from elsewhere
 //! STORE/quarantine/SEQUENCE-UNIXMS/    found corrupt, kept for a person
 //! STATE.restore-partial                being restored
 //! STATE.restore-ready                  restored, about to be swapped with STATE
@@ -11,20 +12,29 @@
 //!
 //! One process writes to a store. A crash at any point leaves every complete checkpoint and either the old or the new state in place.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod error;
+mod restore;
+mod tree;
+mod verify;
+
+use std::cmp::Reverse;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::fs::{FlockOperation, flock};
 
-use super::durable::Durability;
-use super::manifest::{Entry, Kind, Manifest, copy_digest};
+pub use self::error::CheckpointError;
+pub use self::restore::Restored;
+use self::tree::copy_walked;
+pub(super) use self::tree::{Within, or_exchanged, walk, walk_in, write_tree};
+pub(super) use self::verify::verify_at;
+use super::manifest::{Entry, Manifest};
 use super::proof::REASON;
+use super::remnant::{Size, remnant};
 use super::which::Which;
-use crate::background::Background;
+use crate::folder::Folder;
 
 /// How a store keeps its copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +78,15 @@ pub struct Checkpoint {
     pub path: PathBuf,
 }
 
+impl Checkpoint {
+    fn size(&self) -> Size {
+        Size {
+            unix_ms: self.unix_ms,
+            bytes: self.bytes,
+        }
+    }
+}
+
 /// A copy that is not yet a checkpoint.
 #[derive(Debug)]
 pub struct Staged {
@@ -90,137 +109,6 @@ impl Staged {
     pub(super) fn name(&self) -> String {
         name_of(self.checkpoint.sequence, self.checkpoint.unix_ms)
     }
-}
-
-/// What a restore did.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Restored {
-    /// The checkpoint that now is the state.
-    pub checkpoint: Checkpoint,
-    /// Where the replaced state is kept; `None` when there was none.
-    pub replaced: Option<PathBuf>,
-    /// Checkpoints that turned out to be corrupt on the way and were set aside.
-    pub quarantined: Vec<PathBuf>,
-}
-
-/// Why a checkpoint could not be taken, verified or restored.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum CheckpointError {
-    /// Too little room. Nothing was changed.
-    #[error("{path}: {needed} bytes are needed and {free} are free: make room, then try again")]
-    DiskFull {
-        /// Where.
-        path: PathBuf,
-        /// Bytes needed, with those that must stay free.
-        needed: u64,
-        /// Bytes free.
-        free: u64,
-    },
-    /// The checkpoint is not what its manifest says.
-    #[error("checkpoint {path} is corrupt: {what}")]
-    Corrupt {
-        /// The checkpoint.
-        path: PathBuf,
-        /// What differs: expected and found.
-        what: String,
-    },
-    /// There is no valid checkpoint.
-    #[error("{path} holds no valid checkpoint ({refused} were refused)")]
-    NoneValid {
-        /// The store.
-        path: PathBuf,
-        /// How many were refused.
-        refused: usize,
-    },
-    /// None has the number that was named.
-    #[error("{place} holds no valid checkpoint {named}; valid are: {}", if names.is_empty() { "none".to_owned() } else { names.join(", ") })]
-    NoSuch {
-        /// The store.
-        place: String,
-        /// What was named.
-        named: Which,
-        /// Those that are there.
-        names: Vec<String>,
-    },
-    /// Two have the number that was named.
-    #[error("{place} holds more than one checkpoint of number {sequence}: name one of {}", names.join(", "))]
-    SeveralOfNumber {
-        /// The store.
-        place: String,
-        /// The number.
-        sequence: u64,
-        /// Their numbers and times, which tell them apart.
-        names: Vec<String>,
-    },
-    /// The copy did not pass the service's own check.
-    #[error("the copy of {path} did not pass the state check: {detail}")]
-    NotGood {
-        /// The state.
-        path: PathBuf,
-        /// What the check said.
-        detail: String,
-    },
-    /// The copy is bad; it was set aside, or it lies where it was found.
-    #[error("the copy in {path} is not valid: {reason}")]
-    Invalid {
-        /// Where it is.
-        path: PathBuf,
-        /// Which check refused it, and why.
-        reason: String,
-    },
-    /// Whether the copy is good could not be found out, so it was not kept.
-    #[error("a copy for {path} could not be proved: {detail}")]
-    Unproven {
-        /// The store or the checkpoint.
-        path: PathBuf,
-        /// Which check could not be made, and why.
-        detail: String,
-    },
-    /// The server or one of its programs did not do as asked.
-    #[error(transparent)]
-    Postgres(Box<crate::postgres::PostgresError>),
-    /// The Redis server did not do as asked.
-    #[error(transparent)]
-    Redis(Box<super::redis::RedisError>),
-    /// The state kept changing while it was copied.
-    #[error("{path} kept changing while it was copied ({attempts} attempts)")]
-    Changing {
-        /// What vanished or changed.
-        path: PathBuf,
-        /// How often it was tried.
-        attempts: u32,
-    },
-    /// Too many directories are set aside.
-    #[error(
-        "{found} directories are set aside beside {path}, {max} are allowed: look at them and move them away"
-    )]
-    TooManySetAside {
-        /// The state or the store.
-        path: PathBuf,
-        /// How many there are.
-        found: usize,
-        /// How many are allowed.
-        max: usize,
-    },
-    /// The state has more entries than allowed.
-    #[error(
-        "{path} has more than {max} files and folders: raise the limit or name a smaller state directory"
-    )]
-    TooManyEntries {
-        /// The state.
-        path: PathBuf,
-        /// The limit.
-        max: usize,
-    },
-    /// A file could not be read or written.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The system's word.
-        source: std::io::Error,
-    },
 }
 
 /// The checkpoints of one service.
@@ -293,8 +181,15 @@ impl CheckpointStore {
     /// # Errors
     /// [`CheckpointError`].
     pub fn stage(&self, state: &Path, unix_ms: u64) -> Result<Staged, CheckpointError> {
+        let from = Folder::open_named(state).map_err(at(state))?;
+        self.stage_from(&from, unix_ms)
+    }
+
+    /// The same of a directory that is open.
+    pub(super) fn stage_from(&self, from: &Folder, unix_ms: u64) -> Result<Staged, CheckpointError> {
         self.remove_incomplete()?;
-        let entries = walk(state, self.limits.entries_max)?;
+        let state = from.path();
+        let entries = walk_in(from, self.limits.entries_max)?;
         let bytes: u64 = entries
             .iter()
             .map(|(_, metadata)| if metadata.is_file() { metadata.len() } else { 0 })
@@ -304,7 +199,7 @@ impl CheckpointStore {
         let path = self.dir.join(format!("{INCOMPLETE}{sequence:012}"));
         let mut attempt = 1;
         let entries = loop {
-            match self.copy_tree(state, &path) {
+            match self.copy_tree(from, &path) {
                 Ok(entries) => break entries,
                 Err(CheckpointError::Io { source, .. })
                     if source.kind() == io::ErrorKind::NotFound
@@ -359,7 +254,7 @@ impl CheckpointStore {
     }
 
     /// Makes a staged copy the newest checkpoint. It is read back, and only when it proves good the oldest beyond the number kept are
-    /// removed.
+    /// removed; what cannot be restored is none of that number. The last one from before the state lost nine tenths is kept as well, for a week.
     ///
     /// # Errors
     /// [`CheckpointError::Io`]; [`CheckpointError::Corrupt`] when it cannot be read back as it was written.
@@ -370,7 +265,19 @@ impl CheckpointStore {
         let _guard = self.guard()?;
         fs::rename(&staged.staging, &checkpoint.path).map_err(at(&checkpoint.path))?;
         sync_dir(&self.dir)?;
-        for old in self.list()?.into_iter().skip(self.limits.keep) {
+        let kept = self.list()?;
+        let lost = remnant(kept.iter().map(Checkpoint::size));
+        let mut good = 0;
+        for (at, old) in kept.into_iter().enumerate() {
+            if good < self.limits.keep {
+                good += usize::from(self.may_be_restored(&old));
+                continue;
+            }
+            if lost == Some(at) {
+                let (path, before, now) = (old.path.display(), old.bytes, checkpoint.bytes);
+                tracing::warn!(%path, before, now, "the state lost nine tenths: its last copy from before that is kept as well");
+                continue;
+            }
             let doomed = self.dir.join(format!("{INCOMPLETE}{:012}", old.sequence));
             if let Err(error) = fs::rename(&old.path, &doomed).and_then(|()| fs::remove_dir_all(&doomed)) {
                 // The new checkpoint stands all the same.
@@ -378,6 +285,20 @@ impl CheckpointStore {
             }
         }
         Ok(checkpoint)
+    }
+
+    /// Those of [`Self::list`] that a restore would try: the manifest is whole and, where it is needed, the proof is there.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub fn restorable(&self) -> Result<Vec<Checkpoint>, CheckpointError> {
+        let mut found = self.list()?;
+        found.retain(|checkpoint| self.may_be_restored(checkpoint));
+        Ok(found)
+    }
+
+    fn may_be_restored(&self, checkpoint: &Checkpoint) -> bool {
+        read_manifest(&checkpoint.path).is_ok() && self.refuse_unproved(checkpoint).is_ok()
     }
 
     /// Throws a staged copy away.
@@ -388,7 +309,8 @@ impl CheckpointStore {
         fs::remove_dir_all(&staged.staging).map_err(at(&staged.staging))
     }
 
-    /// Complete checkpoints, newest first, not verified. A checkpoint whose manifest cannot be read counts zero files.
+    /// Complete checkpoints, newest first, those that were fetched from elsewhere after all that were taken here: their numbers are another store's.
+    /// They are not verified; one whose manifest cannot be read counts zero files.
     ///
     /// # Errors
     /// [`CheckpointError::Io`].
@@ -410,7 +332,10 @@ impl CheckpointStore {
                 path,
             });
         }
-        found.sort_by_key(|checkpoint| std::cmp::Reverse((checkpoint.sequence, checkpoint.unix_ms)));
+        found.sort_by_cached_key(|checkpoint| {
+            let fetched = checkpoint.path.join(FETCHED).exists();
+            (fetched, Reverse((checkpoint.sequence, checkpoint.unix_ms)))
+        });
         Ok(found)
     }
 
@@ -429,162 +354,19 @@ impl CheckpointStore {
         })
     }
 
-    /// Reads one checkpoint whole, standing back for the host's services, and sets it aside when it is not as it was taken. What differs then; `None` when it
-    /// is as it was, and when it is not there any more. Its proof is for a restore to look at.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Io`] when it cannot be read, which says nothing of it; [`CheckpointError::TooManySetAside`] when it is damaged and has to stay.
-    pub async fn scrub(
-        self: &Arc<Self>,
-        checkpoint: &Checkpoint,
-        background: &Background,
-    ) -> Result<Option<String>, CheckpointError> {
-        let (store, checkpoint) = (Arc::clone(self), checkpoint.clone());
-        let read = super::unblock_behind(background, move || store.scrub_now(&checkpoint));
-        background.during(read).await
-    }
-
-    fn scrub_now(&self, checkpoint: &Checkpoint) -> Result<Option<String>, CheckpointError> {
-        let looked = verify_at(&checkpoint.path);
-        // A restore or a newer one may be at it: whoever comes first has it.
-        let _guard = self.guard()?;
-        if !checkpoint.path.exists() {
-            return Ok(None);
-        }
-        let what = match looked {
-            Ok(_) => return Ok(None),
-            Err(CheckpointError::Corrupt { what, .. }) => what,
-            Err(error) => return Err(error),
-        };
-        if let Some(to) = self.quarantine(checkpoint)? {
+    /// Sets one aside that is damaged, with what is wrong beside it. Where it went; `None` when there are too many already and it stays where it is.
+    fn set_aside_for(&self, checkpoint: &Checkpoint, what: &str) -> Result<Option<PathBuf>, CheckpointError> {
+        let to = self.quarantine(checkpoint)?;
+        if let Some(to) = &to {
             // It is set aside with or without its reason.
             let reason = to.join(REASON);
             if let Err(error) = write_synced(&reason, what.as_bytes(), 0) {
                 tracing::warn!(path = %reason.display(), %error, "no reason was left beside a damaged checkpoint");
             }
-        } else {
-            let path = self.quarantine_dir()?;
-            return Err(CheckpointError::TooManySetAside {
-                found: names(&path)?.len(),
-                path,
-                max: self.limits.set_aside_max,
-            });
         }
-        Ok(Some(what))
+        Ok(to)
     }
 
-    /// Puts the newest valid checkpoint in the place of `state`; corrupt ones met on the way are set aside. The service must be
-    /// stopped.
-    ///
-    /// # Errors
-    /// [`CheckpointError`]; then `state` is as it was.
-    pub fn restore(&self, state: &Path) -> Result<Restored, CheckpointError> {
-        let _guard = self.guard()?;
-        let candidates = self.list()?;
-        let mut quarantined = Vec::new();
-        let mut refused = 0;
-        for checkpoint in candidates {
-            if self.refuse_unproved(&checkpoint).is_err() {
-                refused += 1;
-                continue;
-            }
-            match self.restore_one(&checkpoint, state) {
-                Ok(replaced) => {
-                    return Ok(Restored {
-                        checkpoint,
-                        replaced,
-                        quarantined,
-                    });
-                }
-                Err(CheckpointError::Corrupt { what, .. }) => {
-                    refused += 1;
-                    tracing::warn!(checkpoint = %checkpoint.path.display(), what, "corrupt checkpoint set aside");
-                    quarantined.extend(self.quarantine(&checkpoint)?);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(CheckpointError::NoneValid {
-            path: self.dir.clone(),
-            refused,
-        })
-    }
-
-    /// The same with one named checkpoint; it is refused, not set aside, when it is corrupt.
-    ///
-    /// # Errors
-    /// [`CheckpointError`]; then `state` is as it was.
-    pub fn restore_sequence(
-        &self,
-        which: impl Into<Which>,
-        state: &Path,
-    ) -> Result<Restored, CheckpointError> {
-        let _guard = self.guard()?;
-        let checkpoint = self.named(which.into())?;
-        self.refuse_unproved(&checkpoint)?;
-        let replaced = self.restore_one(&checkpoint, state)?;
-        Ok(Restored {
-            checkpoint,
-            replaced,
-            quarantined: Vec::new(),
-        })
-    }
-
-    /// Ends a restore that a crash interrupted: when `state` is missing and its successor is complete, that takes its place; what
-    /// else was left is set aside or, if incomplete, removed. Call before a start.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Io`].
-    pub fn finish_interrupted(&self, state: &Path) -> Result<(), CheckpointError> {
-        let (partial, ready) = (beside(state, PARTIAL), beside(state, READY));
-        if partial.symlink_metadata().is_ok() {
-            fs::remove_dir_all(&partial).map_err(at(&partial))?;
-        }
-        if ready.symlink_metadata().is_ok() {
-            let to = if state.symlink_metadata().is_ok() {
-                next_replaced(state)?
-            } else {
-                state.to_owned()
-            };
-            fs::rename(&ready, &to).map_err(at(&to))?;
-            sync_dir(parent(state))?;
-        }
-        Ok(())
-    }
-
-    fn restore_one(&self, checkpoint: &Checkpoint, state: &Path) -> Result<Option<PathBuf>, CheckpointError> {
-        self.finish_interrupted(state)?;
-        let aside = replaced(state)?.len();
-        if aside >= self.limits.set_aside_max {
-            let max = self.limits.set_aside_max;
-            return Err(CheckpointError::TooManySetAside {
-                path: state.to_owned(),
-                found: aside,
-                max,
-            });
-        }
-        let manifest = verify_at(&checkpoint.path)?;
-        let left = self.limits.free_bytes_min.min(RESTORE_FREE_BYTES);
-        needs_room(parent(state), manifest.bytes(), left)?;
-        let (partial, ready) = (beside(state, PARTIAL), beside(state, READY));
-        let written = write_tree(
-            &checkpoint.path,
-            &manifest,
-            &partial,
-            Durability::at_once(manifest.entries.len()),
-        );
-        if written.is_err()
-            && let Err(error) = fs::remove_dir_all(&partial)
-        {
-            tracing::warn!(path = %partial.display(), %error, "incomplete restore not removed");
-        }
-        written?;
-        fs::rename(&partial, &ready).map_err(at(&ready))?;
-        sync_dir(parent(state))?;
-        swap(&ready, state)
-    }
-
-    /// Where it went; `None` when there are too many already and it stays where it is.
     fn quarantine(&self, checkpoint: &Checkpoint) -> Result<Option<PathBuf>, CheckpointError> {
         let dir = self.quarantine_dir()?;
         if names(&dir)?.len() >= self.limits.set_aside_max {
@@ -641,31 +423,10 @@ impl CheckpointStore {
         Ok(())
     }
 
-    fn copy_tree(&self, state: &Path, to: &Path) -> Result<Vec<Entry>, CheckpointError> {
+    fn copy_tree(&self, from: &Folder, to: &Path) -> Result<Vec<Entry>, CheckpointError> {
         DirBuilder::new().mode(0o700).create(to).map_err(at(to))?;
-        let tree = to.join(TREE);
-        let mut entries = Vec::new();
-        let mut folders = Vec::new();
-        let walked = walk(state, self.limits.entries_max)?;
-        let mut sync = Durability::paced();
-        for (path, metadata) in walked {
-            let (source, copy) = (joined(state, &path), joined(&tree, &path));
-            let kind = if metadata.is_dir() {
-                DirBuilder::new().mode(0o700).create(&copy).map_err(at(&copy))?;
-                folders.push((copy, metadata.mode()));
-                Kind::Folder
-            } else if metadata.is_symlink() {
-                let target = fs::read_link(&source).map_err(at(&source))?;
-                std::os::unix::fs::symlink(&target, &copy).map_err(at(&copy))?;
-                Kind::Link { target }
-            } else {
-                copy_file(&source, &copy, metadata.mode(), &mut sync)?
-            };
-            entries.push(Entry::new(path, kind, &metadata));
-        }
-        seal(&folders, &mut sync)?;
-        sync.end(&tree).map_err(|error| full_or(&tree, error))?;
-        Ok(entries)
+        let walked = walk_in(from, self.limits.entries_max)?;
+        copy_walked(from, walked, &to.join(TREE))
     }
 }
 
@@ -678,51 +439,6 @@ pub fn free_bytes(path: &Path) -> Result<u64, CheckpointError> {
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
-/// Every entry under `dir`, itself first with an empty path; a folder comes before its content, names in order.
-pub(super) fn walk(dir: &Path, max: usize) -> Result<Vec<(PathBuf, fs::Metadata)>, CheckpointError> {
-    let mut found = vec![(PathBuf::new(), fs::metadata(dir).map_err(at(dir))?)];
-    let mut at_entry = 0;
-    while at_entry < found.len() {
-        let (path, metadata) = found[at_entry].clone();
-        at_entry += 1;
-        if !metadata.is_dir() {
-            continue;
-        }
-        let folder = joined(dir, &path);
-        let mut inside: Vec<PathBuf> = Vec::new();
-        for entry in fs::read_dir(&folder).map_err(at(&folder))? {
-            inside.push(path.join(entry.map_err(at(&folder))?.file_name()));
-        }
-        inside.sort();
-        for path in inside {
-            let full = dir.join(&path);
-            let metadata = full.symlink_metadata().map_err(at(&full))?;
-            if path.to_str().is_none() {
-                let source = io::Error::new(io::ErrorKind::InvalidInput, "the name is not UTF-8");
-                return Err(CheckpointError::Io { path: full, source });
-            }
-            if metadata.is_dir() || metadata.is_file() || metadata.is_symlink() {
-                found.push((path, metadata));
-            }
-            if found.len() > max {
-                return Err(CheckpointError::TooManyEntries {
-                    path: dir.to_owned(),
-                    max,
-                });
-            }
-        }
-    }
-    Ok(found)
-}
-
-fn copy_file(from: &Path, to: &Path, mode: u32, sync: &mut Durability) -> Result<Kind, CheckpointError> {
-    let mut source = File::open(from).map_err(at(from))?;
-    let mut copy = create(to, mode)?;
-    let copied = sync.copy(&mut source, &mut copy);
-    let (bytes, sha256) = copied.map_err(|error| full_or(to, error))?;
-    Ok(Kind::File { bytes, sha256 })
-}
-
 fn create(path: &Path, mode: u32) -> Result<File, CheckpointError> {
     let file = OpenOptions::new()
         .write(true)
@@ -733,93 +449,6 @@ fn create(path: &Path, mode: u32) -> Result<File, CheckpointError> {
     file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))
         .map_err(at(path))?;
     Ok(file)
-}
-
-/// Syncs folders where that is done one by one, innermost first, and gives them their permissions.
-fn seal(folders: &[(PathBuf, u32)], sync: &mut Durability) -> Result<(), CheckpointError> {
-    for (folder, mode) in folders.iter().rev() {
-        sync.folder(folder).map_err(at(folder))?;
-        fs::set_permissions(folder, fs::Permissions::from_mode(mode & 0o7777)).map_err(at(folder))?;
-    }
-    Ok(())
-}
-
-/// Writes the checkpoint at `from` to `to`, comparing each digest once more on the way.
-pub(super) fn write_tree(
-    from: &Path,
-    manifest: &Manifest,
-    to: &Path,
-    mut sync: Durability,
-) -> Result<(), CheckpointError> {
-    let tree = from.join(TREE);
-    let mut folders = Vec::new();
-    for entry in &manifest.entries {
-        let (source, path) = (joined(&tree, &entry.path), joined(to, &entry.path));
-        match &entry.kind {
-            Kind::Folder => {
-                DirBuilder::new()
-                    .mode(0o700)
-                    .create(&path)
-                    .map_err(|error| full_or(&path, error))?;
-                folders.push((path.clone(), entry.mode));
-            }
-            Kind::Link { target } => {
-                std::os::unix::fs::symlink(target, &path).map_err(|error| full_or(&path, error))?;
-            }
-            Kind::File { .. } => {
-                let found = copy_file(&source, &path, entry.mode, &mut sync)?;
-                differs(from, entry, &found)?;
-            }
-        }
-        let made = path.symlink_metadata().map_err(at(&path))?;
-        if (made.uid(), made.gid()) != (entry.uid, entry.gid) {
-            std::os::unix::fs::lchown(&path, Some(entry.uid), Some(entry.gid)).map_err(at(&path))?;
-        }
-    }
-    seal(&folders, &mut sync)?;
-    sync.end(to).map_err(|error| full_or(to, error))
-}
-
-/// Reads a checkpoint whole: the manifest, every byte of every file, and that nothing is missing or extra.
-pub(super) fn verify_at(path: &Path) -> Result<Manifest, CheckpointError> {
-    let corrupt = |what: String| CheckpointError::Corrupt {
-        path: path.to_owned(),
-        what,
-    };
-    let manifest = read_manifest(path)?;
-    let tree = path.join(TREE);
-    let expected: BTreeSet<&PathBuf> = manifest.entries.iter().map(|entry| &entry.path).collect();
-    let walked = walk(&tree, manifest.entries.len()).map_err(|error| match error {
-        CheckpointError::TooManyEntries { .. } => corrupt("it holds more than its manifest names".to_owned()),
-        CheckpointError::Io {
-            path: missing,
-            source,
-        } if source.kind() == io::ErrorKind::NotFound => corrupt(format!("{} is missing", missing.display())),
-        other => other,
-    })?;
-    let walked: BTreeMap<PathBuf, fs::Metadata> = walked.into_iter().collect();
-    if let Some(extra) = walked.keys().find(|found| !expected.contains(found)) {
-        return Err(corrupt(format!("{} is not in its manifest", extra.display())));
-    }
-    for entry in &manifest.entries {
-        let full = joined(&tree, &entry.path);
-        let Some(metadata) = walked.get(&entry.path) else {
-            return Err(corrupt(format!("{} is missing", full.display())));
-        };
-        let found = if metadata.is_dir() {
-            Kind::Folder
-        } else if metadata.is_symlink() {
-            Kind::Link {
-                target: fs::read_link(&full).map_err(at(&full))?,
-            }
-        } else {
-            let mut file = File::open(&full).map_err(at(&full))?;
-            let (bytes, sha256) = copy_digest(&mut file, &mut io::sink()).map_err(at(&full))?;
-            Kind::File { bytes, sha256 }
-        };
-        differs(path, entry, &found)?;
-    }
-    Ok(manifest)
 }
 
 /// Whether `bytes` can be written to the file system of `path` so that `left` bytes stay free.
@@ -836,17 +465,6 @@ pub(super) fn needs_room(path: &Path, bytes: u64, left: u64) -> Result<(), Check
     Ok(())
 }
 
-fn differs(checkpoint: &Path, entry: &Entry, found: &Kind) -> Result<(), CheckpointError> {
-    if entry.kind == *found {
-        return Ok(());
-    }
-    let what = format!("{}: expected {}, found {found}", entry.path.display(), entry.kind);
-    Err(CheckpointError::Corrupt {
-        path: checkpoint.to_owned(),
-        what,
-    })
-}
-
 pub(super) fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
     let corrupt = |what: String| CheckpointError::Corrupt {
         path: path.to_owned(),
@@ -860,51 +478,6 @@ pub(super) fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
         }
         Err(error) => Err(at(&file)(error)),
     }
-}
-
-/// Puts `ready` in the place of `state`, in one step where the file system can. Where the former state went.
-fn swap(ready: &Path, state: &Path) -> Result<Option<PathBuf>, CheckpointError> {
-    let folder = parent(state);
-    if state.symlink_metadata().is_err() {
-        fs::rename(ready, state).map_err(at(state))?;
-        sync_dir(folder)?;
-        return Ok(None);
-    }
-    let aside = next_replaced(state)?;
-    if renameat_with(CWD, ready, CWD, state, RenameFlags::EXCHANGE).is_ok() {
-        sync_dir(folder)?;
-        fs::rename(ready, &aside).map_err(at(&aside))?;
-    } else {
-        // In two steps; `finish_interrupted` takes the second one after a crash.
-        fs::rename(state, &aside).map_err(at(&aside))?;
-        fs::rename(ready, state).map_err(at(state))?;
-    }
-    sync_dir(folder)?;
-    Ok(Some(aside))
-}
-
-/// Former states beside `state`, with their numbers.
-fn replaced(state: &Path) -> Result<Vec<u64>, CheckpointError> {
-    let prefix = beside(state, REPLACED);
-    let Some(prefix) = prefix.file_name().and_then(|name| name.to_str()) else {
-        return Ok(Vec::new());
-    };
-    let found = names(parent(state))?;
-    Ok(found
-        .iter()
-        .filter_map(|name| name.strip_prefix(prefix)?.parse().ok())
-        .collect())
-}
-
-fn next_replaced(state: &Path) -> Result<PathBuf, CheckpointError> {
-    let last = replaced(state)?.into_iter().max().unwrap_or(0);
-    Ok(beside(state, &format!("{REPLACED}{}", last + 1)))
-}
-
-fn beside(state: &Path, suffix: &str) -> PathBuf {
-    let mut name = state.file_name().unwrap_or_default().to_owned();
-    name.push(suffix);
-    state.with_file_name(name)
 }
 
 fn parent(path: &Path) -> &Path {
@@ -985,10 +558,7 @@ fn full_or(path: &Path, source: io::Error) -> CheckpointError {
 pub(super) const MANIFEST: &str = "MANIFEST";
 pub(super) const TREE: &str = "tree";
 pub(super) const QUARANTINE: &str = "quarantine";
+/// Beside the tree of a copy that was fetched.
+pub(super) const FETCHED: &str = "FETCHED";
 pub(super) const INCOMPLETE: &str = "tmp-";
-const PARTIAL: &str = ".restore-partial";
-const READY: &str = ".restore-ready";
-const REPLACED: &str = ".replaced-";
 const ATTEMPTS_MAX: u32 = 3;
-/// Most bytes that must stay free after a restore: what the service needs to begin with.
-const RESTORE_FREE_BYTES: u64 = 1 << 20;

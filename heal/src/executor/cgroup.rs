@@ -170,7 +170,8 @@ impl Change {
 }
 
 fn whole(bytes: u64) -> String {
-    (bytes / PAGE * PAGE).to_string()
+    let page = rustix::param::page_size() as u64;
+    (bytes / page * page).to_string()
 }
 
 impl TryFrom<String> for GroupName {
@@ -283,14 +284,28 @@ impl CgroupHands {
         self.write_record(&record)?;
         write(&path, &wanted)?;
         let found = settled(&path, &wanted)?;
-        drop(closed);
         if !same(&found, &wanted) {
+            // What the kernel made of it would not be known for ours when its time is over.
+            self.give_up(&path, &mut record)?;
             return Err(CgroupError::NotTaken { path, wanted, found });
         }
+        drop(closed);
         Ok(format!(
             "{} of {} is {found} for {:?}",
             file, bound.group, bound.lasts
         ))
+    }
+
+    /// Puts back what stood at `path` before, and forgets it.
+    fn give_up(&self, path: &Path, record: &mut Vec<Undo>) -> Result<(), CgroupError> {
+        let (given_up, left): (Vec<Undo>, Vec<Undo>) = std::mem::take(record)
+            .into_iter()
+            .partition(|undo| undo.path == path);
+        for undo in given_up {
+            write(path, &undo.before)?;
+        }
+        *record = left;
+        self.write_record(record)
     }
 
     /// Undoes what one intent did; `None` undoes everything. What was undone, in words.
@@ -519,7 +534,6 @@ fn millis(span: Duration) -> u64 {
 const PERCENT_US: u32 = 1_000;
 /// The kernel takes no less.
 const QUOTA_MIN_US: u64 = 1_000;
-const PAGE: u64 = 4_096;
 const NAME_BYTES_MAX: usize = 200;
 const PROCS: &str = "cgroup.procs";
 /// Before what could not be taken back is tried again.

@@ -14,13 +14,11 @@
 //! the pipe is closed: a daemon that it starts must write elsewhere.
 
 use std::collections::BTreeMap;
-use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
-use tokio::time::timeout;
+
+use crate::bounded::{self, Bounds, Left, NotRun};
 
 /// What is run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,63 +103,26 @@ impl Hook {
             .env("THERIAC_INCIDENT", called.incident.to_string())
             .env("THERIAC_INTENT", called.intent.to_string())
             .env("THERIAC_REASON", &called.reason)
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true);
-        let mut child = command.spawn().map_err(|source| HookError::Spawn {
-            program: program.clone(),
-            source,
-        })?;
-        let group = child
-            .id()
-            .and_then(|id| i32::try_from(id).ok())
-            .and_then(Pid::from_raw);
-        // Also when nobody waits any more, as when the edge is told to stop: what it started would go on unseen. Dropped before the child, so
-        // its number is still its own then.
-        let mut guard = KillGroup(group);
-        let (stdout, stderr, max) = (child.stdout.take(), child.stderr.take(), self.output_bytes_max);
-        let (mut said, mut err) = (Vec::new(), Vec::new());
-        let status = {
-            let reading =
-                async { tokio::join!(capped(stdout, max, &mut said), capped(stderr, max, &mut err)) };
-            tokio::pin!(reading);
-            let mut read = false;
-            let exited = async {
-                loop {
-                    tokio::select! {
-                        status = child.wait() => return status,
-                        _ = &mut reading, if !read => read = true,
-                    }
-                }
-            };
-            let status = timeout(self.timeout, exited).await;
-            // Whatever it started may keep the pipes open for as long as it likes.
-            if status.is_ok() && !read {
-                drop(timeout(DRAIN_MAX, reading).await);
+            .current_dir("/");
+        let bounds = Bounds {
+            time: self.timeout,
+            output_bytes: self.output_bytes_max,
+            drain: DRAIN_MAX,
+            left: Left::Alone,
+        };
+        let ran = match bounded::run(command, bounds, drop).await {
+            Ok(ran) => ran,
+            Err(NotRun::Failed(source)) => return Err(HookError::Spawn { program, source }),
+            Err(NotRun::Late) => {
+                return Err(HookError::Timeout {
+                    program,
+                    after: self.timeout,
+                });
             }
-            status
         };
-        let Ok(status) = status else {
-            // Not reaped yet, so the number is still its own. What it started in its group goes with it; what left the group is not
-            // ours to find.
-            guard.kill();
-            drop(child.wait().await);
-            return Err(HookError::Timeout {
-                program,
-                after: self.timeout,
-            });
-        };
-        // It is reaped: the number may be another's soon, and what it left running goes on.
-        guard.0 = None;
-        let status = status.map_err(|source| HookError::Spawn {
-            program: program.clone(),
-            source,
-        })?;
-        said.extend_from_slice(&err);
-        said.truncate(max);
+        let (status, mut said) = (ran.status, ran.out);
+        said.extend_from_slice(&ran.err);
+        said.truncate(self.output_bytes_max);
         let said = String::from_utf8_lossy(&said).trim().to_owned();
         if status.success() {
             Ok(format!("{program} did its part: {said}"))
@@ -175,39 +136,14 @@ impl Hook {
     }
 }
 
-/// The process group of a program that is not reaped.
-struct KillGroup(Option<Pid>);
-
-impl KillGroup {
-    fn kill(&mut self) {
-        if let Some(Err(error)) = self.0.take().map(|group| kill_process_group(group, Signal::KILL)) {
-            tracing::warn!(%error, "the hook's processes could not be killed");
-        }
-    }
-}
-
-impl Drop for KillGroup {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// Reads to the end, so that the program is never blocked, and keeps the first `max` bytes.
-async fn capped(pipe: Option<impl AsyncRead + Unpin>, max: usize, kept: &mut Vec<u8>) {
-    let Some(mut pipe) = pipe else { return };
-    let mut block = [0_u8; 1024];
-    while let Ok(read @ 1..) = pipe.read(&mut block).await {
-        let room = max.saturating_sub(kept.len());
-        kept.extend_from_slice(&block[..read.min(room)]);
-    }
-}
-
 /// Longest time that output is waited for after the exit.
 pub const DRAIN_MAX: Duration = Duration::from_millis(200);
 
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
+
+    use rustix::process::{Pid, Signal};
 
     use super::*;
 

@@ -2,7 +2,7 @@
 
 pub mod cgroup;
 pub mod clock;
-mod group;
+pub(crate) mod group;
 mod held;
 pub mod hook;
 #[cfg(feature = "kubernetes")]

@@ -141,6 +141,8 @@ pub struct Relief {
     pub ended: Vec<SessionRef>,
     /// Whether the server was afterwards as it should be.
     pub relieved: bool,
+    /// Whether the one to be touched was left because it commits.
+    pub spared: bool,
     /// What was seen, in words.
     pub detail: String,
 }
@@ -210,6 +212,7 @@ impl PostgresHands {
             cancelled: Vec::new(),
             ended: Vec::new(),
             relieved: true,
+            spared: false,
             detail: "no pile-up was left".to_owned(),
         };
         let mut roots = self.roots(&sessions(&session).await?).into_iter();
@@ -247,7 +250,7 @@ impl PostgresHands {
             _ => None,
         };
         if let Some(left) = left {
-            relief.relieved = false;
+            (relief.relieved, relief.spared) = (false, true);
             relief.detail.push_str(left);
             return Ok(relief);
         }
@@ -335,6 +338,7 @@ impl PostgresHands {
         Ok(Relief {
             cancelled: Vec::new(),
             relieved: free >= free_min,
+            spared: false,
             detail: format!(
                 "{before} slots for clients were free, {} idle sessions were ended, {free} are free",
                 ended.len()
@@ -383,6 +387,7 @@ impl PostgresHands {
             cancelled: Vec::new(),
             ended: Vec::new(),
             relieved,
+            spared: false,
             detail: if relieved {
                 format!("the settings were read again: {} had changed", newer.join(", "))
             } else {

@@ -33,7 +33,7 @@ pub struct ServiceSpec {
     pub name: String,
     /// Program and arguments; no shell takes part. The program should be an absolute path.
     pub argv: Vec<String>,
-    /// Variables added to the inherited environment.
+    /// Variables added to the inherited environment, from which the healer's own are taken out.
     pub env: BTreeMap<String, String>,
     /// Working directory; `None` inherits.
     pub cwd: Option<PathBuf>,
@@ -291,10 +291,10 @@ impl Supervisor {
         let recorded = record
             .as_ref()
             .filter(|record| record.boot == super::clock::clock_id());
-        let leader = recorded
+        let of_record = recorded
             .and_then(|record| Member::read(record.pid).filter(|member| record.is_of(member)))
-            .or_else(|| marked.iter().find(|member| member.is_leader()).copied())
             .filter(|member| !member.is_dead());
+        let leader = of_record.or_else(|| self.unrecorded(&marked, recorded.is_some()));
         if let Some(leader) = leader {
             let end = watch(leader.pid).map_err(|source| self.io(format!("/proc/{}", leader.pid), source))?;
             // With the descriptor open the process id cannot come to mean another process.
@@ -306,7 +306,7 @@ impl Supervisor {
                     session: leader.session,
                     leader_start: leader.start_ticks,
                 });
-                self.started_for = recorded.and_then(|record| record.intent);
+                self.started_for = of_record.and_then(|_| recorded?.intent);
                 self.running = Some(Running {
                     pid: leader.pid,
                     end: End::Watched(end),
@@ -320,28 +320,57 @@ impl Supervisor {
             session: record.session,
             leader_start: record.start_ticks,
         });
-        let mut groups: Vec<Group> = of_record.into_iter().collect();
-        for member in marked.iter().filter(|member| !member.is_dead()) {
-            let known = |group: &Group| (group.id, group.session) == (member.group, member.session);
-            if !groups.iter().any(known) {
-                groups.push(Group {
-                    id: member.group,
-                    session: member.session,
-                    leader_start: 0,
-                });
-            }
-        }
-        let mut processes = 0;
-        for group in groups {
-            self.group = Some(group);
-            processes += self.end_group().await?;
-        }
+        self.group = of_record;
+        let processes = self.end_group().await? + self.end_marked().await?;
         self.forget_record();
         Ok(if processes == 0 {
             Leftover::None
         } else {
             Leftover::Cleared { processes }
         })
+    }
+
+    /// The service where no record names it: one of the processes with its mark that runs its program, the oldest. A wrapper may have become another
+    /// program; then, where there is no record at all, one that leads a group in a session that is not its own. The mark is inherited by all
+    /// that the service ever started, so it alone proves nothing: a helper that left for a session of its own is none of ours.
+    fn unrecorded(&self, marked: &[Member], recorded: bool) -> Option<Member> {
+        let mut leaders: Vec<&Member> = marked
+            .iter()
+            .filter(|member| member.is_leader() && !member.is_dead())
+            .collect();
+        leaders.sort_by_key(|member| member.start_ticks);
+        let runs = leaders.iter().find(|member| member.runs(&self.spec.argv));
+        let became = || leaders.iter().find(|member| !member.leads_session());
+        let found = runs.or_else(|| if recorded { None } else { became() })?;
+        let service = &self.spec.name;
+        tracing::warn!(%service, pid = found.pid, "no record names it: taken for the service by its mark and its program");
+        Some(**found)
+    }
+
+    /// KILLs what has the service's mark and is left of a group whose leader is gone. How many there were.
+    async fn end_marked(&self) -> Result<usize, ProcessError> {
+        let left = || {
+            let is_left = |member: &Member| !member.is_dead() && member.is_orphaned();
+            let mut marked = Member::marked(&self.mark());
+            marked.retain(is_left);
+            marked
+        };
+        let deadline = Instant::now() + self.spec.kill_wait;
+        let mut found = BTreeSet::new();
+        loop {
+            let members = left();
+            if members.is_empty() {
+                return Ok(found.len());
+            }
+            if Instant::now() >= deadline {
+                return Err(self.not_gone(members.iter().map(|member| member.pid).collect()));
+            }
+            for member in members {
+                member.signal(Signal::KILL, Member::is_orphaned);
+                found.insert(member.pid);
+            }
+            sleep(POLL_EVERY).await;
+        }
     }
 
     /// Starts the service; ends what is left of the former group first and waits for the spacing between starts. Its process id.
@@ -380,6 +409,9 @@ impl Supervisor {
             .map_or_else(BTreeSet::new, listening::listening);
         let (stdout, stderr) = self.outputs()?;
         let mut command = Command::new(&program);
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_ours(name)) {
+            command.env_remove(name);
+        }
         command
             .args(&arguments)
             .envs(&self.spec.env)
@@ -787,6 +819,24 @@ pub fn process_state(pid: u32) -> Option<ProcessState> {
         _ if member.is_dead() => None,
         _ => Some(ProcessState::Alive),
     }
+}
+
+/// Whether a variable is for the healer itself and nothing for a service to know: credentials of the store of copies, its settings, the sockets and
+/// the watchdog of the manager that started it.
+fn is_ours(name: &OsStr) -> bool {
+    const FAMILIES: [&[u8]; 2] = [b"AWS_", b"THERIAC_"];
+    // sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
+    const NAMES: [&str; 7] = [
+        "NOTIFY_SOCKET",
+        "WATCHDOG_PID",
+        "WATCHDOG_USEC",
+        "LISTEN_PID",
+        "LISTEN_PIDFDID",
+        "LISTEN_FDS",
+        "LISTEN_FDNAMES",
+    ];
+    let bytes = name.as_encoded_bytes();
+    FAMILIES.iter().any(|family| bytes.starts_with(family)) || NAMES.iter().any(|ours| name == *ours)
 }
 
 /// Variable in the child's environment that names its record file.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fs, io};
 
 use super::cgroup::{CgroupError, CgroupHands, UNDO_AGAIN};
 use super::clock;
@@ -103,7 +104,7 @@ impl ServiceHands {
             Ok(Leftover::None | Leftover::Cleared { .. }) => {}
             Err(error) => return Boot::Failed(error.to_string()),
         }
-        match self.start(None).await {
+        match self.begin().await {
             Ok(pid) => Boot::Started { pid },
             Err(Refused::Corrupt(detail)) => Boot::StateCorrupt(detail),
             Err(Refused::Failed(detail)) => Boot::Failed(detail),
@@ -118,16 +119,19 @@ impl ServiceHands {
         }
         self.hold(intent).await;
         let done = match intent.action {
-            ActionKind::Start if self.supervisor.pid().is_some() => Ok(()),
-            ActionKind::Start => self.start(Some(intent)).await.map(drop),
-            ActionKind::Restart => self.restart(intent).await,
-            ActionKind::RestoreAndStart => self.restore(intent).await,
+            ActionKind::Start if self.supervisor.pid().is_some() => Ok(Outcome::Done),
+            ActionKind::Start => self.start(Some(intent)).await.map(|_pid| Outcome::Done),
+            ActionKind::Restart => self.restart(intent).await.map(|()| Outcome::Done),
+            ActionKind::RestoreAndStart => self
+                .restore(intent)
+                .await
+                .map(|detail| Outcome::Restored { detail }),
             other => Err(Refused::Failed(format!("{other} is no action on a process"))),
         };
         let running = self.supervisor.pid().is_some();
         self.let_go(running);
         match done {
-            Ok(()) => Outcome::Done,
+            Ok(outcome) => outcome,
             Err(Refused::Corrupt(detail)) => Outcome::StateCorrupt { detail, running },
             Err(Refused::Failed(detail)) => Outcome::Failed { detail, running },
         }
@@ -355,6 +359,9 @@ impl Beside {
             Ok(relief) if relief.relieved => Outcome::Relieved {
                 detail: relief.detail,
             },
+            Ok(relief) if relief.spared => Outcome::Spared {
+                detail: relief.detail,
+            },
             Ok(relief) => Outcome::Fruitless {
                 detail: relief.detail,
             },
@@ -438,6 +445,14 @@ impl ServiceHands {
         Some(state.check.as_ref()?.run(&state.dir).await)
     }
 
+    /// Starts what does not run, for no intent: at the node's start. Its process. Not where its state is corrupt or gone.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub async fn begin(&mut self) -> Result<u32, Refused> {
+        self.start(None).await
+    }
+
     async fn start(&mut self, intent: Option<&Intent>) -> Result<u32, Refused> {
         self.supervisor.free_for_a_start()?;
         if let Some(state) = &self.state {
@@ -462,7 +477,8 @@ impl ServiceHands {
         self.start(Some(intent)).await.map(drop)
     }
 
-    async fn restore(&mut self, intent: &Intent) -> Result<(), Refused> {
+    /// Which state the service runs on then, in words.
+    async fn restore(&mut self, intent: &Intent) -> Result<String, Refused> {
         let Some(state) = &self.state else {
             return Err(Refused::Failed(
                 "the service has no state directory to restore".to_owned(),
@@ -486,23 +502,25 @@ impl ServiceHands {
         }
         self.supervisor.stop().await?;
         // What a check said while the service wrote, or before somebody mended it, may not hold now.
-        if exists(&dir) && self.check_state().await == Some(StateVerdict::Good) {
+        let gone = state.gone().await?;
+        if gone.is_none() && exists(&dir) && self.check_state().await == Some(StateVerdict::Good) {
             tracing::info!(service = %intent.service, "the state passes its check again and is kept");
-            return self.start(Some(intent)).await.map(drop);
+            self.start(Some(intent)).await?;
+            return Ok("its state passes its check again and was kept".to_owned());
         }
         nothing_to_restore()?;
         let restored: Restored = blocking(move || store.restore(&dir)).await?;
-        tracing::info!(
-            service = %intent.service,
-            checkpoint = restored.checkpoint.sequence,
-            replaced = restored.replaced.as_deref().map(|path| path.display().to_string()),
-            "state restored"
-        );
-        self.start(Some(intent)).await.map(drop)
+        let detail = restored.to_string();
+        tracing::info!(service = %intent.service, detail, "state restored");
+        self.start(Some(intent)).await?;
+        Ok(detail)
     }
 
     async fn refuse_corrupt(&self) -> Result<(), Refused> {
         let Some(state) = &self.state else { return Ok(()) };
+        if let Some(gone) = state.gone().await? {
+            return Err(Refused::Corrupt(gone));
+        }
         match self.check_state().await {
             // A service that has no state yet makes it.
             Some(StateVerdict::Corrupt(detail)) if exists(&state.dir) => Err(Refused::Corrupt(detail)),
@@ -517,6 +535,36 @@ impl ServiceHands {
 }
 
 impl ServiceState {
+    /// In words, that there is nothing where there are checkpoints of something: a disk that did not come back, or a directory that somebody
+    /// emptied. Whoever is started on it serves nothing, and copies of that push out those of what was lost.
+    async fn gone(&self) -> Result<Option<String>, CheckpointError> {
+        let (store, dir) = (self.checkpoints.clone(), self.dir.clone());
+        unblock(move || {
+            if !is_empty(&dir) {
+                return Ok(None);
+            }
+            let kept = match store.restorable() {
+                Ok(kept) => kept,
+                Err(error) => {
+                    // That says nothing of the state, and a start must not depend on it.
+                    tracing::warn!(%error, "whether there are checkpoints of an empty state cannot be seen");
+                    return Ok(None);
+                }
+            };
+            // The newest alone: of a state that is empty now and then the one before it may not be.
+            let newest = kept.into_iter().next().filter(|newest| newest.files > 0);
+            Ok(newest.map(|newest| {
+                format!(
+                    "{} is empty or missing, and checkpoint {} of it has {} files",
+                    dir.display(),
+                    newest.sequence,
+                    newest.files
+                )
+            }))
+        })
+        .await
+    }
+
     /// See [`ServiceHands::checkpoint`]. Needs no hold on the process, so it can run beside the supervisor.
     ///
     /// # Errors
@@ -548,8 +596,11 @@ impl ServiceState {
 }
 
 /// Why an action did not come to its end.
-enum Refused {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refused {
+    /// The state is corrupt or gone, in words.
     Corrupt(String),
+    /// Something else, in words.
     Failed(String),
 }
 
@@ -581,6 +632,14 @@ async fn unblock<T: Send + 'static>(
             source: std::io::Error::other(error),
         })
     })
+}
+
+/// Whether it is not there, or holds nothing but what a new file system does. One that cannot be read says nothing.
+fn is_empty(dir: &Path) -> bool {
+    match fs::read_dir(dir) {
+        Ok(mut entries) => entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == "lost+found")),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
 }
 
 fn exists(path: &Path) -> bool {

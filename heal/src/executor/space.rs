@@ -33,6 +33,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::held::{FileId, held_for_writing};
 use super::place::{Mounts, Place};
+use crate::folder::DIRECTORY;
 
 /// What may be moved, and where to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -603,10 +604,6 @@ const FILES_MAX: usize = 1_000;
 /// Entries looked at; of more, the oldest files among so many are taken.
 const VISITED_MAX: u32 = 200_000;
 const DEPTH_MAX: u32 = 8;
-const DIRECTORY: OFlags = OFlags::RDONLY
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::CLOEXEC);
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@ use super::decide::{Circumstances, Decided, Decision, decide, ladder};
 use super::diagnose::{Diagnosis, diagnose, hypotheses};
 use super::observe::Observed;
 use super::verify::is_another;
-use super::{HealedRestart, IncidentMachine, Open, Output, Phase};
+use super::{HealedRestart, IncidentMachine, Open, Output, Phase, Retry};
 use crate::evidence::Came;
 use crate::policy::evaluate::{CERTAIN, Facts, Ruling, RulingRecord};
 use crate::policy::fleet::RECORD_TIMEOUT;
@@ -14,6 +14,19 @@ use crate::types::{
     ActionKind, ActionRecord, Evidence, FaultClass, Hypothesis, Incident, IncidentId, IncidentState, Intent,
     IntentId, NoticeKind, Now, Outcome, Plan, Verdict, When, Would,
 };
+
+/// What the signs speak for, for the record.
+fn weighed(seen: &Observed) -> Vec<Hypothesis> {
+    hypotheses(seen)
+        .into_iter()
+        .take(Incident::HYPOTHESES_MAX)
+        .map(|found| Hypothesis {
+            class: found.class,
+            certainty: found.certainty,
+            reason: found.reason,
+        })
+        .collect()
+}
 
 impl IncidentMachine {
     /// Looks at a service after something changed.
@@ -307,7 +320,9 @@ impl IncidentMachine {
             // One that reports after its time has been counted then.
             let late = !matches!(open.phase, Phase::Acting { .. });
             match outcome {
-                Outcome::Done | Outcome::Relieved { .. } => self.breakers.succeeded(&service, action),
+                Outcome::Done | Outcome::Restored { .. } | Outcome::Relieved { .. } => {
+                    self.breakers.succeeded(&service, action);
+                }
                 Outcome::Failed { .. } if !late && self.breakers.failed(&service, action, now) => {
                     let words = format!("{action} failed again: its breaker opens");
                     open.record.note(now, words);
@@ -317,7 +332,7 @@ impl IncidentMachine {
             }
         }
         match outcome {
-            Outcome::Done | Outcome::Relieved { .. } => {
+            Outcome::Done | Outcome::Restored { .. } | Outcome::Relieved { .. } => {
                 finish(&mut open.record, now, outcome, None);
                 self.begin_verifying(now, open.record, id);
             }
@@ -344,6 +359,12 @@ impl IncidentMachine {
                 if let Some(action) = open.record.last_action() {
                     self.note_evidence(&service, action, Came::Wrong);
                 }
+                finish(&mut open.record, now, outcome, Some(Verdict::NoEffect));
+                self.go_on(now, open.record);
+            }
+            Outcome::Spared { ref detail } => {
+                let words = format!("the action touched nobody: {}", super::observe::brief(detail));
+                open.record.note(now, words);
                 finish(&mut open.record, now, outcome, Some(Verdict::NoEffect));
                 self.go_on(now, open.record);
             }
@@ -583,7 +604,7 @@ impl IncidentMachine {
     }
 
     /// An incident from before the node's restart.
-    pub(super) fn reopen(&mut self, now: Now, mut record: Incident, is_broken: bool) {
+    pub(super) fn reopen(&mut self, now: Now, mut record: Incident, retry: Retry) {
         let Some(seen) = self
             .services
             .get_mut(&record.service)
@@ -616,16 +637,13 @@ impl IncidentMachine {
             },
             (None, IncidentState::HandedToHuman, _) => Phase::Handed {
                 remind_at: after(remind_every),
-                retry_at: if is_broken {
-                    let earliest = self.breakers.earliest(&record.service);
-                    Some(earliest.unwrap_or(now.monotonic).max(now.monotonic))
-                } else {
-                    // Only its record had failed, so it is tried again.
-                    record
-                        .actions
-                        .last()
-                        .filter(|action| action.acted.is_none() && action.outcome == Some(Outcome::NotNeeded))
-                        .map(|_| after(RECORD_RETRY))
+                retry_at: match retry {
+                    Retry::Breaker => {
+                        let earliest = self.breakers.earliest(&record.service);
+                        Some(earliest.unwrap_or(now.monotonic).max(now.monotonic))
+                    }
+                    Retry::Record => Some(after(RECORD_RETRY)),
+                    Retry::Never => None,
                 },
             },
             _ => {
@@ -702,9 +720,28 @@ impl IncidentMachine {
         } else {
             self.fleet.held.remove(&open.record.service);
             open.record.class = diagnosis.class;
+            if let Some(seen) = self.services.get(&open.record.service) {
+                open.record.hypotheses = weighed(seen);
+            }
             open.record.note(now, diagnosis.reason);
             self.outputs.push_back(Output::Updated(open.record.clone()));
             self.put(open);
+        }
+    }
+
+    /// A person has a full disk, and by now there is something that may be moved away.
+    pub(super) fn room_was_found(&mut self, now: Now, service: &str) {
+        let untried = |open: &mut Open| {
+            matches!(open.phase, Phase::Handed { .. })
+                && open.record.class == FaultClass::DiskFull
+                && open.record.actions.is_empty()
+        };
+        let diagnosis = self.services.get(service).and_then(diagnose);
+        if let Some(diagnosis) = diagnosis.filter(|found| found.class == FaultClass::DiskFull)
+            && self.open.get_mut(service).is_some_and(untried)
+            && let Some(open) = self.open.remove(service)
+        {
+            self.reconsider(now, open, diagnosis);
         }
     }
 
@@ -780,15 +817,7 @@ impl IncidentMachine {
             alternatives,
             ruled,
         } = decide(&record, &diagnosis, &with);
-        record.hypotheses = hypotheses(seen)
-            .into_iter()
-            .take(Incident::HYPOTHESES_MAX)
-            .map(|found| Hypothesis {
-                class: found.class,
-                certainty: found.certainty,
-                reason: found.reason,
-            })
-            .collect();
+        record.hypotheses = weighed(seen);
         record.alternatives = alternatives;
         // Whether the approval was of what is now to be done.
         let holds = ruled.last().is_some_and(|(facts, _)| facts.approved);
@@ -902,7 +931,7 @@ impl IncidentMachine {
         let keep = self
             .services
             .values()
-            .map(|seen| seen.policy.window.max(seen.policy.cooldown))
+            .map(|seen| seen.policy.looks_back())
             .fold(self.node.window, Duration::max);
         self.ledger.charge(&record.service, action, now.monotonic, keep);
         let session = self

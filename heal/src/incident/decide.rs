@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::diagnose::Diagnosis;
 use super::observe::Observed;
 use crate::breaker::Breakers;
-use crate::budget::Ledger;
+use crate::budget::{Charge, Ledger};
 use crate::evidence::{Counts, Evidence};
 use crate::policy::evaluate::{Because, Facts, Ruling, evaluate};
 use crate::policy::fleet::{FleetFacts, held_until_ms};
@@ -244,7 +244,10 @@ fn rung(
             }
         }
         Ruling::Refuse { because } => {
-            let reason = because.to_string();
+            let reason = match with.frees_in(because, &facts) {
+                Some(left) => format!("{because}; another one is allowed in {}", in_words(left)),
+                None => because.to_string(),
+            };
             chosen(false, reason.clone());
             Decision::HandOver(format!("{action} is not done: {reason}"))
         }
@@ -290,7 +293,30 @@ fn rung(
     decision
 }
 
+/// To the second, upwards.
+fn in_words(span: Duration) -> String {
+    humantime::format_duration(Duration::from_secs(span.as_secs() + 1)).to_string()
+}
+
 impl Circumstances<'_> {
+    /// How long a spent budget stays spent.
+    fn frees_in(&self, because: &Because, facts: &Facts) -> Option<Duration> {
+        let (max, window_ms) = match because {
+            Because::ActionSpent { max, window_ms }
+            | Because::ServiceSpent { max, window_ms }
+            | Because::NodeSpent { max, window_ms } => (*max, *window_ms),
+            _ => return None,
+        };
+        let (service, action) = (facts.service.as_str(), facts.action);
+        let counts = |charge: &Charge| match because {
+            Because::NodeSpent { .. } => true,
+            Because::ServiceSpent { .. } => charge.service == service,
+            _ => charge.service == service && charge.action == action,
+        };
+        let window = Duration::from_millis(window_ms);
+        Some(self.ledger.frees_in(self.now, window, max, counts))
+    }
+
     fn facts(&self, incident: &Incident, diagnosis: &Diagnosis, action: ActionKind) -> Facts {
         let (of_service, of_node) =
             self.ledger
@@ -363,6 +389,7 @@ fn holds_it_next(incident: &Incident, seen: &Observed) -> bool {
         .actions
         .iter()
         .filter(|done| done.intent.action == ActionKind::CancelQuery && done.acted.is_some())
+        .filter(|done| !matches!(done.outcome, Some(Outcome::Spared { .. })))
         .filter_map(|done| done.intent.session)
         .next_back();
     cancelled.is_some_and(|cancelled| seen.session_of(ActionKind::TerminateBlocker) != Some(cancelled))
@@ -475,7 +502,7 @@ fn rungs_left(incident: &Incident, rungs: &[ActionKind]) -> Vec<ActionKind> {
 
 fn used_up(done: &ActionRecord) -> bool {
     match done.outcome {
-        Some(Outcome::NotNeeded) => false,
+        Some(Outcome::NotNeeded | Outcome::Spared { .. }) => false,
         Some(Outcome::Interrupted) => !done.intent.action.renews_process(),
         _ => true,
     }

@@ -13,6 +13,10 @@ impl Observed {
         if self.ok_run >= self.policy.verify_probes {
             self.unresponsive = false;
             self.probes.iter_mut().for_each(|ok| *ok = true);
+            self.looked_amid = false;
+        }
+        if failed == 0 {
+            self.looked_amid = false;
         }
         if self.stopped_run >= self.policy.stopped_confirm {
             self.stopped = true;

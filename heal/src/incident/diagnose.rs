@@ -1,6 +1,7 @@
 //! From confirmed symptoms to a fault class, by rules that a person can follow.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use super::observe::Observed;
 use super::sessions::Inside;
@@ -122,6 +123,10 @@ fn pressing(seen: &Observed, class: FaultClass, causes: &[Cause]) -> Result<Stri
             "{crowd:.1} times the usual number of clients bring it along"
         ));
     }
+    let unseen_since = |(since, _): (Duration, Duration)| seen.pressure_at.is_some_and(|at| at < since);
+    if !memory && seen.anomaly_span.is_some_and(unseen_since) {
+        return Err("its clients have yet to be counted since it began".to_owned());
+    }
     if !memory && seen.sessions.waits() {
         return Err(
             "its sessions wait behind another one, which is no fault of its processor time".to_owned(),
@@ -206,6 +211,11 @@ fn of_silence(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
     let failed = failed(seen);
     match seen.sessions.inside() {
         Inside::Nothing => {
+            of_words(seen, &failed, add);
+            // Where its threads are looked at, they have to be once more while it does not answer.
+            if seen.pressure_at.is_some() && !seen.looked_amid {
+                return;
+            }
             of_pressure(seen, &failed, add);
             if !may_be_crowded(seen) {
                 let reason = format!("{failed} while its process lives");
@@ -222,13 +232,8 @@ fn of_silence(seen: &Observed, add: &mut impl FnMut(FaultClass, f64, String)) {
     }
 }
 
-/// Why a living process may not answer, other than that it hangs: in each of these it does what it can, and a restart takes that away.
-fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f64, String)) {
-    let pressure = seen.pressure;
-    let (uses_cpu, waits_for_cpu) = (
-        pressure.uses_cpu.unwrap_or(0.0),
-        pressure.waits_for_cpu.unwrap_or(0.0),
-    );
+/// Its own words on why it does not answer.
+fn of_words(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f64, String)) {
     if let Some(hint) = seen
         .log_hint
         .as_ref()
@@ -237,6 +242,15 @@ fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f
         let reason = format!("{failed}, and its output says: {}", hint.template);
         add(FaultClass::DiskFull, HINTED, reason);
     }
+}
+
+/// Why a living process may not answer, other than that it hangs: in each of these it does what it can, and a restart takes that away.
+fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f64, String)) {
+    let pressure = seen.pressure;
+    let (uses_cpu, waits_for_cpu) = (
+        pressure.uses_cpu.unwrap_or(0.0),
+        pressure.waits_for_cpu.unwrap_or(0.0),
+    );
     if let (Some(threads), Some(host)) = (pressure.waits_for_disk, pressure.host_io_full)
         && threads >= THREADS_WAIT
         && host >= IO_FULL
@@ -270,7 +284,7 @@ fn of_pressure(seen: &Observed, failed: &str, add: &mut impl FnMut(FaultClass, f
     }
     if let Some(crowd) = pressure.crowd
         && seen.answers_between
-        && uses_cpu >= OWN_CPU
+        && pressure.runs.is_some_and(|runs| runs >= BUSY)
         && crowd >= CROWD
     {
         let reason = format!(
@@ -344,12 +358,12 @@ fn suspect(causes: &[Cause], latest: &VecDeque<Option<Family>>) -> (FaultClass, 
 }
 
 /// A crowd is there, it works hard, and the next probe may still be answered: then it is an overload, and its clients would have been thrown
-/// out for nothing. A loop of its own answers none however long one waits, here until two windows of probes have failed in a row.
+/// out for nothing. A loop of its own answers none however long one waits, here until two windows of probes have failed in a row, and for [`CROWD_WAIT`].
 fn may_be_crowded(seen: &Observed) -> bool {
     let pressure = seen.pressure;
     pressure.crowd.is_some_and(|crowd| crowd >= CROWD)
-        && pressure.uses_cpu.is_none_or(|uses| uses >= OWN_CPU)
-        && seen.bad_run < seen.policy.probe_window.saturating_mul(2)
+        && pressure.runs.is_none_or(|runs| runs >= BUSY)
+        && (seen.bad_run < seen.policy.probe_window.saturating_mul(2) || seen.silent_for() < CROWD_WAIT)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -386,6 +400,10 @@ const HINTED: f64 = 0.7;
 const THREADS_WAIT: f64 = 0.5;
 /// Share of the host's processors from which a service's load is its own.
 const OWN_CPU: f64 = 0.5;
+/// Processors that a service keeps busy which works, and does not wait for something of its own: half of one, however many there are.
+const BUSY: f64 = 0.5;
+/// Time without an answer for which a crowd is a reason to wait. A judgement.
+const CROWD_WAIT: Duration = Duration::from_secs(30);
 /// So many times the usual clients make the difference between a load and a loop of its own.
 const CROWD: f64 = 3.0;
 /// Share of the host's TCP segments sent again from which packets get lost; a sound network has a thousandth at most. Not much more, since what one way

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::fleet::Health;
 use self::observe::Observed;
+pub use self::why::Explained;
 use crate::breaker::{Breaker, Breakers};
 use crate::budget::{Charge, Ledger};
 use crate::evidence::Evidence as Record;
@@ -70,6 +71,8 @@ pub struct PressureSeen {
     pub waits_for_cpu: Option<f64>,
     /// Its threads that waited for a disk (state `D`), in the mean of the latest looks; 0 or more.
     pub waits_for_disk: Option<f64>,
+    /// Its threads that ran, in the mean: so many processors it kept busy; 0 or more.
+    pub runs: Option<f64>,
     /// Share of all the host's processors that it used, 0 to 1.
     pub uses_cpu: Option<f64>,
     /// Clients that are connected now, against what is usual while it is well; `None` where that is not known or they are few.
@@ -425,6 +428,12 @@ pub struct MachineState {
     /// Services whose incident a person has until a breaker lets an attempt through.
     #[serde(default)]
     pub broken: BTreeSet<String>,
+    /// Services whose incident a person has only because its intent could not be recorded.
+    #[serde(default)]
+    pub unrecorded: BTreeSet<String>,
+    /// Services whose process had ended by itself, or could not be started, and that nobody has started since.
+    #[serde(default)]
+    pub down: BTreeSet<String>,
     /// Restarts that healed trouble found by the detector alone, see [`HealPolicy::anomaly_restarts`].
     #[serde(default)]
     pub healed: Vec<HealedRestart>,
@@ -480,6 +489,8 @@ pub struct IncidentMachine {
     healed: Vec<HealedRestart>,
     /// Services whose last intent could not be recorded, with the time of the next reminder.
     unrecorded: BTreeMap<String, Duration>,
+    /// Services that were down by themselves when the node's last run ended, until they are started.
+    was_down: BTreeSet<String>,
     /// What is known of the fleet. Not kept: after a restart it is heard anew.
     fleet: fleet::Fleet,
     halted: bool,
@@ -488,6 +499,16 @@ pub struct IncidentMachine {
     latest: Duration,
     outputs: VecDeque<Output>,
     ignored: u64,
+}
+
+/// Why an incident that a person has is tried again by itself after a restart of the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Retry {
+    /// A breaker lets an attempt through.
+    Breaker,
+    /// Its intent could not be recorded.
+    Record,
+    Never,
 }
 
 /// An incident that is not closed.
@@ -555,6 +576,7 @@ impl IncidentMachine {
             evidence: Vec::new(),
             healed: Vec::new(),
             unrecorded: BTreeMap::new(),
+            was_down: BTreeSet::new(),
             fleet: fleet::Fleet::default(),
             halted: false,
             last_incident: 0,
@@ -616,6 +638,7 @@ impl IncidentMachine {
             };
         }
         machine.halted = state.halted;
+        machine.was_down = state.down;
         machine.last_incident = state
             .open
             .iter()
@@ -628,8 +651,14 @@ impl IncidentMachine {
             }
         }
         for record in state.open {
-            let is_broken = state.broken.contains(&record.service);
-            machine.reopen(now, record, is_broken);
+            let retry = if state.broken.contains(&record.service) {
+                Retry::Breaker
+            } else if state.unrecorded.contains(&record.service) {
+                Retry::Record
+            } else {
+                Retry::Never
+            };
+            machine.reopen(now, record, retry);
         }
         machine.look_at_dependencies(now);
         machine
@@ -747,6 +776,13 @@ impl IncidentMachine {
             charges: self.ledger.charges().to_vec(),
             demoted: self.demoted.clone(),
             breakers: self.breakers.all().to_vec(),
+            unrecorded: self.unrecorded.keys().cloned().collect(),
+            down: self
+                .services
+                .iter()
+                .filter(|(service, seen)| seen.exit.is_some() || self.was_down.contains(*service))
+                .map(|(service, _)| service.clone())
+                .collect(),
             broken: self
                 .open
                 .iter()
@@ -785,6 +821,20 @@ impl IncidentMachine {
         self.open.get(service).map(|open| &open.record)
     }
 
+    /// Whether a service may be started at the node's start without a decision: not while a decision is pending, nor where the process had ended by
+    /// itself and its incident is open. That one is told as it is, and what follows is for policy, budget and people to say, where the policy leaves
+    /// them a start at all.
+    pub fn may_begin(&self, service: &str) -> bool {
+        use IncidentState::{Acting, AwaitingApproval, CoolingDown, Held};
+        self.open_incident(service).is_none_or(|incident| {
+            let pending = matches!(incident.state, Acting | AwaitingApproval | CoolingDown | Held);
+            let policy = self.services.get(service).map(|seen| &seen.policy);
+            let is_decided = policy.is_some_and(|policy| policy.may_ever(ActionKind::Start));
+            let is_left_down = is_decided && self.was_down.contains(service);
+            !pending && !is_left_down
+        })
+    }
+
     /// Whether the stop switch is on.
     pub fn is_halted(&self) -> bool {
         self.halted
@@ -808,8 +858,17 @@ impl IncidentMachine {
             self.ignored += 1;
             return;
         };
+        let nothing_movable = seen.relievable == 0;
         let words = seen.take(now, input);
         seen.detect();
+        let found_room = nothing_movable && seen.relievable > 0;
+        // Once its end is told it is known as it is now, whoever starts it then.
+        if matches!(
+            input,
+            Input::Started { .. } | Input::Exited { .. } | Input::Occupied { .. }
+        ) {
+            self.was_down.remove(service);
+        }
         if let (Some(open), Input::Started { .. }) = (self.open.get_mut(service), input)
             && let Some(would) = &mut open.record.would
         {
@@ -819,6 +878,9 @@ impl IncidentMachine {
             open.record.note(now, words);
         }
         self.evaluate(now, service);
+        if found_room {
+            self.room_was_found(now, service);
+        }
     }
 
     fn notify(&mut self, record: &Incident, kind: NoticeKind, words: String) {

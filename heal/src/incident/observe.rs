@@ -40,6 +40,8 @@ pub(super) struct Observed {
     pub(super) served: bool,
     /// Bad probes in a row.
     pub(super) bad_run: u32,
+    /// When the first and the latest of these were told.
+    bad_span: Option<(Duration, Duration)>,
     /// Latched by [`super::detect`].
     pub(super) unresponsive: bool,
     pub(super) stopped_run: u32,
@@ -63,6 +65,10 @@ pub(super) struct Observed {
     pub(super) relievable: u64,
     /// What keeps its threads from running, at the latest look.
     pub(super) pressure: PressureSeen,
+    /// When that was.
+    pub(super) pressure_at: Option<Duration>,
+    /// Whether that was after a probe failed, of those in [`Self::probes`]: what its threads were at before says nothing of why it does not answer.
+    pub(super) looked_amid: bool,
     /// Since its probes began to fail one was answered well: it works, though not always in time.
     pub(super) answers_between: bool,
     /// What the latest burst of errors in its output speaks for, until it answers again, a disk has room again, or a minute has passed.
@@ -119,6 +125,7 @@ impl Observed {
             ok_run: 0,
             served: false,
             bad_run: 0,
+            bad_span: None,
             unresponsive: false,
             stopped_run: 0,
             stopped: false,
@@ -133,6 +140,8 @@ impl Observed {
             read_only: false,
             relievable: 0,
             pressure: PressureSeen::default(),
+            pressure_at: None,
+            looked_amid: false,
             answers_between: false,
             log_hint: None,
             refusal: None,
@@ -159,7 +168,11 @@ impl Observed {
         let words = match input {
             Input::Probe {
                 ok, latency, detail, ..
-            } => self.probe(*ok, *latency, detail),
+            } => {
+                let since = self.bad_span.map_or(now.monotonic, |(since, _)| since);
+                self.bad_span = (!ok).then_some((since, now.monotonic));
+                self.probe(*ok, *latency, detail)
+            }
             Input::Started { pid, .. } => {
                 self.renew(now);
                 return Some(format!("process {pid} runs"));
@@ -224,6 +237,9 @@ impl Observed {
                 let changed = self.read_only != *on;
                 self.read_only = *on;
                 if !on {
+                    if changed {
+                        self.ask_anew();
+                    }
                     return changed.then(|| "the file system can be written again".to_owned());
                 }
                 changed.then(|| "the file system of its state cannot be written any more".to_owned())
@@ -238,6 +254,8 @@ impl Observed {
                     self.ask_anew();
                 }
                 self.pressure = *seen;
+                self.pressure_at = Some(now.monotonic);
+                self.looked_amid = self.probes.contains(&false);
                 return None;
             }
             Input::Memory { seen, .. } => {
@@ -274,10 +292,9 @@ impl Observed {
             }
             Input::DiskRelieved { .. } => {
                 self.log_hint = None;
-                return self
-                    .disk_full
-                    .take()
-                    .map(|_| "the file system has room again".to_owned());
+                self.disk_full.take()?;
+                self.ask_anew();
+                return Some("the file system has room again".to_owned());
             }
             _ => return None,
         };
@@ -304,12 +321,13 @@ impl Observed {
         self.probes.clear();
         self.ok_run = 0;
         self.served = false;
-        self.bad_run = 0;
+        (self.bad_run, self.bad_span) = (0, None);
         self.unresponsive = false;
         self.stopped_run = 0;
         self.stopped = false;
         self.sessions = Sessions::default();
         self.pressure = PressureSeen::default();
+        (self.pressure_at, self.looked_amid) = (None, false);
         self.answers_between = false;
         self.log_hint = None;
         (self.refusal, self.refusal_next) = (None, None);
@@ -317,6 +335,12 @@ impl Observed {
         self.forget_alarm();
         self.signs.clear();
         self.settle_until = now.monotonic.saturating_add(self.policy.settle);
+    }
+
+    /// How long no probe was answered.
+    pub(super) fn silent_for(&self) -> Duration {
+        self.bad_span
+            .map_or(Duration::ZERO, |(since, latest)| latest.saturating_sub(since))
     }
 
     /// The session that an action would touch now.
@@ -349,11 +373,13 @@ impl Observed {
         self.memory = MemorySeen::default();
     }
 
-    /// What it did not answer while a service that it calls was down, or the way to it lossy, says nothing of itself: it is asked anew.
+    /// What it did not answer while a service that it calls was down, the way to it lossy, or its disk full or read-only, says nothing of itself: it
+    /// is asked anew.
     pub(super) fn ask_anew(&mut self) {
         self.unresponsive = false;
         self.probes.clear();
-        self.bad_run = 0;
+        (self.bad_run, self.bad_span) = (0, None);
+        self.looked_amid = false;
     }
 
     fn probe(&mut self, ok: bool, latency: Duration, detail: &str) -> Option<String> {

@@ -88,7 +88,7 @@ impl Sessions {
 
     fn take_pile_up(&mut self, found: Option<PileUp>) -> Option<String> {
         let Some(found) = found else {
-            self.piled_run = 0;
+            (self.piled_run, self.other_run) = (0, 0);
             self.latest = None;
             self.clear_run = self.clear_run.saturating_add(1);
             if self.clear_run >= CLEAR {
@@ -237,9 +237,9 @@ impl Sessions {
         self.crowd.map(|(more, _)| more)
     }
 
-    /// Whether sessions waited behind another one at the latest look.
+    /// Whether sessions waited behind another one at the latest look, where that is not out of date.
     pub(super) fn waits(&self) -> bool {
-        self.piled_run > 0
+        self.piled_run > 0 && self.kept_out.is_none()
     }
 
     /// Whether the confirmed root is at its commit: another fault than a lock.

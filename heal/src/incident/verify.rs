@@ -21,8 +21,16 @@ impl IncidentMachine {
             .last()
             .is_some_and(|action| action.outcome == Some(Outcome::Interrupted));
         let early = interrupted && now.monotonic < until && seen.exit.is_none() && seen.corrupt.is_none();
-        let verdict = judge(seen, record.class, answered_before, now.monotonic, until);
         let renewed = record.last_action().is_some_and(ActionKind::renews_process);
+        let begun = until.saturating_sub(seen.policy.verify_window);
+        let long = now.monotonic >= begun.saturating_add(HARM_AFTER);
+        let at_once = record.last_action().is_some_and(works_at_once);
+        let verdict = if answered_before && at_once && long && is_silent(seen) {
+            // No such action may cost so much: the rest of the window is not waited for.
+            Some(Verdict::Harm)
+        } else {
+            judge(seen, record.class, answered_before, now.monotonic, until)
+        };
         let another = diagnose(seen).filter(|found| {
             let commits = seen.sessions.commits()
                 && found.class != record.class
@@ -194,3 +202,27 @@ fn judge(
         }),
     }
 }
+
+/// Whether it has not answered for two windows of probes.
+fn is_silent(seen: &Observed) -> bool {
+    seen.unresponsive && seen.bad_run >= seen.policy.probe_window.saturating_mul(2)
+}
+
+/// Whether an action has its effect when it is done, and none that takes its time, as what people configured and what other programs do may.
+fn works_at_once(action: ActionKind) -> bool {
+    use ActionKind as A;
+    matches!(
+        action,
+        A::CancelQuery
+            | A::TerminateBlocker
+            | A::EndIdleSessions
+            | A::Reload
+            | A::RelieveSpace
+            | A::ThrottleCpu
+            | A::LimitMemory
+            | A::Freeze
+    )
+}
+
+/// Time within which a service that answered before has to answer again after an action that works at once. A judgement.
+const HARM_AFTER: Duration = Duration::from_secs(5);

@@ -3,7 +3,80 @@
 use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::types::{ActionKind, Cause, CauseEvidence, Incident, IncidentState, Outcome, Verdict, When};
+use serde::Serialize;
+
+use crate::policy::evaluate::CERTAIN;
+use crate::types::{
+    ActionKind, ActionRecord, Alternative, Cause, CauseEvidence, Evidence, FaultClass, Hypothesis, Incident,
+    IncidentState, Outcome, RestartHelps, Verdict, When,
+};
+
+/// What [`Incident::why`] says, in fields.
+#[derive(Debug, Clone, Serialize)]
+pub struct Explained<'a> {
+    /// Its number.
+    pub id: u64,
+    /// Whose.
+    pub service: &'a str,
+    /// What it is taken for.
+    pub class: FaultClass,
+    /// Where it stands.
+    pub state: IncidentState,
+    /// Whether a restart can help against that.
+    pub restart_helps: RestartHelps,
+    /// First sign, milliseconds since the Unix epoch.
+    pub opened_unix_ms: u64,
+    /// When it was confirmed.
+    pub detected_unix_ms: u64,
+    /// What its signs speak for, the one that it is taken for first; probabilities 0 to 1.
+    pub hypotheses: &'a [Hypothesis],
+    /// What was seen.
+    pub evidence: &'a [Evidence],
+    /// Leading causes, the strongest first.
+    pub causes: Vec<&'a Cause>,
+    /// What was considered last.
+    pub considered: Vec<Considered>,
+    /// What was done.
+    pub actions: Vec<Effect>,
+    /// What verification found.
+    pub verdict: Option<Verdict>,
+    /// Why a person has to look.
+    pub handed_over: Option<&'a str>,
+    /// What a person can do now, in words.
+    pub next: Option<String>,
+}
+
+/// An alternative, with how probable its choice was: rules choose, so 1 or 0.
+#[derive(Debug, Clone, Serialize)]
+pub struct Considered {
+    /// `None` is to do nothing.
+    pub action: Option<ActionKind>,
+    /// Whether it was chosen.
+    pub chosen: bool,
+    /// Probability with which it was chosen, 0 to 1.
+    pub propensity: f64,
+    /// Why, or why not.
+    pub reason: String,
+}
+
+/// One action, what was expected of it and what came of it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Effect {
+    /// Number of its intent.
+    pub intent: u64,
+    /// Which.
+    pub action: ActionKind,
+    /// Why.
+    pub reason: String,
+    /// When it began, or was decided where it has not.
+    pub unix_ms: u64,
+    /// What it was done for.
+    pub expected: &'static str,
+    /// What the hands did and saw.
+    pub actual: String,
+    /// What verification found.
+    pub verdict: Option<Verdict>,
+}
 
 impl Incident {
     /// Tells what happened, what was considered, what was done and what came of it, in lines for a terminal. Times are seconds
@@ -126,7 +199,60 @@ impl Incident {
         if let Some(reason) = &self.handed_over {
             writeln!(text, "\nA person has to look: {reason}.")?;
         }
+        if let Some(next) = self.next() {
+            writeln!(text, "\n{next}")?;
+        }
         Ok(())
+    }
+
+    /// The same in fields.
+    pub fn explained(&self) -> Explained<'_> {
+        let considered = |alternative: &Alternative| Considered {
+            action: alternative.action,
+            chosen: alternative.chosen,
+            propensity: if alternative.chosen { CERTAIN } else { 0.0 },
+            reason: alternative.reason.clone(),
+        };
+        let done = |record: &ActionRecord| Effect {
+            intent: record.intent.id.0,
+            action: record.intent.action,
+            reason: record.intent.reason.clone(),
+            unix_ms: record.acted.unwrap_or(record.intent.decided).unix_ms,
+            expected: expected(record.intent.action),
+            actual: outcome_words(record.outcome.as_ref()),
+            verdict: record.verdict,
+        };
+        Explained {
+            id: self.id.0,
+            service: &self.service,
+            class: self.class,
+            state: self.state,
+            restart_helps: self.class.restart_helps(),
+            opened_unix_ms: self.opened.unix_ms,
+            detected_unix_ms: self.detected.unix_ms,
+            hypotheses: &self.hypotheses,
+            evidence: &self.evidence,
+            causes: self.ranked_causes(),
+            considered: self.alternatives.iter().map(considered).collect(),
+            actions: self.actions.iter().map(done).collect(),
+            verdict: self.verdict,
+            handed_over: self.handed_over.as_deref(),
+            next: self.next(),
+        }
+    }
+
+    /// What a person can do now, in words.
+    fn next(&self) -> Option<String> {
+        let id = self.id;
+        match self.state {
+            IncidentState::AwaitingApproval => Some(format!(
+                "`theriac-edge actions approve {id}` has it done, `theriac-edge actions deny {id}` has it not done."
+            )),
+            IncidentState::HandedToHuman if self.in_flight().is_none() => Some(format!(
+                "When what stood in the way is mended, `theriac-edge actions approve {id}` has the next action tried."
+            )),
+            _ => None,
+        }
     }
 
     /// The causes as people read them: by what speaks for each over the whole incident, where that is known.
@@ -225,10 +351,11 @@ fn outcome_words(outcome: Option<&Outcome>) -> String {
     match outcome {
         None => "under way".to_owned(),
         Some(Outcome::Done) => "done".to_owned(),
-        Some(Outcome::Relieved { detail }) => format!("done: {detail}"),
+        Some(Outcome::Restored { detail } | Outcome::Relieved { detail }) => format!("done: {detail}"),
         Some(Outcome::Fruitless { detail }) => format!("came to nothing: {detail}"),
         Some(Outcome::StateCorrupt { detail, .. }) => format!("not done, the state is corrupt: {detail}"),
         Some(Outcome::Failed { detail, .. }) => format!("failed: {detail}"),
+        Some(Outcome::Spared { detail }) => format!("touched nobody: {detail}"),
         Some(Outcome::NotNeeded) => "called off before it began".to_owned(),
         Some(Outcome::Interrupted) => "interrupted by a restart of the node".to_owned(),
     }

@@ -233,6 +233,11 @@ pub fn evaluate(policy: &HealPolicy, node: NodeBudget, facts: &Facts) -> Ruling 
 fn autonomy(policy: &HealPolicy, rule: Option<&ActionRule>, facts: &Facts) -> Autonomy {
     let written = match (rule, facts.action) {
         (Some(rule), _) => rule.autonomy,
+        // Nobody can have meant beforehand that a service which answers loses what it wrote since the checkpoint.
+        (None, ActionKind::RestoreAndStart) if facts.answers => policy
+            .autonomy
+            .min(policy.restore_autonomy)
+            .min(Autonomy::Recommend),
         (None, ActionKind::RestoreAndStart) => policy.autonomy.min(policy.restore_autonomy),
         (None, _) => policy.autonomy,
     };

@@ -440,6 +440,28 @@ impl HealPolicy {
         rule.map_or(RiskClass::of(action), |rule| rule.class)
     }
 
+    /// Whether an action may ever be done here, by the node or on a person's word.
+    pub fn may_ever(&self, action: ActionKind) -> bool {
+        let written = match &self.rules {
+            Some(rules) => rules.get(&action).map(|rule| rule.autonomy),
+            None => Some(self.autonomy),
+        };
+        written.is_some_and(|written| written > Autonomy::Observe)
+    }
+
+    /// How far back what was done still counts: the longest window or cool-down, those of single actions included.
+    pub fn looks_back(&self) -> Duration {
+        let of_rule = |rule: &ActionRule| {
+            let window = rule.max.map_or(Duration::ZERO, |(_, window)| window);
+            rule.cooldown.unwrap_or_default().max(window)
+        };
+        self.rules
+            .iter()
+            .flat_map(BTreeMap::values)
+            .map(of_rule)
+            .fold(self.window.max(self.cooldown), Duration::max)
+    }
+
     /// Whether an action needs a slot of the fleet here.
     pub fn is_shared(&self, action: ActionKind) -> bool {
         let rule = self.rules.as_ref().and_then(|rules| rules.get(&action));

@@ -1,9 +1,11 @@
 //! The account that a data directory belongs to.
 
+use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::{PostgresError, at};
+use crate::folder::Folder;
 
 /// User and group of a data directory, and so of its server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +54,24 @@ impl Owner {
     pub fn take(self, path: &Path) -> Result<(), PostgresError> {
         if self.is_other() {
             std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid)).map_err(at(path))?;
+        }
+        Ok(())
+    }
+
+    /// The same with a directory that is open.
+    pub(crate) fn take_open(self, folder: &Folder) -> Result<(), PostgresError> {
+        if self.is_other() {
+            folder
+                .give(Path::new(""), self.uid, self.gid)
+                .map_err(at(folder.path()))?;
+        }
+        Ok(())
+    }
+
+    /// The same with a file that is open, whatever bears its name by now.
+    pub(crate) fn take_file(self, file: &File, path: &Path) -> Result<(), PostgresError> {
+        if self.is_other() {
+            std::os::unix::fs::fchown(file, Some(self.uid), Some(self.gid)).map_err(at(path))?;
         }
         Ok(())
     }

@@ -2,16 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
-use tokio::time::timeout;
 
 use super::PostgresError;
 use super::owner::Owner;
 use crate::background::Background;
+use crate::bounded::{self, Bounds, Left, NotRun};
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -40,7 +38,7 @@ pub struct Ended {
 }
 
 impl Tool {
-    /// Runs it. It is killed when this future is dropped.
+    /// Runs it. It is killed, with what it started, when it takes too long and when this future is dropped.
     ///
     /// # Errors
     /// [`PostgresError::Spawn`], [`PostgresError::Timeout`]. A bad exit code is no error here.
@@ -49,31 +47,33 @@ impl Tool {
             program: self.program.clone(),
             source,
         };
-        let mut child = command(&self.program, self.owner)
-            .args(&self.arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(spawn)?;
-        if let Some(background) = &self.background {
-            background.put(child.id());
-        }
-        let (out, err) = (child.stdout.take(), child.stderr.take());
-        let all = async { tokio::join!(capped(out), capped(err), child.wait()) };
-        let (out, mut said, status) =
-            timeout(self.timeout, all)
-                .await
-                .map_err(|_late| PostgresError::Timeout {
-                    what: self.name(),
-                    after: self.timeout,
-                })?;
-        let status = status.map_err(spawn)?;
-        said.extend_from_slice(&out);
+        let mut command = command(&self.program, self.owner);
+        command.args(&self.arguments);
+        let bounds = Bounds {
+            time: self.timeout,
+            output_bytes: SAID_BYTES_MAX,
+            drain: DRAIN_MAX,
+            left: Left::Killed,
+        };
+        let ran = bounded::run(command, bounds, |pid| {
+            if let Some(background) = &self.background {
+                background.put(pid);
+            }
+        })
+        .await
+        .map_err(|why| match why {
+            NotRun::Failed(source) => spawn(source),
+            NotRun::Late => PostgresError::Timeout {
+                what: self.name(),
+                after: self.timeout,
+            },
+        })?;
+        let mut said = ran.err;
+        said.extend_from_slice(&ran.out);
         said.truncate(SAID_BYTES_MAX);
         Ok(Ended {
-            code: status.code(),
-            status: status.to_string(),
+            code: ran.status.code(),
+            status: ran.status.to_string(),
             said: String::from_utf8_lossy(&said).trim().to_owned(),
         })
     }
@@ -117,16 +117,6 @@ pub(crate) fn command(program: &Path, owner: Option<Owner>) -> Command {
     command
 }
 
-/// Reads to the end, so that the program is never blocked, and keeps the beginning.
-async fn capped(pipe: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
-    let mut kept = Vec::new();
-    let Some(mut pipe) = pipe else { return kept };
-    let mut block = [0_u8; 4096];
-    while let Ok(read @ 1..) = pipe.read(&mut block).await {
-        let room = SAID_BYTES_MAX.saturating_sub(kept.len());
-        kept.extend_from_slice(&block[..read.min(room)]);
-    }
-    kept
-}
-
 const SAID_BYTES_MAX: usize = 8 << 10;
+/// Longest time that output is waited for after the exit: none of these programs leaves anything that could say more.
+const DRAIN_MAX: Duration = Duration::from_secs(5);

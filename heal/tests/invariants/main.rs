@@ -88,6 +88,8 @@ fn the_generator_reaches_what_the_invariants_are_about() {
         "reinstated",
         "signed",
         "half-open",
+        "spared",
+        "an action's own budget spent",
         "let go",
         "not for the brake",
         "brake overruled",

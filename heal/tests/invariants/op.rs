@@ -242,7 +242,7 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         4 => prop_oneof![1..2_000_u64, 1_000..60_000_u64, 100_000..2_000_000_u64].prop_map(|ms| Op::Pass { ms }),
         1 => (1_000..2_000_000_u64).prop_map(|ms| Op::Sleep { ms }),
         6 => prop::bool::weighted(0.9).prop_map(|stored| Op::Record { stored }),
-        6 => (0..6_usize).prop_map(|outcome| Op::Execute { outcome }),
+        6 => (0..7_usize).prop_map(|outcome| Op::Execute { outcome }),
         2 => (any::<bool>(), any::<bool>())
             .prop_map(|(new_boot, took_effect)| Op::Die { new_boot, took_effect }),
         1 => any::<bool>().prop_map(Op::Stall),
@@ -348,6 +348,15 @@ fn rules() -> BTreeMap<ActionKind, ActionRule> {
         .into_iter()
         .map(|action| (action, rule(action)))
         .collect();
+    // Windows of their own, longer than any other: what was done counts for as long.
+    rules.insert(
+        ActionKind::Start,
+        ActionRule {
+            max: Some((2, Duration::from_mins(50))),
+            cooldown: Some(Duration::from_mins(25)),
+            ..rule(ActionKind::Start)
+        },
+    );
     let restart = rule(ActionKind::Restart);
     rules.insert(
         ActionKind::Restart,

@@ -200,6 +200,12 @@ impl Oracle {
         }
     }
 
+    /// Nobody was touched, so it may be done again.
+    pub(crate) fn spared(&mut self, intent: &Intent) {
+        self.beside.remove(&(intent.incident, intent.action));
+        *self.reached.entry("spared").or_default() += 1;
+    }
+
     /// An incident as it is told.
     pub(crate) fn sees(&mut self, policy: &HealPolicy, incident: &Incident) {
         for done in &incident.actions {

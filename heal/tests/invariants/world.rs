@@ -512,6 +512,13 @@ impl World {
                 running: true,
             },
             4 if !intent.action.renews_process() => Outcome::Fruitless { detail },
+            6 if matches!(
+                intent.action,
+                ActionKind::CancelQuery | ActionKind::TerminateBlocker
+            ) =>
+            {
+                Outcome::Spared { detail }
+            }
             _ if !intent.action.renews_process() => Outcome::Relieved { detail },
             _ => Outcome::Done,
         };
@@ -524,6 +531,9 @@ impl World {
             Outcome::Done | Outcome::Relieved { .. } => Some(false),
             _ => None,
         };
+        if matches!(outcome, Outcome::Spared { .. }) {
+            self.oracle.spared(&intent);
+        }
         self.oracle.reported(&intent, failed, self.ms + 1);
         self.tell(Input::Executed {
             id: intent.id,
@@ -668,7 +678,7 @@ impl World {
                             .skip(self.retried_before(&incident, action))
                             .filter(|done| done.intent.action == action)
                             .filter(|done| match done.outcome {
-                                Some(Outcome::NotNeeded) => false,
+                                Some(Outcome::NotNeeded | Outcome::Spared { .. }) => false,
                                 // What became of it cannot be seen, so it counts as done.
                                 Some(Outcome::Interrupted) => !action.renews_process(),
                                 _ => true,
@@ -752,7 +762,22 @@ impl World {
             of_node <= self.config.node.max_actions as usize,
             "{of_node} actions on the node"
         );
-        let cooldown = u64::try_from(policy.cooldown.as_millis()).unwrap();
+        let rule = policy.rules.as_ref().and_then(|rules| rules.get(&intent.action));
+        if let Some((max, window)) = rule.and_then(|rule| rule.max) {
+            let of_action = within(window, &|done| {
+                done.service == intent.service && done.action == intent.action
+            });
+            assert!(of_action <= max as usize, "{of_action} times {intent:?}");
+            if of_action == max as usize {
+                *self
+                    .oracle
+                    .reached
+                    .entry("an action's own budget spent")
+                    .or_default() += 1;
+            }
+        }
+        let cooldown = rule.and_then(|rule| rule.cooldown).unwrap_or(policy.cooldown);
+        let cooldown = u64::try_from(cooldown.as_millis()).unwrap();
         let hot = self.done.iter().any(|(t, done)| {
             done.service == intent.service && done.action == intent.action && at.saturating_sub(*t) < cooldown
         });
@@ -814,6 +839,7 @@ fn pressure(why: usize) -> PressureSeen {
         waits_for_cpu: Some(0.0),
         waits_for_disk: Some(0.0),
         uses_cpu: Some(0.1),
+        runs: Some(0.2),
         crowd: Some(1.0),
         host_io_full: Some(0.0),
         descriptors: Some(0.1),
@@ -822,6 +848,7 @@ fn pressure(why: usize) -> PressureSeen {
     match why {
         1 => PressureSeen {
             uses_cpu: Some(0.9),
+            runs: Some(1.8),
             crowd: Some(5.0),
             ..calm
         },
@@ -840,6 +867,7 @@ fn pressure(why: usize) -> PressureSeen {
         },
         5 => PressureSeen {
             uses_cpu: Some(0.9),
+            runs: Some(1.8),
             waits_for_cpu: Some(2.0),
             ..calm
         },

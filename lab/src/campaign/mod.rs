@@ -20,6 +20,7 @@ mod settings;
 mod table;
 mod undo;
 mod ward;
+mod writes;
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -233,6 +234,11 @@ pub async fn run(options: &Options) -> Result<Summary, DemoError> {
     let (plan, skipped) = possible(&options.plan, &here);
     let journal = Journal::open(&out, &plan, options.resume)?;
     tell_plan(&plan, &skipped);
+    if plan.faults.is_empty() || plan.healers.is_empty() {
+        return Err(DemoError::Unexpected(
+            "nothing is left to be run: choose other faults or healers".to_owned(),
+        ));
+    }
     let interrupted = interruption();
     let played = if journal.is_whole(&plan) {
         say("every run is there already");

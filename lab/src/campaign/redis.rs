@@ -6,23 +6,14 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use theriac_heal::checkpoint::redis::{Address, Client, RedisError, Value};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 
-use super::load::{FAILURES_MAX, Failed, Seen, generate};
 use super::ward::text;
+use super::writes::{READ_BACK_MAX, Server};
 
-/// Requests a second, each over a connection of its own, half of them writes.
-pub(super) const RATE: f64 = 20.0;
-/// A request without an answer after this time has failed.
-pub(super) const TIMEOUT: Duration = Duration::from_secs(1);
-/// Time that reading back may take.
-const READ_BACK_MAX: Duration = Duration::from_secs(15);
 /// Keys read back at once.
 const CHUNK: usize = 500;
 
@@ -53,101 +44,38 @@ pub(super) fn argv(program: &Path, at: SocketAddr, state: &Path, pid_file: &Path
 /// Numbers that are set, one key each, and read.
 #[derive(Debug)]
 pub(super) struct Keys {
-    shared: Arc<Shared>,
-    stop: watch::Sender<()>,
-    task: JoinHandle<()>,
-}
-
-#[derive(Debug)]
-struct Shared {
     at: Address,
     run: u64,
-    seen: Mutex<Written>,
 }
 
-#[derive(Debug, Default)]
-struct Written {
-    report: Seen,
-    acknowledged: BTreeSet<u64>,
-    next: u64,
+impl Server for Keys {
+    const RATE: f64 = 20.0;
+    const TIMEOUT: Duration = Duration::from_secs(1);
+
+    async fn exchange(&self, number: Option<i64>) -> bool {
+        matches!(self.ask(number).await, Ok(true))
+    }
+
+    async fn read_back(&self, acknowledged: &BTreeSet<i64>) -> Option<u64> {
+        timeout(READ_BACK_MAX, self.take(acknowledged)).await.ok()?.ok()
+    }
 }
 
 impl Keys {
-    pub(super) fn start(at: SocketAddr, run: u64) -> Self {
-        let shared = Arc::new(Shared {
+    pub(super) fn new(at: SocketAddr, run: u64) -> Self {
+        Self {
             at: Address::Tcp(at.to_string()),
             run,
-            seen: Mutex::default(),
-        });
-        let (stop, stopped) = watch::channel(());
-        let asked = Arc::clone(&shared);
-        let ask = move |write, due_ms| {
-            let shared = Arc::clone(&asked);
-            async move { shared.ask(write, due_ms).await }
-        };
-        let task = tokio::spawn(generate(RATE, run, stopped, ask));
-        Self { shared, stop, task }
-    }
-
-    pub(super) fn seen(&self) -> Seen {
-        self.shared.seen().report.clone()
-    }
-
-    /// Ends it and looks for everything that was acknowledged.
-    pub(super) async fn stop(self) -> Seen {
-        drop(self.stop);
-        if let Err(error) = self.task.await {
-            tracing::error!(%error, "the load ended early");
         }
-        let deadline = Instant::now() + READ_BACK_MAX;
-        let found = loop {
-            match timeout(READ_BACK_MAX, self.shared.read_back()).await {
-                Ok(Ok(found)) => break Some(found),
-                _ if Instant::now() >= deadline => break None,
-                _ => sleep(Duration::from_millis(100)).await,
-            }
-        };
-        let mut seen = self.shared.seen();
-        let acknowledged = seen.acknowledged.len() as u64;
-        match found {
-            Some(found) => seen.report.lost = acknowledged.saturating_sub(found),
-            None => seen.report.unverified = acknowledged,
-        }
-        seen.report.clone()
-    }
-}
-
-impl Shared {
-    fn seen(&self) -> MutexGuard<'_, Written> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn key(&self, number: u64) -> String {
+    fn key(&self, number: i64) -> String {
         format!("{}:{number}", self.run)
     }
 
-    async fn ask(&self, write: bool, due_ms: u64) {
-        let number = write.then(|| {
-            let mut seen = self.seen();
-            seen.next += 1;
-            seen.next
-        });
-        let answered = timeout(TIMEOUT, self.exchange(number)).await;
-        let good = matches!(answered, Ok(Ok(true)));
-        let mut seen = self.seen();
-        seen.report.requests += 1;
-        if good {
-            // Only what was acknowledged is held to.
-            seen.acknowledged.extend(number);
-            seen.report.answered(due_ms);
-        } else if seen.report.failures.len() < FAILURES_MAX {
-            seen.report.failures.push(Failed { ms: due_ms, write });
-        }
-    }
-
     /// Whether it was answered well. Of a read any value is good, and none: what a crash took is not asked after again and again.
-    async fn exchange(&self, number: Option<u64>) -> Result<bool, RedisError> {
-        let mut client = Client::open(&self.at, None, TIMEOUT).await?;
+    async fn ask(&self, number: Option<i64>) -> Result<bool, RedisError> {
+        let mut client = Client::open(&self.at, None, Self::TIMEOUT).await?;
         let answer = match number {
             Some(number) => {
                 client
@@ -160,9 +88,9 @@ impl Shared {
     }
 
     /// How many of the acknowledged writes are there; then they go.
-    async fn read_back(&self) -> Result<u64, RedisError> {
+    async fn take(&self, acknowledged: &BTreeSet<i64>) -> Result<u64, RedisError> {
         let mut client = Client::open(&self.at, None, READ_BACK_MAX).await?;
-        let numbers: Vec<u64> = self.seen().acknowledged.iter().copied().collect();
+        let numbers: Vec<i64> = acknowledged.iter().copied().collect();
         let mut found = 0;
         for numbers in numbers.chunks(CHUNK) {
             let keys: Vec<String> = numbers.iter().map(|number| self.key(*number)).collect();
@@ -173,7 +101,7 @@ impl Shared {
                 let detail = "MGET is answered by no list".to_owned();
                 return Err(RedisError::Setting(detail));
             };
-            let there = |(number, value): (&u64, &Value)| *value == Value::Text(number.to_string());
+            let there = |(number, value): (&i64, &Value)| *value == Value::Text(number.to_string());
             found += numbers.iter().zip(&values).filter(|pair| there(*pair)).count() as u64;
         }
         client.ask(&["FLUSHALL"]).await?;
@@ -183,7 +111,11 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::Instant;
+
     use super::*;
+    use crate::campaign::load::Failed;
+    use crate::campaign::writes::Shared;
 
     #[tokio::test]
     async fn what_a_server_forgot_is_counted_as_lost_and_no_other_write() {
@@ -199,13 +131,9 @@ mod tests {
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        let asked = Shared {
-            at: Address::Tcp(at.to_string()),
-            run: 7,
-            seen: Mutex::default(),
-        };
+        let asked = Shared::new(Keys::new(at, 7));
         let begun = Instant::now();
-        while !matches!(asked.exchange(None).await, Ok(true)) {
+        while !asked.server.exchange(None).await {
             assert!(
                 begun.elapsed() < Duration::from_mins(1),
                 "the server does not start"
@@ -214,10 +142,11 @@ mod tests {
         for _ in 0..6 {
             asked.ask(true, 1).await;
         }
-        let mut client = Client::open(&asked.at, None, TIMEOUT).await.unwrap();
+        let mut client = Client::open(&asked.server.at, None, Keys::TIMEOUT).await.unwrap();
         client.ask(&["DEL", "7:2", "7:5"]).await.unwrap();
-        assert_eq!(asked.seen().acknowledged.len(), 6);
-        assert_eq!(asked.read_back().await.unwrap(), 4);
+        let acknowledged = asked.seen().acknowledged.clone();
+        assert_eq!(acknowledged.len(), 6);
+        assert_eq!(asked.server.read_back(&acknowledged).await.unwrap(), 4);
         server.kill().unwrap();
         server.wait().unwrap();
         asked.ask(true, 9).await;

@@ -237,6 +237,7 @@ impl Watched {
         }
         let seen = PressureSeen {
             uses_cpu,
+            runs: uses_cpu,
             waits_for_cpu: uses_cpu.map(|uses| if uses >= 0.5 { 1.0 } else { 0.0 }),
             ..PressureSeen::default()
         };

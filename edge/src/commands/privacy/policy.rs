@@ -84,7 +84,7 @@ pub(super) fn keygen<W: Write>(
     let public = key.public().to_string();
     let value = serde_json::json!({ "key_file": arguments.out, "policy_key": public });
     let human = format!(
-        "private key  {path} (keep it off the edges)\npin this in every edge.toml:\n\n[federation]\npolicy_key = \"{public}\""
+        "private key  {path} (keep it off the edges)\npin it in edge.toml\n\nfor the policy of the privacy budget:\n[federation]\npolicy_key = \"{public}\"\n\nor for the policy of healing:\n[healing_policy]\nkeys = [\"{public}\"]"
     );
     output.result(&value, human).map_err(unprinted)?;
     Ok(ExitCode::SUCCESS)

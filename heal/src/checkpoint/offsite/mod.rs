@@ -10,6 +10,7 @@
 //! drill has found damage: then every part is opened, and what does not open is sent anew. Fetching compares each file with the digest in the manifest,
 //! which the shadow run had proved.
 
+mod place;
 mod seal;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,18 +22,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use data_encoding::HEXLOWER;
-use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutPayload};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+pub use self::place::check_url;
+use self::place::open_store;
 use self::seal::OVERHEAD;
 pub use self::seal::OffsiteKey;
 use super::manifest::{Kind, Manifest};
 use super::proof::PROOF;
+use super::remnant::{Size, remnant};
 use super::store::{
-    Checkpoint, CheckpointError, CheckpointStore, INCOMPLETE, MANIFEST, TREE, at, joined, name_of,
+    Checkpoint, CheckpointError, CheckpointStore, FETCHED, INCOMPLETE, MANIFEST, TREE, at, joined, name_of,
     needs_room, parse_name, sync_dir, verify_at, write_synced,
 };
 use super::unblock_behind;
@@ -183,12 +186,29 @@ struct Sheet {
 
 impl Offsite {
     /// `url` is `file:///DIRECTORY`, which must exist (a disk that is not mounted must not be taken for an empty one), or
-    /// `s3://BUCKET/PREFIX` in a build with the feature `s3`, whose credentials come from the environment (`AWS_…`).
+    /// `s3://BUCKET/PREFIX` in a build with the feature `s3`, whose credentials, region and endpoint come from the environment (`AWS_…`).
     ///
     /// # Errors
     /// [`OffsiteError::Url`], [`OffsiteError::Unreachable`].
     pub fn open(url: &str, service: &str, key: OffsiteKey, retry: Retry) -> Result<Self, OffsiteError> {
-        let (store, prefix) = open_store(url)?;
+        // What is not UTF-8 is no setting of a store.
+        let variables = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Self::open_with(url, service, key, retry, variables)
+    }
+
+    /// The same with `variables` (name, value) in the place of the environment.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(
+        url: &str,
+        service: &str,
+        key: OffsiteKey,
+        retry: Retry,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, OffsiteError> {
+        let (store, prefix) = open_store(url, variables)?;
         Ok(Self::over(store, url, &prefix, service, key, retry))
     }
 
@@ -369,8 +389,8 @@ impl Offsite {
         }
     }
 
-    /// Fetches a copy, the newest by its time without a number, into `into`, where it becomes a checkpoint like the others with its proof. One
-    /// that is there already is compared with its digests instead.
+    /// Fetches a copy, the newest by its time without a number, into `into`, where it becomes a checkpoint with its proof, after all that
+    /// were taken there. One that is there already is compared with its digests instead.
     ///
     /// # Errors
     /// [`OffsiteError`], with [`CheckpointError::SeveralOfNumber`] when the number alone does not tell; then `into` is as it was.
@@ -437,6 +457,7 @@ impl Offsite {
         let store = into.clone();
         unblock_behind(&self.background, move || {
             verify_at(&staging)?;
+            write_synced(&staging.join(FETCHED), b"", 0)?;
             let dir = File::open(&staging).map_err(at(&staging))?;
             rustix::fs::syncfs(&dir).map_err(|error| at(&staging)(error.into()))?;
             let _guard = store.guard()?;
@@ -550,25 +571,39 @@ impl Offsite {
 
     /// Removes copies beyond the newest `keep`, then the parts that no copy has. `just` is the copy that was written a moment ago: the
     /// newest whatever the times say, so that those of a clock that was ahead are the first to go. Nothing is removed before all
-    /// that stay were read. A copy that does not open is none of the `keep`; while one stays, all parts do.
+    /// that stay were read. The last copy from before the state lost nine tenths stays as well, for a week. One that does not open is none of the `keep`; while one stays, all parts do.
     async fn remove_old(&self, keep: usize, just: &Copy) -> Result<(), OffsiteError> {
         let mut copies = self.list().await?;
         // Stable: within each group the newest by its time comes first.
         copies.sort_by_key(|copy| (copy != just, copy.unix_ms > just.unix_ms));
         let (mut kept, mut unread, mut old) = (0, 0, Vec::new());
         let mut used = BTreeSet::new();
+        let mut sizes = Vec::new();
         for copy in copies {
             let name = name_of(copy.sequence, copy.unix_ms);
-            if kept == keep {
+            // The last one from before the state lost nearly all stays, one of the `keep` or not.
+            let lost = remnant(sizes.iter().copied());
+            if kept >= keep && lost.is_some() {
                 old.push(name);
                 continue;
             }
             match self.sheet(&name).await {
                 Ok(sheet) => {
+                    let bytes = self
+                        .manifest(&sheet, &name)
+                        .map_or(0, |manifest| manifest.bytes());
+                    let unix_ms = copy.unix_ms;
+                    sizes.push(Size { unix_ms, bytes });
+                    if kept >= keep && remnant(sizes.iter().copied()).is_none() {
+                        sizes.pop();
+                        old.push(name);
+                        continue;
+                    }
                     kept += 1;
                     used.extend(sheet.parts.values().flatten().map(|digest| self.key.name(digest)));
                 }
                 Err(error @ OffsiteError::Unreachable { .. }) => return Err(error),
+                Err(_) if kept >= keep => old.push(name),
                 Err(error) => {
                     unread += 1;
                     tracing::warn!(copy = name, %error, "a copy that does not open does not count");
@@ -608,11 +643,12 @@ impl Offsite {
     /// Names in a folder and their sizes.
     async fn names(&self, folder: &str) -> Result<BTreeMap<String, u64>, OffsiteError> {
         let prefix = ObjectPath::from(format!("{}/{}/{folder}", self.prefix, self.service));
+        // A folder that nothing was put into yet is an empty list; `NotFound` is a bucket that is gone.
         let listed = self
             .persist(|| self.store.list_with_delimiter(Some(&prefix)))
             .await?;
-        let listed = listed.map(|listed| listed.objects).unwrap_or_default();
         Ok(listed
+            .objects
             .into_iter()
             .filter_map(|meta| Some((meta.location.filename()?.to_owned(), meta.size)))
             .collect())
@@ -633,8 +669,8 @@ impl Offsite {
     /// `None` when it is not there. No more than `max` bytes are taken into memory, whatever lies there.
     async fn get(&self, folder: &str, name: &str, max: u64) -> Result<Option<bytes::Bytes>, OffsiteError> {
         let object = self.object(folder, name);
-        let found = self
-            .persist(|| async {
+        let found = unless_gone(
+            self.persist(|| async {
                 let found = self.store.get(&object).await?;
                 let bytes = found.meta.size;
                 if bytes > max {
@@ -642,7 +678,8 @@ impl Offsite {
                 }
                 found.bytes().await.map(Ok)
             })
-            .await?;
+            .await,
+        )?;
         found.transpose().map_err(|bytes| OffsiteError::Damaged {
             object: object.to_string(),
             what: format!("has {bytes} bytes, and at most {max} were stored"),
@@ -651,77 +688,43 @@ impl Offsite {
 
     async fn delete(&self, folder: &str, name: &str) -> Result<(), OffsiteError> {
         let object = self.object(folder, name);
-        self.persist(|| self.store.delete(&object)).await.map(drop)
+        unless_gone(self.persist(|| self.store.delete(&object)).await).map(drop)
     }
 
-    /// Makes a request again while it fails. `None`: there is no such object, which no retry changes.
+    /// Makes a request again while it fails; not one for what is not there, which no retry changes.
     async fn persist<T, F: Future<Output = object_store::Result<T>>>(
         &self,
         request: impl Fn() -> F,
-    ) -> Result<Option<T>, OffsiteError> {
+    ) -> Result<T, OffsiteError> {
         let mut wait = self.retry.wait;
-        for attempt in 1.. {
-            match request().await {
-                Ok(answer) => return Ok(Some(answer)),
-                Err(object_store::Error::NotFound { .. }) => return Ok(None),
-                Err(source) if attempt >= self.retry.attempts => {
-                    let url = self.url.clone();
-                    return Err(OffsiteError::Unreachable { url, source });
-                }
-                Err(error) => {
-                    tracing::debug!(%error, attempt, "off-site request failed");
-                    tokio::time::sleep(wait).await;
-                    wait *= 2;
-                }
+        let mut attempt = 1;
+        loop {
+            let source = match request().await {
+                Ok(answer) => return Ok(answer),
+                Err(source) => source,
+            };
+            if attempt >= self.retry.attempts || matches!(source, object_store::Error::NotFound { .. }) {
+                let url = self.url.clone();
+                return Err(OffsiteError::Unreachable { url, source });
             }
+            tracing::debug!(error = %source, attempt, "off-site request failed");
+            tokio::time::sleep(wait).await;
+            wait *= 2;
+            attempt += 1;
         }
-        Ok(None)
     }
 }
 
-/// Whether this build knows the kind of store that `url` names.
-///
-/// # Errors
-/// [`OffsiteError::Url`].
-pub fn check_url(url: &str) -> Result<(), OffsiteError> {
-    let wrong = |what: &str| {
-        Err(OffsiteError::Url {
-            url: url.to_owned(),
-            what: what.to_owned(),
-        })
-    };
-    match url.split_once("://") {
-        Some(("file", path)) if Path::new(path).is_absolute() => Ok(()),
-        Some(("file", _)) => wrong("is no absolute path: write file:///DIRECTORY"),
-        Some(("s3", rest)) if cfg!(feature = "s3") && !rest.is_empty() => Ok(()),
-        Some(("s3", _)) => wrong("needs a bucket, and a build with the feature `s3`"),
-        _ => wrong("is neither file:///DIRECTORY nor s3://BUCKET/PREFIX"),
+/// `None`: there is no such object.
+fn unless_gone<T>(asked: Result<T, OffsiteError>) -> Result<Option<T>, OffsiteError> {
+    match asked {
+        Ok(answer) => Ok(Some(answer)),
+        Err(OffsiteError::Unreachable {
+            source: object_store::Error::NotFound { .. },
+            ..
+        }) => Ok(None),
+        Err(error) => Err(error),
     }
-}
-
-fn open_store(url: &str) -> Result<(Arc<dyn ObjectStore>, String), OffsiteError> {
-    check_url(url)?;
-    let unreachable = |source| OffsiteError::Unreachable {
-        url: url.to_owned(),
-        source,
-    };
-    if let Some(dir) = url.strip_prefix("file://") {
-        let store = LocalFileSystem::new_with_prefix(dir).map_err(unreachable)?;
-        return Ok((Arc::new(store.with_fsync(true)), String::new()));
-    }
-    #[cfg(feature = "s3")]
-    if let Some(rest) = url.strip_prefix("s3://") {
-        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        let store = object_store::aws::AmazonS3Builder::from_env()
-            .with_bucket_name(bucket)
-            .build()
-            .map_err(unreachable)?;
-        return Ok((Arc::new(store), prefix.to_owned()));
-    }
-    Err(OffsiteError::Url {
-        url: url.to_owned(),
-        what: "is of no kind that this build knows".to_owned(),
-    })
 }
 
 const FORMAT: u32 = 1;

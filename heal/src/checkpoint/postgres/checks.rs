@@ -5,19 +5,14 @@ use std::time::{Duration, Instant};
 
 use super::PostgresSource;
 use super::server::Shadow;
-use super::workload::{self, Template};
+use super::workload::{self, NotSent, Statements, Template};
 use crate::checkpoint::verdict::{Check, Finding, ShadowRun};
 use crate::postgres::PostgresError;
 use crate::postgres::session::Session;
 use crate::postgres::tool::Tool;
 
 /// All checks, in the order of their cost; the first bad finding ends them.
-pub(super) async fn all(
-    source: &PostgresSource,
-    shadow: &Shadow,
-    templates: &[Template],
-    run: &mut ShadowRun,
-) {
+pub(super) async fn all(source: &PostgresSource, shadow: &Shadow, sampled: &[Template], run: &mut ShadowRun) {
     let begun = Instant::now();
     let before = invariants(source, shadow).await;
     if before != Finding::Pass {
@@ -37,7 +32,7 @@ pub(super) async fn all(
         return;
     }
     let begun = Instant::now();
-    let found = requests(source, shadow, templates).await;
+    let found = requests(source, shadow, sampled).await;
     run.push(found, begun);
     if run.finding() != Finding::Pass {
         return;
@@ -201,19 +196,50 @@ async fn invariant(session: &Session, path: &Path) -> Finding {
     Finding::Pass
 }
 
-async fn requests(source: &PostgresSource, shadow: &Shadow, templates: &[Template]) -> Check {
+async fn requests(source: &PostgresSource, shadow: &Shadow, sampled: &[Template]) -> Check {
     let begun = Instant::now();
     let spec = &source.shadow;
     let session = match Session::open(&shadow.target, Some(shadow.owner), REQUEST_MAX).await {
         Ok(session) => session,
         Err(error) => return Check::new("workload", judge(&error, &shadow.log_tail())),
     };
-    let answers = workload::send(&session, templates, spec.requests, spec.timeout).await;
+    // They do whatever the database's own users had them do, also to other hosts: where the shadow is not kept apart only what somebody wrote down for
+    // it is sent.
+    let (sampled, held_back) = if shadow.apart {
+        (sampled, 0)
+    } else {
+        (&[][..], sampled.len())
+    };
+    let statements = Statements {
+        configured: &spec.templates,
+        sampled,
+    };
+    let answers = match workload::send(&session, statements, spec.requests, spec.timeout).await {
+        Ok(answers) => answers,
+        Err(why) => return Check::new("workload", not_sent(&why, &shadow.log_tail())),
+    };
     let finding = match spec.criteria.judge(&answers) {
         Ok(()) => Finding::Pass,
         Err(why) => Finding::Invalid(format!("{why} {}", shadow.log_tail()).trim().to_owned()),
     };
-    Check::new("workload", finding).detail(format!("{} in {:?}", answers.words(), begun.elapsed()))
+    let held_back = if held_back > 0 {
+        format!("; {held_back} sampled statements were left out, since the shadow is not kept apart")
+    } else {
+        String::new()
+    };
+    let words = format!("{} in {:?}{held_back}", answers.words(), begun.elapsed());
+    Check::new("workload", finding).detail(words)
+}
+
+/// A mistyped statement says nothing of the copy, and neither does one whose table is not in it yet: but it was not proved as somebody wanted it to be.
+fn not_sent(why: &NotSent, log: &str) -> Finding {
+    match why {
+        NotSent::Refused(error) => judge(error, log),
+        NotSent::NoValue(at, kind) => Finding::Unknown(format!(
+            "statement {at}: no value can be made up for a parameter of type {kind}"
+        )),
+        NotSent::Late(at) => Finding::Unknown(format!("statement {at} was not sent: the time was over")),
+    }
 }
 
 /// Whether an error says something of the copy: what the server calls corrupt or internal, values that cannot be decoded, and a

@@ -21,17 +21,20 @@ mod checks;
 mod server;
 pub mod workload;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use self::server::Shadow;
 use self::workload::{Criteria, Template};
 use super::proof::Validated;
-use super::store::{CheckpointError, CheckpointStore, Staged};
+use super::store::{CheckpointError, CheckpointStore, Staged, at};
 use super::verdict::{Check, Finding, ShadowRun, State};
 use super::which::Which;
+use super::work::Work;
 use super::{proof, unblock_behind, work};
 use crate::background::Background;
+use crate::folder::Folder;
 use crate::postgres::PostgresError;
 use crate::postgres::binaries::PgBinaries;
 use crate::postgres::owner::Owner;
@@ -75,9 +78,9 @@ pub struct ShadowSpec {
     pub preload: String,
     /// SQL files of one query each: true in the first column of every row, and at least one row.
     pub invariants: Vec<PathBuf>,
-    /// Statements to send beside those sampled from the server's statistics.
+    /// Statements to send beside those sampled from the server's statistics. A copy to which one of them cannot be sent is not proved.
     pub templates: Vec<Template>,
-    /// Whether statement shapes are sampled from `pg_stat_statements` where it is there.
+    /// Whether statement shapes are sampled from `pg_stat_statements` where it is there. They are sent only to a shadow in namespaces of its own.
     pub sample_statements: bool,
     /// Requests to send, 0 to 100 000.
     pub requests: u32,
@@ -106,6 +109,7 @@ impl Default for ShadowSpec {
 pub struct Taken {
     /// The received data directory.
     pub data: PathBuf,
+    work: Work,
     shapes: Vec<Template>,
     superuser: String,
     took: Duration,
@@ -140,18 +144,30 @@ impl PostgresSource {
         let plan = backup::plan(self, owner).await?;
         work::refuse_full_disk(&self.work_dir, store, plan.bytes, self.free_bytes_min)?;
         let begun = Instant::now();
-        work::make(&self.work_dir, owner)?;
+        let work = work::make(&self.work_dir, owner)?;
+        self.make_data(&work, owner)?;
         let received = backup::receive(self, owner, &self.data()).await;
         if let Err(error) = received {
-            self.clear().await?;
+            work::end(work).await?;
             return Err(error.into());
         }
         Ok(Taken {
+            work,
             data: self.data(),
             shapes: plan.shapes,
             superuser: plan.superuser,
             took: begun.elapsed(),
         })
+    }
+
+    /// Where the backup goes, as the server's own directory is: its account may make nothing beside it.
+    fn make_data(&self, work: &Folder, owner: Owner) -> Result<(), CheckpointError> {
+        let data = self.data();
+        let original = std::fs::metadata(&self.data_dir).map_err(at(&self.data_dir))?;
+        let made = work.make(work::DATA).map_err(at(&data))?;
+        made.set_mode(original.mode() & 0o750).map_err(at(&data))?;
+        owner.take_open(&made)?;
+        Ok(())
     }
 
     /// The second half: hashed, shadowed, and valid or not.
@@ -176,7 +192,7 @@ impl PostgresSource {
         let mut run = ShadowRun::default();
         run.reached(State::Taken, taken.took);
         let proved = Box::pin(self.hash_and_shadow(store, &taken, unix_ms, &mut run)).await;
-        let cleared = self.clear().await;
+        let cleared = work::end(taken.work).await;
         let staged = proved?;
         cleared?;
         proof::settle(store, staged, run, unix_ms, &self.background).await
@@ -205,16 +221,16 @@ impl PostgresSource {
         let owner = Owner::of(&self.data_dir).or_else(|_gone| Owner::of(work::parent(&self.work_dir)))?;
         super::store::needs_room(work::parent(&self.work_dir), found.bytes, self.free_bytes_min)?;
         let begun = Instant::now();
-        work::make(&self.work_dir, owner)?;
+        let work = work::make(&self.work_dir, owner)?;
         let (from, to) = (store.clone(), self.data());
         let copied = unblock_behind(&self.background, move || from.export(which, &to)).await;
         let mut run = ShadowRun::default();
         if copied.is_ok() {
             run.reached(State::Hashed, begun.elapsed());
             let superuser = self.target.user.clone();
-            Box::pin(self.shadow(owner, &superuser, &self.shadow.templates, &mut run)).await;
+            Box::pin(self.shadow(owner, &superuser, &[], &mut run)).await;
         }
-        let cleared = self.clear().await;
+        let cleared = work::end(work).await;
         copied?;
         cleared?;
         proof::judged(run, found.path)
@@ -236,8 +252,11 @@ impl PostgresSource {
         run: &mut ShadowRun,
     ) -> Result<Staged, CheckpointError> {
         let begun = Instant::now();
-        let (to, data) = (store.clone(), taken.data.clone());
-        let staged = unblock_behind(&self.background, move || to.stage(&data, unix_ms)).await?;
+        let (to, from) = (
+            store.clone(),
+            work::open_data(&self.work_dir).map_err(at(&taken.data))?,
+        );
+        let staged = unblock_behind(&self.background, move || to.stage_from(&from, unix_ms)).await?;
         run.reached(State::Hashed, begun.elapsed());
         let mut shadowed = ShadowRun::default();
         let begun = Instant::now();
@@ -250,9 +269,7 @@ impl PostgresSource {
             async {
                 match Owner::of(&taken.data) {
                     Ok(owner) => {
-                        let mut templates = taken.shapes.clone();
-                        templates.extend(self.shadow.templates.iter().cloned());
-                        Box::pin(self.shadow(owner, &taken.superuser, &templates, &mut shadowed)).await;
+                        Box::pin(self.shadow(owner, &taken.superuser, &taken.shapes, &mut shadowed)).await;
                     }
                     Err(error) => {
                         let finding = Finding::Unknown(error.to_string());
@@ -283,14 +300,14 @@ impl PostgresSource {
     }
 
     /// Runs the shadow on the work directory and notes what it showed.
-    async fn shadow(&self, owner: Owner, superuser: &str, templates: &[Template], run: &mut ShadowRun) {
+    async fn shadow(&self, owner: Owner, superuser: &str, sampled: &[Template], run: &mut ShadowRun) {
         let begun = Instant::now();
         let limit = self.shadow.timeout;
         let shadowed = tokio::time::timeout(limit, async {
             let Some(shadow) = Shadow::start(self, owner, superuser, run).await else {
                 return;
             };
-            Box::pin(checks::all(self, &shadow, templates, run)).await;
+            Box::pin(checks::all(self, &shadow, sampled, run)).await;
             shadow.stop(self, run).await;
         });
         if shadowed.await.is_err() {
@@ -301,7 +318,7 @@ impl PostgresSource {
     }
 
     fn data(&self) -> PathBuf {
-        self.work_dir.join("data")
+        work::data(&self.work_dir)
     }
 }
 

@@ -1,7 +1,6 @@
 //! The second server: kept from the primary, small, and gone afterwards.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -14,7 +13,9 @@ use super::PostgresSource;
 use crate::checkpoint::apart::{SocketDir, spawn_apart};
 use crate::checkpoint::limits::Limits;
 use crate::checkpoint::verdict::{Check, Finding, ShadowRun};
+use crate::checkpoint::work::{self, Log};
 use crate::executor::process::clear_directory;
+use crate::folder::Folder;
 use crate::postgres::owner::Owner;
 use crate::postgres::session::{Session, Target};
 use crate::postgres::tool::{Tool, command};
@@ -25,9 +26,11 @@ use crate::postgres::{PostgresError, at};
 pub(super) struct Shadow {
     pub(super) target: Target,
     pub(super) owner: Owner,
+    /// Whether nothing outside can be reached from it.
+    pub(super) apart: bool,
     child: Child,
     data: PathBuf,
-    log: PathBuf,
+    log: Log,
     checksums: bool,
     // Removed with it.
     _socket_dir: SocketDir,
@@ -44,8 +47,17 @@ impl Shadow {
         run: &mut ShadowRun,
     ) -> Option<Self> {
         let begun = Instant::now();
-        let data = source.data();
-        let control = match version_and_control(source, &data).await {
+        let opened = work::open(&source.work_dir)
+            .and_then(|work| work.enter(Path::new(work::DATA)).map(|data| (work, data)));
+        let (work, data) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                let words = format!("{}: {error}", source.data().display());
+                run.push(Check::new("version", Finding::Unknown(words)), begun);
+                return None;
+            }
+        };
+        let control = match version_and_control(source, owner, &data).await {
             Ok(control) => {
                 run.push(Check::new("version", Finding::Pass), begun);
                 control
@@ -56,7 +68,7 @@ impl Shadow {
             }
         };
         let begun = Instant::now();
-        match Self::launch(source, owner, superuser, &data, &control, run).await {
+        match Self::launch(source, owner, superuser, (&work, &data), &control, run).await {
             Ok(mut shadow) => {
                 let finding = shadow.recovered(begun, source.shadow.timeout).await;
                 let passed = finding == Finding::Pass;
@@ -75,22 +87,15 @@ impl Shadow {
         source: &PostgresSource,
         owner: Owner,
         superuser: &str,
-        data: &Path,
+        (work, data): (&Folder, &Folder),
         control: &Control,
         run: &mut ShadowRun,
     ) -> Result<Self, PostgresError> {
-        cut_off(data)?;
-        let socket_dir = SocketDir::make(&source.work_dir, owner, SOCKET_DIR_MAX)?;
-        let conf = configure(source, owner, control, socket_dir.path())?;
-        let log = source.work_dir.join("log");
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&log)
-            .map_err(at(&log))?;
-        owner.take(&log)?;
-        let clone = file.try_clone().map_err(at(&log))?;
+        cut_off(data, owner)?;
+        let socket_dir = SocketDir::make(work, owner, SOCKET_DIR_MAX)?;
+        let conf = configure(source, work, owner, control, socket_dir.path())?;
+        let (log, [out, err]) = Log::make(work).map_err(at(work.path()))?;
+        let data = data.path();
         let program = source.binaries.tool("postgres");
         let mut start = command(&program, Some(owner));
         start
@@ -99,8 +104,8 @@ impl Shadow {
             .arg("-c")
             .arg(format!("config_file={}", conf.display()))
             .stdin(Stdio::null())
-            .stdout(file)
-            .stderr(clone);
+            .stdout(out)
+            .stderr(err);
         let (spawned, isolation) = spawn_apart(start, Some(source.target.socket())).await;
         let child = spawned.map_err(|error| PostgresError::Spawn {
             program,
@@ -113,7 +118,7 @@ impl Shadow {
             source.shadow.cpu_cores,
             &source.background,
         );
-        run.isolation = isolation;
+        run.isolation = isolation.words;
         run.limits = group.as_ref().map_or_else(
             || "the server's settings and its priority".to_owned(),
             Limits::words,
@@ -127,6 +132,7 @@ impl Shadow {
         Ok(Self {
             target,
             owner,
+            apart: isolation.apart,
             child,
             data: data.to_owned(),
             log,
@@ -170,7 +176,7 @@ impl Shadow {
     }
 
     fn did_not_start(&self, status: &str) -> Finding {
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let log = self.log.text();
         let said: Vec<&str> = log
             .lines()
             .filter(|line| {
@@ -189,9 +195,9 @@ impl Shadow {
         }
     }
 
-    /// Whether the server still runs.
+    /// What the server last said of a crash.
     pub(super) fn log_tail(&self) -> String {
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let log = self.log.text();
         let lines: Vec<&str> = log
             .lines()
             .filter(|line| line.contains("PANIC") || line.contains("terminated by signal"))
@@ -249,9 +255,14 @@ struct Control {
     max_locks: u32,
 }
 
-async fn version_and_control(source: &PostgresSource, data: &Path) -> Result<Control, Finding> {
-    let path = data.join("PG_VERSION");
-    let found = fs::read_to_string(&path)
+async fn version_and_control(
+    source: &PostgresSource,
+    owner: Owner,
+    data: &Folder,
+) -> Result<Control, Finding> {
+    let mut found = String::new();
+    data.file("PG_VERSION")
+        .and_then(|file| file.take(VERSION_BYTES_MAX).read_to_string(&mut found))
         .map_err(|error| Finding::Invalid(format!("PG_VERSION cannot be read: {error}")))?;
     let (found, ours) = (found.trim(), source.binaries.major());
     if found.parse() != Ok(ours) {
@@ -262,8 +273,8 @@ async fn version_and_control(source: &PostgresSource, data: &Path) -> Result<Con
     }
     let tool = Tool {
         program: source.binaries.tool("pg_controldata"),
-        arguments: vec![data.into()],
-        owner: None,
+        arguments: vec![data.path().into()],
+        owner: Some(owner),
         background: None,
         timeout: Duration::from_secs(30),
     };
@@ -288,48 +299,41 @@ async fn version_and_control(source: &PostgresSource, data: &Path) -> Result<Con
 
 /// Takes out of the copy what could lead it to the primary: settings made by `ALTER SYSTEM` (connection strings, credentials, archive
 /// and restore commands), the signs that make it a standby, and slots.
-fn cut_off(data: &Path) -> Result<(), PostgresError> {
+fn cut_off(data: &Folder, owner: Owner) -> Result<(), PostgresError> {
     for name in [
         "standby.signal",
         "recovery.signal",
         "postmaster.pid",
         "postmaster.opts",
     ] {
-        let path = data.join(name);
-        if path.symlink_metadata().is_ok() {
-            fs::remove_file(&path).map_err(at(&path))?;
-        }
+        data.remove(name).map_err(at(&data.path_of(name)))?;
     }
-    let auto = data.join("postgresql.auto.conf");
-    if auto.symlink_metadata().is_ok() {
-        fs::write(&auto, b"").map_err(at(&auto))?;
+    // A file of our own in its place: what bears the name may be a link, or another file's second name.
+    let auto = "postgresql.auto.conf";
+    if data.remove(auto).map_err(at(&data.path_of(auto)))? {
+        let file = data.create(auto).map_err(at(&data.path_of(auto)))?;
+        owner.take_file(&file, &data.path_of(auto))?;
     }
-    let slots = data.join("pg_replslot");
-    if slots.is_dir() {
-        for entry in fs::read_dir(&slots).map_err(at(&slots))? {
-            let path = entry.map_err(at(&slots))?.path();
-            fs::remove_dir_all(&path).map_err(at(&path))?;
-        }
+    let slots = "pg_replslot";
+    match data.enter(Path::new(slots)).and_then(|slots| slots.clear()) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        cleared => cleared.map_err(at(&data.path_of(slots))),
     }
-    Ok(())
 }
 
 /// Settings of the shadow's own: none of the primary's files is read.
 fn configure(
     source: &PostgresSource,
+    work: &Folder,
     owner: Owner,
     control: &Control,
     socket_dir: &Path,
 ) -> Result<PathBuf, PostgresError> {
-    let dir = source.work_dir.join("conf");
-    if dir.exists() {
-        fs::remove_dir_all(&dir).map_err(at(&dir))?;
-    }
-    fs::DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
-    owner.take(&dir)?;
+    let made = work.make("conf").map_err(at(&work.path_of("conf")))?;
+    let dir = made.path();
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "''"));
     let path = |path: &Path| quoted(&path.display().to_string());
-    let (hba, ident) = (dir.join("pg_hba.conf"), dir.join("pg_ident.conf"));
+    let (hba, ident) = (dir.join(HBA), dir.join(IDENT));
     let own = [
         ("hba_file", path(&hba)),
         ("ident_file", path(&ident)),
@@ -341,17 +345,16 @@ fn configure(
     ]
     .map(|(key, value)| format!("{key} = {value}\n"));
     let conf = String::from(SETTINGS) + &own.concat();
-    let main = dir.join("postgresql.conf");
     // The socket's folder lets in its owner and root alone.
-    for (file, text) in [
-        (&main, conf.as_str()),
-        (&hba, "local all all trust\n"),
-        (&ident, ""),
-    ] {
-        fs::write(file, text).map_err(at(file))?;
-        owner.take(file)?;
+    for (name, text) in [(MAIN, conf.as_str()), (HBA, "local all all trust\n"), (IDENT, "")] {
+        let path = dir.join(name);
+        let mut file = made.create(name).map_err(at(&path))?;
+        file.write_all(text.as_bytes()).map_err(at(&path))?;
+        owner.take_file(&file, &path)?;
     }
-    Ok(main)
+    // Last: until then nobody else can put anything into it.
+    owner.take_open(&made)?;
+    Ok(dir.join(MAIN))
 }
 
 const SETTINGS: &str = "\
@@ -389,6 +392,11 @@ ignore_checksum_failure = off
 ignore_invalid_pages = off
 restart_after_crash = off
 ";
+const MAIN: &str = "postgresql.conf";
+const HBA: &str = "pg_hba.conf";
+const IDENT: &str = "pg_ident.conf";
+/// Far more than the number in it.
+const VERSION_BYTES_MAX: u64 = 64;
 const PORT: u16 = 5432;
 /// A socket's name has at most 107 bytes; ours adds `/.s.PGSQL.5432.lock`.
 const SOCKET_DIR_MAX: usize = 85;

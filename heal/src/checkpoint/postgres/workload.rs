@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Statement;
 use tokio_postgres::types::{ToSql, Type};
 
+use crate::postgres::PostgresError;
 use crate::postgres::session::{Session, code};
 
 /// A statement with `$1`, `$2` … for its values.
@@ -52,8 +53,28 @@ pub struct Answers {
     pub errors: u32,
     /// The first of those.
     pub first_error: Option<String>,
-    /// Shapes that could not be sent: a table of a session, a type without made-up values.
+    /// Sampled shapes that could not be sent: a table of a session, a type without made-up values.
     pub left_out: usize,
+}
+
+/// What is sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Statements<'a> {
+    /// What somebody wrote into the configuration: each must be one that can be sent, and is sent at least once.
+    pub(super) configured: &'a [Template],
+    /// What the server's statistics had: what cannot be sent is left out.
+    pub(super) sampled: &'a [Template],
+}
+
+/// Why the requests were not made.
+#[derive(Debug)]
+pub(super) enum NotSent {
+    /// The server does not take one, whose number from 1 is in the error.
+    Refused(PostgresError),
+    /// No value can be made up for a parameter of a configured statement, of this type.
+    NoValue(usize, String),
+    /// Time was over before a configured statement was sent.
+    Late(usize),
 }
 
 impl Answers {
@@ -68,7 +89,7 @@ impl Answers {
     /// In words.
     pub fn words(&self) -> String {
         format!(
-            "{} requests ({} refused for their made-up value, {} errors, {} shapes left out), p99 {:?}",
+            "{} requests ({} refused for their made-up value, {} errors, {} sampled shapes left out), p99 {:?}",
             self.latencies.len(),
             self.refused,
             self.errors,
@@ -129,36 +150,62 @@ pub fn is_shape(sql: &str) -> bool {
     !dollar
 }
 
-/// Sends requests one after the other, each in a transaction that is taken back, until there were so many or the time is over.
+/// Sends requests one after the other, each in a transaction that is taken back, until there were so many or the time is over. Configured statements
+/// come first, once each, then all by their weights.
+///
+/// # Errors
+/// [`NotSent`], for configured statements alone.
 pub(super) async fn send(
     session: &Session,
-    templates: &[Template],
+    statements: Statements<'_>,
     requests: u32,
     limit: Duration,
-) -> Answers {
+) -> Result<Answers, NotSent> {
     let begun = Instant::now();
     let mut answers = Answers::default();
     let mut ready: Vec<(Statement, u64)> = Vec::new();
-    for template in templates {
-        match session.client().prepare(&template.sql).await {
-            Ok(statement) if statement.params().iter().all(can_make) => {
-                ready.push((statement, u64::from(template.weight.max(1))));
+    let configured = statements.configured.len();
+    for (at, template) in statements.configured.iter().chain(statements.sampled).enumerate() {
+        let prepared = session.client().prepare(&template.sql).await;
+        let unknown = |statement: &Statement| statement.params().iter().find(|kind| !can_make(kind)).cloned();
+        match prepared {
+            Ok(statement) => match unknown(&statement) {
+                None => ready.push((statement, u64::from(template.weight.max(1)))),
+                Some(kind) if at < configured => {
+                    return Err(NotSent::NoValue(at + 1, kind.name().to_owned()));
+                }
+                Some(_) => answers.left_out += 1,
+            },
+            // A server that went away has taken none, whoever's it is.
+            Err(error) if at < configured || session.client().is_closed() => {
+                let what = format!("statement {}", at + 1);
+                let error = crate::postgres::session::failed(&what, &error);
+                return Err(NotSent::Refused(error));
             }
-            Ok(_) | Err(_) => answers.left_out += 1,
+            Err(_) => answers.left_out += 1,
         }
     }
     let total: u64 = ready.iter().map(|(_, weight)| weight).sum();
     let mut random = Random(SEED);
-    for _request in 0..requests {
-        if total == 0 || begun.elapsed() > limit {
+    for request in 0..requests as usize {
+        if total == 0 {
+            break;
+        }
+        if begun.elapsed() > limit {
+            if request < configured {
+                return Err(NotSent::Late(request + 1));
+            }
             break;
         }
         let mut at = random.next() % total;
-        let Some((statement, _)) = ready.iter().find(|(_, weight)| {
-            let here = at < *weight;
-            at = at.saturating_sub(*weight);
-            here
-        }) else {
+        let by_weight = || {
+            ready.iter().find(|(_, weight)| {
+                let here = at < *weight;
+                at = at.saturating_sub(*weight);
+                here
+            })
+        };
+        let Some((statement, _)) = ready[..configured].get(request).or_else(by_weight) else {
             break;
         };
         let values: Vec<Box<dyn ToSql + Sync + Send>> = statement
@@ -195,7 +242,7 @@ pub(super) async fn send(
             }
         }
     }
-    answers
+    Ok(answers)
 }
 
 fn can_make(kind: &Type) -> bool {

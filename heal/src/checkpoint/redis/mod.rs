@@ -15,7 +15,7 @@ mod client;
 mod server;
 
 use std::fs;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use super::proof::{self, Validated};
 use super::store::{CheckpointError, CheckpointStore, at};
 use super::verdict::{Check, Finding, ShadowKind, ShadowRun, State};
 use super::which::Which;
+use super::work::Work;
 use super::{unblock_behind, work};
 use crate::background::Background;
 use crate::postgres::owner::Owner;
@@ -127,18 +128,26 @@ impl RedisSource {
         let begun = Instant::now();
         let before = self.snapshot(store).await?;
         let taken = self.receive(store, &before.snapshot, owner).await;
+        let (work, taken) = match taken {
+            Ok(work) => (Some(work), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
         let worked = async {
             taken?;
             run.reached(State::Taken, begun.elapsed());
             let begun = Instant::now();
-            let (to, data) = (store.clone(), work::data(&self.work_dir));
-            let staged = unblock_behind(&self.background, move || to.stage(&data, unix_ms)).await?;
+            let from = work::open_data(&self.work_dir).map_err(at(&self.work_dir))?;
+            let to = store.clone();
+            let staged = unblock_behind(&self.background, move || to.stage_from(&from, unix_ms)).await?;
             run.reached(State::Hashed, begun.elapsed());
             self.shadow(owner, Some(&before), &mut run).await;
             Ok::<_, CheckpointError>(staged)
         }
         .await;
-        let cleared = work::clear(&self.work_dir).await;
+        let cleared = match work {
+            Some(work) => work::end(work).await,
+            None => work::clear(&self.work_dir).await,
+        };
         let staged = worked?;
         cleared?;
         proof::settle(store, staged, run, unix_ms, &self.background).await
@@ -165,14 +174,14 @@ impl RedisSource {
         let found = store.verify(which)?;
         let owner = owner(&self.dir).or_else(|_gone| owner(work::parent(&self.work_dir)))?;
         super::store::needs_room(work::parent(&self.work_dir), found.bytes, self.free_bytes_min)?;
-        work::make(&self.work_dir, owner)?;
+        let work = work::make(&self.work_dir, owner)?;
         let (from, to) = (store.clone(), work::data(&self.work_dir));
         let copied = unblock_behind(&self.background, move || from.export(which, &to)).await;
         let mut run = ShadowRun::of(ShadowKind::Redis);
         if copied.is_ok() {
             self.shadow(owner, None, &mut run).await;
         }
-        let cleared = work::clear(&self.work_dir).await;
+        let cleared = work::end(work).await;
         copied?;
         cleared?;
         proof::judged(run, found.path)
@@ -289,40 +298,37 @@ impl RedisSource {
         store: &CheckpointStore,
         snapshot: &Path,
         owner: Owner,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<Work, CheckpointError> {
         let found = fs::metadata(&self.dir).map_err(at(&self.dir))?;
-        work::make(&self.work_dir, owner)?;
-        let data = work::data(&self.work_dir);
-        let (from, to, store, work, left) = (
-            snapshot.to_owned(),
-            data.join(DUMP),
-            store.clone(),
-            self.work_dir.clone(),
-            self.free_bytes_min,
-        );
+        let work = work::make(&self.work_dir, owner)?;
+        let (from, store, left) = (snapshot.to_owned(), store.clone(), self.free_bytes_min);
         unblock_behind(&self.background, move || {
-            fs::DirBuilder::new()
-                .mode(0o700)
-                .create(&data)
-                .map_err(at(&data))?;
+            let data = work.path_of(work::DATA);
+            let to = data.join(DUMP);
+            let made = work.make(work::DATA).map_err(at(&data))?;
             let mut source = fs::File::options()
                 .read(true)
                 .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
                 .open(&from)
                 .map_err(at(&from))?;
             let original = source.metadata().map_err(at(&from))?;
-            work::refuse_full_disk(&work, &store, original.len(), left)?;
-            let mut copy = fs::File::create_new(&to).map_err(at(&to))?;
+            work::refuse_full_disk(work.path(), &store, original.len(), left)?;
+            let mut copy = made.create(DUMP).map_err(at(&to))?;
             std::io::copy(&mut source, &mut copy).map_err(at(&to))?;
-            for (path, original) in [(&to, &original), (&data, &found)] {
-                let mode = fs::Permissions::from_mode(original.mode() & 0o7777);
-                fs::set_permissions(path, mode).map_err(at(path))?;
-                if rustix::process::geteuid().is_root() {
-                    std::os::unix::fs::lchown(path, Some(original.uid()), Some(original.gid()))
-                        .map_err(at(path))?;
-                }
+            let root = rustix::process::geteuid().is_root();
+            if root {
+                made.give(Path::new(DUMP), original.uid(), original.gid())
+                    .map_err(at(&to))?;
             }
-            Ok(())
+            copy.set_permissions(fs::Permissions::from_mode(original.mode() & 0o7777))
+                .map_err(at(&to))?;
+            // Last: until then nobody else can enter it.
+            if root {
+                made.give(Path::new(""), found.uid(), found.gid())
+                    .map_err(at(&data))?;
+            }
+            made.set_mode(found.mode()).map_err(at(&data))?;
+            Ok(work)
         })
         .await
     }

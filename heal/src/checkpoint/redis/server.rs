@@ -1,7 +1,6 @@
 //! The second server: kept from the primary, loads the copy, answers, and is gone afterwards.
 
-use std::fs::{self, File};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
@@ -16,7 +15,7 @@ use crate::checkpoint::apart::{SocketDir, spawn_apart};
 use crate::checkpoint::limits::Limits;
 use crate::checkpoint::store::{CheckpointError, at};
 use crate::checkpoint::verdict::{Check, Finding, ShadowRun};
-use crate::checkpoint::work;
+use crate::checkpoint::work::{self, Log};
 use crate::executor::process::clear_directory;
 use crate::postgres::owner::Owner;
 use crate::postgres::tool::{Tool, command};
@@ -214,7 +213,7 @@ async fn invariants(
 struct Shadow {
     child: Child,
     data: PathBuf,
-    log: PathBuf,
+    log: Log,
     socket: SocketDir,
     limit: Duration,
     _group: Option<Limits>,
@@ -231,16 +230,9 @@ impl Shadow {
         let memory = source.memory_bytes.max(used.saturating_add(used / 2));
         refuse_little_memory(source, used)?;
         let data = work::data(&source.work_dir);
-        let socket = SocketDir::make(&source.work_dir, owner, SOCKET_DIR_MAX)?;
-        let log = source.work_dir.join("log");
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&log)
-            .map_err(at(&log))?;
-        owner.take(&log)?;
-        let clone = file.try_clone().map_err(at(&log))?;
+        let work = work::open(&source.work_dir).map_err(at(&source.work_dir))?;
+        let socket = SocketDir::make(&work, owner, SOCKET_DIR_MAX)?;
+        let (log, [out, err]) = Log::make(&work).map_err(at(&source.work_dir))?;
         let program = program("redis-server")?;
         let mut start = command(&program, Some(owner));
         // No file of the primary's settings is read. It saves nothing, follows nobody and listens on no address.
@@ -268,8 +260,8 @@ impl Shadow {
                 "yes",
             ])
             .stdin(Stdio::null())
-            .stdout(file)
-            .stderr(clone);
+            .stdout(out)
+            .stderr(err);
         let primary = match &source.address {
             Address::Unix(path) => Some(path.clone()),
             Address::Tcp(_) => None,
@@ -278,7 +270,7 @@ impl Shadow {
         let child = spawned.map_err(at(&program))?;
         source.background.put(child.id());
         let group = Limits::put(child.id(), memory, source.cpu_cores, &source.background);
-        run.isolation = isolation;
+        run.isolation = isolation.words;
         run.limits = group
             .as_ref()
             .map_or_else(|| "its priority".to_owned(), Limits::words);
@@ -321,7 +313,7 @@ impl Shadow {
     }
 
     fn did_not_load(&self, status: ExitStatus) -> Finding {
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let log = self.log.text();
         // `#` marks warnings.
         let said: Vec<&str> = log.lines().filter(|line| line.contains(" # ")).collect();
         let start = said.len().saturating_sub(3);

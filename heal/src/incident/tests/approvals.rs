@@ -114,6 +114,34 @@ fn harm_by_one_session_demotes_at_the_second_and_by_a_restart_at_the_first() {
 }
 
 #[test]
+fn harm_by_what_works_at_once_is_found_after_seconds_and_by_a_hook_at_the_end_of_its_window() {
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(false, true)), 20);
+    story.carry_out(relieved());
+    story.probes(false, 6);
+    story.pass(4_000);
+    story.probes(false, 1);
+    assert_eq!(story.state(), Some(IncidentState::Verifying));
+    story.pass(1_000);
+    story.probes(false, 1);
+    let incident = story.incident().unwrap();
+    assert_eq!(
+        (incident.state, incident.verdict),
+        (IncidentState::HandedToHuman, Some(Verdict::Harm))
+    );
+    // What people configured may take its time.
+    let mut story = Story::new(|policy| policy.hook_for = BTreeSet::from([FaultClass::LockPileup]));
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(false, true)), 20);
+    assert_eq!(story.carry_out(relieved()).action, ActionKind::Hook);
+    story.probes(false, 6);
+    story.pass(10_000);
+    story.probes(false, 6);
+    assert_eq!(story.state(), Some(IncidentState::Verifying));
+}
+
+#[test]
 fn an_approval_is_of_the_action_and_the_session_that_were_planned() {
     let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
     story.probes(true, 3);

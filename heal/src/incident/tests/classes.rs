@@ -10,8 +10,7 @@ fn as_many_open_files_as_it_may_have_are_restarted_away_and_a_crowd_that_holds_t
         descriptors: Some(0.99),
         ..PressureSeen::default()
     };
-    pressed(&mut story, seen);
-    story.probes(false, 2);
+    story.silent_under(seen, 2);
     assert_eq!(story.incident().unwrap().class, FaultClass::FdExhaustion);
     assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
     story.probes(true, 3);
@@ -21,13 +20,11 @@ fn as_many_open_files_as_it_may_have_are_restarted_away_and_a_crowd_that_holds_t
     story.probes(true, 3);
     let crowd = PressureSeen {
         uses_cpu: Some(0.9),
+        runs: Some(1.8),
         crowd: Some(5.0),
         ..seen
     };
-    pressed(&mut story, crowd);
-    for ok in [false, true, false] {
-        story.probe(ok);
-    }
+    story.asked_under(crowd, &[false, true, false]);
     let incident = story.incident().unwrap();
     assert_eq!(incident.class, FaultClass::Overload);
     assert!(story.recorded().is_none(), "{incident:?}");
@@ -57,6 +54,41 @@ fn a_file_system_that_cannot_be_written_any_more_keeps_a_crash_from_being_restar
     assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Start);
 }
 
+#[test]
+fn what_it_did_not_answer_while_it_could_not_write_is_no_hang_afterwards() {
+    let full: fn(bool) -> Input = |on| {
+        let service = "a".to_owned();
+        if on {
+            Input::DiskFull {
+                service,
+                free_bytes: 0,
+            }
+        } else {
+            Input::DiskRelieved { service }
+        }
+    };
+    let read_only: fn(bool) -> Input = |on| Input::ReadOnly {
+        service: "a".into(),
+        on,
+    };
+    for told in [full, read_only] {
+        let mut story = Story::new(|_| {});
+        story.probes(true, 3);
+        story.tell(told(true));
+        story.silent_under(PressureSeen::default(), 4);
+        story.tell(told(false));
+        assert!(story.recorded().is_none());
+        story.probes(true, 3);
+        assert_eq!(story.closed().state, IncidentState::Recovered);
+        // And one that does not answer when it could is one.
+        story.tell(told(true));
+        story.silent_under(PressureSeen::default(), 4);
+        story.tell(told(false));
+        story.silent_under(PressureSeen::default(), 2);
+        assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
+    }
+}
+
 /// Packets get lost on the way to it.
 fn lossy() -> NetworkSeen {
     NetworkSeen {
@@ -67,20 +99,18 @@ fn lossy() -> NetworkSeen {
     }
 }
 
-fn on_the_way(story: &mut Story, network: Option<NetworkSeen>) {
-    let seen = PressureSeen {
+fn on_the_way(network: Option<NetworkSeen>) -> PressureSeen {
+    PressureSeen {
         network,
         ..PressureSeen::default()
-    };
-    pressed(story, seen);
+    }
 }
 
 #[test]
 fn lost_packets_are_a_persons_and_what_is_silent_without_them_is_restarted() {
     let mut story = Story::new(|_| {});
     story.probes(true, 3);
-    on_the_way(&mut story, Some(lossy()));
-    story.probes(false, 2);
+    story.silent_under(on_the_way(Some(lossy())), 2);
     let incident = story.incident().unwrap().clone();
     assert_eq!(
         (incident.class, incident.state),
@@ -96,10 +126,9 @@ fn lost_packets_are_a_persons_and_what_is_silent_without_them_is_restarted() {
     assert_eq!(also, [FaultClass::NetworkLoss, FaultClass::Hang]);
     assert!(story.recorded().is_none());
     // The way is sound again: it is asked anew, and silent still. It hangs.
-    on_the_way(&mut story, None);
-    story.probes(false, 1);
+    story.silent_under(on_the_way(None), 1);
     assert!(story.recorded().is_none());
-    story.probes(false, 1);
+    story.silent_under(on_the_way(None), 1);
     assert_eq!(story.carry_out(Outcome::Done).action, ActionKind::Restart);
 }
 
@@ -118,8 +147,7 @@ fn a_hung_service_whose_clients_send_again_is_a_hang_all_the_same() {
     for network in [full, others, slight] {
         let mut story = Story::new(|_| {});
         story.probes(true, 3);
-        on_the_way(&mut story, Some(network));
-        story.probes(false, 2);
+        story.silent_under(on_the_way(Some(network)), 2);
         assert_eq!(
             story.carry_out(Outcome::Done).action,
             ActionKind::Restart,
@@ -129,7 +157,7 @@ fn a_hung_service_whose_clients_send_again_is_a_hang_all_the_same() {
     // A process that is stopped is stopped, whatever the network does.
     let mut story = Story::new(|_| {});
     story.probes(true, 3);
-    on_the_way(&mut story, Some(lossy()));
+    pressed(&mut story, on_the_way(Some(lossy())));
     for _ in 0..2 {
         story.tell(Input::Process {
             service: "a".into(),

@@ -267,6 +267,37 @@ fn who_waits_for_its_commit_is_left_to_it_until_it_holds_others_up_otherwise() {
 }
 
 #[test]
+fn who_came_to_its_commit_before_it_could_be_ended_costs_the_action_nothing_but_its_budget() {
+    let spared = || Outcome::Spared {
+        detail: "4 sessions waited behind process 41: it waits for the disk".into(),
+    };
+    let mut story = Story::new(|_| {});
+    story.probes(true, 3);
+    looks(&mut story, Some(pile(false, true)), 20);
+    assert_eq!(story.carry_out(spared()).action, ActionKind::TerminateBlocker);
+    let incident = story.incident().unwrap();
+    assert_eq!(incident.actions[0].verdict, Some(Verdict::NoEffect));
+    assert!(
+        incident.why().contains("touched nobody: 4 sessions"),
+        "{}",
+        incident.why()
+    );
+    assert!(story.machine.export().evidence.is_empty());
+    // Its commit is done, its transaction is not: the same action is still to be had. What is never done comes to an end nevertheless.
+    let mut tries = 1;
+    while story.incident().unwrap().state != IncidentState::HandedToHuman {
+        assert!(tries < 20, "it goes on for ever");
+        looks(&mut story, Some(pile(false, true)), 20);
+        if story.recorded().is_some() {
+            assert_eq!(story.carry_out(spared()).action, ActionKind::TerminateBlocker);
+            tries += 1;
+        }
+        story.pass(1_000);
+    }
+    assert!(tries >= 2, "{}", story.incident().unwrap().why());
+}
+
+#[test]
 fn a_start_is_not_judged_by_those_who_wait_for_the_disk_after_it() {
     let mut story = Story::new(|_| {});
     story.probes(true, 3);
