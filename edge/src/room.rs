@@ -21,7 +21,9 @@ pub(crate) struct Room {
 }
 
 impl Room {
-    async fn look_whether_full(&mut self, context: &ServiceContext) {
+    /// How much could be moved away takes its time to see where there are many files: it is waited for for a moment when the disk turns full, and
+    /// afterwards only by who has the time (`thorough`).
+    async fn look_whether_full(&mut self, context: &ServiceContext, thorough: bool) {
         let Some(state) = &context.shared.config.state else {
             return;
         };
@@ -39,9 +41,13 @@ impl Room {
             (self.full, self.walked) = (false, None);
             context.tell(Input::DiskRelieved { service }).await;
         } else if self.full {
-            self.walk(context).await;
+            if thorough {
+                self.walk(context).await;
+            }
         } else if free_bytes < below {
-            self.walk(context).await;
+            if tokio::time::timeout(WALK_SOON, self.walk(context)).await.is_err() {
+                tracing::debug!(service, "what may be moved away is told later");
+            }
             context.tell(Input::DiskFull { service, free_bytes }).await;
             self.full = true;
         }
@@ -89,15 +95,20 @@ impl Room {
 }
 
 impl ServiceContext {
-    /// Looks at the file system of its state, and tells what has changed: now and then, and before anything is told that could come of it, which
-    /// waits for a second at most.
+    /// Looks at the file system of its state now and then, and tells what has changed.
+    pub(crate) async fn watch_room(&self) {
+        self.look(true).await;
+    }
+
+    async fn look(&self, thorough: bool) {
+        let mut room = self.shared.room.lock().await;
+        room.look_whether_full(self, thorough).await;
+        room.look_whether_writable(self).await;
+    }
+
+    /// The same before anything is told that could come of it, which waits for a second at most.
     pub(crate) async fn look_at_room(&self) {
-        let look = async {
-            let mut room = self.shared.room.lock().await;
-            room.look_whether_full(self).await;
-            room.look_whether_writable(self).await;
-        };
-        if tokio::time::timeout(LOOK_MAX, look).await.is_err() {
+        if tokio::time::timeout(LOOK_MAX, self.look(false)).await.is_err() {
             tracing::warn!(
                 service = self.shared.name,
                 "the file system of its state does not answer in time"
@@ -156,6 +167,8 @@ pub(crate) fn asks_too_much(service: &ServiceConfig) -> Option<String> {
 
 /// Time between two looks at what could be moved away while it stays full.
 const WALK_EVERY: Duration = Duration::from_mins(1);
+/// Time for which a full disk is not told before it is known what could be moved away.
+const WALK_SOON: Duration = Duration::from_millis(500);
 /// Longest time of a look.
 const LOOK_MAX: Duration = Duration::from_secs(1);
 

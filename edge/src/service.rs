@@ -780,7 +780,7 @@ async fn look_again_and_again(context: &ServiceContext) {
             }
         }
         if looks.is_multiple_of(ROOM_LOOKS) || context.shared.room_now.swap(false, Ordering::Relaxed) {
-            context.look_at_room().await;
+            context.watch_room().await;
         }
         looks = looks.wrapping_add(1);
         let Some(pid) = context.shared.pid() else { continue };
