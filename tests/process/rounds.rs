@@ -22,13 +22,11 @@ fn init_serve_join_and_run_give_a_published_model() {
     words.extend(["--state-dir", state]);
     run("edge", &words).expect_done();
     edge.start();
+    // The first publications may come before the edge has rows to judge them by; it goes on without them until then.
     let status = edge.until("a published model in use", |status| {
-        status.updates_accepted >= 1 && status.model_version >= 1
+        status.updates_accepted >= 1 && status.model_version >= 1 && status.gate == "accepted"
     });
-    assert_eq!(
-        (status.node.as_str(), status.gate.as_str()),
-        ("press-1", "accepted")
-    );
+    assert_eq!(status.node, "press-1");
     assert!(status.epsilon_spent.unwrap() > 0.0 && status.epsilon_spent < status.epsilon_limit);
     let seen = centre.until("the publication", |status| {
         status.rounds_published >= 1 && status.sites[0].epsilon.is_some()
