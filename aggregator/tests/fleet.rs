@@ -20,7 +20,7 @@ use theriac_protocol::units::{Digest, ModelVersion, NodeId, NoiseMultiplier};
 use theriac_transport::{EdgeSession, Limits, SessionError, bind_client, connect};
 use tokio::sync::watch;
 
-const WAIT: Duration = Duration::from_secs(20);
+const WAIT: Duration = Duration::from_mins(1);
 
 struct Centre {
     dir: std::path::PathBuf,
@@ -40,7 +40,7 @@ impl Centre {
             http: any,
             fleet: FleetSettings {
                 enabled,
-                lease_ttl: Duration::from_secs(2),
+                lease_ttl: Duration::from_secs(15),
                 state_age: Duration::from_secs(10),
                 ..FleetSettings::default()
             },

@@ -740,7 +740,7 @@ mod tests {
     }
 
     async fn fit(lane: &mut Lane) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_mins(1);
         loop {
             match lane.tend().await {
                 Some(FitEvent::Fitted(_)) => return,

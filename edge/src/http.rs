@@ -191,7 +191,7 @@ mod tests {
     }
 
     async fn ask(address: SocketAddr, path: &str) -> (u16, String) {
-        let (code, body) = probe::get(&ProbeUrl::new(address, path), Duration::from_secs(5), 1 << 20)
+        let (code, body) = probe::get(&ProbeUrl::new(address, path), Duration::from_mins(1), 1 << 20)
             .await
             .unwrap();
         (code, String::from_utf8(body).unwrap())

@@ -47,6 +47,7 @@ pub mod store;
 pub mod supervise;
 pub mod suspects;
 pub mod update;
+mod warnings;
 pub mod watch;
 
 pub use run::{EdgeError, run};

@@ -12,7 +12,7 @@ use theriac_heal::checkpoint::postgres::workload::{Criteria, Template};
 use theriac_heal::checkpoint::postgres::{PostgresSource, ShadowSpec};
 use theriac_heal::checkpoint::redis::{Address, RedisSource};
 use theriac_heal::checkpoint::sqlite::SqliteSource;
-use theriac_heal::executor::postgres::{PostgresHands, SessionPolicy};
+use theriac_heal::executor::postgres::{Patience, PostgresHands, SessionPolicy};
 use theriac_heal::executor::process::{Polite, ServiceSpec};
 use theriac_heal::postgres::PostgresError;
 use theriac_heal::postgres::binaries::PgBinaries;
@@ -196,6 +196,7 @@ pub(crate) fn session_hands(config: &ServiceConfig) -> Option<(PostgresHands, Du
             ended_max: settings.ended_max,
             spare: settings.spare,
         },
+        patience: Patience::default(),
     };
     Some((hands, settings.look_every))
 }

@@ -691,7 +691,7 @@ mod tests {
         }
 
         async fn next(&mut self) -> Command {
-            tokio::time::timeout(Duration::from_secs(10), self.commands.recv())
+            tokio::time::timeout(Duration::from_mins(1), self.commands.recv())
                 .await
                 .unwrap()
                 .unwrap()
@@ -772,7 +772,7 @@ mod tests {
             let mut considered = incidents.iter().flat_map(|incident| &incident.alternatives);
             considered.any(|alternative| alternative.reason == "the stop switch is on")
         };
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
         while !held() {
             assert!(
                 tokio::time::Instant::now() < deadline,
@@ -794,7 +794,7 @@ mod tests {
         stage.store.limit_pages(1).await;
         stage.store.fill().await;
         stage.crash().await;
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
         while stage
             .board
             .incidents()
@@ -832,7 +832,7 @@ mod tests {
         assert!(!stage.storage.is_ok());
         assert_eq!(reader.incident(IncidentId(7)).unwrap(), None);
         stage.storage.look(&stage.store).await;
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
         while stage.unsaved.waiting() != (Vec::new(), false) {
             assert!(tokio::time::Instant::now() < deadline, "not within 10 s");
             tokio::task::yield_now().await;
@@ -862,7 +862,7 @@ mod tests {
                 stage.events.send(Input::Executed { id, outcome }).await.unwrap();
             }
         }
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
         let standing = || {
             stage
                 .board
@@ -958,7 +958,7 @@ mod tests {
             threshold: 3.0,
             causes: Vec::new(),
         };
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
         let reader = StoreReader::open(&stage.dir.database()).unwrap().unwrap();
         let (mut crash, mut host) = (None, None);
         while crash.is_none() || host.is_none() {

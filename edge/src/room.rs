@@ -45,12 +45,17 @@ impl Room {
                 self.walk(context).await;
             }
         } else if free_bytes < below {
-            if tokio::time::timeout(WALK_SOON, self.walk(context)).await.is_err() {
-                tracing::debug!(service, "what may be moved away is told later");
-            }
-            context.tell(Input::DiskFull { service, free_bytes }).await;
-            self.full = true;
+            self.turned_full(context, free_bytes, WALK_SOON).await;
         }
+    }
+
+    async fn turned_full(&mut self, context: &ServiceContext, free_bytes: u64, patience: Duration) {
+        let service = context.shared.name.clone();
+        if tokio::time::timeout(patience, self.walk(context)).await.is_err() {
+            tracing::debug!(service, "what may be moved away is told later");
+        }
+        context.tell(Input::DiskFull { service, free_bytes }).await;
+        self.full = true;
     }
 
     /// Tells how much could be moved away: at once, and while it stays full now and then, since files become old enough for it.
@@ -198,21 +203,61 @@ mod tests {
         ));
     }
 
-    #[tokio::test]
-    async fn what_becomes_old_enough_while_the_disk_stays_full_is_told() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path();
+    const MIN_AGE: Duration = Duration::from_mins(10);
+
+    /// With a young file that may be moved away when it is older than [`MIN_AGE`].
+    fn with_a_cache(root: &Path) -> (String, File) {
         let cache = root.join("cache");
         fs::create_dir(&cache).unwrap();
         fs::write(cache.join("old"), vec![7; 10_000]).unwrap();
-        let min_age = Duration::from_mins(10);
         let space = format!(
             "{}[service.space]\nrelieve = ['{}']\nquarantine = '{}'\nmin_age = '10m'\n",
             state_in(root),
             cache.display(),
             root.join("aside").display()
         );
-        let (context, mut received) = ServiceContext::for_test(root, &space);
+        let file = File::options().write(true).open(cache.join("old")).unwrap();
+        (space, file)
+    }
+
+    fn grow_old(file: &File) {
+        file.set_modified(std::time::SystemTime::now() - 2 * MIN_AGE)
+            .unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_is_told_where_what_may_be_moved_away_takes_long_to_see_and_that_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let (space, file) = with_a_cache(dir.path());
+        grow_old(&file);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (context, mut received) = ServiceContext::for_test(dir.path(), &space);
+            // Files are looked through on the one thread that is held up here.
+            let (release, held) = std::sync::mpsc::channel::<()>();
+            drop(tokio::task::spawn_blocking(move || held.recv()));
+            let mut room = Room::default();
+            room.turned_full(&context, 7, Duration::ZERO).await;
+            assert!(matches!(
+                received.try_recv(),
+                Ok(Input::DiskFull { free_bytes: 7, .. })
+            ));
+            assert!(room.full && room.walked.is_none());
+            drop(release);
+            room.walk(&context).await;
+            assert!(matches!(received.try_recv(), Ok(Input::Relievable { bytes, .. }) if bytes >= 10_000));
+        });
+    }
+
+    #[tokio::test]
+    async fn what_becomes_old_enough_while_the_disk_stays_full_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let (space, file) = with_a_cache(dir.path());
+        let (context, mut received) = ServiceContext::for_test(dir.path(), &space);
         let mut room = Room {
             full: true,
             ..Room::default()
@@ -222,9 +267,7 @@ mod tests {
             received.try_recv(),
             Ok(Input::Relievable { bytes: 0, .. })
         ));
-        let older = std::time::SystemTime::now() - 2 * min_age;
-        let file = File::options().write(true).open(cache.join("old")).unwrap();
-        file.set_modified(older).unwrap();
+        grow_old(&file);
         room.walk(&context).await;
         assert!(received.try_recv().is_err(), "not looked at again so soon");
         let before = Instant::now().checked_sub(2 * WALK_EVERY);

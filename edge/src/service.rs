@@ -27,14 +27,12 @@ use theriac_model::risk::Risk;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinError, JoinSet};
 
-use crate::config::{
-    HookSettings, ProbeConfig, ServiceConfig, StateSettings, WebhookSettings, stops_too_slowly,
-};
+use crate::config::{HookSettings, ProbeConfig, ServiceConfig, StateSettings, WebhookSettings};
 use crate::logs::LogWatch;
 use crate::metrics::{Metrics, service as label};
 use crate::pressure::Waits;
 use crate::probe::{self, Probe, ProbeError};
-use crate::room::{Room, asks_too_much, is_ample};
+use crate::room::{Room, is_ample};
 use crate::sample::ProbeWindow;
 use crate::state_dir::StateDir;
 use crate::status::Board;
@@ -752,10 +750,7 @@ async fn look_again_and_again(context: &ServiceContext) {
     let mut looks = 0_u32;
     let mut log = context.shared.config.output.clone().map(LogWatch::new);
     let config = &context.shared.config;
-    for warning in [asks_too_much(config), stops_too_slowly(config)]
-        .into_iter()
-        .flatten()
-    {
+    for warning in crate::warnings::of_service(config) {
         tracing::warn!(service = context.shared.name, "{warning}");
     }
     loop {

@@ -246,7 +246,7 @@ mod tests {
             Ok::<(), String>(())
         });
         let board = tasks.board();
-        tokio::time::timeout(Duration::from_secs(10), is_settled.recv())
+        tokio::time::timeout(Duration::from_mins(1), is_settled.recv())
             .await
             .unwrap()
             .unwrap();
@@ -278,7 +278,7 @@ mod tests {
         });
         sender.stop();
         let start = Instant::now();
-        tokio::time::timeout(Duration::from_secs(10), tasks.finish())
+        tokio::time::timeout(Duration::from_mins(1), tasks.finish())
             .await
             .unwrap();
         assert!(start.elapsed() >= QUICK.grace);

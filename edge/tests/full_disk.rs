@@ -20,8 +20,8 @@ use whole::{ADDRESS, Edge, Limits, free_address, serve, service_argv};
 /// Where the service writes before each answer.
 const WRITES: &str = "THERIAC_TEST_SERVICE_WRITES";
 const LIMITS: Limits = Limits {
-    answer: Duration::from_secs(5),
-    wait: Duration::from_secs(30),
+    answer: Duration::from_mins(1),
+    wait: Duration::from_mins(2),
 };
 
 /// Not a test of its own: with an address in the environment it is the service that the tests supervise.
@@ -85,7 +85,7 @@ fn service(disk: &Disk) -> String {
     format!(
         "healing.autonomy = 'act'\nhealing.cooldown = '0s'\n[[service]]\nname = 'kv'\nargv = {argv}\n\
          env = {{ {ADDRESS} = '{free}', {WRITES} = '{file}' }}\nstop_grace = '200ms'\n\
-         probe = {{ url = 'http://{free}/', interval = '100ms', timeout = '500ms' }}\n\
+         probe = {{ url = 'http://{free}/', interval = '100ms', timeout = '10s' }}\n\
          state = {{ dir = '{}', interval = '1h' }}\n",
         state.display()
     )

@@ -226,6 +226,37 @@ async fn checks_refuse_a_policy_that_run_would_refuse_as_stale() {
 }
 
 #[tokio::test]
+async fn checks_name_what_the_policy_lists_and_nothing_can_do_and_what_is_configured_and_not_listed() {
+    let place = Place::new();
+    let config = under_policy(&place, 1).await;
+    let text = std::fs::read_to_string(place.path("edge.toml")).unwrap();
+    for words in [["policy", "check"].as_slice(), &["check-config"]] {
+        let said = json(&[words, &["--config", &config]].concat()).await;
+        assert_eq!(said["warnings"], serde_json::json!([]), "{words:?}");
+    }
+    let hook = "[service.hook]\nargv = ['/bin/true']\nfor = ['overload']\n";
+    std::fs::write(place.path("edge.toml"), format!("{text}{hook}")).unwrap();
+    let policy = std::fs::read_to_string(place.path("healing.toml")).unwrap();
+    let rungs =
+        "action = [{ id = 'throttle_cpu', class = 'R2' }, { id = 'terminate_blocker', class = 'R1' },";
+    std::fs::write(place.path("healing.toml"), policy.replace("action = [", rungs)).unwrap();
+    let (file, key) = (place.text("healing.toml"), place.text("ann.key"));
+    json(&["policy", "sign", &file, "--key", &key, "--config", &config]).await;
+    for words in [["policy", "check"].as_slice(), &["check-config"]] {
+        let said = json(&[words, &["--config", &config]].concat()).await;
+        assert_eq!(
+            said["warnings"],
+            serde_json::json!([
+                "kv: the policy lists what this configuration has no means for, so it is never done: \
+                 terminate_blocker (needs [service.sessions]), throttle_cpu (needs [service.cgroup] throttle_cpu)",
+                "kv: configured, and not listed by the policy, so it is never done: hook",
+            ]),
+            "{words:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_log_of_rulings_is_replayed_from_a_file_elsewhere() {
     let place = Place::new();
     let config = under_policy(&place, 1).await;

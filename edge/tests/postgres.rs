@@ -17,8 +17,8 @@ use theriac_heal::postgres::session::{Session, Target};
 use whole::{Edge, Limits, signal};
 
 const LIMITS: Limits = Limits {
-    answer: Duration::from_secs(5),
-    wait: Duration::from_mins(1),
+    answer: Duration::from_mins(1),
+    wait: Duration::from_mins(2),
 };
 
 /// An edge that supervises the server. `more` stands in the service's own table; `SOCKET` in it is the directory of the server's socket.

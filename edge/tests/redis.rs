@@ -105,7 +105,7 @@ impl Server {
     }
 
     async fn ask(&self) -> Result<(bool, String), ProbeError> {
-        probe::ask(&self.probe(None), Duration::from_secs(5)).await
+        probe::ask(&self.probe(None), Duration::from_mins(1)).await
     }
 
     async fn client(&self) -> Client {
@@ -141,7 +141,7 @@ async fn a_password_is_said_and_a_wrong_one_or_none_is_a_refusal() {
     );
     let file = server.dir.path().join("password");
     let probe = server.probe(Some(file.clone()));
-    let ask = || probe::ask(&probe, Duration::from_secs(5));
+    let ask = || probe::ask(&probe, Duration::from_mins(1));
     let missing = ask().await.unwrap_err();
     assert!(
         missing.is_refusal() && missing.to_string().contains("cannot be read"),
@@ -250,12 +250,12 @@ async fn an_edge_restarts_a_stopped_server_and_not_one_that_refuses() {
     argv.extend(server.words());
     let more = format!(
         "[[service]]\nname = 'redis'\nargv = {argv:?}\nstop_grace = '100ms'\n\
-         probe = {{ url = 'redis://{}', interval = '100ms', timeout = '500ms', start_grace = '30s' }}\n\
+         probe = {{ url = 'redis://{}', interval = '100ms', timeout = '10s', start_grace = '30s' }}\n\
          healing = {{ autonomy = 'act', cooldown = '1s', settle = '0s' }}\n",
         server.socket().display()
     );
     let limits = Limits {
-        answer: Duration::from_secs(5),
+        answer: Duration::from_mins(1),
         wait: LIMIT,
     };
     let edge = Edge::start(&server.dir.path().join("edge"), &more, limits);

@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use theriac_heal::background::Background;
@@ -697,8 +698,11 @@ fn a_restore_is_led_nowhere_by_the_account_that_it_is_for() {
     let store = CheckpointStore::open(&outside.path().join("checkpoints"), place.limits).unwrap();
     store.take(&state, 1).unwrap();
     let ended = AtomicBool::new(false);
+    // What was being filled and was led elsewhere.
+    let exchanged = AtomicU32::new(0);
     std::thread::scope(|scope| {
         let (dir, lead_to, over) = (place.dir.path(), outside.path(), &ended);
+        let met = &exchanged;
         scope.spawn(move || {
             set_thread_groups(&[]).unwrap();
             let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
@@ -709,7 +713,8 @@ fn a_restore_is_led_nowhere_by_the_account_that_it_is_for() {
                 if over.load(Ordering::Relaxed) {
                     break;
                 }
-                // A folder that is being filled, or the top itself.
+                // A folder that is being filled, which is not this account's until all is written; or the top itself, which lies in a directory
+                // of its own.
                 let base = partial.join("base");
                 let (name, target) = if base.join("20").exists() {
                     (base, lead_to.join("base"))
@@ -718,13 +723,21 @@ fn a_restore_is_led_nowhere_by_the_account_that_it_is_for() {
                 } else {
                     continue;
                 };
-                if fs::rename(&name, dir.join(format!("away-{round}"))).is_ok() {
-                    drop(std::os::unix::fs::symlink(target, &name));
+                let away = dir.join(format!("away-{round}"));
+                if fs::rename(&name, &away).is_ok() {
+                    let led = std::os::unix::fs::symlink(target, &name).is_ok();
+                    let was_folder = fs::symlink_metadata(&away).is_ok_and(|away| away.is_dir());
+                    met.fetch_add(u32::from(led && was_folder), Ordering::Relaxed);
                 }
             }
         });
         let _over = Over(&ended);
-        for _ in 0..3 {
+        let begun = Instant::now();
+        while met.load(Ordering::Relaxed) < 5 {
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{met:?} exchanges of what was being filled"
+            );
             // It may well come to nothing, with its directory gone.
             drop(store.restore(&state));
             for name in place.names() {
@@ -755,43 +768,61 @@ fn a_file_exchanged_for_a_link_meanwhile_is_not_read_through_it() {
     fs::create_dir(state.join("zone")).unwrap();
     fs::write(state.join("zone/name"), "own").unwrap();
     let store = place.store();
-    let ended = AtomicBool::new(false);
-    let mut copied = 0;
+    let exchanged = AtomicU32::new(0);
     std::thread::scope(|scope| {
-        let (state, dir, over) = (&state, place.dir.path(), &ended);
+        let (state, dir, done) = (&state, place.dir.path(), &exchanged);
+        // So many exchanges for each copy, so that it comes to an end after them.
+        let (wanted, asked) = std::sync::mpsc::channel::<u32>();
         scope.spawn(move || {
-            while !over.load(Ordering::Relaxed) {
-                fs::write(dir.join("own"), "own").unwrap();
-                fs::rename(dir.join("own"), state.join("z")).unwrap();
-                fs::rename(dir.join("z-folder"), state.join("zone")).ok();
-                std::thread::sleep(std::time::Duration::from_micros(300));
+            for _ in asked.into_iter().flat_map(|times| 0..times) {
                 std::os::unix::fs::symlink(dir.join("secret"), dir.join("link")).unwrap();
                 fs::rename(dir.join("link"), state.join("z")).unwrap();
                 fs::rename(state.join("zone"), dir.join("z-folder")).unwrap();
                 std::os::unix::fs::symlink(dir.join("folder"), state.join("zone")).unwrap();
-                std::thread::sleep(std::time::Duration::from_micros(300));
+                std::thread::yield_now();
                 fs::remove_file(state.join("zone")).unwrap();
+                fs::rename(dir.join("z-folder"), state.join("zone")).unwrap();
+                fs::write(dir.join("own"), "own").unwrap();
+                fs::rename(dir.join("own"), state.join("z")).unwrap();
+                done.fetch_add(1, Ordering::Relaxed);
             }
         });
-        let _over = Over(&ended);
-        for unix_ms in 0..10 {
-            // It may say that what it copies keeps changing.
-            let Ok(staged) = store.stage(state, unix_ms) else {
-                continue;
-            };
-            copied += 1;
-            for file in files(staged.tree()) {
-                assert_ne!(
-                    fs::read_to_string(&file).unwrap_or_default(),
-                    "secret",
-                    "{file:?}"
-                );
+        let (mut met, mut copied, mut all) = (0, 0, 0);
+        let begun = Instant::now();
+        for unix_ms in 0.. {
+            if met >= 100 && copied >= 10 {
+                break;
             }
-            store.discard(staged).unwrap();
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{met} exchanges while copying, {copied} copies came to an end"
+            );
+            // Fewer for every other one: it may say that what it copies keeps changing.
+            let times = if unix_ms % 2 == 0 { 2 } else { 40 };
+            wanted.send(times).unwrap();
+            let staged = store.stage(state, unix_ms);
+            met += exchanged.load(Ordering::Relaxed) - all;
+            if let Ok(staged) = staged {
+                copied += 1;
+                for file in files(staged.tree()) {
+                    assert_ne!(
+                        fs::read_to_string(&file).unwrap_or_default(),
+                        "secret",
+                        "{file:?}"
+                    );
+                }
+                store.discard(staged).unwrap();
+            }
+            all += times;
+            while exchanged.load(Ordering::Relaxed) < all {
+                assert!(begun.elapsed() < PATIENCE, "the exchanges ended early");
+                std::thread::yield_now();
+            }
         }
     });
-    println!("{copied} of 10 copies came to an end");
 }
+
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Ends the other thread, however this one ends.
 struct Over<'a>(&'a AtomicBool);

@@ -105,7 +105,7 @@ async fn a_server_that_a_wrapper_runs_is_ours_and_is_ended_and_started_again_whe
         run_as: Some(cluster.owner),
         polite: Polite::Interrupt,
         works_in: Some(cluster.data()),
-        stop_grace: Duration::from_secs(30),
+        stop_grace: Duration::from_mins(2),
         start_spacing: Duration::ZERO,
         output: OutputTo::File {
             path: cluster.dir.path().join("log"),
@@ -135,8 +135,17 @@ async fn a_server_that_a_wrapper_runs_is_ours_and_is_ended_and_started_again_whe
         tokio::time::timeout(Duration::ZERO, ours.exited()).await.is_err(),
         "it ended by itself"
     );
-    let there = working_in(&cluster.data());
-    let left = there.into_iter().find(|pid| *pid != second).unwrap();
+    // A process of the server's that stays, and not one of a client that has just gone.
+    let stays = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.starts_with(b"postgres: checkpointer")
+    };
+    let left = loop {
+        if let Some(left) = working_in(&cluster.data()).into_iter().find(stays) {
+            break left;
+        }
+        tokio::task::yield_now().await;
+    };
     kill_process(Pid::from_raw(left.cast_signed()).unwrap(), Signal::STOP).unwrap();
     kill(second);
     kill(wrapper);

@@ -169,7 +169,7 @@ async fn a_killed_server_is_up_again_after_one_start() {
         run_as: Some(cluster.owner),
         polite: Polite::Interrupt,
         works_in: Some(cluster.data()),
-        stop_grace: Duration::from_secs(30),
+        stop_grace: Duration::from_mins(2),
         output: OutputTo::File {
             path: output.clone(),
             bytes_max: 1 << 30,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use theriac_heal::executor::proxy::{Circuit, Mode, Proxy, ProxySpec};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -130,10 +130,11 @@ async fn well(mut stream: TcpStream) {
     }
 }
 
-/// An address at which nobody listens, and which the test alone can take.
-async fn nobody() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    listener.local_addr().unwrap()
+/// An address at which nobody listens while the socket is kept, and at which that one alone can begin to.
+fn nobody() -> (SocketAddr, TcpSocket) {
+    let kept = TcpSocket::new_v4().unwrap();
+    kept.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    (kept.local_addr().unwrap(), kept)
 }
 
 #[tokio::test]
@@ -262,7 +263,7 @@ async fn a_drain_ends_by_itself_and_waits_no_longer_than_it_may() {
 
 #[tokio::test]
 async fn a_dead_upstream_is_told_at_once_then_not_asked_until_one_request_finds_it_well() {
-    let upstream = nobody().await;
+    let (upstream, kept) = nobody();
     let mut spec = spec(upstream);
     (spec.failures_max, spec.retry_percent) = (3, 0);
     let served = Served::new(spec).await;
@@ -272,7 +273,7 @@ async fn a_dead_upstream_is_told_at_once_then_not_asked_until_one_request_finds_
         assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     }
     assert_eq!(served.proxy.circuit(), Circuit::Open);
-    let listener = TcpListener::bind(upstream).await.unwrap();
+    let listener = kept.listen(64).unwrap();
     let asked = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&asked);
     let _server = tokio::spawn(serve(listener, move |stream| {
@@ -463,7 +464,7 @@ async fn one_connection_too_many_is_told_so() {
 
 #[tokio::test]
 async fn requests_wait_while_the_service_restarts_and_are_answered_by_the_new_process() {
-    let upstream = nobody().await;
+    let (upstream, kept) = nobody();
     let served = Served::new(spec(upstream)).await;
     served.proxy.hold();
     let address = served.address;
@@ -473,7 +474,7 @@ async fn requests_wait_while_the_service_restarts_and_are_answered_by_the_new_pr
     served.until(|proxy| proxy.counts().held == 5).await;
     let proxy = Arc::clone(&served.proxy);
     let up = tokio::spawn(async move { proxy.release_when_up().await });
-    let listener = TcpListener::bind(upstream).await.unwrap();
+    let listener = kept.listen(64).unwrap();
     let _server = tokio::spawn(serve(listener, well));
     for request in waiting {
         assert!(request.await.unwrap().ends_with("ok"));
@@ -486,7 +487,8 @@ async fn requests_wait_while_the_service_restarts_and_are_answered_by_the_new_pr
 
 #[tokio::test]
 async fn nobody_is_held_back_longer_than_the_hold() {
-    let mut spec = spec(nobody().await);
+    let (upstream, _kept) = nobody();
+    let mut spec = spec(upstream);
     (spec.hold, spec.retry_percent) = (Duration::from_millis(50), 0);
     let served = Served::new(spec).await;
     served.proxy.hold();
@@ -498,7 +500,8 @@ async fn nobody_is_held_back_longer_than_the_hold() {
 
 #[tokio::test]
 async fn a_service_that_ends_again_and_again_holds_a_request_no_longer_than_once() {
-    let mut spec = spec(nobody().await);
+    let (upstream, _kept) = nobody();
+    let mut spec = spec(upstream);
     (spec.hold, spec.retry_percent) = (Duration::from_millis(50), 0);
     let served = Served::new(spec).await;
     served.proxy.hold();
@@ -543,7 +546,8 @@ async fn connections_pass_both_ways_and_are_drained_as_a_whole() {
 
 #[tokio::test]
 async fn a_dead_upstream_closes_a_connection_at_once_and_is_tried_again_within_the_share() {
-    let mut spec = spec(nobody().await);
+    let (upstream, _kept) = nobody();
+    let mut spec = spec(upstream);
     spec.mode = Mode::Tcp;
     let served = Served::new(spec).await;
     for _ in 0..20 {

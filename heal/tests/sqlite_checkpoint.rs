@@ -5,7 +5,7 @@
 use std::fs;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -99,27 +99,28 @@ async fn a_copy_of_a_database_with_a_log_ends_at_its_timeout_too() {
 async fn a_database_that_is_written_all_the_time_is_copied_whole_proved_and_restored() {
     let place = Place::new("wal");
     let (store, source) = (place.store(), place.source());
-    let over = AtomicBool::new(false);
+    let (over, moved) = (AtomicBool::new(false), AtomicU64::new(0));
     // The writer moves an amount between the accounts for as long as the copies are made.
     let taken = std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let app = place.connect();
-            let mut moved = 0_u64;
             while !over.load(Ordering::Relaxed) {
                 app.execute_batch(
                     "begin immediate; update account set total = total - 1 where id = 1;
                      update account set total = total + 1 where id = 2; commit",
                 )
                 .unwrap();
-                moved += 1;
+                moved.fetch_add(1, Ordering::Relaxed);
             }
-            moved
         });
+        while moved.load(Ordering::Relaxed) == 0 && !writer.is_finished() {
+            std::thread::yield_now();
+        }
         let taken: Vec<_> = (1..=3)
             .map(|unix_ms| tokio::task::block_in_place(|| wait(source.take(&store, unix_ms))))
             .collect();
         over.store(true, Ordering::Relaxed);
-        assert!(writer.join().unwrap() > 0);
+        writer.join().unwrap();
         taken
     });
     for valid in taken {

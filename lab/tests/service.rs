@@ -167,10 +167,9 @@ fn term_ends_it_with_exit_code_0() {
     let mut service = Service::start(dir.path(), "127.0.0.1:0");
     // An open connection does not hold it up.
     let _open = TcpStream::connect(service.addr).unwrap();
-    let begun = Instant::now();
     service.signal(Signal::TERM);
+    until("it to end", || service.child.try_wait().unwrap().is_some());
     assert_eq!(service.child.wait().unwrap().code(), Some(0));
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use theriac_certs::trust;
 use theriac_transport::{ConnectError, Limits, Loss, SocketBuffers, bind_client, connect};
 
-use crate::fleet::{Aggregator, Federation, Raw, hello, knock, limits, until};
+use crate::fleet::{Aggregator, Federation, PATIENCE, Raw, hello, knock, limits, until};
 
 #[tokio::test]
 async fn socket_buffers_are_read_back_on_both_ends() {
@@ -45,7 +45,9 @@ async fn when_many_are_pending_a_newcomer_proves_its_address_and_gets_in() {
         .await
         .unwrap();
     let stats = aggregator.endpoint.accept_stats();
-    assert_eq!((stats.retried, stats.accepted, stats.refused), (1, 1, 0));
+    // On a busy machine it may have asked once more before it was answered.
+    assert!(stats.retried >= 1, "{stats:?}");
+    assert_eq!((stats.accepted, stats.refused), (1, 0));
 }
 
 #[tokio::test]
@@ -73,7 +75,7 @@ async fn a_half_open_connection_is_dropped_after_its_time() {
     let aggregator = Aggregator::start(
         &plant,
         &Limits {
-            handshake_timeout: Duration::from_millis(200),
+            handshake_timeout: Duration::from_secs(3),
             ..limits()
         },
     );
@@ -113,15 +115,29 @@ async fn an_address_over_its_budget_is_asked_for_proof_and_then_refused() {
         address_budget_on_loopback: true,
         ..limits()
     };
-    let aggregator = Aggregator::start(&plant, &budget);
-    for _ in 0..4 {
-        knock(&aggregator, plant.tls(&plant.edge("press-1")))
-            .await
-            .unwrap();
+    let begun = std::time::Instant::now();
+    loop {
+        let aggregator = Aggregator::start(&plant, &budget);
+        let mut longest = Duration::ZERO;
+        let mut knocks = Vec::new();
+        for _ in 0..5 {
+            let asked = std::time::Instant::now();
+            knocks.push(knock(&aggregator, plant.tls(&plant.edge("press-1"))).await);
+            longest = longest.max(asked.elapsed());
+        }
+        // Who is not answered for a second asks again, and that is charged: on so busy a machine it is tried anew.
+        if longest > Duration::from_millis(500) {
+            println!("a knock took {longest:?}, tried anew");
+            assert!(begun.elapsed() < PATIENCE, "never fast enough");
+            continue;
+        }
+        let fifth = knocks.pop().unwrap();
+        assert!(knocks.iter().all(Result::is_ok), "{knocks:?}");
+        expect_busy(fifth);
+        let stats = aggregator.endpoint.accept_stats();
+        assert_eq!((stats.accepted, stats.retried, stats.refused), (4, 3, 1));
+        return;
     }
-    expect_busy(knock(&aggregator, plant.tls(&plant.edge("press-1"))).await);
-    let stats = aggregator.endpoint.accept_stats();
-    assert_eq!((stats.accepted, stats.retried, stats.refused), (4, 3, 1));
 }
 
 #[tokio::test]

@@ -11,7 +11,9 @@ use theriac_transport::{
     CloseCode, EdgeSession, Endpoint, Limits, SessionError, bind_client, bind_server, connect,
 };
 
-use crate::fleet::{Aggregator, FRAME_BYTES_MAX, Federation, Raw, Seen, hello, knock, limits, model, update};
+use crate::fleet::{
+    Aggregator, FRAME_BYTES_MAX, Federation, Raw, Seen, hasty, hello, knock, limits, model, update,
+};
 
 /// Asserts that the session still does its work.
 async fn expect_alive(raw: &mut Raw) {
@@ -202,7 +204,7 @@ async fn bytes_of_another_protocol_are_refused() {
 #[tokio::test]
 async fn a_peer_that_stops_half_way_is_dropped_after_its_time() {
     let plant = Federation::new();
-    let mut aggregator = Aggregator::start(&plant, &limits());
+    let mut aggregator = Aggregator::start(&plant, &hasty());
     // In the middle of a header, right after it, and in the middle of a body.
     for (sent, of) in [(5, 12), (12, 900_000), (40_000, 900_000)] {
         let mut raw = Raw::admitted(aggregator.addr, plant.tls(&plant.edge("press-1"))).await;
@@ -245,7 +247,7 @@ async fn a_peer_that_leaves_half_way_is_told_apart_from_one_that_ends() {
 #[tokio::test]
 async fn a_peer_that_says_nothing_is_dropped_before_admission_only() {
     let plant = Federation::new();
-    let mut aggregator = Aggregator::start(&plant, &limits());
+    let mut aggregator = Aggregator::start(&plant, &hasty());
     let mut quiet = Raw::admitted(aggregator.addr, plant.tls(&plant.edge("press-1"))).await;
     let mut raw = Raw::connect(aggregator.addr, plant.tls(&plant.edge("press-2"))).await;
     // A stream is open only once something is on it.
@@ -259,7 +261,7 @@ async fn a_peer_that_says_nothing_is_dropped_before_admission_only() {
 #[tokio::test]
 async fn a_peer_that_never_reads_is_dropped() {
     let plant = Federation::new();
-    let mut aggregator = Aggregator::start(&plant, &limits());
+    let mut aggregator = Aggregator::start(&plant, &hasty());
     let mut raw = Raw::admitted(aggregator.addr, plant.tls(&plant.edge("press-1"))).await;
     raw.say(&ToAggregator::FetchModel(FetchModelV1 {
         version: ModelVersion(1),
@@ -275,16 +277,13 @@ async fn a_peer_that_never_reads_is_dropped() {
 #[tokio::test]
 async fn receiving_survives_being_cancelled_in_the_middle_of_a_frame() {
     let plant = Federation::new();
-    let generous = Limits {
-        frame_timeout: Duration::from_secs(10),
-        hello_timeout: Duration::from_secs(10),
-        ..limits()
-    };
-    let server = bind(&plant, &generous);
+    let server = bind(&plant, &limits());
     let mut raw = Raw::connect(server.local_addr().unwrap(), plant.tls(&plant.edge("press-1"))).await;
     let frame = theriac_protocol::codec::encode_to_aggregator(&ToAggregator::Hello(hello())).unwrap();
     let dribble = tokio::spawn(async move {
         let mut tick = tokio::time::interval(Duration::from_millis(2));
+        // Each on its own, however late.
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         for byte in frame.head.chunks(3) {
             tick.tick().await;
             raw.send.write_all(byte).await.unwrap();
@@ -334,7 +333,7 @@ async fn sending_survives_being_cancelled_in_the_middle_of_a_frame() {
 #[tokio::test]
 async fn before_admission_there_is_little_time() {
     let plant = Federation::new();
-    let waited = Duration::from_millis(300);
+    let waited = Duration::from_secs(3);
     let patient = Limits {
         hello_timeout: waited,
         frame_timeout: Duration::from_mins(1),
@@ -363,7 +362,7 @@ async fn uploads_beyond_the_shared_memory_are_told_busy_and_find_room_later() {
     let plant = Federation::new();
     let tight = Limits {
         upload_bytes_in_flight_max: 1 << 20,
-        ..limits()
+        ..hasty()
     };
     let mut aggregator = Aggregator::start(&plant, &tight);
     // One that announces much and stops holds the room until its time is over …

@@ -279,7 +279,7 @@ async fn the_main_port_and_the_join_port_are_not_mixed_up() {
 async fn junk_too_much_and_silence_are_turned_away_without_asking_the_registry() {
     let plant = Arc::new(Federation::new());
     let registry = Arc::new(Registry::new(&plant));
-    let patience = Duration::from_millis(300);
+    let patience = Duration::from_secs(3);
     let addr = listen(
         &registry,
         &Limits {

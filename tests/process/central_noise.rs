@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use theriac_aggregator::central::CentralStatus;
 use theriac_aggregator::config::{RoundSettings, load};
 use theriac_aggregator::data_dir::DataDir;
+use theriac_aggregator::status::Status as CentreStatus;
 use theriac_privacy::central::CentralLedger;
 use theriac_protocol::units::Round;
 
@@ -92,10 +93,20 @@ async fn no_kill_loses_a_charge_and_a_spent_budget_ends_the_rounds() {
         charged = now;
         centre.serve();
     }
-    let last = centre.until("the end of the budget", |status| {
+    let is_over = |status: &CentreStatus| {
         let spent = status.central_noise.as_ref().is_some_and(|noise| noise.exhausted);
         spent && status.phase == "closed"
-    });
+    };
+    let mut round = 0;
+    let last = loop {
+        let status = centre.until("another round, or the end of the budget", |status| {
+            status.round > round || is_over(status)
+        });
+        if is_over(&status) {
+            break status;
+        }
+        round = status.round;
+    };
     let noise = last.central_noise.unwrap();
     assert!(
         noise.epsilon <= noise.epsilon_limit && noise.epsilon > 0.9 * noise.epsilon_limit,

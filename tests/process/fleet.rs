@@ -318,6 +318,13 @@ impl Edge {
         edge
     }
 
+    /// Changes its configuration, for its next start.
+    pub(crate) fn reconfigure(&self, from: &str, to: &str) {
+        let text = fs::read_to_string(&self.config).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(&self.config, text.replace(from, to)).unwrap();
+    }
+
     /// A command on this edge's configuration.
     pub(crate) fn run(&self, words: &[&str]) -> Ended {
         run("edge", &[words, &["--config", text(&self.config)]].concat())
@@ -416,7 +423,7 @@ impl Service {
             "[[service]]\nname = \"kv\"\n\
              argv = [\"{PROGRAM}\", \"{test}\", \"service\", \"--listen\", \"{at}\", \"--state\", \"{state}\"]\n\
              stop_grace = \"1s\"\n\
-             [service.probe]\nurl = \"http://{at}/healthz\"\ninterval = \"100ms\"\ntimeout = \"500ms\"\n\
+             [service.probe]\nurl = \"http://{at}/healthz\"\ninterval = \"100ms\"\ntimeout = \"10s\"\n\
              [service.state]\ndir = \"{state}\"\ninterval = \"{checkpoint_every}\"\nkeep = 3\n\
              check = [\"{PROGRAM}\", \"{test}\", \"service\", \"check\", \"--state\", \"{{state}}\"]\n"
         )

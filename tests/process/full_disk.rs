@@ -14,6 +14,7 @@ use theriac_protocol::units::{ModelVersion, Round};
 use theriac_transport::EdgeSession;
 use tokio::runtime::Runtime;
 
+use crate::child::until;
 use crate::fleet::{Centre, Edge, Service};
 use crate::page;
 use crate::played::Played;
@@ -236,7 +237,9 @@ fn an_edge_without_room_keeps_watching_and_healing_and_sends_nothing() {
     let first = well(&mut edge);
     edge.until_rows(23);
     let ledger = edge.ledger();
-    assert!(ballast(&disk.path).exists(), "no ballast was put by");
+    until("ballast to be put by", || {
+        ballast(&disk.path).exists().then_some(())
+    });
 
     disk.fill();
     let full = edge.until("word of the full disk", |status| status.storage == Storage::Full);

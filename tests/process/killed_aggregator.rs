@@ -165,7 +165,7 @@ async fn whatever_was_acknowledged_survives_kills_at_any_moment() {
         &root.path().join("centre"),
         RoundSettings {
             quorum: 2,
-            deadline: Duration::from_secs(20),
+            deadline: Duration::from_mins(5),
             pause: Duration::ZERO,
             ..RoundSettings::default()
         },

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 /// Status and body of an answer; `None` when nobody answers.
 pub(crate) fn ask(method: &str, at: SocketAddr, path: &str, body: &[u8]) -> Option<(u16, Vec<u8>)> {
-    let limit = Duration::from_secs(5);
+    let limit = Duration::from_secs(30);
     let mut stream = TcpStream::connect_timeout(&at, limit).ok()?;
     stream.set_read_timeout(Some(limit)).ok()?;
     let length = body.len();

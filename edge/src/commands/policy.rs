@@ -20,6 +20,7 @@ use crate::respond;
 use crate::run::EdgeError;
 use crate::state_dir::{StateDir, write_durably};
 use crate::store::{StoreError, StoreReader};
+use crate::warnings;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PolicyCommand {
@@ -131,15 +132,20 @@ fn check<W: Write>(arguments: &ConfigArguments, output: &mut Output<W>) -> Resul
         return Ok(ExitCode::SUCCESS);
     };
     let signers: Vec<String> = loaded.signers.iter().map(ToString::to_string).collect();
+    let warnings: Vec<String> = config.services.iter().flat_map(warnings::of_service).collect();
     let value = serde_json::json!({
-        "file": loaded.path, "version": loaded.version, "signers": signers, "digest": digest,
+        "file": loaded.path, "version": loaded.version, "signers": signers, "digest": digest, "warnings": warnings,
     });
-    let human = format!(
+    let mut human = format!(
         "{} holds\n  version  {}\n  signers  {}\n  digest   {digest}",
         loaded.path.display(),
         loaded.version,
         signers.join(", ")
     );
+    for warning in &warnings {
+        human.push_str("\n  but      ");
+        human.push_str(warning);
+    }
     output.result(&value, human).map_err(unprinted)?;
     Ok(ExitCode::SUCCESS)
 }

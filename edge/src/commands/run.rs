@@ -11,11 +11,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ConfigArguments, unprinted};
 use crate::client::opening;
-use crate::config::stops_too_slowly;
 use crate::healing_policy;
-use crate::room::asks_too_much;
 use crate::run::{EdgeError, node_name};
 use crate::state_dir::StateDir;
+use crate::warnings;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArguments {
@@ -117,12 +116,7 @@ pub(super) fn check<W: Write>(
             version: loaded.version,
             signers: loaded.signers.len(),
         }),
-        warnings: config
-            .services
-            .iter()
-            .flat_map(|service| [asks_too_much(service), stops_too_slowly(service)])
-            .flatten()
-            .collect(),
+        warnings: config.services.iter().flat_map(warnings::of_service).collect(),
         left_out: [
             "programs and files of services",
             "whether ports are free",

@@ -3,8 +3,9 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses what it needs")]
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -141,9 +142,20 @@ pub fn serve(address: &str, is_well: impl Fn() -> bool) {
     }
 }
 
-/// An address that nobody listens at.
+/// An address that nobody listens at, outside the range from which the system picks ports: so nobody gets it before the service has it, or while
+/// that is restarted.
 pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const FIRST: u16 = 10_000;
+    const COUNT: u16 = 20_000;
+    let own = u16::try_from(std::process::id() % 200).unwrap() * 100;
+    loop {
+        let port = FIRST + own.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % COUNT;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 /// The words of [`serve`] in this very test program.

@@ -33,9 +33,11 @@ mod tests {
     fn a_listener_is_found_by_its_port_and_gone_with_it() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        assert_eq!(listening(port).len(), 1);
+        let found = listening(port);
+        assert_eq!(found.len(), 1);
         drop(listener);
-        assert!(listening(port).is_empty());
+        // Somebody else may have got the port since.
+        assert!(listening(port).is_disjoint(&found));
         assert!(inodes("nonsense\n", port).is_empty());
     }
 }

@@ -156,6 +156,26 @@ pub struct PostgresHands {
     pub owner: Option<Owner>,
     /// What they may do.
     pub policy: SessionPolicy,
+    /// How long they wait.
+    pub patience: Patience,
+}
+
+/// How long the hands wait for the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// For the answer to one statement. Default 5 s.
+    pub answer: Duration,
+    /// For the effect of an action to be seen before it is said that it has none. Default 2 s.
+    pub effect: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            answer: Duration::from_secs(5),
+            effect: Duration::from_secs(2),
+        }
+    }
 }
 
 impl PostgresHands {
@@ -264,7 +284,7 @@ impl PostgresHands {
             AtRoot::Terminate => (Still::InTransaction, "it was ended"),
         };
         let hit = signal(&session, how, &root, still).await?;
-        relief.relieved = nobody_waits_for(&session, root.pid).await?;
+        relief.relieved = nobody_waits_for(&session, root.pid, self.patience.effect).await?;
         relief.detail.push_str(match (hit, relief.relieved) {
             (true, true) => "; ",
             (true, false) => "; somebody waits for it still, though ",
@@ -331,7 +351,7 @@ impl PostgresHands {
         let begun = Instant::now();
         let enough = before + i64::try_from(ended.len()).unwrap_or(0);
         let mut free = i64::from(slots(&session).await?.free);
-        while free < enough && begun.elapsed() < EFFECT_MAX {
+        while free < enough && begun.elapsed() < self.patience.effect {
             sleep(LOOK_EVERY).await;
             free = i64::from(slots(&session).await?.free);
         }
@@ -398,7 +418,7 @@ impl PostgresHands {
     }
 
     async fn open(&self) -> Result<Session, PostgresError> {
-        Session::open(&self.target, self.owner, ASK_MAX).await
+        Session::open(&self.target, self.owner, self.patience.answer).await
     }
 
     fn free_min(&self, slots: Slots) -> u32 {
@@ -425,15 +445,15 @@ impl PostgresHands {
     }
 }
 
-/// Waits until no session waits for `pid`; whether that came in time.
-async fn nobody_waits_for(session: &Session, pid: i32) -> Result<bool, PostgresError> {
+/// Waits until no session waits for `pid`; whether that came within `patience`.
+async fn nobody_waits_for(session: &Session, pid: i32, patience: Duration) -> Result<bool, PostgresError> {
     let begun = Instant::now();
     loop {
         let seen = sessions(session).await?;
         if !seen.iter().any(|found| found.waits_for.contains(&pid)) {
             return Ok(true);
         }
-        if begun.elapsed() >= EFFECT_MAX {
+        if begun.elapsed() >= patience {
             return Ok(false);
         }
         sleep(LOOK_EVERY).await;
@@ -599,11 +619,9 @@ const NEWER_SETTINGS: &str = "select distinct regexp_replace(sourcefile, '.*/', 
      where (pg_stat_file(sourcefile, true)).modification >= date_trunc('second', pg_conf_load_time()) order by 1";
 const WRONG_SETTINGS: &str = "select coalesce(error, '') || ' in ' || coalesce(sourcefile, '-') || ', line ' || coalesce(sourceline, 0) \
      from pg_file_settings where error is not null and error not like '%without restarting the server' limit 1";
-const ASK_MAX: Duration = Duration::from_secs(5);
 /// How long sessions are waited for that are not idle for long enough yet.
 const IDLE_PATIENCE: Duration = Duration::from_secs(5);
 const IDLE_LOOK_EVERY: Duration = Duration::from_millis(200);
-const EFFECT_MAX: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 #[cfg(test)]

@@ -242,7 +242,7 @@ mod tests {
             url: url.parse().unwrap(),
             secret: b"0123456789abcdef".to_vec(),
             node: "site-a".to_owned(),
-            timeout: Duration::from_secs(10),
+            timeout: Duration::from_mins(1),
             attempts: 3,
             pause: Duration::from_millis(1),
         };
@@ -322,9 +322,8 @@ mod tests {
     async fn silence_ends_and_nobody_there_is_said() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (mut webhook, _) = receiver(&[]).await;
-        webhook.url = format!("http://{}/", listener.local_addr().unwrap())
-            .parse()
-            .unwrap();
+        let to = |at: std::net::SocketAddr| format!("http://{at}/").parse().unwrap();
+        webhook.url = to(listener.local_addr().unwrap());
         webhook.timeout = Duration::from_millis(20);
         webhook.attempts = 2;
         let error = webhook.send(&called()).await.unwrap_err().to_string();
@@ -332,8 +331,11 @@ mod tests {
             error.contains("2 attempts") && error.contains("no answer within"),
             "{error}"
         );
-        drop(listener);
-        webhook.timeout = Duration::from_secs(10);
+        // Nobody listens there, and nobody else can begin to.
+        let kept = tokio::net::TcpSocket::new_v4().unwrap();
+        kept.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        webhook.url = to(kept.local_addr().unwrap());
+        webhook.timeout = Duration::from_mins(1);
         let error = webhook.send(&called()).await.unwrap_err().to_string();
         assert!(error.contains("refused"), "{error}");
         assert!(

@@ -27,7 +27,7 @@ const BEFORE_MS: u64 = 50;
 /// Time for a ward to be well again before the next fault.
 const STEADY_LIMIT: Duration = Duration::from_secs(30);
 /// Time for the service and its healer to begin.
-const START_LIMIT: Duration = Duration::from_mins(1);
+const START_LIMIT: Duration = Duration::from_mins(3);
 /// Time for an edge to learn what is normal.
 const LEARN_LIMIT: Duration = Duration::from_mins(2);
 

@@ -180,16 +180,17 @@ mod tests {
             "40 connections, 40 % of the packets dropped, none sent again"
         );
         for _ in 0..40 {
-            std::net::TcpStream::connect_timeout(&sound.local_addr().unwrap(), PATIENCE).unwrap();
+            std::net::TcpStream::connect_timeout(&sound.local_addr().unwrap(), LONG).unwrap();
         }
         loss.undo().unwrap();
         undo_all(&root).unwrap();
         for _ in 0..40 {
-            std::net::TcpStream::connect_timeout(&lossy.local_addr().unwrap(), PATIENCE).unwrap();
+            std::net::TcpStream::connect_timeout(&lossy.local_addr().unwrap(), LONG).unwrap();
         }
     }
 
     const PATIENCE: std::time::Duration = std::time::Duration::from_millis(150);
+    const LONG: std::time::Duration = std::time::Duration::from_mins(1);
 
     fn listener() -> std::net::TcpListener {
         std::net::TcpListener::bind("127.0.0.1:0").unwrap()

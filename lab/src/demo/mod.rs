@@ -116,9 +116,11 @@ const ATTACK: Attack = Attack::SIGN_FLIP;
 /// Requests a second against each service.
 const REQUESTS_PER_S: f64 = 40.0;
 /// Time for a command such as `init` or `join`.
-const COMMAND_LIMIT: Duration = Duration::from_secs(20);
+const COMMAND_LIMIT: Duration = Duration::from_mins(1);
 /// Time that the processes have to end when asked.
-const STOP_GRACE: Duration = Duration::from_secs(8);
+const STOP_GRACE: Duration = Duration::from_secs(30);
+/// Time that they have to open their pages and find one another.
+const START_LIMIT: Duration = Duration::from_mins(1);
 /// Name of the federation.
 const FEDERATION: &str = "demo";
 
@@ -131,14 +133,10 @@ async fn play(stage: &mut Stage, centre: &Centre, plan: Plan) -> Result<(), Demo
             .all(|member| member.is_connected() && member.is_steady())
     };
     if !stage
-        .until(
-            "starting one aggregator and five edges",
-            Duration::from_secs(30),
-            began,
-        )
+        .until("starting one aggregator and five edges", START_LIMIT, began)
         .await?
     {
-        stage.fall_short("not every edge was connected with a healthy service within 30 s".to_owned());
+        stage.fall_short("not every edge was connected with a healthy service within a minute".to_owned());
     }
     stage.say("every edge is connected; load on every service begins");
     for (seed, member) in (1..).zip(&mut stage.cast) {
@@ -202,12 +200,12 @@ async fn set_up(stage: &mut Stage, centre: &Centre, plan: Plan) -> Result<(), De
     )?;
     let page = centre.page;
     let client = stage.client.clone();
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + START_LIMIT;
     while client.json::<serde_json::Value>(page, "/status").await.is_err() {
         stage.processes.check()?;
         if Instant::now() > deadline {
             return Err(DemoError::Unexpected(
-                "the aggregator did not open its page within 15 s".to_owned(),
+                "the aggregator did not open its page within a minute".to_owned(),
             ));
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use theriac_protocol::refusal::RefusalCode;
+
 /// The demo as a whole.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Record {
@@ -175,13 +177,18 @@ impl Record {
             .count() as u64
     }
 
-    /// Number of refusals of honest and of hostile edges, in this order.
+    /// Number of refusals of honest and of hostile edges, in this order. One that came too late says nothing of its sender and does not count.
     pub fn refusals(&self) -> (u64, u64) {
+        let late = RefusalCode::RoundClosed.word();
+        let judged = |edge: &EdgeRecord| {
+            let late = edge.refusals.get(late).copied().unwrap_or(0);
+            edge.updates_refused.saturating_sub(late)
+        };
         let of = |hostile| {
             self.edges
                 .iter()
                 .filter(|e| e.hostile == hostile)
-                .map(|e| e.updates_refused)
+                .map(judged)
                 .sum()
         };
         (of(false), of(true))
@@ -377,6 +384,19 @@ pub(crate) mod tests {
                 .collect::<Vec<_>>(),
             [0, 1, 0, 0, 1]
         );
+    }
+
+    #[test]
+    fn a_late_update_is_no_refusal_of_what_is_in_it() {
+        let mut record = specimen();
+        let before = record.refusals();
+        for edge in &mut record.edges {
+            edge.updates_refused += 2;
+            edge.refusals.insert("round_closed".to_owned(), 2);
+        }
+        assert_eq!(record.refusals(), before);
+        record.edges[0].updates_refused += 1;
+        assert_eq!(record.refusals(), (before.0 + 1, before.1));
     }
 
     #[test]

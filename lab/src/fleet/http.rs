@@ -148,16 +148,20 @@ mod tests {
     #[tokio::test]
     async fn reads_json_and_tells_every_kind_of_failure_apart() {
         let at = page().await;
-        let client = Client::new(Duration::from_millis(500));
+        let client = Client::new(Duration::from_mins(1));
         let status: serde_json::Value = client.json(at, "/status").await.unwrap();
         assert_eq!(status["round"], 7);
         let odd = client.json::<serde_json::Value>(at, "/odd").await.unwrap_err();
         assert!(matches!(odd, HttpError::Unreadable(..)), "{odd}");
         let refused = client.post(at, "/fault").await.unwrap_err();
         assert!(refused.to_string().contains("404: no such fault"), "{refused}");
-        let slow = client.json::<serde_json::Value>(at, "/never").await.unwrap_err();
+        let hasty = Client::new(Duration::from_millis(50));
+        let slow = hasty.json::<serde_json::Value>(at, "/never").await.unwrap_err();
         assert!(matches!(slow, HttpError::Slow { .. }), "{slow}");
-        let nobody = super::super::free_addresses(1).unwrap()[0];
+        // Nobody listens there, and nobody else can begin to.
+        let kept = tokio::net::TcpSocket::new_v4().unwrap();
+        kept.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let nobody = kept.local_addr().unwrap();
         let broken = client.post(nobody, "/fault").await.unwrap_err();
         assert!(matches!(broken, HttpError::Broken(..)), "{broken}");
     }

@@ -402,7 +402,7 @@ const PORT: u16 = 5432;
 const SOCKET_DIR_MAX: usize = 85;
 const ASK_EVERY: Duration = Duration::from_millis(20);
 const ASK_MAX: Duration = Duration::from_mins(1);
-const STOP_MAX: Duration = Duration::from_secs(10);
+const STOP_MAX: Duration = Duration::from_secs(30);
 /// Words of the server's log that speak of this host and not of the copy.
 const HOST_LACKS: [&str; 6] = [
     "could not map anonymous shared memory",
