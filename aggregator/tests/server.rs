@@ -41,7 +41,7 @@ struct Centre {
     token: JoinToken,
 }
 
-/// Of rounds. Nothing waits for it.
+/// Of rounds, far longer than [`WAIT`].
 const DEADLINE: Duration = Duration::from_mins(5);
 
 fn settings(change: impl FnOnce(&mut Settings)) -> Settings {
@@ -391,7 +391,6 @@ async fn bad_updates_cost_only_their_sender_and_leave_evidence() {
     liar.session.send(&ToAggregator::Hello(hello(0))).await.unwrap();
     assert_eq!(liar.refused().await, RefusalCode::OutOfTurn);
     // It stays connected, and nobody waits for it.
-    let begun = tokio::time::Instant::now();
     for edge in [&mut a, &mut b] {
         let announce = edge.announced().await;
         let (header, payload) = update(&announce, &[1.0; 4]);
@@ -401,8 +400,8 @@ async fn bad_updates_cost_only_their_sender_and_leave_evidence() {
         edge.send(header, payload).await;
         assert_eq!(edge.receipt().await, first);
     }
+    // Nobody waits for as long as to the round's deadline.
     assert_eq!(a.published().await, (Round(1), ModelVersion(1)));
-    assert!(begun.elapsed() < DEADLINE, "the round went to its deadline");
     assert_eq!(b.model(ModelVersion(1)).await, [1.0; 4]);
     drop(liar);
     let sites = records::sites(centre.database().read()).unwrap();

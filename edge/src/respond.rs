@@ -834,7 +834,7 @@ mod tests {
         stage.storage.look(&stage.store).await;
         let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
         while stage.unsaved.waiting() != (Vec::new(), false) {
-            assert!(tokio::time::Instant::now() < deadline, "not within 10 s");
+            assert!(tokio::time::Instant::now() < deadline, "not within a minute");
             tokio::task::yield_now().await;
         }
         assert!(reader.incident(IncidentId(7)).unwrap().is_some());

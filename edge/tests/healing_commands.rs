@@ -248,8 +248,8 @@ async fn checks_name_what_the_policy_lists_and_nothing_can_do_and_what_is_config
             said["warnings"],
             serde_json::json!([
                 "kv: the policy lists what this configuration has no means for, so it is never done: \
-                 terminate_blocker (needs [service.sessions]), throttle_cpu (needs [service.cgroup] throttle_cpu)",
-                "kv: configured, and not listed by the policy, so it is never done: hook",
+                 terminate_blocker (needs [service.sessions], which only PostgreSQL takes), throttle_cpu (needs [service.cgroup] throttle_cpu)",
+                "kv: configured, and not listed by the policy, so the node never does it by itself: hook",
             ]),
             "{words:?}"
         );

@@ -36,13 +36,18 @@ fn service_process() {
 
 /// `more` stands in the service's own table; `SERVICE` in it is the service's address, which is given back.
 fn start(root: &Path, more: &str) -> (Edge, SocketAddr) {
+    start_asking(root, "10s", more)
+}
+
+/// The same with the longest time for an answer to a probe.
+fn start_asking(root: &Path, probe_timeout: &str, more: &str) -> (Edge, SocketAddr) {
     let (service, argv) = (free_address(), service_argv());
     let more = more.replace("SERVICE", &service.to_string());
     let text = format!(
         "healing = {{ autonomy = 'act', cooldown = '0s', max_actions = 100, verify_window = '30s' }}\n\
          [[service]]\nname = 'kv'\nargv = {argv}\n\
          env = {{ {ADDRESS} = '{service}' }}\nstop_grace = '200ms'\n\
-         probe = {{ url = 'http://{service}/', interval = '100ms', timeout = '10s' }}\n{more}"
+         probe = {{ url = 'http://{service}/', interval = '100ms', timeout = '{probe_timeout}' }}\n{more}"
     );
     (Edge::start(&root.join("s"), &text, LIMITS), service)
 }
@@ -249,7 +254,7 @@ async fn a_bound_that_does_not_help_is_taken_back_before_the_next_rung() {
     let more = format!(
         "healing = {{ stopped_confirm = 50, verify_window = '5s' }}\n[service.cgroup]\nplace = '{name}'\nthrottle_cpu = {{ group = '{name}', for = ['hang'], percent = 50, lasts = '1h' }}\n"
     );
-    let (edge, _) = start(root.path(), &more);
+    let (edge, _) = start_asking(root.path(), "1s", &more);
     let pid = edge.well().await;
     let procs = fs::read_to_string(cpu.join(&name).join("cgroup.procs")).unwrap();
     assert!(procs.lines().any(|line| line == pid.to_string()), "{procs}");

@@ -227,7 +227,6 @@ async fn kill_9_is_healed_by_a_start() {
         (FaultClass::Crash, IncidentState::Healed)
     );
     assert_eq!(incident.last_action(), Some(ActionKind::Start));
-    assert!(incident.healed.is_some(), "{}", incident.why());
     assert_ne!(node.hands.supervisor.pid(), Some(pid));
 }
 
@@ -244,7 +243,6 @@ async fn a_stopped_process_is_healed_by_a_restart() {
         (FaultClass::Hang, Some(Verdict::Healed))
     );
     assert_eq!(incident.last_action(), Some(ActionKind::Restart));
-    assert!(incident.healed.is_some(), "{}", incident.why());
     assert_eq!(process_state(pid), None);
 }
 

@@ -140,7 +140,9 @@ async fn a_server_that_a_wrapper_runs_is_ours_and_is_ended_and_started_again_whe
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         line.starts_with(b"postgres: checkpointer")
     };
+    let deadline = Instant::now() + Duration::from_mins(1);
     let left = loop {
+        assert!(Instant::now() < deadline, "the server has no checkpointer");
         if let Some(left) = working_in(&cluster.data()).into_iter().find(stays) {
             break left;
         }

@@ -329,6 +329,7 @@ async fn time_that_a_statement_worked_before_it_met_a_lock_is_no_waiting() {
         let sessions = hands.sessions().await.unwrap();
         let waiting: Vec<&SessionRef> = sessions.iter().filter(|of| !of.waits_for.is_empty()).collect();
         if waiting.len() < 3 || waiting.iter().any(|of| of.waited + 1 >= worked) {
+            println!("they have waited too long: {seen:?}, {relief:?}, {waiting:?}");
             drop(root);
             all_done(waiters).await;
             continue;

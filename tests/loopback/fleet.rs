@@ -231,7 +231,7 @@ impl Aggregator {
         }
     }
 
-    /// Nothing is left of anyone: no connection, no pending handshake. Design bar: within 5 seconds.
+    /// Nothing is left of anyone: no connection, no pending handshake.
     pub(crate) async fn expect_empty(&self) {
         until(|| self.endpoint.open_connections() == 0 && self.endpoint.accept_stats().pending == 0).await;
     }

@@ -121,7 +121,7 @@ fn check<W: Write>(arguments: &ConfigArguments, output: &mut Output<W>) -> Resul
             .map_err(refused)?;
     }
     let Some(loaded) = loaded else {
-        let value = serde_json::json!({ "file": null, "digest": digest });
+        let value = serde_json::json!({ "file": null, "digest": digest, "warnings": [] });
         let place = arguments.config.as_ref().map_or_else(
             || "no configuration was read (give --config)".to_owned(),
             |path| format!("{} names no policy file", path.display()),
@@ -132,7 +132,15 @@ fn check<W: Write>(arguments: &ConfigArguments, output: &mut Output<W>) -> Resul
         return Ok(ExitCode::SUCCESS);
     };
     let signers: Vec<String> = loaded.signers.iter().map(ToString::to_string).collect();
-    let warnings: Vec<String> = config.services.iter().flat_map(warnings::of_service).collect();
+    let joined = StateDir::existing(&config.state_dir.path)
+        .joined()
+        .map_err(EdgeError::from)?
+        .is_some();
+    let warnings: Vec<String> = config
+        .services
+        .iter()
+        .flat_map(|service| warnings::of_policy(service, joined))
+        .collect();
     let value = serde_json::json!({
         "file": loaded.path, "version": loaded.version, "signers": signers, "digest": digest, "warnings": warnings,
     });

@@ -116,7 +116,11 @@ pub(super) fn check<W: Write>(
             version: loaded.version,
             signers: loaded.signers.len(),
         }),
-        warnings: config.services.iter().flat_map(warnings::of_service).collect(),
+        warnings: config
+            .services
+            .iter()
+            .flat_map(|service| warnings::of_service(service, joined))
+            .collect(),
         left_out: [
             "programs and files of services",
             "whether ports are free",

@@ -321,7 +321,7 @@ mod tests {
     fn wait_until(mut done: impl FnMut() -> bool) {
         let deadline = std::time::Instant::now() + Duration::from_mins(1);
         while !done() {
-            assert!(std::time::Instant::now() < deadline, "not within 10 s");
+            assert!(std::time::Instant::now() < deadline, "not within a minute");
             std::thread::yield_now();
         }
     }
@@ -369,7 +369,7 @@ mod tests {
         let cores = sampler.read(Some(child.id()), told).unwrap().cpu_cores;
         // One core at most, for as long as it took to look, and two ticks of the clock.
         let most = (start.elapsed().as_secs_f64() + 0.02) / told.as_secs_f64();
-        assert!(cores > 0.0 && cores <= most, "{cores}, at most {most}");
+        assert!(cores > 0.02 && cores <= most, "{cores}, at most {most}");
         end(child);
     }
 

@@ -1,7 +1,10 @@
 //! The owner of a process, with a real one and a hook that takes its time.
 
+use std::path::Path;
+use std::time::Instant;
+
 use rustix::process::{Pid, Signal, kill_process};
-use theriac_heal::types::{IncidentId, IntentId, When};
+use theriac_heal::types::{FaultClass, IncidentId, IntentId, When};
 use tokio::task::JoinHandle;
 
 use super::*;

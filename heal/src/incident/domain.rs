@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::act::plan;
 use super::diagnose::{Diagnosis, diagnose};
+use super::people::plan;
 use super::{IncidentMachine, Open, Output, Phase};
 use crate::types::{ActionKind, FaultClass, Incident, IncidentState, Now};
 

@@ -12,6 +12,7 @@
 //! else counts as done once its intent was durable, and is verified.
 
 mod act;
+mod course;
 mod decide;
 mod detect;
 mod diagnose;
@@ -19,6 +20,7 @@ mod domain;
 mod fleet;
 mod latency;
 mod observe;
+mod people;
 mod sessions;
 mod standing;
 mod verify;

@@ -173,7 +173,7 @@ impl Cluster {
 
     /// A running `pgbench`.
     pub(crate) fn pgbench(&self, arguments: &[&str]) -> Child {
-        // Who ignores SIGINT, as what a shell starts in the background does, leaves that to its children, and pgbench ends well by it alone.
+        // SIGINT, by which alone pgbench ends well, is ignored by what a shell runs in the background, and by its children.
         let mut bench = command(Path::new("/usr/bin/env"), self.owner);
         bench
             .arg("--default-signal=INT")

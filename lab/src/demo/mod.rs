@@ -119,6 +119,8 @@ const REQUESTS_PER_S: f64 = 40.0;
 const COMMAND_LIMIT: Duration = Duration::from_mins(1);
 /// Time that the processes have to end when asked.
 const STOP_GRACE: Duration = Duration::from_secs(30);
+/// Updates of honest edges that may come after the end of their round.
+const LATE_MAX: u64 = 2;
 /// Time that they have to open their pages and find one another.
 const START_LIMIT: Duration = Duration::from_mins(1);
 /// Name of the federation.
@@ -274,7 +276,9 @@ fn judge(stage: &mut Stage) {
     if hostile == 0 {
         stage.fall_short(format!("no update of the hostile edge {HOSTILE} was refused"));
     }
-    if honest > 0 {
+    // A busy machine may let one come too late; more of them are something else.
+    let late = stage.record.honest_late();
+    if honest > late || late > LATE_MAX {
         stage.fall_short(format!(
             "{} of honest edges were refused",
             counted(honest, "update")

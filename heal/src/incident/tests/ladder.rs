@@ -171,6 +171,28 @@ fn a_full_disk_with_nothing_to_move_is_relieved_when_something_becomes_old_enoug
 }
 
 #[test]
+fn who_declined_to_have_room_made_is_not_asked_again_when_more_can_be_moved() {
+    let mut story = Story::new(|policy| policy.autonomy = Autonomy::Recommend);
+    let movable = |bytes| Input::Relievable {
+        service: "a".into(),
+        bytes,
+    };
+    story.probes(true, 3);
+    story.tell(movable(4096));
+    story.tell(Input::DiskFull {
+        service: "a".into(),
+        free_bytes: 12,
+    });
+    assert_eq!(story.state(), Some(IncidentState::AwaitingApproval));
+    let incident = story.incident().unwrap().id;
+    story.tell(Input::Deny { incident });
+    for bytes in [0, 8192] {
+        story.tell(movable(bytes));
+        assert_eq!(story.state(), Some(IncidentState::HandedToHuman));
+    }
+}
+
+#[test]
 fn a_relief_that_made_too_little_room_is_a_persons_and_no_restart_follows() {
     let mut story = Story::new(|_| {});
     story.probes(true, 3);
