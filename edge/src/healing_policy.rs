@@ -35,7 +35,7 @@ pub enum HealingPolicyError {
     },
     /// It is not signed by enough people.
     #[error(
-        "{path} has {found} of {need} signatures that count; have it read and signed: theriac-edge policy sign {path} --key FILE"
+        "{path} has {found} of {need} signatures that count; have it read and signed: theriac-edge policy sign {path} --key FILE --config FILE"
     )]
     Unsigned {
         /// The policy.

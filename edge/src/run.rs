@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use theriac_command::problem::{Exit, Problem};
+use theriac_command::problem::Problem;
 use theriac_heal::incident::Input;
 use theriac_model::feature::FeatureSchema;
 use theriac_privacy::ledger::Ledger;
@@ -93,13 +93,20 @@ impl From<EdgeError> for Problem {
                 .hint("stop that process, or give this one a state_dir of its own"),
             EdgeError::StateDir(StateDirError::Mode { .. }) => Self::config("TH-E0303", text)
                 .hint("set state_dir in edge.toml to a directory that only this user can read and write"),
+            EdgeError::StateDir(StateDirError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                Self::temporary("TH-E0303", text).hint(MAKE_ROOM)
+            }
+            EdgeError::StateDir(StateDirError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
+            {
+                Self::temporary("TH-E0303", text).hint(MOUNT)
+            }
             EdgeError::StateDir(_) => Self::failed("TH-E0303", text)
                 .hint("set state_dir in edge.toml to a directory that only this user can read and write"),
-            EdgeError::Store(StoreError::Full { .. }) => Self {
-                exit: Exit::Temporary,
-                ..Self::failed("TH-E0305", text)
-            }
-            .hint("make room on that disk"),
+            EdgeError::Store(StoreError::Full { .. }) => Self::temporary("TH-E0305", text).hint(MAKE_ROOM),
+            EdgeError::Store(StoreError::ReadOnly { .. }) => Self::temporary("TH-E0305", text).hint(MOUNT),
             EdgeError::Store(_) => Self::failed("TH-E0305", text).hint("run `theriac-edge doctor`"),
             EdgeError::OtherName { enrolled, .. } => Self::config("TH-E0308", text).hint(format!(
                 "set node = \"{enrolled}\", or leave it out; another name needs another state_dir"
@@ -111,6 +118,9 @@ impl From<EdgeError> for Problem {
         }
     }
 }
+
+const MAKE_ROOM: &str = "make room on that disk; no edge starts before";
+const MOUNT: &str = "mount it so that it can be written; a disk with errors is turned read-only by the system, whose log tells";
 
 /// Runs an edge until `shutdown` resolves, then drains it.
 ///
@@ -155,6 +165,7 @@ impl Edge {
         let policy = healing_policy::apply(&mut config)?;
         let dir = StateDir::open(&config.state_dir.path)?;
         let lock = dir.lock()?;
+        dir.make_room();
         if let Some(policy) = &policy {
             healing_policy::note_version(policy, &dir)?;
             tracing::info!(
@@ -236,7 +247,13 @@ impl Edge {
             address: config.http.listen,
             source,
         })?;
-        dir.save_http_address(address)?;
+        match dir.save_http_address(address) {
+            // Who has no room for that has the more need of being looked after.
+            Err(StateDirError::Io { path, source }) if source.kind() == std::io::ErrorKind::StorageFull => {
+                tracing::error!(path = %path.display(), %address, "no room to tell commands where the page is");
+            }
+            other => other?,
+        }
         announce(&node, &config, address, client.as_ref(), &board);
         Ok(Self {
             config,

@@ -25,6 +25,8 @@ use theriac_protocol::units::NodeId;
 
 /// Largest size of the ballast file, in bytes: enough for SQLite's largest transaction here.
 const BALLAST_BYTES_MAX: u64 = 4 << 20;
+/// Room below which the ballast is let go before a start.
+const START_BYTES: u64 = 1 << 20;
 /// Smallest size that helps: some records of healing.
 const BALLAST_BYTES_MIN: u64 = 256 << 10;
 /// The ballast takes at most this part of the room: 1/8.
@@ -384,6 +386,13 @@ impl StateDir {
             self.release_ballast();
         }
         written.is_ok()
+    }
+
+    /// Lets the ballast go where there is no room to start with.
+    pub(crate) fn make_room(&self) {
+        if self.free_bytes().is_ok_and(|free| free < START_BYTES) && self.release_ballast() {
+            tracing::warn!(path = %self.root.display(), "the disk of the state directory is full: released the ballast to start");
+        }
     }
 
     /// Gives the ballast's space back, so that the current commit can finish. Returns whether there was any.

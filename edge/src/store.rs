@@ -51,8 +51,14 @@ pub struct Word {
 #[non_exhaustive]
 pub enum StoreError {
     /// The disk is full; nothing of the transaction was kept.
-    #[error("the disk of {path} is full: make room; detection goes on meanwhile")]
+    #[error("the disk of {path} is full")]
     Full {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its file system cannot be written.
+    #[error("the file system of {path} is mounted read-only")]
+    ReadOnly {
         /// The file.
         path: PathBuf,
     },
@@ -474,7 +480,22 @@ fn classify(path: &Path, source: rusqlite::Error) -> StoreError {
                 path,
                 reason: source.to_string(),
             },
-            source => StoreError::Sqlite { path, source },
+            source => no_room(&path).unwrap_or(StoreError::Sqlite { path, source }),
         },
     }
 }
+
+/// What the library calls an input/output error, where its file system says more: it has no room for the files beside the database, or is mounted
+/// read-only.
+fn no_room(path: &Path) -> Option<StoreError> {
+    let found = rustix::fs::statvfs(path.parent()?).ok()?;
+    let path = path.to_owned();
+    if found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+        return Some(StoreError::ReadOnly { path });
+    }
+    let free = found.f_bavail.saturating_mul(found.f_frsize);
+    (free < BESIDE_BYTES).then_some(StoreError::Full { path })
+}
+
+/// What the library needs beside the database to open it.
+const BESIDE_BYTES: u64 = 64 << 10;

@@ -1,6 +1,7 @@
 //! What is valid in a configuration and its policy, and is probably not what was meant: told by `check-config`, by `policy check` and at the
 //! start of `run`.
 
+use theriac_heal::policy::Autonomy;
 use theriac_heal::types::ActionKind;
 
 use crate::config::{ServiceConfig, stops_too_slowly};
@@ -16,10 +17,15 @@ pub(crate) fn of_service(service: &ServiceConfig, joined: bool) -> Vec<String> {
 /// Those that come of the policy file. Asks no file system.
 pub(crate) fn of_policy(service: &ServiceConfig, joined: bool) -> Vec<String> {
     let shared = if joined { None } else { shared_alone(service) };
-    [without_hands(service), without_rule(service), shared]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        without_hands(service),
+        without_rule(service),
+        restores_alone(service),
+        shared,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Actions that the policy file lists, and for which this configuration has no means: their rung is never stepped on.
@@ -54,6 +60,18 @@ fn without_rule(service: &ServiceConfig) -> Option<String> {
             "{}: configured, and not listed by the policy, so the node never does it by itself: {}",
             service.name,
             unlisted.join(", ")
+        )
+    })
+}
+
+/// A restore that the configuration would let the node do by itself.
+fn restores_alone(service: &ServiceConfig) -> Option<String> {
+    let policy = &service.healing;
+    let asked = policy.rules.is_some() && policy.restore_autonomy == Autonomy::Act;
+    asked.then(|| {
+        format!(
+            "{}: `restore_autonomy = \"act\"` counts for nothing under a policy file: a person approves each restore",
+            service.name
         )
     })
 }
@@ -137,7 +155,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
-    use theriac_heal::policy::{ActionRule, Autonomy, RiskClass};
+    use theriac_heal::policy::{ActionRule, RiskClass};
 
     use super::*;
     use crate::service::ServiceContext;
@@ -199,6 +217,16 @@ mod tests {
         let listed = [ActionKind::Hook, ActionKind::RelieveSpace, ActionKind::Freeze];
         assert_eq!(says(&listed), [""; 0]);
         assert_eq!(says(&[]), [""; 0]);
+    }
+
+    #[test]
+    fn a_restore_by_itself_is_told_to_count_for_nothing_under_a_policy_file() {
+        let root = tempfile::tempdir().unwrap();
+        let mut service = service(root.path(), "[service.healing]\nrestore_autonomy = 'act'\n");
+        assert_eq!(of_policy(&service, true), [""; 0]);
+        service.healing.rules = Some(BTreeMap::new());
+        let [said] = of_policy(&service, true).try_into().unwrap();
+        assert!(said.ends_with("a person approves each restore"), "{said}");
     }
 
     #[test]

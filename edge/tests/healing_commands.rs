@@ -6,13 +6,18 @@ mod command;
 
 use command::{Place, json, problem};
 use theriac_edge::state_dir::StateDir;
+use theriac_heal::executor::clock;
+use theriac_heal::types::{Now, Plan};
 use theriac_privacy::policy::signed::PolicyKey;
 
 /// An incident whose start waits for approval, as the machine makes it, in a store of its own.
-async fn awaiting_approval(place: &Place) -> (String, theriac_heal::types::Plan) {
+async fn awaiting_approval(place: &Place) -> (String, Plan) {
+    awaiting_approval_since(place, clock::now()).await
+}
+
+async fn awaiting_approval_since(place: &Place, now: Now) -> (String, Plan) {
     use theriac_heal::incident::{HealConfig, IncidentMachine, Input};
     use theriac_heal::policy::{HealPolicy, NodeBudget};
-    use theriac_heal::types::Now;
 
     let mut machine = IncidentMachine::new(HealConfig {
         services: [("kv".to_owned(), HealPolicy::default())].into(),
@@ -24,7 +29,7 @@ async fn awaiting_approval(place: &Place) -> (String, theriac_heal::types::Plan)
         service: "kv".to_owned(),
         status: "exit status: 1".to_owned(),
     };
-    machine.handle(Now::default(), exited);
+    machine.handle(now, exited);
     let incident = machine.open_incident("kv").unwrap();
     let dir = StateDir::open(&place.path("state")).unwrap();
     let store = theriac_edge::store::Store::open(&dir).unwrap();
@@ -35,6 +40,22 @@ async fn awaiting_approval(place: &Place) -> (String, theriac_heal::types::Plan)
     );
     std::fs::write(place.path("edge.toml"), text).unwrap();
     (place.text("edge.toml"), incident.plan.clone().unwrap())
+}
+
+#[tokio::test]
+async fn a_plan_whose_time_is_over_is_not_approved_and_nothing_is_noted() {
+    let place = Place::new();
+    let (config, _) = awaiting_approval_since(&place, Now::default()).await;
+    let over = problem(&["actions", "approve", "1", "--config", &config]).await;
+    assert!(
+        over.code == "TH-E0333" && over.to_string().contains("is over"),
+        "{over}"
+    );
+    let dir = StateDir::open(&place.path("state")).unwrap();
+    let store = theriac_edge::store::Store::open(&dir).unwrap();
+    assert!(store.take_approvals().await.unwrap().is_empty());
+    // Who declines it says something all the same.
+    json(&["actions", "deny", "1", "--config", &config]).await;
 }
 
 #[tokio::test]

@@ -275,6 +275,43 @@ fn an_edge_without_room_keeps_watching_and_healing_and_sends_nothing() {
     edge.stop();
 }
 
+#[test]
+fn an_edge_starts_again_and_is_told_to_stop_healing_on_a_full_disk() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(disk) = SmallDisk::mount(root.path().join("disk"), 100) else {
+        return;
+    };
+    let service = Service::new(root.path());
+    let mut edge = Edge::on(root.path(), "press-1", &disk.path, "", &service.table("1h"));
+    edge.start();
+    let well = |edge: &mut Edge| {
+        let status = edge.until("a healthy service", |status| status.services[0].healthy);
+        status.services[0].pid
+    };
+    let first = well(&mut edge);
+    until("ballast to be put by", || {
+        ballast(&disk.path).exists().then_some(())
+    });
+    edge.kill();
+    disk.fill();
+
+    // One that never ran there cannot, and says so.
+    let other = Edge::on(root.path(), "press-2", &disk.path, "", "");
+    let refused = other.run(&["run"]).expect_code(75);
+    assert!(refused.stderr.contains("make room"), "{}", refused.stderr);
+
+    edge.start();
+    assert_eq!(well(&mut edge), first, "the service was taken over");
+    disk.fill();
+    edge.run(&["stop-healing"]).expect_done();
+    edge.until("healing to be stopped", |status| status.healing_stopped);
+    edge.run(&["resume-healing"]).expect_done();
+    edge.until("healing to go on", |status| !status.healing_stopped);
+    disk.empty();
+    edge.until("room again", |status| status.storage == Storage::Ok);
+    edge.stop();
+}
+
 fn ballast(disk: &Path) -> PathBuf {
     disk.join("press-1/ballast")
 }

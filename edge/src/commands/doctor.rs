@@ -23,11 +23,12 @@ use theriac_transport::{ConnectError, Limits, bind_client, connect};
 use super::{ConfigArguments, unprinted};
 use crate::client::{AGGREGATOR_AUTHORITY, IDENTITY, opening, resolve};
 use crate::config::{EdgeConfig, StateSettings, host_and_port};
+use crate::offsite::OffsiteSettings;
 use crate::probe::{self, ProbeUrl};
 use crate::service::{open_checkpoints, state_check};
 use crate::state_dir::{Joined, StateDir};
 use crate::status::{Federation, Status};
-use crate::store::StoreReader;
+use crate::store::{StoreError, StoreReader};
 
 /// Socket buffer that a busy link wants, in bytes.
 const BUFFER_BYTES: usize = 4 << 20;
@@ -122,6 +123,9 @@ pub(super) async fn doctor<W: Write>(
         if let Some(state) = &service.state {
             let proof = crate::postgres::needs_proof(service);
             checks.push(checkpoints(&dir, service.name.as_str(), state, proof, page.as_ref()).await);
+            if let Some(settings) = &config.offsite {
+                checks.push(offsite(settings, service.name.as_str()).await);
+            }
         }
     }
     checks.push(match joined {
@@ -330,12 +334,44 @@ fn store(dir: &StateDir) -> Check {
     match StoreReader::open(&dir.database()) {
         Ok(Some(reader)) => match reader.integrity() {
             Ok(()) => Check::ok("store", "sound"),
-            Err(error) => Check::fail("store", error, "restore edge.db from a backup, or move it away"),
+            Err(error) => unsound(error),
         },
         Ok(None) => Check::skip("store", "there is none yet"),
-        Err(error) => Check::fail("store", error, "restore edge.db from a backup, or move it away"),
+        Err(error) => unsound(error),
     }
 }
+
+fn unsound(error: StoreError) -> Check {
+    let fix = match error {
+        StoreError::Full { .. } => "make room on that disk; edge.db itself may be sound",
+        StoreError::ReadOnly { .. } => "mount it so that it can be written; edge.db itself may be sound",
+        _ => "restore edge.db from a backup, or move it away",
+    };
+    Check::fail("store", error, fix)
+}
+
+/// Whether a service's off-site copies can be sealed and reached.
+async fn offsite(settings: &OffsiteSettings, service: &str) -> Check {
+    let listed = async {
+        let copies = settings.open(service)?;
+        copies.list().await
+    };
+    match tokio::time::timeout(OFFSITE_WITHIN, listed).await {
+        Ok(Ok(copies)) => Check::ok("offsite", format!("{service}: {} copies", copies.len())),
+        Ok(Err(error)) => Check::fail(
+            "offsite",
+            format!("{service}: {error}"),
+            "see offsite.url and offsite.key_file; checkpoints stay on this host alone until then",
+        ),
+        Err(_late) => Check::fail(
+            "offsite",
+            format!("{service}: no answer within {} s", OFFSITE_WITHIN.as_secs()),
+            "look at the store of offsite.url; checkpoints stay on this host alone until then",
+        ),
+    }
+}
+
+const OFFSITE_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 fn ledger(config: &EdgeConfig, dir: &StateDir) -> Check {
     // A store that cannot be read has its own line.

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use theriac_command::output::{Output, table};
 use theriac_command::problem::Problem;
+use theriac_heal::executor::clock;
 use theriac_heal::incident::Explained;
 use theriac_heal::types::{Incident, IncidentId, IncidentState, Plan};
 use theriac_privacy::policy::signed::{PolicyKey, Subject};
@@ -239,6 +240,14 @@ impl OneIncident {
             }
             return self.retry(&incident, output);
         }
+        if approve && incident.state == IncidentState::HandedToHuman {
+            let text = format!(
+                "incident {} is a person's, and has no plan that could be signed or named",
+                self.id
+            );
+            return Err(Problem::failed("TH-E0333", text)
+                .hint("without --key and --plan `actions approve` has its next action tried, or planned for signatures"));
+        }
         if incident.state != IncidentState::AwaitingApproval {
             let text = format!(
                 "incident {} is {}: nothing waits for approval",
@@ -253,6 +262,12 @@ impl OneIncident {
         if meant.is_some() && meant != hash.as_deref() {
             let text = format!("incident {} has another plan now: {present}", self.id);
             return Err(Problem::failed("TH-E0333", text).hint("approve that one, if it is what you want"));
+        }
+        let is_over = |plan: &Plan| plan.expires.unix_ms <= clock::now().when().unix_ms;
+        if approve && incident.plan.as_ref().is_some_and(is_over) {
+            let text = format!("the plan of incident {} is over: {present}", self.id);
+            return Err(Problem::failed("TH-E0333", text)
+                .hint("the running edge makes a new one; `theriac-edge actions list` shows it"));
         }
         let key = key.map(read_key).transpose()?;
         let asked = match &incident.plan {
@@ -280,8 +295,13 @@ impl OneIncident {
         let needed = asked.filter(|need| *need > 1).map_or_else(String::new, |need| {
             format!(" once {need} different people have signed it")
         });
+        let taken_up = if StateDir::existing(&self.config.load()?.state_dir.path).is_in_use() {
+            "the running edge takes it up"
+        } else {
+            "no edge runs: the next one takes it up, if it starts in time,"
+        };
         let human = format!(
-            "incident {} {word}: {present}; the running edge takes it up{needed} while that is its plan",
+            "incident {} {word}: {present}; {taken_up}{needed} while that is its plan",
             self.id
         );
         output.result(&value, human).map_err(unprinted)?;

@@ -89,7 +89,12 @@ pub(super) fn switch<W: Write>(
     let dir = StateDir::existing(&config.load()?.state_dir.path);
     let path = dir.stop_file();
     let done = if stop {
-        write_durably(&path, b"stopped by a person\n")
+        write_durably(&path, b"stopped by a person\n").or_else(|error| {
+            // That it is there is what counts, and an empty file has room on a full disk.
+            let full = error.kind() == std::io::ErrorKind::StorageFull;
+            let bare = || std::fs::File::create(&path)?.sync_all();
+            if full { bare() } else { Err(error) }
+        })
     } else {
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),

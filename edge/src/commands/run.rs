@@ -128,7 +128,7 @@ pub(super) fn check<W: Write>(
         ],
     };
     let human = format!(
-        "valid\n  node        {}\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  policy      {}\n  healing     {}{}\n  not checked: {}",
+        "valid\n  node        {}\n  state       {}{}\n  services    {}\n  page        {}\n  federation  {}\n  privacy     {}\n  healing     {}{}\n  not checked: {}",
         checked.node,
         checked.state_dir,
         if config.state_dir.by_default {
@@ -144,7 +144,7 @@ pub(super) fn check<W: Write>(
         checked.page,
         if joined { "joined" } else { "off: not joined" },
         policy.as_ref().map_or_else(
-            || "none yet".to_owned(),
+            || "no policy yet".to_owned(),
             |policy| format!("for {}, epsilon {} at most", policy.site(), policy.epsilon())
         ),
         checked.healing.as_ref().map_or_else(

@@ -253,6 +253,12 @@ struct Record {
 }
 
 impl Record {
+    /// Nothing of ours is process 0 or 1: group 0 is the kernel's, and who else is in no group that can be seen from here.
+    fn read(path: &Path) -> Option<Self> {
+        let record: Self = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+        (record.pid > 1).then_some(record)
+    }
+
     fn is_of(&self, member: &Member) -> bool {
         member.is_leader() && member.start_ticks == self.start_ticks && member.session == self.session
     }
@@ -692,7 +698,7 @@ impl Supervisor {
 
     /// A record that is absent or unreadable is no error: the mark in the environment finds the child as well.
     fn read_record(&self) -> Option<Record> {
-        serde_json::from_slice(&std::fs::read(&self.record).ok()?).ok()
+        Record::read(&self.record)
     }
 
     /// What it named is gone, and its number may come to mean another's process.
@@ -732,7 +738,7 @@ pub fn working_in(dir: &Path) -> Vec<u32> {
 
 /// The running process that a supervisor's record file names; `None` when there is none any more.
 pub fn recorded_process(record: &Path) -> Option<u32> {
-    let record: Record = serde_json::from_slice(&std::fs::read(record).ok()?).ok()?;
+    let record = Record::read(record)?;
     let member = Member::read(record.pid)?;
     (record.boot == super::clock::clock_id() && record.is_of(&member) && !member.is_dead())
         .then_some(record.pid)
@@ -843,3 +849,19 @@ fn is_ours(name: &OsStr) -> bool {
 const MARK: &str = "THERIAC_SUPERVISED_BY";
 const POLL_EVERY: Duration = Duration::from_millis(5);
 const OUTPUT_CHECK_EVERY: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_process_0_or_1_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record.json");
+        for (pid, read) in [(0_u32, false), (1, false), (2, true)] {
+            let text = format!(r#"{{"pid":{pid},"start_ticks":0,"session":0,"boot":"here","intent":null}}"#);
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(Record::read(&path).is_some(), read, "{pid}");
+        }
+    }
+}
