@@ -341,14 +341,18 @@ impl Edge {
         self.join(centre, &centre.token(&self.name, "1h")).expect_done();
     }
 
-    /// Starts it and waits until its page answers.
+    /// Starts it and waits until its page answers and shows its services.
     pub(crate) fn start(&mut self) {
         assert!(self.running.is_none(), "it runs already");
+        let services = fs::read_to_string(&self.config)
+            .unwrap()
+            .matches("[[service]]")
+            .count();
         let command = command("edge", &["run", "--config", text(&self.config)]);
         let mut running = Running::start(&self.name, command, &self.log);
         until("the edge's page", || {
             running.must_run();
-            page::json::<Status>(self.page, "/status")
+            page::json::<Status>(self.page, "/status").filter(|status| status.services.len() >= services)
         });
         self.running = Some(running);
     }
