@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::respond::{self, Events, Hand, Responder};
 use crate::risk::RiskModel;
 use crate::service::{self, Command, Commands, ServiceContext, ServiceShared};
-use crate::state_dir::{Joined, Lock, StateDir, StateDirError};
+use crate::state_dir::{Joined, Lock, StateDir, StateDirError, is_no_room};
 use crate::status::{Board, Federation};
 use crate::storage::StorageWatch;
 use crate::store::{Store, StoreError};
@@ -93,9 +93,7 @@ impl From<EdgeError> for Problem {
                 .hint("stop that process, or give this one a state_dir of its own"),
             EdgeError::StateDir(StateDirError::Mode { .. }) => Self::config("TH-E0303", text)
                 .hint("set state_dir in edge.toml to a directory that only this user can read and write"),
-            EdgeError::StateDir(StateDirError::Io { source, .. })
-                if source.kind() == std::io::ErrorKind::StorageFull =>
-            {
+            EdgeError::StateDir(StateDirError::Io { source, .. }) if is_no_room(&source) => {
                 Self::temporary("TH-E0303", text).hint(MAKE_ROOM)
             }
             EdgeError::StateDir(StateDirError::Io { source, .. })
@@ -119,7 +117,7 @@ impl From<EdgeError> for Problem {
     }
 }
 
-const MAKE_ROOM: &str = "make room on that disk; no edge starts before";
+const MAKE_ROOM: &str = "make room on that disk";
 const MOUNT: &str = "mount it so that it can be written; a disk with errors is turned read-only by the system, whose log tells";
 
 /// Runs an edge until `shutdown` resolves, then drains it.
@@ -249,7 +247,9 @@ impl Edge {
         })?;
         match dir.save_http_address(address) {
             // Who has no room for that has the more need of being looked after.
-            Err(StateDirError::Io { path, source }) if source.kind() == std::io::ErrorKind::StorageFull => {
+            Err(StateDirError::Io { path, source }) if is_no_room(&source) => {
+                // What an earlier one wrote may be another's by now.
+                drop(std::fs::remove_file(&path));
                 tracing::error!(path = %path.display(), %address, "no room to tell commands where the page is");
             }
             other => other?,

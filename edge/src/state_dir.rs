@@ -401,6 +401,14 @@ impl StateDir {
     }
 }
 
+/// Whether a write found no room: on its file system, or in what its account may have there.
+pub(crate) fn is_no_room(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 /// Write beside, sync, rename, sync the directory: after a crash there is the old file or the new one. Mode 0600.
 pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("tmp");

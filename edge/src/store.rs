@@ -480,7 +480,16 @@ fn classify(path: &Path, source: rusqlite::Error) -> StoreError {
                 path,
                 reason: source.to_string(),
             },
-            source => no_room(&path).unwrap_or(StoreError::Sqlite { path, source }),
+            source => {
+                let of_files = [
+                    ErrorCode::CannotOpen,
+                    ErrorCode::SystemIoFailure,
+                    ErrorCode::ReadOnly,
+                ];
+                let code = source.sqlite_error_code().filter(|code| of_files.contains(code));
+                code.and_then(|_| no_room(&path))
+                    .unwrap_or(StoreError::Sqlite { path, source })
+            }
         },
     }
 }

@@ -4,23 +4,45 @@
 
 mod command;
 
+use std::time::Duration;
+
 use command::{Place, json, problem};
-use theriac_edge::state_dir::StateDir;
+use theriac_edge::state_dir::{Lock, StateDir};
 use theriac_heal::executor::clock;
 use theriac_heal::types::{Now, Plan};
 use theriac_privacy::policy::signed::PolicyKey;
 
 /// An incident whose start waits for approval, as the machine makes it, in a store of its own.
 async fn awaiting_approval(place: &Place) -> (String, Plan) {
-    awaiting_approval_since(place, clock::now()).await
+    awaiting_approval_since(place, clock::now(), Duration::from_mins(15)).await
 }
 
-async fn awaiting_approval_since(place: &Place, now: Now) -> (String, Plan) {
+/// Of a plan that holds for `ttl` from `now` on.
+async fn awaiting_approval_since(place: &Place, now: Now, ttl: Duration) -> (String, Plan) {
     use theriac_heal::incident::{HealConfig, IncidentMachine, Input};
-    use theriac_heal::policy::{HealPolicy, NodeBudget};
+    use theriac_heal::policy::{ActionRule, Approvals, Autonomy, HealPolicy, NodeBudget, RiskClass};
+    use theriac_heal::types::ActionKind;
 
+    let rule = ActionRule {
+        class: RiskClass::R2,
+        autonomy: Autonomy::Recommend,
+        cooldown: None,
+        max: None,
+        inhibit: std::collections::BTreeSet::new(),
+        when: None,
+        approvals: Some(Approvals {
+            ttl,
+            ..Approvals::default()
+        }),
+        evidence: false,
+        shared: false,
+    };
+    let policy = HealPolicy {
+        rules: Some([(ActionKind::Start, rule)].into()),
+        ..HealPolicy::default()
+    };
     let mut machine = IncidentMachine::new(HealConfig {
-        services: [("kv".to_owned(), HealPolicy::default())].into(),
+        services: [("kv".to_owned(), policy)].into(),
         node: NodeBudget::default(),
         depends_on: std::collections::BTreeMap::new(),
         clock_id: "boot".to_owned(),
@@ -42,10 +64,18 @@ async fn awaiting_approval_since(place: &Place, now: Now) -> (String, Plan) {
     (place.text("edge.toml"), incident.plan.clone().unwrap())
 }
 
+/// Holds what a running edge holds.
+fn runs(place: &Place) -> Lock {
+    StateDir::existing(&place.path("state")).lock().unwrap()
+}
+
 #[tokio::test]
 async fn a_plan_whose_time_is_over_is_not_approved_and_nothing_is_noted() {
     let place = Place::new();
-    let (config, _) = awaiting_approval_since(&place, Now::default()).await;
+    let (config, _) = awaiting_approval_since(&place, Now::default(), Duration::from_millis(1)).await;
+    let alone = problem(&["actions", "approve", "1", "--config", &config]).await;
+    assert!(alone.to_string().contains("no edge runs"), "{alone}");
+    let _edge = runs(&place);
     let over = problem(&["actions", "approve", "1", "--config", &config]).await;
     assert!(
         over.code == "TH-E0333" && over.to_string().contains("is over"),
@@ -62,6 +92,7 @@ async fn a_plan_whose_time_is_over_is_not_approved_and_nothing_is_noted() {
 async fn an_approval_says_what_it_is_of_and_another_plan_than_the_one_meant_is_refused() {
     let place = Place::new();
     let (config, plan) = awaiting_approval(&place).await;
+    let _edge = runs(&place);
     let other = problem(&["actions", "approve", "1", "--plan", "abc", "--config", &config]).await;
     assert!(
         other.code == "TH-E0333" && other.to_string().contains("start of kv for crash"),
@@ -192,6 +223,7 @@ async fn under_policy(place: &Place, version: u64) -> String {
 async fn an_approval_that_would_not_count_is_refused_and_not_noted() {
     let place = Place::new();
     awaiting_approval(&place).await;
+    let _edge = runs(&place);
     let config = under_policy(&place, 1).await;
     let store = theriac_edge::store::Store::open(&StateDir::open(&place.path("state")).unwrap()).unwrap();
     let unsigned = problem(&["actions", "approve", "1", "--config", &config]).await;
@@ -215,6 +247,7 @@ async fn an_approval_that_would_not_count_is_refused_and_not_noted() {
 async fn what_waits_is_listed_with_the_digest_that_an_approval_names() {
     let place = Place::new();
     let (config, plan) = awaiting_approval(&place).await;
+    let _edge = runs(&place);
     let listed = json(&["actions", "list", "--config", &config]).await;
     assert_eq!(listed[0]["plan"], plan.hash().as_str());
     let said = json(&[

@@ -229,7 +229,7 @@ impl OneIncident {
         output: &mut Output<W>,
     ) -> Result<ExitCode, Problem> {
         let incident = self.find()?;
-        if approve && incident.state == IncidentState::HandedToHuman && key.is_none() && meant.is_none() {
+        if approve && incident.state == IncidentState::HandedToHuman {
             if let Some(intent) = incident.in_flight() {
                 let text = format!(
                     "intent {} of incident {}, {}, is still under way, beyond its time",
@@ -238,9 +238,9 @@ impl OneIncident {
                 return Err(Problem::failed("TH-E0333", text)
                     .hint("what became of it is told when it ends, or by the next start of the edge"));
             }
-            return self.retry(&incident, output);
-        }
-        if approve && incident.state == IncidentState::HandedToHuman {
+            if key.is_none() && meant.is_none() {
+                return self.retry(&incident, output);
+            }
             let text = format!(
                 "incident {} is a person's, and has no plan that could be signed or named",
                 self.id
@@ -263,7 +263,17 @@ impl OneIncident {
             let text = format!("incident {} has another plan now: {present}", self.id);
             return Err(Problem::failed("TH-E0333", text).hint("approve that one, if it is what you want"));
         }
-        let is_over = |plan: &Plan| plan.expires.unix_ms <= clock::now().when().unix_ms;
+        // The edge at its start plans anew, and a word on another plan does not count.
+        if approve && !self.edge_runs()? {
+            let text = format!(
+                "no edge runs, so nobody has the plan of incident {} any more",
+                self.id
+            );
+            return Err(Problem::temporary("TH-E0333", text)
+                .hint("start it; `theriac-edge actions list` shows the plan that it makes"));
+        }
+        // By the clock that the edge goes by.
+        let is_over = |plan: &Plan| plan.expires.monotonic_ms <= clock::now().when().monotonic_ms;
         if approve && incident.plan.as_ref().is_some_and(is_over) {
             let text = format!("the plan of incident {} is over: {present}", self.id);
             return Err(Problem::failed("TH-E0333", text)
@@ -295,17 +305,16 @@ impl OneIncident {
         let needed = asked.filter(|need| *need > 1).map_or_else(String::new, |need| {
             format!(" once {need} different people have signed it")
         });
-        let taken_up = if StateDir::existing(&self.config.load()?.state_dir.path).is_in_use() {
-            "the running edge takes it up"
-        } else {
-            "no edge runs: the next one takes it up, if it starts in time,"
-        };
         let human = format!(
-            "incident {} {word}: {present}; {taken_up}{needed} while that is its plan",
+            "incident {} {word}: {present}; the running edge takes it up{needed} while that is its plan",
             self.id
         );
         output.result(&value, human).map_err(unprinted)?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn edge_runs(&self) -> Result<bool, Problem> {
+        Ok(StateDir::existing(&self.config.load()?.state_dir.path).is_in_use())
     }
 
     /// A person who has the incident, and mended what stood in the way, has the next action tried again.
@@ -322,8 +331,13 @@ impl OneIncident {
         let value = serde_json::json!({
             "incident": self.id, "decision": "retry", "class": incident.class, "service": incident.service,
         });
+        let when = if self.edge_runs()? {
+            ""
+        } else {
+            " when the edge runs"
+        };
         let human = format!(
-            "incident {} of {} is taken up again for {}; what comes of it stands in `theriac-edge incidents why {}`",
+            "incident {} of {} is taken up again for {}{when}; what comes of it stands in `theriac-edge incidents why {}`",
             self.id, incident.service, incident.class, self.id
         );
         output.result(&value, human).map_err(unprinted)?;

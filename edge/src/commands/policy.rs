@@ -18,7 +18,7 @@ use crate::config::EdgeConfig;
 use crate::healing_policy::{self, HealingPolicyError};
 use crate::respond;
 use crate::run::EdgeError;
-use crate::state_dir::{StateDir, write_durably};
+use crate::state_dir::{StateDir, is_no_room, write_durably};
 use crate::store::{StoreError, StoreReader};
 use crate::warnings;
 
@@ -91,9 +91,8 @@ pub(super) fn switch<W: Write>(
     let done = if stop {
         write_durably(&path, b"stopped by a person\n").or_else(|error| {
             // That it is there is what counts, and an empty file has room on a full disk.
-            let full = error.kind() == std::io::ErrorKind::StorageFull;
             let bare = || std::fs::File::create(&path)?.sync_all();
-            if full { bare() } else { Err(error) }
+            if is_no_room(&error) { bare() } else { Err(error) }
         })
     } else {
         match std::fs::remove_file(&path) {
