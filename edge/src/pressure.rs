@@ -81,8 +81,9 @@ impl Clients {
         if well {
             let usual = self.usual.get_or_insert(now);
             // Its clients come back one after the other when it was just started, as what is usual and not as a crowd.
-            let settled = self.learnt >= SETTLES;
-            let rate = if now > *usual && settled {
+            let rate = if self.learnt < SETTLES {
+                FIRST_RATE
+            } else if now > *usual {
                 MORE_RATE
             } else {
                 FEWER_RATE
@@ -308,11 +309,12 @@ const LOOK_AMID_EVERY: Duration = Duration::from_millis(150);
 const COST_TIMES: u32 = 10;
 const LONGEST: Duration = Duration::from_secs(30);
 const LONGEST_AMID: Duration = Duration::from_secs(2);
-/// Part of the way to what a look sees, every two seconds or so, that the usual number goes up and down.
+/// Part of the way to what a look sees, every two seconds or so, that the usual number goes at first, and later up and down.
+const FIRST_RATE: f64 = 0.3;
 const MORE_RATE: f64 = 0.005;
 const FEWER_RATE: f64 = 0.1;
-/// Looks after which something is usual: two minutes.
-const SETTLES: u32 = 60;
+/// Looks after which something is usual: twenty seconds. A crowd that comes before is taken for what is usual.
+const SETTLES: u32 = 10;
 /// Fewer clients are no crowd.
 const CLIENTS_MIN: f64 = 8.0;
 
@@ -340,14 +342,24 @@ mod tests {
         }
         let crowd = clients.note(40.0, false).unwrap();
         assert!(crowd > 4.0, "{crowd}");
-        // After a start they come back within half a minute.
+        // After a start they come back within twenty seconds.
         let mut back = Clients::new(8080);
         back.note(0.0, true);
-        for _ in 0..15 {
+        for _ in 0..10 {
             back.note(60.0, true);
         }
         let crowd = back.note(60.0, false).unwrap();
         assert!(crowd < 1.5, "{crowd}");
+        // One that comes half a minute after the start, and is answered at first.
+        let mut young = Clients::new(8080);
+        for _ in 0..15 {
+            young.note(4.0, true);
+        }
+        for _ in 0..5 {
+            young.note(40.0, true);
+        }
+        let crowd = young.note(40.0, false).unwrap();
+        assert!(crowd > 4.0, "{crowd}");
         // What goes on for half an hour is usual.
         for _ in 0..900 {
             clients.note(40.0, true);
