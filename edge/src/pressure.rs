@@ -224,6 +224,10 @@ impl Waits {
             runs,
             uses_cpu: runs.map(|runs| (runs / cores as f64).min(1.0)),
             crowd,
+            crowd_is_old: self
+                .sockets
+                .as_ref()
+                .is_some_and(|sockets| sockets.read_at().is_some_and(|read| read < now)),
             host_io_full: Pressure::of_host().io_full,
             descriptors,
             network,

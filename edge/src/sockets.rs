@@ -26,6 +26,11 @@ impl SocketTable {
         }
     }
 
+    /// When they were read.
+    pub(crate) fn read_at(&self) -> Option<Instant> {
+        self.read
+    }
+
     /// The lines, read anew when the last reading is long enough ago: all readings together take a two-hundredth of the time while all is `well`,
     /// a twentieth while it is not: while the service does not answer, or much is sent again.
     pub(crate) fn lines(&mut self, well: bool) -> &str {

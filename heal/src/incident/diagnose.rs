@@ -123,7 +123,9 @@ fn pressing(seen: &Observed, class: FaultClass, causes: &[Cause]) -> Result<Stri
             "{crowd:.1} times the usual number of clients bring it along"
         ));
     }
-    let unseen_since = |(since, _): (Duration, Duration)| seen.pressure_at.is_some_and(|at| at < since);
+    let unseen_since = |(since, _): (Duration, Duration)| {
+        seen.pressure_at.is_some() && seen.counted_at.is_none_or(|at| at < since)
+    };
     if !memory && seen.anomaly_span.is_some_and(unseen_since) {
         return Err("its clients have yet to be counted since it began".to_owned());
     }

@@ -79,6 +79,8 @@ pub struct PressureSeen {
     pub uses_cpu: Option<f64>,
     /// Clients that are connected now, against what is usual while it is well; `None` where that is not known or they are few.
     pub crowd: Option<f64>,
+    /// Whether that number was taken from an earlier look, since the table of sockets takes long to read.
+    pub crowd_is_old: bool,
     /// Share of the latest time in which everything on the host that could run waited for a disk, 0 to 1.
     pub host_io_full: Option<f64>,
     /// Of its processes the largest share of its limit of open files that is open, 0 to 1.

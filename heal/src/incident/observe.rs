@@ -67,6 +67,8 @@ pub(super) struct Observed {
     pub(super) pressure: PressureSeen,
     /// When that was.
     pub(super) pressure_at: Option<Duration>,
+    /// When its clients were last counted.
+    pub(super) counted_at: Option<Duration>,
     /// Whether that was after a probe failed, of those in [`Self::probes`]: what its threads were at before says nothing of why it does not answer.
     pub(super) looked_amid: bool,
     /// Since its probes began to fail one was answered well: it works, though not always in time.
@@ -141,6 +143,7 @@ impl Observed {
             relievable: 0,
             pressure: PressureSeen::default(),
             pressure_at: None,
+            counted_at: None,
             looked_amid: false,
             answers_between: false,
             log_hint: None,
@@ -255,6 +258,9 @@ impl Observed {
                 }
                 self.pressure = *seen;
                 self.pressure_at = Some(now.monotonic);
+                if !seen.crowd_is_old {
+                    self.counted_at = Some(now.monotonic);
+                }
                 self.looked_amid = self.probes.contains(&false);
                 return None;
             }
@@ -327,7 +333,7 @@ impl Observed {
         self.stopped = false;
         self.sessions = Sessions::default();
         self.pressure = PressureSeen::default();
-        (self.pressure_at, self.looked_amid) = (None, false);
+        (self.pressure_at, self.counted_at, self.looked_amid) = (None, None, false);
         self.answers_between = false;
         self.log_hint = None;
         (self.refusal, self.refusal_next) = (None, None);

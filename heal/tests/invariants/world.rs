@@ -841,6 +841,7 @@ fn pressure(why: usize) -> PressureSeen {
         uses_cpu: Some(0.1),
         runs: Some(0.2),
         crowd: Some(1.0),
+        crowd_is_old: false,
         host_io_full: Some(0.0),
         descriptors: Some(0.1),
         network: None,

@@ -180,6 +180,12 @@ fn clients_are_counted_since_an_alarm_began_before_processor_time_is_a_service_o
             story.pass(250);
         }
         assert!(story.recorded().is_none(), "nobody has counted them since");
+        let old = PressureSeen {
+            crowd_is_old: true,
+            ..PressureSeen::default()
+        };
+        pressed(&mut story, old);
+        assert!(story.recorded().is_none(), "this is what was counted before");
         pressed(&mut story, seen);
         assert_eq!(story.recorded().is_some(), acts, "{seen:?}");
     }
